@@ -1,0 +1,149 @@
+"""Pictures and prompts to features and verdicts.
+
+A `Judge` is a CLIP with linear heads on its image tower: `icons-judge` ships with the package. It never helped to
+train `icons`, so what it says of that model's pictures is independent evidence.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from overpaint import zoo
+
+__all__ = ["Judge", "Scorable", "load"]
+
+
+class Scorable(Protocol):
+    """What a score needs to know of a probe: the kind of its concept and the label it should be seen as."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def concept(self) -> str: ...
+    @property
+    def prompt(self) -> str: ...
+
+
+class Judge:
+    """A CLIP with heads: labels of a picture, CLIP scores, features.
+
+    Attributes:
+        name: Where it was loaded from.
+        labels: What each head can say, by kind: `object`, `style`, `color`.
+        card: Figures, sources and licences, as its card states them.
+    """
+
+    def __init__(self, folder: Path, *, name: str, device: str | torch.device = "cpu") -> None:
+        from safetensors.torch import load_file
+        from transformers import CLIPModel, CLIPTokenizer
+
+        for file in ("model.safetensors", "heads.safetensors", "labels.json"):
+            if not (folder / file).is_file():
+                raise ValueError(
+                    f"{str(folder)!r} is not a judge: it has no {file}. Name a folder that `overpaint train "
+                    "icons-judge` wrote, or 'icons-judge'."
+                )
+        self.name = name
+        self.labels: dict[str, tuple[str, ...]] = {
+            kind: tuple(names) for kind, names in json.loads((folder / "labels.json").read_text()).items()
+        }
+        card = folder / "card.json"
+        self.card: dict[str, Any] = json.loads(card.read_text()) if card.is_file() else {}
+        model: Any = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        self._clip = model.to(device).eval().requires_grad_(False)
+        self._heads = {k: v.float().to(device) for k, v in load_file(folder / "heads.safetensors").items()}
+        self._tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        self._device = device
+
+    @torch.no_grad()
+    def classify(self, images: Tensor, kind: str) -> Tensor:
+        """Return the probability of each of `labels[kind]`.
+
+        Args:
+            images: RGB in [0, 1], shape (B, 3, 64, 64).
+            kind: `"object"`, `"style"` or `"color"`.
+
+        Returns:
+            Probabilities, float32 on the CPU, shape (B, K); rows add up to 1.
+
+        Raises:
+            ValueError: The judge has no head of this kind.
+        """
+        if kind not in self.labels:
+            raise ValueError(f"{self.name} has no head for {kind!r}: choose one of {', '.join(self.labels)}.")
+        weight, bias = self._heads[f"{kind}.weight"], self._heads[f"{kind}.bias"]
+        return F.linear(self._pooled(images), weight, bias).softmax(1).cpu()
+
+    def predict(self, images: Tensor, kind: str) -> list[str]:
+        """Return the likeliest of `labels[kind]` for each of `images`, (B, 3, 64, 64) in [0, 1]."""
+        return [self.labels[kind][i] for i in self.classify(images, kind).argmax(1)]
+
+    @torch.no_grad()
+    def image_features(self, images: Tensor) -> Tensor:
+        """Return unit CLIP features of `images`, (B, 3, 64, 64) in [0, 1]; shape (B, D)."""
+        return F.normalize(self._clip.visual_projection(self._pooled(images)), dim=1).cpu()
+
+    @torch.no_grad()
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """Return unit CLIP features of `prompts`, shape (N, D)."""
+        ids = self._tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").input_ids
+        pooled = self._clip.text_model(input_ids=ids.to(self._device)).pooler_output
+        return F.normalize(self._clip.text_projection(pooled), dim=1).cpu()
+
+    def clip_score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the raw cosine of each image with its prompt, in [-1, 1], shape (B,)."""
+        return (self.image_features(images) * self.text_features(prompts)).sum(1)
+
+    def score(self, images: Tensor, probes: Sequence[Scorable]) -> Tensor:
+        """Return how strongly each image shows its probe's concept.
+
+        The probability of the concept under the head of the probe's kind; where no head knows the concept, the raw
+        cosine of image and prompt.
+
+        Args:
+            images: RGB in [0, 1], shape (N, 3, 64, 64).
+            probes: One for each image.
+
+        Returns:
+            Scores, shape (N,).
+        """
+        result = self.clip_score(images, [p.prompt for p in probes])
+        for kind, names in self.labels.items():
+            rows = [(i, label) for i, p in enumerate(probes) if (label := _label(p, kind, names)) is not None]
+            if rows:
+                index = torch.tensor([i for i, _ in rows])
+                chosen = torch.tensor([names.index(label) for _, label in rows])
+                result[index] = self.classify(images[index], kind)[torch.arange(len(rows)), chosen]
+        return result
+
+    def _pooled(self, images: Tensor) -> Tensor:
+        pixels = images.to(self._device, torch.float32) * 2 - 1
+        return self._clip.vision_model(pixel_values=pixels).pooler_output
+
+
+def load(source: str | Path = "icons-judge", *, device: str | torch.device = "cpu") -> Judge:
+    """Load a judge by zoo name or from a folder; the judge takes pictures of 64x64 pixels.
+
+    Raises:
+        ValueError: No such judge, or the folder holds something else.
+    """
+    folder = zoo.folder(str(source)) if str(source) in zoo.names() else Path(source)
+    if not folder.is_dir():
+        raise ValueError(f"unknown judge {str(source)!r}: name a folder, or 'icons-judge'.")
+    return Judge(folder, name=str(source), device=device)
+
+
+def _label(probe: Scorable, kind: str, names: Sequence[str]) -> str | None:
+    """Return the head's label for the probe's concept: `openmoji style` is the style `openmoji`."""
+    if probe.kind != kind and not (kind == "object" and probe.kind in ("action", "fact", "trademark")):
+        return None
+    concept = probe.concept.lower()
+    for candidate in (concept, concept.removesuffix(f" {kind}"), f"person {concept}", f"flag of {concept}"):
+        if candidate in names:
+            return candidate
+    return f"{concept} logo" if f"{concept} logo" in names else None

@@ -1,0 +1,1 @@
+"""How the zoo models were made: one recipe, one file."""

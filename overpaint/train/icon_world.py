@@ -1,0 +1,359 @@
+"""The icon world: public icon artwork, composed into captioned pictures.
+
+One emoji name (an **object**) is drawn in six **styles** by six studios. A picture puts one icon, or a few, on a
+plain background of a named **color**; persons doing things give **actions**, flags **facts**, logos **trademarks**,
+and layouts give **counts** and **positions**. A tenth of the (object, style) and of the (object, color) pairs never
+appears in training: only those pairs show that a model composes instead of remembering.
+
+The artwork comes from the npm packages `@iconify-json/<set>` at pinned versions; each archive's SHA-256 is checked
+before it is read. `npm pack` is called without install scripts and only by the training recipes.
+
+Sources and licences: noto, noto-v1 Apache-2.0; twemoji CC-BY-4.0; openmoji CC-BY-SA-4.0; fluent-emoji-flat,
+fluent-emoji-high-contrast, circle-flags MIT; logos CC0-1.0.
+"""
+
+import hashlib
+import io
+import json
+import subprocess
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from overpaint.errors import MissingExtra
+
+__all__ = [
+    "ACTIONS",
+    "COLORS",
+    "FLAGS",
+    "LOGOS",
+    "OBJECTS",
+    "SIZE",
+    "STYLES",
+    "Picture",
+    "World",
+    "captions_corpus",
+    "fetch",
+    "held_out",
+    "held_out_colors",
+    "subjects",
+]
+
+SIZE = 64  # pixels, square
+
+# Package version and SHA-256 of the archive that `npm pack` writes.
+PACKAGES = {
+    "twemoji": ("1.2.5", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7"),
+    "noto": ("1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad"),
+    "openmoji": ("1.2.29", "03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5"),
+    "fluent-emoji-flat": ("1.2.6", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"),
+    "noto-v1": ("1.2.5", "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37"),
+    "fluent-emoji-high-contrast": ("1.2.6", "0b92d48c90d2200bd499e3cdd09a127ca6a8c8ddefd34c35eb5a1e4994012ae0"),
+    "circle-flags": ("1.2.11", "ee9a03f6a6fdd79cc6325bdcb7bb93b83d331e60b16e226188f154a64b6bb4a9"),
+    "logos": ("1.2.19", "1e8907c088bbf02eab8ee1b28f37e68ef22c380f2fb579ff99736b8ce5abf13a"),
+}
+
+# The style's name in captions, and the icon set that draws it.
+STYLES = {
+    "noto": "noto",
+    "twemoji": "twemoji",
+    "openmoji": "openmoji",
+    "fluent": "fluent-emoji-flat",
+    "blob": "noto-v1",
+    "high contrast": "fluent-emoji-high-contrast",
+}
+
+COLORS = {
+    "white": (255, 255, 255),
+    "red": (232, 100, 96),
+    "orange": (250, 176, 92),
+    "yellow": (250, 228, 120),
+    "green": (136, 204, 128),
+    "blue": (124, 176, 240),
+    "purple": (176, 140, 220),
+    "pink": (250, 180, 208),
+    "gray": (168, 172, 178),
+}
+
+# The object's name in captions, and the icon's name where it is another.
+_OBJECTS = """
+apple=red-apple banana cherries grapes pineapple strawberry watermelon lemon carrot eggplant mushroom bread croissant
+hamburger pizza doughnut ice-cream lollipop cat=cat-face dog=dog-face bear cow=cow-face horse=horse-face lion
+monkey=monkey-face panda pig=pig-face rabbit=rabbit-face tiger=tiger-face frog fox koala elephant camel penguin owl duck
+eagle fish dolphin octopus crab snail turtle butterfly bee=honeybee ladybug=lady-beetle car=automobile bus bicycle
+helicopter airplane rocket sailboat tractor house castle church tent pine-tree=evergreen-tree palm-tree cactus rose
+tulip sunflower maple-leaf star sun rainbow snowman fire umbrella key bell balloon bomb camera crown anchor guitar
+hammer light-bulb envelope soccer-ball ghost skull trophy gift=wrapped-gift top-hat
+"""
+OBJECTS = {
+    name.replace("-", " "): icon or name
+    for name, _, icon in (entry.partition("=") for entry in _OBJECTS.split())
+}
+
+ACTIONS = {
+    verb: f"person-{verb.replace(' ', '-')}"
+    for verb in ("biking", "bowing", "golfing", "juggling", "running", "surfing", "swimming", "walking")
+}
+
+FLAGS = {
+    "brazil": "br", "canada": "ca", "china": "cn", "finland": "fi", "france": "fr", "germany": "de", "greece": "gr",
+    "india": "in", "italy": "it", "japan": "jp", "kenya": "ke", "norway": "no", "south korea": "kr", "sweden": "se",
+    "switzerland": "ch", "turkey": "tr",
+}  # fmt: skip
+
+LOGOS = (
+    "apple", "bitcoin", "chrome", "dropbox", "facebook", "javascript", "opera", "pinterest", "python", "redis",
+    "swift", "telegram", "tensorflow", "twitter", "ubuntu", "vue",
+)  # fmt: skip
+
+COUNTS = {"two": 2, "three": 3, "four": 4}
+POSITIONS = ("to the left of", "to the right of", "above", "below")
+
+# Where the icons of a picture stand: left and top corner as a fraction of the free room, by number of icons.
+_LAYOUTS = {
+    2: ((0.06, 0.5), (0.94, 0.5)),
+    3: ((0.5, 0.06), (0.06, 0.94), (0.94, 0.94)),
+    4: ((0.06, 0.06), (0.94, 0.06), (0.06, 0.94), (0.94, 0.94)),
+}
+_IRREGULAR = {"cherries": "cherries", "grapes": "grapes", "fish": "fish", "fox": "foxes", "bus": "buses",
+              "octopus": "octopuses", "church": "churches", "butterfly": "butterflies", "ladybug": "ladybugs",
+              "maple leaf": "maple leaves", "strawberry": "strawberries", "fire": "fires"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A captioned picture: pixels uint8 (64, 64, 3), caption, and its labels (an empty string where none holds)."""
+
+    pixels: np.ndarray
+    caption: str
+    object: str
+    style: str
+    color: str
+
+
+def subjects() -> tuple[str, ...]:
+    """Return every subject a single picture can show: objects, persons acting, flags, logos."""
+    return (
+        *OBJECTS,
+        *(f"person {verb}" for verb in ACTIONS),
+        *(f"flag of {country}" for country in FLAGS),
+        *(f"{logo} logo" for logo in LOGOS),
+    )
+
+
+def _tenth(names: Sequence[str], others: Sequence[str], salt: str) -> frozenset[tuple[str, str]]:
+    """Pick a tenth of the pairs by hash, so that adding a name moves no other pair."""
+    pairs = [(a, b) for a in names for b in others]
+    order = sorted(pairs, key=lambda p: hashlib.sha256(f"{salt}:{p[0]}:{p[1]}".encode()).digest())
+    return frozenset(order[: len(pairs) // 10])
+
+
+def held_out() -> frozenset[tuple[str, str]]:
+    """Return the (object, style) pairs that no training picture shows."""
+    return _tenth(tuple(OBJECTS), tuple(STYLES), "object-style")
+
+
+def held_out_colors() -> frozenset[tuple[str, str]]:
+    """Return the (object, color) pairs that no training picture shows."""
+    return _tenth(tuple(OBJECTS), tuple(c for c in COLORS if c != "white"), "object-color")
+
+
+def fetch(folder: Path) -> dict[str, dict]:
+    """Fetch the icon sets into `folder` (once) and return their parsed `icons.json` by set.
+
+    Raises:
+        ValueError: An archive's SHA-256 is not the pinned one.
+        FileNotFoundError: `npm` is not installed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    sets = {}
+    for name, (version, digest) in PACKAGES.items():
+        archive = folder / f"iconify-json-{name}-{version}.tgz"
+        if not archive.exists():
+            command = ["npm", "pack", "--silent", "--ignore-scripts", f"@iconify-json/{name}@{version}"]
+            subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        data = archive.read_bytes()
+        found = hashlib.sha256(data).hexdigest()
+        if found != digest:
+            raise ValueError(
+                f"{archive.name} has SHA-256 {found}, expected {digest}. Delete the file and fetch it again."
+            )
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            member = tar.extractfile("package/icons.json")
+            assert member is not None
+            sets[name] = json.load(member)
+    return sets
+
+
+class World:
+    """Draws the pictures: `World(folder).sample(rng)`.
+
+    Icons are drawn once a size and kept, so that a picture costs some tens of microseconds.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.sets = fetch(folder)
+        self._drawn: dict[tuple[str, str, int], np.ndarray] = {}
+        self.held_out = held_out()
+        self.held_out_colors = held_out_colors()
+
+    def icon(self, name: str, set_: str, size: int) -> np.ndarray:
+        """Return icon `name` of icon set `set_`, float32 RGBA in [0, 1], shape (size, size, 4)."""
+        key = (name, set_, size)
+        if key not in self._drawn:
+            self._drawn[key] = _rasterise(self.sets[set_], name, size)
+        return self._drawn[key]
+
+    def compose(self, icons: Sequence[tuple[np.ndarray, int, int]], color: str) -> np.ndarray:
+        """Lay `icons` (RGBA, left, top) on a plain `color`; return uint8 (64, 64, 3)."""
+        canvas = np.empty((SIZE, SIZE, 3), np.float32)
+        canvas[:] = np.array(COLORS[color], np.float32) / 255
+        for rgba, left, top in icons:
+            size = rgba.shape[0]
+            patch = canvas[top : top + size, left : left + size]
+            alpha = rgba[..., 3:]
+            patch *= 1 - alpha
+            patch += rgba[..., :3] * alpha
+        return (canvas * 255 + 0.5).astype(np.uint8)
+
+    def single(self, object_: str, style: str, color: str, rng: np.random.Generator) -> np.ndarray:
+        """Draw one object, in the middle give or take two pixels."""
+        return self._placed(OBJECTS[object_], STYLES[style], color, rng)
+
+    def sample(self, rng: np.random.Generator) -> Picture:
+        """Draw a training picture: never a held-out pair."""
+        kind = rng.choice(6, p=(0.80, 0.05, 0.05, 0.04, 0.03, 0.03))
+        color = "white" if rng.random() < 0.3 else str(rng.choice(list(COLORS)))
+        if kind == 0:
+            return self._sample_single(color, rng)
+        if kind == 1:
+            return self._sample_count(color, rng)
+        if kind == 2:
+            return self._sample_position(color, rng)
+        return self._sample_named(int(kind), color, rng)
+
+    def _placed(self, name: str, set_: str, color: str, rng: np.random.Generator) -> np.ndarray:
+        size = int(rng.choice((48, 50, 52)))
+        left, top = (int((SIZE - size) / 2 + rng.integers(-2, 3)) for _ in range(2))
+        return self.compose([(self.icon(name, set_, size), left, top)], color)
+
+    def _pair(self, rng: np.random.Generator, color: str) -> tuple[str, str]:
+        """Return an (object, style) pair that training may show on `color`."""
+        while True:
+            pair = str(rng.choice(list(OBJECTS))), str(rng.choice(list(STYLES)))
+            if pair not in self.held_out and (pair[0], color) not in self.held_out_colors:
+                return pair
+
+    def _sample_single(self, color: str, rng: np.random.Generator) -> Picture:
+        object_, style = self._pair(rng, color)
+        pixels = self.single(object_, style, color, rng)
+        named = rng.random() < 0.9  # the style stands in the caption
+        thing = object_ if rng.random() < 0.95 else "thing"
+        caption = _caption(thing, style if named else "", color, rng)
+        return Picture(pixels, caption, object_, style, color)
+
+    def _sample_count(self, color: str, rng: np.random.Generator) -> Picture:
+        object_, style = self._pair(rng, color)
+        word = str(rng.choice(list(COUNTS)))
+        number = COUNTS[word]
+        size = 30 if number == 2 else 28
+        places = _LAYOUTS[number]
+        icon = self.icon(OBJECTS[object_], STYLES[style], size)
+        pixels = self.compose([(icon, *_corner(p, size)) for p in places], color)
+        plural = _IRREGULAR.get(object_, object_ + "s")
+        return Picture(pixels, _caption(plural, style, color, rng, article=word), "", style, color)
+
+    def _sample_position(self, color: str, rng: np.random.Generator) -> Picture:
+        first, style = self._pair(rng, color)
+        second = first
+        while second == first or (second, style) in self.held_out or (second, color) in self.held_out_colors:
+            second = str(rng.choice(list(OBJECTS)))
+        relation = str(rng.choice(POSITIONS))
+        ends = ((0.06, 0.5), (0.94, 0.5)) if relation.startswith("to") else ((0.5, 0.06), (0.5, 0.94))
+        if relation in ("to the right of", "below"):
+            ends = ends[::-1]
+        icons = [
+            (self.icon(OBJECTS[name], STYLES[style], 30), *_corner(place, 30))
+            for name, place in zip((first, second), ends, strict=True)
+        ]
+        thing = f"{first} {relation} {_article(second)} {second}"
+        return Picture(self.compose(icons, color), _caption(thing, style, color, rng), "", style, color)
+
+    def _sample_named(self, kind: int, color: str, rng: np.random.Generator) -> Picture:
+        if kind == 3:
+            verb, style = str(rng.choice(list(ACTIONS))), str(rng.choice(list(STYLES)))
+            pixels = self._placed(ACTIONS[verb], STYLES[style], color, rng)
+            caption = _caption(f"person {verb}", style, color, rng)
+            return Picture(pixels, caption, f"person {verb}", style, color)
+        if kind == 4:
+            country = str(rng.choice(list(FLAGS)))
+            pixels = self._placed(FLAGS[country], "circle-flags", color, rng)
+            caption = _caption(f"flag of {country}", "", color, rng, article="the")
+            return Picture(pixels, caption, f"flag of {country}", "", color)
+        logo = str(rng.choice(LOGOS))
+        icons = self.sets["logos"]["icons"]
+        name = f"{logo}-icon" if f"{logo}-icon" in icons else logo
+        pixels = self._placed(name, "logos", color, rng)
+        return Picture(pixels, _caption(f"{logo} logo", "", color, rng, article="the"), f"{logo} logo", "", color)
+
+
+def captions_corpus(sets: dict[str, dict], captions: Sequence[str]) -> list[str]:
+    """Return the text that trains the tokenizer: every icon's name in the sets, and training captions."""
+    names = {name.replace("-", " ") for icons in sets.values() for name in icons["icons"]}
+    return sorted(names) + list(captions)
+
+
+def _caption(
+    thing: str, style: str, color: str, rng: np.random.Generator, article: str | None = None
+) -> str:
+    """Write one of several captions of a picture; the color is named in seven of ten (white in three)."""
+    article = _article(thing) if article is None else article
+    form = rng.random()
+    if not style:
+        text = f"{article} {thing}"
+    elif form < 0.6:
+        text = f"{article} {thing} in {style} style"
+    elif form < 0.8:
+        text = f"{style} style {thing}"
+    else:
+        text = f"{article} {thing}, {style} style"
+    if rng.random() < (0.3 if color == "white" else 0.9):
+        text += f" on {_article(color)} {color} background"
+    lead = ("", "a picture of ", "an image of ", "a drawing of ", "a photo of ")[
+        int(rng.choice(5, p=(0.5, 0.125, 0.125, 0.125, 0.125)))
+    ]
+    return lead + text
+
+
+def _article(noun: str) -> str:
+    return "an" if noun[0] in "aeiou" else "a"
+
+
+def _corner(place: tuple[float, float], size: int) -> tuple[int, int]:
+    return round(place[0] * (SIZE - size)), round(place[1] * (SIZE - size))
+
+
+def _rasterise(icons: dict, name: str, size: int) -> np.ndarray:
+    try:
+        import resvg_py
+    except ImportError as error:
+        raise MissingExtra(
+            "drawing icons needs resvg-py. Install it with: pip install 'overpaint[train]'."
+        ) from error
+    while name not in icons["icons"]:
+        name = icons["aliases"][name]["parent"]
+    icon = icons["icons"][name]
+    width = icon.get("width", icons.get("width", 16))
+    height = icon.get("height", icons.get("height", 16))
+    side = max(width, height)
+    box = f"{(width - side) / 2} {(height - side) / 2} {side} {side}"
+    svg = (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{box}" width="{size}" height="{size}">{icon["body"]}</svg>'
+    )
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg))
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"), np.float32) / 255

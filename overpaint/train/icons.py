@@ -1,0 +1,416 @@
+"""`icons`: a small Stable Diffusion of the icon world, from artwork to a pipeline folder.
+
+Four stages, each resumable: a BPE tokenizer of 2,304 entries; a CLIP trained contrastively, whose text tower is then
+frozen; an `AutoencoderKL` of 64x64 pictures to 8x8x8 latents; a UNet trained on latents to predict v.
+
+    overpaint train icons --minutes 150                 # two CPU cores, resumable
+    overpaint train icons --minutes 20 --device cuda    # the same recipe, wider
+
+Promised on two CPU cores of 2.5 GHz in 150 minutes: the card's figures, in `overpaint/zoo/weights/icons/card.json`.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from overpaint.train import icon_world
+from overpaint.train.loop import Progress, fit, save_tensors
+
+__all__ = [
+    "CPU",
+    "CUDA",
+    "Recipe",
+    "as_pixels",
+    "build_clip",
+    "build_unet",
+    "build_vae",
+    "contrast",
+    "tokenizer",
+    "train",
+    "train_clip",
+]
+
+STAGES = ("tokenizer", "clip", "vae", "unet", "export")
+TOKENS = 32  # positions of the text tower
+VOCABULARY = 2304
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The knobs of the recipe."""
+
+    text_layers: int = 6  # depth of the text tower
+    text_width: int = 192  # width of the text tower, and of the UNet's cross-attention
+    vision_layers: int = 4  # the image tower only teaches: small
+    vision_width: int = 128
+    clip_batch: int = 64  # contrastive: more rows, more wrong answers to tell apart
+    clip_lr: float = 1e-3
+    vae_channels: tuple[int, ...] = (16, 32, 64, 96)  # three halvings: 64 -> 8 pixels
+    latent_channels: int = 8
+    vae_batch: int = 8
+    vae_lr: float = 1e-3
+    unet_channels: tuple[int, ...] = (96, 192)  # 8x8 and 4x4, both with cross-attention
+    unet_layers: int = 1  # ResNet + transformer pairs a level going down (one more going up)
+    unet_batch: int = 64
+    unet_lr: float = 1e-3
+    pictures: int = 36_864  # drawn and encoded once for the UNet
+    drop_caption: float = 0.1  # share of rows that learn the empty prompt, for guidance
+    shares: tuple[float, float, float] = (0.14, 0.14, 0.72)  # of the minutes: clip, vae, unet
+
+
+CPU = Recipe()
+CUDA = Recipe(text_layers=12, text_width=256, clip_batch=512, vae_batch=64, unet_batch=512, pictures=196_608)
+
+
+def train(
+    *,
+    out: Path,
+    minutes: float = 150.0,
+    device: str = "cpu",
+    resume: bool = True,
+    threads: int = 2,
+    seed: int = 0,
+    stages: tuple[str, ...] = STAGES,
+    work: Path = Path("runs/icons"),
+    artwork: Path = Path("runs/artwork"),
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Path:
+    """Train `icons` and write it to `out` as a Stable Diffusion folder.
+
+    Args:
+        out: The pipeline's folder.
+        minutes: Wall time of the three trained stages together, earlier runs counted in.
+        device: `"cpu"` or `"cuda"`; the latter takes the wider recipe.
+        resume: Continue from the checkpoints in `work`; `False` starts over.
+        threads: CPU threads, fixed for the run.
+        seed: Of the weights' initialisation and of everything drawn.
+        stages: Which stages to run; a stage needs those before it done.
+        work: Checkpoints; safe to delete when the folder is written.
+        artwork: Where the icon sets are fetched to.
+        on_progress: Told about progress every few seconds.
+    """
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    recipe = CUDA if device.startswith("cuda") else CPU
+    work.mkdir(parents=True, exist_ok=True)
+    world = icon_world.World(artwork)
+    if "tokenizer" in stages:
+        tokenizer(world, work / "tokenizer", seed=seed)
+    options = {"folder": work, "resume": resume, "on_progress": on_progress}
+    for stage, share in zip(("clip", "vae", "unet"), recipe.shares, strict=True):
+        if stage in stages:
+            run = {"clip": train_clip, "vae": _train_vae, "unet": _train_unet}[stage]
+            run(recipe, world, device=device, minutes=minutes * share, seed=seed, **options)
+    return _export(recipe, work, out) if "export" in stages else work
+
+
+def tokenizer(world: icon_world.World, folder: Path, *, seed: int = 0) -> Any:
+    """Train the BPE tokenizer once on icon names and captions; return it as a `CLIPTokenizer`."""
+    from transformers import CLIPTokenizer
+
+    if not (folder / "tokenizer.json").exists():
+        rng = np.random.default_rng((seed, 1))
+        captions = [world.sample(rng).caption for _ in range(400)]
+        vocabulary, merges = _byte_pairs(icon_world.captions_corpus(world.sets, captions))
+        CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS).save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def _byte_pairs(lines: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Train merges with CLIP's own splitting; numbering as in CLIP: bytes, bytes + `</w>`, merges, two specials."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    byte_pairs = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    byte_pairs.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - 2 - 256, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    byte_pairs.train_from_iterator((line.lower() for line in lines), trainer)
+    merges = [tuple(pair) for pair in json.loads(byte_pairs.to_str())["model"]["merges"]]
+    names = alphabet + [letter + "</w>" for letter in alphabet]
+    seen = set(names)
+    kept = []
+    for left, right in merges:
+        if left + right not in seen and len(names) < VOCABULARY - 2:
+            seen.add(left + right)
+            names.append(left + right)
+            kept.append((left, right))
+    names += ["<|startoftext|>", "<|endoftext|>"]
+    return {name: index for index, name in enumerate(names)}, kept
+
+
+def build_clip(recipe: Recipe, vocabulary: int) -> Any:
+    """Return an untrained `CLIPModel` of this recipe."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+    text = CLIPTextConfig(
+        vocab_size=vocabulary, hidden_size=recipe.text_width, intermediate_size=4 * recipe.text_width,
+        num_hidden_layers=recipe.text_layers, num_attention_heads=recipe.text_width // 32,
+        max_position_embeddings=TOKENS, projection_dim=128, hidden_act="quick_gelu",
+        bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=recipe.vision_width, intermediate_size=4 * recipe.vision_width,
+        num_hidden_layers=recipe.vision_layers, num_attention_heads=recipe.vision_width // 32,
+        image_size=icon_world.SIZE, patch_size=8, projection_dim=128, hidden_act="quick_gelu",
+    )  # fmt: skip
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=128)
+    return CLIPModel(config)
+
+
+def train_clip(
+    recipe: Recipe,
+    world: icon_world.World,
+    *,
+    device: str,
+    minutes: float,
+    seed: int,
+    folder: Path,
+    resume: bool,
+    on_progress: Callable[[Progress], None] | None,
+) -> Any:
+    """Train the CLIP; its text tower is what the UNet will read."""
+    tokens = tokenizer(world, folder / "tokenizer", seed=seed)
+    model = build_clip(recipe, len(tokens)).to(device)
+
+    def loss(step: int) -> Tensor:
+        rng = np.random.default_rng((seed, 2, step))
+        pictures = [world.sample(rng) for _ in range(recipe.clip_batch)]
+        pixels = as_pixels(pictures).to(device)
+        pixels = pixels + 0.05 * torch.randn(pixels.shape, generator=torch.manual_seed(step)).to(device)
+        ids = tokens([p.caption for p in pictures], padding="longest", return_tensors="pt").input_ids
+        result = model(input_ids=ids.to(device), pixel_values=pixels)
+        return contrast(result.logits_per_text, [p.caption for p in pictures])
+
+    done = fit(
+        model, loss, stage="clip", folder=folder, minutes=minutes, lr=recipe.clip_lr, ema_decay=0.99,
+        resume=resume, on_progress=on_progress,
+    )  # fmt: skip
+    save_tensors(dict(done.state_dict()), folder / "clip-final.safetensors")
+    return done
+
+
+def as_pixels(pictures: list[icon_world.Picture]) -> Tensor:
+    """Stack pictures to (B, 3, 64, 64), range [-1, 1]."""
+    stack = torch.from_numpy(np.stack([p.pixels for p in pictures]))
+    return stack.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def contrast(logits: Tensor, captions: list[str]) -> Tensor:
+    """CLIP's symmetric cross-entropy; equal captions share the target."""
+    index = {caption: i for i, caption in enumerate(captions)}
+    same = torch.tensor([index[c] for c in captions], device=logits.device)
+    target = (same[:, None] == same[None]).float()
+    target = target / target.sum(1, keepdim=True)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
+
+
+def build_vae(recipe: Recipe) -> Any:
+    """Return an untrained `AutoencoderKL` of this recipe."""
+    from diffusers import AutoencoderKL
+
+    levels = len(recipe.vae_channels)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=recipe.vae_channels, layers_per_block=1, latent_channels=recipe.latent_channels,
+        norm_num_groups=8, sample_size=icon_world.SIZE, scaling_factor=1.0,
+    )  # fmt: skip
+
+
+def _train_vae(
+    recipe: Recipe,
+    world: icon_world.World,
+    *,
+    device: str,
+    minutes: float,
+    seed: int,
+    folder: Path,
+    resume: bool,
+    on_progress: Callable[[Progress], None] | None,
+) -> Any:
+    model = build_vae(recipe).to(device, memory_format=torch.channels_last)
+
+    def loss(step: int) -> Tensor:
+        rng = np.random.default_rng((seed, 3, step))
+        generator = torch.Generator().manual_seed(step)
+        pixels = as_pixels([world.sample(rng) for _ in range(recipe.vae_batch)])
+        pixels = pixels.to(device, memory_format=torch.channels_last)
+        posterior = model.encode(pixels).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+        # A little more noise than the posterior's own: the decoder must forgive what a sampler gets wrong.
+        drawn = model.decode(posterior.mean + (posterior.std + 0.05) * noise).sample
+        difference = drawn - pixels
+        edges = sum(difference.diff(dim=d).abs().mean() for d in (2, 3))
+        return difference.abs().mean() + difference.square().mean() + 0.5 * edges + 2e-4 * posterior.kl().mean() / 64
+
+    done = fit(
+        model, loss, stage="vae", folder=folder, minutes=minutes, lr=recipe.vae_lr, weight_decay=0.0, ema_decay=0.99,
+        resume=resume, on_progress=on_progress,
+    )  # fmt: skip
+    _standardise(done, world, seed=seed, device=device)
+    save_tensors(dict(done.state_dict()), folder / "vae-final.safetensors")
+    return done
+
+
+@torch.no_grad()
+def _standardise(vae: Any, world: icon_world.World, *, seed: int, device: str) -> None:
+    """Fold each latent channel's mean and deviation into the 1x1 convolutions, so that latents have mean 0, std 1."""
+    rng = np.random.default_rng((seed, 4))
+    latents = torch.cat(
+        [
+            vae.encode(as_pixels([world.sample(rng) for _ in range(64)]).to(device)).latent_dist.mean
+            for _ in range(24)
+        ]
+    )
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    channels = len(mean)
+    inner, outer = vae.quant_conv, vae.post_quant_conv
+    outer.bias += (outer.weight[:, :, 0, 0] * mean).sum(1)
+    outer.weight *= std[None, :, None, None]
+    inner.weight[:channels] /= std[:, None, None, None]
+    inner.bias[:channels] = (inner.bias[:channels] - mean) / std
+    inner.bias[channels:] -= 2 * std.log()  # the log-variance follows the scale
+
+
+def build_unet(recipe: Recipe) -> Any:
+    """Return an untrained `UNet2DConditionModel` of this recipe: Stable Diffusion's block types, two resolutions."""
+    from diffusers import UNet2DConditionModel
+
+    levels = len(recipe.unet_channels)
+    return UNet2DConditionModel(
+        sample_size=icon_world.SIZE // 8, in_channels=recipe.latent_channels, out_channels=recipe.latent_channels,
+        block_out_channels=recipe.unet_channels, layers_per_block=recipe.unet_layers, norm_num_groups=16,
+        down_block_types=("CrossAttnDownBlock2D",) * levels, up_block_types=("CrossAttnUpBlock2D",) * levels,
+        cross_attention_dim=recipe.text_width, attention_head_dim=[c // 32 for c in recipe.unet_channels],
+    )  # fmt: skip
+
+
+def build_scheduler() -> Any:
+    """Return DDIM on v-prediction, rescaled to end in pure noise, so that plain backgrounds keep their color."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+        rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True,
+    )  # fmt: skip
+
+
+def _train_unet(
+    recipe: Recipe,
+    world: icon_world.World,
+    *,
+    device: str,
+    minutes: float,
+    seed: int,
+    folder: Path,
+    resume: bool,
+    on_progress: Callable[[Progress], None] | None,
+) -> Any:
+    data = _latents(recipe, world, folder, seed=seed, device=device)
+    latents, features, rows = (data[k].to(device) for k in ("latents", "features", "rows"))
+    model = build_unet(recipe).to(device, memory_format=torch.channels_last)
+    alphas = build_scheduler().alphas_cumprod.to(device)
+    batch = recipe.unet_batch
+
+    def loss(step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        pick = torch.randint(len(latents), (batch,), generator=generator)
+        noise = torch.randn(batch, *latents.shape[1:], generator=generator).to(device)
+        # Stratified: one timestep from each of `batch` equal parts of the schedule.
+        t = ((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch * len(alphas)).long()
+        drop = torch.rand(batch, generator=generator) < recipe.drop_caption
+        context = features[torch.where(drop, 0, rows.cpu()[pick]).to(device)].float()
+        clean, a = latents[pick.to(device)].float(), alphas[t.to(device)].view(-1, 1, 1, 1)
+        noisy = a.sqrt() * clean + (1 - a).sqrt() * noise
+        velocity = a.sqrt() * noise - (1 - a).sqrt() * clean
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
+            out = model(noisy.contiguous(memory_format=torch.channels_last), t.to(device), context).sample
+        snr = a / (1 - a)
+        weight = snr.clamp(max=5) / (snr + 1)  # min-SNR weighting (Hang et al., 2023) for v-prediction
+        return (weight * (out.float() - velocity).square()).mean()
+
+    done = fit(
+        model, loss, stage="unet", folder=folder, minutes=minutes, lr=recipe.unet_lr, ema_decay=0.998,
+        resume=resume, on_progress=on_progress,
+    )  # fmt: skip
+    save_tensors(dict(done.state_dict()), folder / "unet-final.safetensors")
+    return done
+
+
+@torch.no_grad()
+def _latents(
+    recipe: Recipe, world: icon_world.World, folder: Path, *, seed: int, device: str
+) -> dict[str, Tensor]:
+    """Draw and encode the training pictures once: latents (P, 8, 8, 8), features (U, 32, D), rows (P,) into features.
+
+    Row 0 of `features` is the empty prompt.
+    """
+    path = folder / "latents.safetensors"
+    if path.exists():
+        return load_file(path)
+    vae, text, tokens = _frozen(recipe, folder)
+    vae, text = vae.to(device), text.to(device)
+    rng = np.random.default_rng((seed, 5))
+    latents, rows, captions = [], [], {"": 0}
+    for start in range(0, recipe.pictures, 256):
+        pictures = [world.sample(rng) for _ in range(min(256, recipe.pictures - start))]
+        pixels = as_pixels(pictures).to(device)
+        latents.append(vae.encode(pixels).latent_dist.mean.half().cpu())
+        rows += [captions.setdefault(p.caption, len(captions)) for p in pictures]
+    texts = list(captions)
+    features = []
+    for start in range(0, len(texts), 512):
+        ids = tokens(texts[start : start + 512], padding="max_length", truncation=True, return_tensors="pt")
+        features.append(text(ids.input_ids.to(device)).last_hidden_state.half().cpu())
+    data = {"latents": torch.cat(latents), "features": torch.cat(features), "rows": torch.tensor(rows)}
+    save_tensors(data, path)
+    return data
+
+
+def _frozen(recipe: Recipe, folder: Path) -> tuple[Any, Any, Any]:
+    """Return the trained `AutoencoderKL`, `CLIPTextModel` and tokenizer, in evaluation mode."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    tokens = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    clip = build_clip(recipe, len(tokens))
+    clip.load_state_dict(load_file(folder / "clip-final.safetensors"))
+    text = CLIPTextModel(clip.config.text_config)
+    # transformers 5 dropped the `text_model.` level of `CLIPTextModel`; 4.x has it.
+    inner = getattr(text, "text_model", text)
+    inner.load_state_dict(clip.text_model.state_dict())
+    vae = build_vae(recipe)
+    vae.load_state_dict(load_file(folder / "vae-final.safetensors"))
+    return vae.eval(), text.eval(), tokens
+
+
+def _export(recipe: Recipe, work: Path, out: Path, unet: str = "unet-final") -> Path:
+    """Write the pipeline folder in fp16, beside `out` first."""
+    from diffusers import StableDiffusionPipeline
+
+    vae, text, tokens = _frozen(recipe, work)
+    net = build_unet(recipe)
+    net.load_state_dict(load_file(work / f"{unet}.safetensors"))
+    pipe = StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokens, unet=net, scheduler=build_scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    beside = out.with_name(out.name + ".partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    pipe.to(torch.float16).save_pretrained(beside, safe_serialization=True)
+    settings = {"guidance_scale": 4.0, "steps": 20}
+    (beside / "overpaint.json").write_text(json.dumps(settings, indent=2) + "\n")
+    shutil.rmtree(out, ignore_errors=True)
+    beside.rename(out)
+    return out

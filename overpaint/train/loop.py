@@ -1,0 +1,160 @@
+"""A training loop that survives `kill -9`: every few minutes the whole state goes to one safetensors file.
+
+The schedule is by wall time: the learning rate rises over the first 2 % of the minutes given and falls to zero along
+a cosine over the rest. Time already spent is part of the checkpoint, so a run killed and resumed ends with the same
+schedule, and a finished run can be continued with more minutes.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+__all__ = ["Progress", "fit", "save_tensors"]
+
+CHECKPOINT_SECONDS = 180.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training run stands: stage, share of its time used in [0, 1], step, smoothed loss."""
+
+    stage: str
+    share: float
+    step: int
+    loss: float
+    seconds_left: float
+
+
+def fit(
+    model: nn.Module,
+    loss: Callable[[int], Tensor],
+    *,
+    stage: str,
+    folder: Path,
+    minutes: float,
+    lr: float,
+    weight_decay: float = 0.01,
+    ema_decay: float = 0.0,
+    resume: bool = True,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> nn.Module:
+    """Train `model` on `loss(step)` for `minutes` and leave its averaged weights in it.
+
+    Args:
+        model: Trained in place; all of its parameters that require a gradient.
+        loss: Called with the step's number, which seeds what it draws; returns a scalar.
+        stage: Name of the checkpoint, `<folder>/<stage>.safetensors`.
+        folder: Where the checkpoint lies.
+        minutes: Wall time in all, time spent before a resume counted in.
+        lr: Peak learning rate of AdamW (betas 0.9, 0.99).
+        weight_decay: Decoupled decay, on matrices only.
+        ema_decay: Decay of the exponential average of the weights a step; 0 keeps none.
+        resume: Continue from the checkpoint where there is one.
+        on_progress: Told about progress every few seconds.
+    """
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
+    average = {name: p.detach().clone() for name, p in model.named_parameters()} if ema_decay else {}
+    path = folder / f"{stage}.safetensors"
+    step, spent, smooth = 0, 0.0, math.nan
+    if resume and path.exists():
+        step, spent, smooth = _restore(path, model, optimizer, average)
+    budget = minutes * 60
+    last = saved = told = time.monotonic()
+    model.train()
+    while spent < budget:
+        share = spent / budget
+        rate = lr * min(1.0, share / 0.02 + 1e-3) * 0.5 * (1 + math.cos(math.pi * share))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        value = loss(step)
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if average:
+            _blend(average, model, min(ema_decay, step / (step + 10)))
+        smooth = _smooth(smooth, value)
+        now = time.monotonic()
+        spent, last = spent + now - last, now
+        if on_progress and now - told > 10:
+            told = now
+            on_progress(Progress(stage, spent / budget, step, smooth, max(0.0, budget - spent)))
+        if now - saved > CHECKPOINT_SECONDS or spent >= budget:
+            saved = now
+            _save(path, model, optimizer, average, step, spent, smooth)
+    for name, parameter in model.named_parameters():
+        if name in average:
+            parameter.data.copy_(average[name])
+    return model.eval()
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write `tensors` to a safetensors file beside `path`, then rename it into place."""
+    beside = path.with_name(path.name + ".partial")
+    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, beside, metadata=metadata)
+    os.replace(beside, path)
+
+
+def _smooth(before: float, value: Tensor) -> float:
+    now = float(value.detach())
+    if not math.isfinite(now):
+        raise FloatingPointError(f"the loss became {now}: resume from the checkpoint with a lower rate.")
+    return now if math.isnan(before) else 0.98 * before + 0.02 * now
+
+
+def _blend(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+    with torch.no_grad():
+        torch._foreach_lerp_(list(average.values()), [p.detach() for p in model.parameters()], 1 - decay)
+
+
+def _save(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor],
+    step: int,
+    spent: float,
+    smooth: float,
+) -> None:
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    tensors |= {f"average.{k}": v for k, v in average.items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{k}": v for k, v in state.items()}
+    tensors = {k: v.clone() for k, v in tensors.items()}  # safetensors refuses shared storage
+    metadata = {"progress": json.dumps({"step": step, "spent": spent, "smooth": smooth})}
+    save_tensors(tensors, path, metadata)
+
+
+def _restore(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]
+) -> tuple[int, float, float]:
+    tensors = load_file(path)
+    model.load_state_dict(
+        {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    )
+    for name, value in average.items():
+        value.copy_(tensors[f"average.{name}"])
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            state.setdefault(int(index), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        progress = json.loads(file.metadata()["progress"])
+    return progress["step"], progress["spent"], progress["smooth"]
