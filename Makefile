@@ -1,0 +1,50 @@
+# `make demo` and `make test` are all that a newcomer needs; both first make .venv from python3 and pip.
+PYTHON ?= python3
+# Where to get torch, if not from the index that pip already knows: for a CPU build from PyTorch's own index say
+# `make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu`.
+TORCH_INDEX ?=
+OUT ?= runs/demo
+ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test check format bench train setup clean
+
+demo: $(STAMP)
+	$(BIN)/overpaint demo --out $(OUT) $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)
+	for script in benchmarks/speed_*.py benchmarks/quality_*.py; do \
+	  $(BIN)/python $$script --quick $(ARGS) || exit 1; \
+	done
+
+# make train MODEL=icons ARGS="--minutes 150 --resume"
+MODEL ?= icons
+train: $(STAMP)
+	$(BIN)/overpaint train $(MODEL) $(ARGS)
+
+setup: $(STAMP)
+
+# torch goes first and alone, so that no other package's wish pulls in a CUDA build.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install --quiet -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache runs
