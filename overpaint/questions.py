@@ -1,0 +1,190 @@
+"""The questions that judge an edit: prompts with the labels their pictures should be given.
+
+An edit of one concept is asked about five kinds of picture, by role:
+
+target            names the concept to erase, in a pair and a wording that the model was trained on
+unseen            the same in wordings that neither the model's captions nor the edit ever used
+held out          the same in an (object, style) pair that training never showed
+other             names another concept of the same kind; `other held out` in a held-out pair
+plain             names no concept of the kind
+
+Every concept of the kind is asked with the same objects, colors and seeds: pictures pair up.
+"""
+
+import random
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+
+__all__ = ["KINDS", "ROLES", "Question", "ask", "caption", "concept"]
+
+KINDS = ("style", "object", "color")
+ROLES = ("target", "unseen", "held out", "other", "other held out", "plain")
+
+# By (names a style, is kept for generality).
+_FRAMES = {
+    (True, False): (
+        "{a} {object} in {style} style",
+        "{style} style {object}",
+        "a picture of {a} {object} in {style} style",
+    ),
+    (True, True): (
+        "{style} style, {a} {object}",
+        "one {object} in {style} style",
+        "in {style} style: {a} {object}",
+    ),
+    (False, False): ("{a} {object}", "a picture of {a} {object}"),
+    (False, True): ("one {object}", "here: {a} {object}"),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One picture to make, and what a judge should see in it; `""` where nothing is said."""
+
+    prompt: str
+    seed: int
+    role: str
+    object: str = ""
+    style: str = ""
+    color: str = ""
+
+    def label(self, kind: str) -> str:
+        """Return what the prompt says of `kind`, one of `KINDS`; `""` if nothing."""
+        return {"object": self.object, "style": self.style, "color": self.color}[kind]
+
+
+def concept(text: str, labels: Mapping[str, Sequence[str]]) -> tuple[str, str]:
+    """Return the kind and the label that `text` names: `openmoji style` is the style `openmoji`.
+
+    Args:
+        text: As in a prompt.
+        labels: What a judge can say, by kind.
+
+    Raises:
+        ValueError: No label fits.
+    """
+    words = " ".join(text.lower().split()).removeprefix("the ")
+    for kind in (k for k in KINDS if k in labels):
+        suffix = " background" if kind == "color" else f" {kind}"
+        for name in (words, words.removesuffix(suffix), f"{words} logo", f"flag of {words}"):
+            if name in labels[kind]:
+                return kind, name
+    known = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in labels.items())
+    raise ValueError(f"the judge does not know {text!r}. Name one of: {known}.")
+
+
+def caption(object_: str, style: str, color: str, *, frame: int = 0, unseen: bool = False) -> str:
+    """Return a prompt for `object_` in `style` on `color`; `frame` counts through the wordings.
+
+    Args:
+        object_: The object, person, flag or logo.
+        style: `""` for none.
+        color: Of the background, `""` for none.
+        frame: Which wording, modulo their number.
+        unseen: Use the wordings that are kept for generality.
+    """
+    frames = _FRAMES[bool(style), unseen]
+    article = "the" if object_.startswith("flag of") or object_.endswith(" logo") else _a(object_)
+    text = frames[frame % len(frames)].format(a=article, object=object_, style=style)
+    return f"{text} on {_a(color)} {color} background" if color else text
+
+
+def ask(
+    kind: str,
+    erase: str,
+    *,
+    labels: Mapping[str, Sequence[str]],
+    held_out: Collection[tuple[str, str]] = (),
+    size: int = 40,
+    others: int = 6,
+    seed: int = 0,
+) -> tuple[Question, ...]:
+    """Return the questions that judge the loss of one concept.
+
+    Args:
+        kind: Of the concept, one of `KINDS`.
+        erase: Its label.
+        labels: What the judge can say, by kind.
+        held_out: (object, style) pairs that training never showed.
+        size: Questions for each concept of the kind; half as many are unseen or plain.
+        others: At most so many other concepts of the kind.
+        seed: Of the objects, colors and latents drawn.
+
+    Raises:
+        ValueError: `size` is not positive, or `erase` is no label of `kind`.
+    """
+    if size < 1:
+        raise ValueError(f"`size` must be at least 1, got {size}.")
+    if erase not in labels.get(kind, ()):
+        raise ValueError(f"{erase!r} is no {kind} the judge knows: name one of {labels.get(kind)}.")
+    rest = [name for name in labels[kind] if name != erase and not _is_sign(name)]
+    rest = random.Random(seed).sample(rest, min(others, len(rest)))
+    scenes = list(_scenes(labels, held_out, size, seed, drawn=kind))
+    rows = [_at(scene, kind, erase, "target", i) for i, scene in enumerate(scenes)]
+    rows += [_at(s, kind, erase, "unseen", i) for i, s in enumerate(scenes[: (size + 1) // 2])]
+    for name in rest:
+        rows += [_at(scene, kind, name, "other", i) for i, scene in enumerate(scenes)]
+    if kind != "object":
+        rows += [_at(s, kind, "", "plain", i) for i, s in enumerate(scenes[: (size + 1) // 2])]
+    rows = [q for q in rows if (q.object, q.style) not in held_out]
+    return (*rows, *_composed(kind, erase, rest, held_out, size, seed))
+
+
+def _scenes(
+    labels: Mapping[str, Sequence[str]],
+    held_out: Collection[tuple[str, str]],
+    size: int,
+    seed: int,
+    *,
+    drawn: str,
+) -> Iterator[Question]:
+    """Draw scenes whose objects were trained in every style; every other one names its color."""
+    rng = random.Random(seed)
+    styles, colors = labels.get("style", ("",)), labels.get("color", ("",))
+    things = [name for name in labels.get("object", ("thing",)) if not _is_sign(name)]
+    seen = [o for o in things if not any((o, s) in held_out for s in styles)] or things
+    rng.shuffle(seen)
+    for i, thing in enumerate(islice(cycle(seen), size)):
+        color = rng.choice(colors) if i % 2 or drawn == "color" else ""
+        yield Question("", seed + i, "", thing, styles[i % len(styles)], color)
+
+
+def _at(scene: Question, kind: str, name: str, role: str, frame: int) -> Question:
+    """Put concept `name` of `kind` into the scene and word it."""
+    if kind == "style":
+        found = replace(scene, style=name)
+    elif kind == "color":
+        found = replace(scene, color=name)
+    else:
+        found = replace(scene, object=name, style="" if _is_sign(name) else scene.style)
+    words = caption(found.object, found.style, found.color, frame=frame, unseen=role == "unseen")
+    return replace(found, prompt=words, role=role)
+
+
+def _composed(
+    kind: str,
+    erase: str,
+    rest: Sequence[str],
+    held_out: Collection[tuple[str, str]],
+    size: int,
+    seed: int,
+) -> Iterator[Question]:
+    """Ask for held-out pairs, at most `size` for each concept of the kind."""
+    used: dict[str, int] = {}
+    for i, (thing, style) in enumerate(sorted(held_out)):
+        color = (erase, *rest)[i % (1 + len(rest))] if kind == "color" else ""
+        found = Question(caption(thing, style, color), seed + i, "", thing, style, color)
+        name = found.label(kind)
+        used[name] = used.get(name, 0) + 1
+        if name in (erase, *rest) and used[name] <= size:
+            yield replace(found, role="held out" if name == erase else "other held out")
+
+
+def _is_sign(name: str) -> bool:
+    """Persons, flags and logos: drawn in no studio's style, or in poses."""
+    return name.startswith(("person ", "flag of ")) or name.endswith(" logo")
+
+
+def _a(noun: str) -> str:
+    return "an" if noun[:1] in "aeiou" else "a"
