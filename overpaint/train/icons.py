@@ -56,8 +56,8 @@ class Recipe:
     clip_lr: float = 1e-3
     vae_channels: tuple[int, ...] = (16, 32, 64, 96)  # three halvings: 64 -> 8 pixels
     latent_channels: int = 8
-    vae_batch: int = 8
-    vae_lr: float = 1e-3
+    vae_batch: int = 4
+    vae_lr: float = 1.5e-3
     unet_channels: tuple[int, ...] = (96, 192)  # 8x8 and 4x4, both with cross-attention
     unet_layers: int = 1  # ResNet + transformer pairs a level going down (one more going up)
     unet_batch: int = 64
@@ -225,7 +225,7 @@ def build_vae(recipe: Recipe) -> Any:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=recipe.vae_channels, layers_per_block=1, latent_channels=recipe.latent_channels,
-        norm_num_groups=8, sample_size=icon_world.SIZE, scaling_factor=1.0,
+        norm_num_groups=8, sample_size=icon_world.SIZE, scaling_factor=1.0, mid_block_add_attention=False,
     )  # fmt: skip
 
 
@@ -253,7 +253,7 @@ def _train_vae(
         drawn = model.decode(posterior.mean + (posterior.std + 0.05) * noise).sample
         difference = drawn - pixels
         edges = sum(difference.diff(dim=d).abs().mean() for d in (2, 3))
-        return difference.abs().mean() + difference.square().mean() + 0.5 * edges + 2e-4 * posterior.kl().mean() / 64
+        return difference.abs().mean() + difference.square().mean() + 0.5 * edges + 3e-5 * posterior.kl().mean() / 64
 
     done = fit(
         model, loss, stage="vae", folder=folder, minutes=minutes, lr=recipe.vae_lr, weight_decay=0.0, ema_decay=0.99,

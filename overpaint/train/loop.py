@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from overpaint.train.muon import Muon
 
 __all__ = ["Progress", "fit", "save_tensors"]
 
@@ -43,6 +46,7 @@ def fit(
     lr: float,
     weight_decay: float = 0.01,
     ema_decay: float = 0.0,
+    muon: bool = True,
     resume: bool = True,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> nn.Module:
@@ -54,34 +58,34 @@ def fit(
         stage: Name of the checkpoint, `<folder>/<stage>.safetensors`.
         folder: Where the checkpoint lies.
         minutes: Wall time in all, time spent before a resume counted in.
-        lr: Peak learning rate of AdamW (betas 0.9, 0.99).
+        lr: Peak learning rate, one for both optimisers (AdamW: betas 0.9, 0.99).
         weight_decay: Decoupled decay, on matrices only.
         ema_decay: Decay of the exponential average of the weights a step; 0 keeps none.
+        muon: Update the matrices inside the network with Muon; else AdamW throughout.
         resume: Continue from the checkpoint where there is one.
         on_progress: Told about progress every few seconds.
     """
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
+    optimizers = _optimizers(model, lr=lr, decay=weight_decay, muon=muon)
     average = {name: p.detach().clone() for name, p in model.named_parameters()} if ema_decay else {}
     path = folder / f"{stage}.safetensors"
     step, spent, smooth = 0, 0.0, math.nan
     if resume and path.exists():
-        step, spent, smooth = _restore(path, model, optimizer, average)
+        step, spent, smooth = _restore(path, model, optimizers, average)
     budget = minutes * 60
     last = saved = told = time.monotonic()
     model.train()
     while spent < budget:
         share = spent / budget
         rate = lr * min(1.0, share / 0.02 + 1e-3) * 0.5 * (1 + math.cos(math.pi * share))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         value = loss(step)
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         step += 1
         if average:
             _blend(average, model, min(ema_decay, step / (step + 10)))
@@ -93,7 +97,7 @@ def fit(
             on_progress(Progress(stage, spent / budget, step, smooth, max(0.0, budget - spent)))
         if now - saved > CHECKPOINT_SECONDS or spent >= budget:
             saved = now
-            _save(path, model, optimizer, average, step, spent, smooth)
+            _save(path, model, optimizers, average, step, spent, smooth)
     for name, parameter in model.named_parameters():
         if name in average:
             parameter.data.copy_(average[name])
@@ -105,6 +109,18 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     beside = path.with_name(path.name + ".partial")
     save_file({k: v.detach().contiguous() for k, v in tensors.items()}, beside, metadata=metadata)
     os.replace(beside, path)
+
+
+def _optimizers(model: nn.Module, *, lr: float, decay: float, muon: bool) -> list[torch.optim.Optimizer]:
+    """Muon for what lies inside (matrices, convolutions), AdamW for embeddings, vectors and both ends."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    ends = ("embed", "conv_in", "conv_out", "head", "projection")
+    inside = {n for n, p in named if muon and p.ndim > 1 and not any(end in n for end in ends)}
+    matrices = [p for n, p in named if n not in inside and p.ndim > 1]
+    vectors = [p for n, p in named if n not in inside and p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
+    return [adam, Muon([p for n, p in named if n in inside], lr, decay=decay)] if inside else [adam]
 
 
 def _smooth(before: float, value: Tensor) -> float:
@@ -122,7 +138,7 @@ def _blend(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
 def _save(
     path: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     average: dict[str, Tensor],
     step: int,
     spent: float,
@@ -130,15 +146,16 @@ def _save(
 ) -> None:
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in average.items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{k}": v for k, v in state.items()}
+    for kind, optimizer in enumerate(optimizers):
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{kind}.{index}.{k}": v for k, v in state.items()}
     tensors = {k: v.clone() for k, v in tensors.items()}  # safetensors refuses shared storage
     metadata = {"progress": json.dumps({"step": step, "spent": spent, "smooth": smooth})}
     save_tensors(tensors, path, metadata)
 
 
 def _restore(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]
+    path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], average: dict[str, Tensor]
 ) -> tuple[int, float, float]:
     tensors = load_file(path)
     model.load_state_dict(
@@ -146,15 +163,14 @@ def _restore(
     )
     for name, value in average.items():
         value.copy_(tensors[f"average.{name}"])
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".", 2)
-            state.setdefault(int(index), {})[name] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    from safetensors import safe_open
-
+    for kind, optimizer in enumerate(optimizers):
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith(f"optimizer.{kind}."):
+                _, _, index, name = key.split(".", 3)
+                state.setdefault(int(index), {})[name] = value
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
     with safe_open(path, framework="pt") as file:
         progress = json.loads(file.metadata()["progress"])
     return progress["step"], progress["spent"], progress["smooth"]
