@@ -1,0 +1,52 @@
+"""Every Python block of the README and of docs/ runs, page by page from top to bottom."""
+
+import contextlib
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+import overpaint as op
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#]+)(?:#[^)]*)?\)")
+
+
+def title(path):
+    return str(path.relative_to(ROOT))
+
+
+def blocks(path):
+    """Return the page's code as one program, with the line numbers of the page."""
+    text = path.read_text()
+    lines = [""] * (text.count("\n") + 1)
+    for found in BLOCK.finditer(text):
+        first = text[: found.start(1)].count("\n")
+        for i, line in enumerate(found[1].splitlines()):
+            lines[first + i] = line
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text()], ids=title)
+def test_the_code_of_a_page_runs(page, tmp_path):
+    assert "icons" in op.zoo.names(), (
+        "the zoo has no weights: clone them, or `overpaint train icons`"
+    )
+    with contextlib.chdir(tmp_path):
+        exec(compile(blocks(page), title(page), "exec"), {"__name__": "__main__"})
+    assert os.getcwd() != str(tmp_path)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=title)
+def test_links_lead_somewhere(page):
+    for target in LINK.findall(page.read_text()):
+        assert (page.parent / target).exists(), f"{title(page)} links to {target}"
+
+
+def test_the_readme_shows_the_two_commands():
+    text = (ROOT / "README.md").read_text()
+    assert "make demo" in text
+    assert "make test" in text
