@@ -1,0 +1,173 @@
+"""Read a diffusers folder, and refuse what cannot be worked on.
+
+diffusers and transformers load a folder whose weights are missing or foreign with random weights and a warning at
+most; here that is an error.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from overpaint.errors import UnsupportedModel
+
+__all__ = ["check", "read_folder", "read_hub"]
+
+_PARTS = ("text_encoder", "unet", "vae")
+
+
+def read_folder(folder: Path, *, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """Return the pipeline in `folder`, and the settings in its `overpaint.json`, if any.
+
+    Raises:
+        UnsupportedModel: The folder holds no Stable Diffusion pipeline in safetensors, or a damaged one.
+    """
+    _check_index(folder)
+    files = [file for part in _PARTS for file in _weight_files(folder, part)]
+    variant = "fp16" if all(".fp16." in file.name for file in files) else None
+    pipe = _read(str(folder), dtype=dtype, variant=variant, local_files_only=True)
+    for part in _PARTS:
+        _check_keys(getattr(pipe, part), folder, part)
+    settings = folder / "overpaint.json"
+    if not settings.is_file():
+        return pipe, {}
+    known = json.loads(settings.read_text())
+    return pipe, {key: known[key] for key in ("guidance_scale",) if key in known}
+
+
+def read_hub(name: str, *, dtype: torch.dtype) -> Any:
+    """Return the pipeline `name` of the Hugging Face hub, from the local cache if it is there.
+
+    Raises:
+        ValueError: The hub cannot be reached, or holds no such pipeline in safetensors.
+    """
+    try:
+        return _read(name, dtype=dtype, variant=None, local_files_only=False)
+    except UnsupportedModel as error:
+        raise ValueError(
+            f"unknown model {name!r}: there is no such folder, and the hub gave no Stable Diffusion pipeline in "
+            "safetensors of that name. Check the spelling and the connection, or name a folder."
+        ) from error
+
+
+def check(pipe: Any) -> None:
+    """Make sure that `pipe` has the parts of Stable Diffusion 1 or 2 and finite weights.
+
+    Raises:
+        UnsupportedModel: A part is missing, or a weight is NaN or infinite.
+    """
+    wanted = ("text_encoder", "tokenizer", "unet", "vae", "scheduler")
+    missing = [part for part in wanted if getattr(pipe, part, None) is None]
+    if missing or not hasattr(pipe.unet, "down_blocks"):
+        raise UnsupportedModel(
+            f"{type(pipe).__name__} is not a Stable Diffusion pipeline: it has no {', '.join(missing) or 'UNet'}. "
+            "Load a `StableDiffusionPipeline` of version 1 or 2."
+        )
+    if getattr(pipe, "text_encoder_2", None) is not None:
+        raise UnsupportedModel(
+            f"{type(pipe).__name__} has two text encoders: only Stable Diffusion 1 and 2 are supported."
+        )
+    for part in _PARTS:
+        for name, tensor in getattr(pipe, part).named_parameters():
+            if not torch.isfinite(tensor).all():
+                raise UnsupportedModel(
+                    f"the weights {part}.{name} hold NaN or infinite values: the file is damaged or its training "
+                    "diverged. Load another copy."
+                )
+
+
+def _check_index(folder: Path) -> None:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        pickles = sorted(p.name for p in folder.glob("*") if p.suffix in (".ckpt", ".bin", ".pt"))
+        held = f" but the pickle {pickles[0]}" if pickles else ""
+        raise UnsupportedModel(
+            f"{str(folder)!r} is not a diffusers pipeline: it holds no model_index.json{held}. Name a folder that "
+            "`save_pretrained` wrote."
+        )
+    try:
+        kind = json.loads(index.read_text()).get("_class_name")
+    except (ValueError, AttributeError) as error:
+        raise UnsupportedModel(f"{str(index)!r} is not valid JSON: {error}. Get the folder again.") from error
+    if kind != "StableDiffusionPipeline":
+        raise UnsupportedModel(
+            f"{str(folder)!r} holds a {kind}: only StableDiffusionPipeline (Stable Diffusion 1 and 2) is supported."
+        )
+
+
+def _weight_files(folder: Path, part: str) -> list[Path]:
+    files = sorted((folder / part).glob("*.safetensors"))
+    plain = [file for file in files if ".fp16." not in file.name]
+    if files:
+        return plain or files
+    if any((folder / part).glob("*.bin")):
+        raise UnsupportedModel(
+            f"{str(folder / part)!r} holds pickled weights (.bin), which can run any code when they are read: "
+            "convert them to safetensors with `save_pretrained(folder)` on a machine where that does no harm."
+        )
+    raise UnsupportedModel(f"{str(folder / part)!r} holds no weights: expected a .safetensors file. Get the folder again.")
+
+
+def _check_keys(module: Any, folder: Path, part: str) -> None:
+    """Refuse weights that the file does not hold: they would be random."""
+    from safetensors import safe_open
+
+    held: set[str] = set()
+    for file in _weight_files(folder, part):
+        with safe_open(file, framework="pt") as opened:
+            held.update(key.removeprefix("text_model.") for key in opened.keys())  # noqa: SIM118
+    wanted = {name.removeprefix("text_model.") for name, _ in module.named_parameters()}
+    if part == "vae":  # diffusers renames old attention weights of the VAE when it reads them
+        wanted = {name for name in wanted if ".attentions." not in name}
+    missing = sorted(wanted - held)
+    if missing:
+        raise UnsupportedModel(
+            f"the weights in {str(folder / part)!r} are not this model's: {len(missing)} are missing, first "
+            f"{missing[0]!r}. Get the folder again."
+        )
+
+
+def _read(source: str, *, dtype: torch.dtype, variant: str | None, local_files_only: bool) -> Any:
+    from diffusers import StableDiffusionPipeline
+    from safetensors import SafetensorError
+
+    try:
+        with _quiet():
+            return StableDiffusionPipeline.from_pretrained(
+                source,
+                dtype=dtype,
+                variant=variant,
+                local_files_only=local_files_only,
+                use_safetensors=True,
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UnsupportedModel(
+            f"{source!r} could not be read as a Stable Diffusion pipeline: {reason} Get it again, or train it again."
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the progress bars and notes of diffusers and transformers for a while."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    logs = (diffusers_logging, transformers_logging)
+    before = [(log.is_progress_bar_enabled(), log.get_verbosity()) for log in logs]
+    try:
+        for log in logs:
+            log.disable_progress_bar()
+            log.set_verbosity_error()
+        yield
+    finally:
+        for log, (bars, verbosity) in zip(logs, before, strict=True):
+            log.set_verbosity(verbosity)
+            if bars:
+                log.enable_progress_bar()

@@ -1,0 +1,261 @@
+"""TextToImage: load a text-to-image model and use its parts.
+
+The diffusers pipeline stays in reach as `model.pipe`; its `__call__`, safety checker and progress bars are not used.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from overpaint import checkpoint, zoo
+from overpaint.errors import UnsupportedModel
+from overpaint.pictures import Pictures
+from overpaint.sample import denoise
+
+__all__ = ["TextToImage", "load"]
+
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+
+class TextToImage:
+    """A Stable Diffusion pipeline (versions 1 and 2), taken apart.
+
+    Attributes:
+        pipe: The diffusers pipeline, live: what changes there changes here.
+        name: Where it was loaded from.
+        guidance_scale: What `generate` uses unless told otherwise.
+    """
+
+    def __init__(self, pipe: Any, *, name: str, guidance_scale: float = 7.5) -> None:
+        self.pipe = pipe
+        self.name = name
+        self.guidance_scale = guidance_scale
+
+    @property
+    def text_encoder(self) -> Any:
+        """The `CLIPTextModel`."""
+        return self.pipe.text_encoder
+
+    @property
+    def tokenizer(self) -> Any:
+        """The `CLIPTokenizer`."""
+        return self.pipe.tokenizer
+
+    @property
+    def unet(self) -> Any:
+        """The `UNet2DConditionModel`."""
+        return self.pipe.unet
+
+    @property
+    def vae(self) -> Any:
+        """The `AutoencoderKL`."""
+        return self.pipe.vae
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler; every run works on a copy of its settings."""
+        return self.pipe.scheduler
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.unet.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the UNet's weights."""
+        return next(self.unet.parameters()).dtype
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Return the token ids of `prompts`, padded and cut to the limit, int64, shape (N, L)."""
+        return self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Return the text features of `prompts`, shape (N, L, D); without an attention mask, as SD-1.x does."""
+        return self.text_encoder(self.tokenize(prompts).to(self.device))[0]
+
+    def initial_latents(self, seeds: Sequence[int]) -> Tensor:
+        """Return the noise each seed starts from, shape (N, C, h, w), scaled as the scheduler asks.
+
+        Each row has a CPU generator of its own, so that it depends neither on its neighbours nor on the device.
+        """
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (self.unet.config.in_channels, height, width)
+        rows = [torch.randn(shape, generator=Generator().manual_seed(seed)) for seed in seeds]
+        return (torch.stack(rows) * self.scheduler.init_noise_sigma).to(self.device, self.dtype)
+
+    def noise_pred(self, latents: Tensor, t: Tensor, prompt_embeds: Tensor) -> Tensor:
+        """Return the UNet's prediction at timestep `t`: noise or velocity, shape of `latents` (B, C, h, w)."""
+        return self.unet(latents, t, encoder_hidden_states=prompt_embeds.to(latents.dtype)).sample
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the pictures of `latents` (N, C, h, w): RGB in [0, 1], float32, shape (N, 3, H, W)."""
+        config = self.vae.config
+        shift = getattr(config, "shift_factor", None) or 0.0
+        images = self.vae.decode(latents / config.scaling_factor + shift).sample
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int | Sequence[int] = 0,
+        steps: int = 20,
+        guidance_scale: float | None = None,
+        batch_size: int = 32,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Pictures:
+        """Draw a picture for each prompt.
+
+        A row depends on its prompt and seed alone: neither on its neighbours nor, to 1e-4, on `batch_size`.
+
+        Args:
+            prompts: What to draw, N prompts or one.
+            seed: One for all prompts, or one a prompt.
+            steps: Denoising steps.
+            guidance_scale: Weight of the prompt against the empty prompt; the model's own default if `None`.
+            batch_size: Pictures at a time.
+            on_progress: Called after each step with the steps done and the steps in all.
+
+        Returns:
+            The pictures, on the CPU, with the settings that made them.
+
+        Raises:
+            ValueError: No prompts, not as many seeds as prompts, or a setting out of range.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        seeds = [seed] * len(texts) if isinstance(seed, int) else list(seed)
+        _check_request(texts, seeds, steps=steps, batch_size=batch_size)
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        distinct = list(dict.fromkeys(["", *texts]))
+        embeds = torch.cat([self.encode(part) for part in _slices(distinct, batch_size)])
+        rows = torch.tensor([distinct.index(text) for text in texts], device=embeds.device)
+        batches = _slices(list(range(len(texts))), batch_size)
+        done = 0
+        images: list[Tensor] = []
+
+        def tick(*_: object) -> None:
+            nonlocal done
+            done += 1
+            if on_progress is not None:
+                on_progress(done, max(done, steps * len(batches)))
+
+        for batch in batches:
+            chosen = [seeds[i] for i in batch]
+            latents = denoise(
+                self,
+                self.initial_latents(chosen),
+                embeds[rows[batch[0] : batch[-1] + 1]],
+                embeds[:1],
+                steps=steps,
+                guidance_scale=scale,
+                on_step=tick,
+                generators=[Generator().manual_seed(s + 1) for s in chosen],
+            )
+            images.append(self.decode(latents).cpu())
+        protocol = self.protocol(steps=steps, guidance_scale=scale)
+        return Pictures(torch.cat(images), tuple(texts), tuple(seeds), protocol)
+
+    def protocol(self, *, steps: int, guidance_scale: float) -> dict[str, Any]:
+        """Return what made a picture or a number, ready for JSON."""
+        return {
+            "model": self.name,
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+            "scheduler": type(self.scheduler).__name__,
+            "prediction_type": self.scheduler.config.get("prediction_type", "epsilon"),
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        }
+
+
+def load(
+    source: Any, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> TextToImage:
+    """Load a model; the only function of the package, with `features.load`, that may reach the network.
+
+    Args:
+        source: A name from the zoo (`"icons"`), a diffusers folder, a hub id (`"owner/name"`), or a live
+            `StableDiffusionPipeline`, which stays as it is: then `device` and `dtype` are not used.
+        device: Where to put the weights.
+        dtype: Number format to load into, whatever is on disk.
+
+    Raises:
+        UnsupportedModel: A pickle, a foreign or damaged folder, another layout, or weights that are not finite.
+        ValueError: The name is unknown.
+    """
+    if not isinstance(source, str | Path):
+        checkpoint.check(source)
+        return TextToImage(source, name=str(source.config.get("_name_or_path") or "live pipeline"))
+    text = str(source)
+    if text in _pipelines() or Path(text).is_dir():
+        folder = zoo.folder(text) if text in _pipelines() else Path(text)
+        pipe, settings = checkpoint.read_folder(folder, dtype=dtype)
+    elif Path(text).suffix in (*_PICKLES, ".safetensors"):
+        raise UnsupportedModel(_single_file_message(text))
+    elif isinstance(source, str) and _is_hub_id(text):
+        pipe, settings = checkpoint.read_hub(text, dtype=dtype), {}
+    else:
+        raise ValueError(
+            f"unknown model {text!r}: it is neither a folder nor a name that ships with the package "
+            f"({', '.join(_pipelines()) or 'none'}). Check the spelling, or give a hub id such as 'owner/name'."
+        )
+    checkpoint.check(pipe)
+    return TextToImage(pipe.to(device), name=text, **settings)
+
+
+def _pipelines() -> tuple[str, ...]:
+    """Return the zoo's names that are text-to-image models."""
+    return tuple(name for name in zoo.names() if (zoo.folder(name) / "model_index.json").is_file())
+
+
+def _is_hub_id(text: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", text) is not None
+
+
+def _single_file_message(text: str) -> str:
+    if Path(text).suffix in _PICKLES:
+        return (
+            f"{text!r} is a pickle, which can run any code when it is read: use the model's folder of safetensors "
+            "instead, or convert it on a machine where that does no harm."
+        )
+    return (
+        f"{text!r} is a single file without the model's settings: make a folder of it once with "
+        "`StableDiffusionPipeline.from_single_file(...).save_pretrained(folder)` and load that."
+    )
+
+
+def _check_request(
+    texts: Sequence[str], seeds: Sequence[int], *, steps: int, batch_size: int
+) -> None:
+    if not texts:
+        raise ValueError("`prompts` is empty: give at least one prompt.")
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"`prompts` must be strings, got {texts!r}.")
+    if len(seeds) != len(texts):
+        raise ValueError(
+            f"{len(seeds)} seeds for {len(texts)} prompts: give one seed for all, or one for each prompt."
+        )
+    if steps < 1:
+        raise ValueError(f"`steps` must be at least 1, got {steps}.")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+
+
+def _slices(items: list[Any], size: int) -> list[list[Any]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]

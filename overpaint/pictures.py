@@ -1,0 +1,67 @@
+"""Pictures: what a model drew, and what made it draw so."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+__all__ = ["Pictures"]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Generated pictures.
+
+    Attributes:
+        images: RGB in [0, 1], float32 on the CPU, shape (N, 3, H, W).
+        prompts: What each was to show.
+        seeds: What each started from.
+        protocol: Model, steps, guidance, scheduler, versions.
+    """
+
+    images: Tensor
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    protocol: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def pil(self) -> list[Image.Image]:
+        """Return the pictures as PIL images."""
+        pixels = (self.images.permute(0, 2, 3, 1) * 255).round().byte().numpy()  # (N, H, W, 3)
+        return [Image.fromarray(rgb) for rgb in pixels]
+
+    def grid(self, columns: int = 8) -> Image.Image:
+        """Return one image of all pictures in rows of `columns`, on white, two pixels apart."""
+        if columns < 1:
+            raise ValueError(f"`columns` must be at least 1, got {columns}.")
+        tiles = self.pil()
+        width, height = (side + 2 for side in tiles[0].size)
+        columns = min(columns, len(tiles))
+        sheet = Image.new("RGB", (columns * width - 2, -(-len(tiles) // columns) * height - 2), "white")
+        for i, tile in enumerate(tiles):
+            sheet.paste(tile, (i % columns * width, i // columns * height))
+        return sheet
+
+    def save(self, folder: str | Path) -> tuple[Path, ...]:
+        """Write `0000.png` and so on, and `pictures.json` with prompts, seeds and protocol; return the PNGs' paths.
+
+        Each file is written beside its place and then moved there, so that none is ever half written.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = tuple(folder / f"{i:04d}.png" for i in range(len(self)))
+        for path, image in zip(paths, self.pil(), strict=True):
+            beside = path.with_suffix(".part")
+            image.save(beside, format="PNG")
+            os.replace(beside, path)
+        about = {"prompts": self.prompts, "seeds": self.seeds, "protocol": self.protocol}
+        beside = folder / "pictures.json.part"
+        beside.write_text(json.dumps(about, indent=1) + "\n")
+        os.replace(beside, folder / "pictures.json")
+        return paths

@@ -1,0 +1,81 @@
+"""The one denoising loop."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Generator, Tensor
+
+__all__ = ["Denoiser", "denoise"]
+
+
+class Denoiser(Protocol):
+    """What the loop needs of a model."""
+
+    @property
+    def scheduler(self) -> Any:
+        """The diffusers scheduler whose settings each run copies."""
+        ...
+
+    def noise_pred(self, latents: Tensor, t: Tensor, prompt_embeds: Tensor) -> Tensor:
+        """Predict what the scheduler asks for (noise or velocity), shape of `latents`."""
+        ...
+
+
+@torch.no_grad()
+def denoise(
+    model: Denoiser,
+    latents: Tensor,
+    prompt_embeds: Tensor,
+    negative_embeds: Tensor,
+    *,
+    steps: int,
+    guidance_scale: float,
+    on_step: Callable[[int, Tensor], Tensor | None] | None = None,
+    generators: Sequence[Generator] | None = None,
+) -> Tensor:
+    r"""Denoise `latents` with classifier-free guidance.
+
+    At every step :math:`\hat\epsilon = \epsilon(\varnothing) + w\,(\epsilon(c) - \epsilon(\varnothing))`, both branches
+    in one batch: first all unconditional rows, then all conditional ones. At :math:`w = 1` the batch holds the
+    conditional rows alone. Every run copies the model's scheduler anew, so that none carries state into another.
+
+    Args:
+        model: Predicts the noise (or velocity: the scheduler knows which).
+        latents: Where to start, shape (B, C, h, w).
+        prompt_embeds: Text features, shape (B, L, D).
+        negative_embeds: Text features of the unconditional branch, shape (1, L, D) or (B, L, D).
+        steps: Number of steps asked of the scheduler; some (PNDM) take one more.
+        guidance_scale: :math:`w`.
+        on_step: Called with the number of steps done and the latents; what it returns, if not `None`, replaces them.
+        generators: One a row, for schedulers that draw noise while they sample.
+
+    Returns:
+        Denoised latents, shape (B, C, h, w).
+    """
+    rows = latents.shape[0]
+    scheduler = type(model.scheduler).from_config(model.scheduler.config)
+    scheduler.set_timesteps(steps, device=latents.device)
+    context = prompt_embeds
+    if guidance_scale != 1:
+        context = torch.cat([negative_embeds.expand(rows, -1, -1), prompt_embeds])
+    options = _step_options(scheduler, generators)
+    for done, t in enumerate(scheduler.timesteps, start=1):
+        scaled = scheduler.scale_model_input(latents, t)
+        if guidance_scale == 1:
+            noise_pred = model.noise_pred(scaled, t, context)
+        else:
+            empty, full = model.noise_pred(torch.cat([scaled, scaled]), t, context).chunk(2)
+            noise_pred = empty + guidance_scale * (full - empty)
+        latents = scheduler.step(noise_pred, t, latents, **options).prev_sample
+        if on_step is not None:
+            replaced = on_step(done, latents)
+            latents = latents if replaced is None else replaced
+    return latents
+
+
+def _step_options(scheduler: Any, generators: Sequence[Generator] | None) -> dict[str, Any]:
+    if generators is None or "generator" not in inspect.signature(scheduler.step).parameters:
+        return {}
+    return {"generator": list(generators)}

@@ -1,0 +1,53 @@
+"""Tiny random models, shared by all tests and never changed by any."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach the network
+
+import pytest
+import torch
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+@pytest.fixture(autouse=True)
+def _repeatable():
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd1():
+    """A random pipeline in SD-1.4's layout, float32. Read only: an edit must be reverted."""
+    import overpaint
+    from overpaint.zoo import build
+
+    return overpaint.load(build.tiny())
+
+
+@pytest.fixture(scope="session")
+def tiny_sd2():
+    """The same in SD-2's layout: velocity prediction, other padding."""
+    import overpaint
+    from overpaint.zoo import build
+
+    return overpaint.load(build.tiny("sd2"))
+
+
+@pytest.fixture(scope="session")
+def tiny_double():
+    """`tiny_sd1` in float64, for laws that hold exactly."""
+    import overpaint
+    from overpaint.zoo import build
+
+    return overpaint.load(build.tiny().to(torch.float64))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """`tiny_sd1` as a pipeline folder on disk."""
+    from overpaint.zoo import build
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    build.tiny().save_pretrained(folder)
+    return folder
