@@ -54,7 +54,7 @@ class Bar:
 
 
 def heat_map(panels: Sequence[Panel], *, theme: Theme, columns: int = 2, unit: str = "") -> bytes:
-    """Draw `panels` in rows of `columns` under one color scale and return a PNG.
+    """Draw `panels` in rows of `columns` under one color scale from 0 and return a PNG.
 
     Args:
         panels: At least one.
@@ -72,13 +72,13 @@ def heat_map(panels: Sequence[Panel], *, theme: Theme, columns: int = 2, unit: s
     figure = _figure(5.8, height + 0.35, theme)
     axes = figure.subplots(rows, columns, squeeze=False)
     found = np.array([v for p in panels for row in p.values for v in row], dtype=float)
-    low, high = min(0.0, _bound(found, np.nanmin)), max(_bound(found, np.nanmax), 1e-6)
+    high = max(float(np.nanmax(found)), 1e-6) if np.isfinite(found).any() else 1.0
     colors = LinearSegmentedColormap.from_list("overpaint", [theme.paper, theme.hue])
     colors.set_bad(theme.faint)
     image: Any = None
     for axis, panel in zip(axes.flat, panels, strict=False):
-        image = axis.imshow(np.array(panel.values), cmap=colors, vmin=low, vmax=high, aspect="auto")
-        _label(axis, panel, theme, mark=high - low)
+        image = axis.imshow(np.array(panel.values), cmap=colors, vmin=0, vmax=high, aspect="auto")
+        _label(axis, panel, theme, mark=high)
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
     bar = figure.colorbar(
@@ -123,6 +123,7 @@ def bar_chart(
     axis.grid(axis="x", color=theme.faint, linewidth=0.5)
     axis.set_axisbelow(True)
     _plain(axis, theme)
+    axis.tick_params(axis="x", labelsize=7)
     figure.legend(
         *axis.get_legend_handles_labels(), loc="outside upper left", ncols=len(series), frameon=False,
         fontsize=8, labelcolor=theme.ink,
@@ -156,10 +157,6 @@ def _plain(axis: "Axes", theme: Theme) -> None:
     axis.set_facecolor(theme.paper)
     axis.tick_params(colors=theme.ink, length=0)
     axis.spines[:].set_visible(False)
-
-
-def _bound(values: np.ndarray, pick: Any) -> float:
-    return float(pick(values)) if np.isfinite(values).any() else 0.0
 
 
 def _png(figure: "Figure") -> bytes:

@@ -1,0 +1,5 @@
+"""`python -m overpaint`: the command line."""
+
+from overpaint.cli import main
+
+main()

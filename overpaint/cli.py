@@ -1,0 +1,309 @@
+"""The command line: one function a verb. Prints, progress bars and exit codes live here and nowhere else.
+
+Exit codes: 0 done, 1 a fault of ours, 2 bad input, 130 Ctrl-C. Errors are one line on stderr; with `--json` stdout
+holds one JSON object and nothing else.
+"""
+
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from typer.exceptions import TyperException
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="overpaint",
+    help="Find where an image model keeps what it knows, and paint over it.",
+    add_completion=False,
+    no_args_is_help=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Argument(help="A zoo name (icons), a folder, or a hub id.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Seed = Annotated[int, typer.Option(help="Everything drawn at random follows from it.")]
+Steps = Annotated[int, typer.Option(help="Denoising steps of a picture.")]
+
+Tick = Callable[[int, int], None]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave with its exit code."""
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except KeyboardInterrupt:
+        code = 130
+    except TyperException as error:
+        return _complain(error.format_message())
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        _maybe_trace()
+        return _complain(str(error))
+    except Exception as error:  # a fault of ours: say so in one line, with the way to see more
+        _maybe_trace()
+        text = f"{type(error).__name__}: {error} (a fault of overpaint: set OVERPAINT_TRACEBACK=1 to see where)"
+        return _complain(text, code=1)
+    if code == 130:
+        return _complain("stopped by Ctrl-C", code=130)
+    return code if isinstance(code, int) else 0
+
+
+def _complain(text: str, *, code: int = 2) -> int:
+    sys.stderr.write(f"overpaint: {' '.join(text.split())}\n")
+    return code
+
+
+def _maybe_trace() -> None:
+    if os.environ.get("OVERPAINT_TRACEBACK"):
+        traceback.print_exc()
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for report.html and summary.json.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer pictures, same code.")] = False,
+    erase: Annotated[str, typer.Option(help="What to paint over.")] = "openmoji style",
+    replace: Annotated[str, typer.Option(help="What to put in its place.")] = "noto style",
+    model: Annotated[str, typer.Option(help="A zoo name, a folder or a hub id.")] = "icons",
+    seed: Seed = 0,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Trace, edit, judge and report: the whole loop on the shipped model."""
+    from overpaint import demo as whole
+
+    _check_writable(out)
+    loaded = _load(model, device)
+    with _progress(as_json) as stage:
+        summary = whole.run(
+            loaded, out, erase=erase, replace=replace, quick=quick, seed=seed,
+            held_out=_held_out(model), on_progress=stage,
+        )  # fmt: skip
+    if as_json:
+        return _print_json(summary)
+    _print_summary(summary, erase=erase, replace=replace, out=out)
+    return None
+
+
+@app.command()
+def load(model: Model, device: Device = "cpu", as_json: Json = False) -> None:
+    """Say what a model is made of."""
+    loaded = _load(model, device)
+    parts = {
+        name: type(part).__name__
+        for name in ("text_encoder", "tokenizer", "unet", "vae", "scheduler")
+        for part in [getattr(loaded, name)]
+    }
+    counts = {
+        f"{name}_parameters": sum(p.numel() for p in getattr(loaded, name).parameters())
+        for name in ("text_encoder", "unet", "vae")
+    }
+    _print_facts({"model": loaded.name, **parts, **counts}, as_json=as_json)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompts: Annotated[list[str], typer.Argument(help="One picture each.")],
+    out: Annotated[Path, typer.Option(help="Folder for the PNGs.")] = Path("runs/pictures"),
+    change: Annotated[Path | None, typer.Option(help="Apply this change first.")] = None,
+    seed: Seed = 0,
+    steps: Steps = 20,
+    guidance_scale: Annotated[float | None, typer.Option(help="Default: the model's.")] = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Draw pictures."""
+    from overpaint.edit import Change
+
+    _check_writable(out)
+    loaded = _load(model, device)
+    if change is not None:
+        Change.load(change).apply(loaded)
+    with _progress(as_json) as stage:
+        pictures = loaded.generate(
+            prompts, seed=seed, steps=steps, guidance_scale=guidance_scale,
+            on_progress=lambda done, total: stage(done, total, "drawing"),
+        )  # fmt: skip
+    paths = pictures.save(out)
+    _print_facts({"pictures": [str(p) for p in paths]}, as_json=as_json)
+
+
+@app.command()
+def sites(model: Model, device: Device = "cpu", as_json: Json = False) -> None:
+    """List the places that can be traced, in the order they run."""
+    from overpaint.sites import find
+
+    found = find(_load(model, device))
+    if as_json:
+        _print_json({"sites": [{"name": s.name, "kind": s.kind, "path": s.path} for s in found]})
+    else:
+        _table(("site", "kind", "module"), [(s.name, s.kind, s.path) for s in found])
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Holds saved results.")],
+    as_json: Json = False,
+) -> None:
+    """Draw the page again from saved results."""
+    from overpaint import report as pages
+
+    _check_writable(folder, make=False)
+    _print_facts({"report": str(pages.write(folder))}, as_json=as_json)
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Argument(help="icons or icons-judge.")],
+    minutes: Annotated[float, typer.Option(help="Wall time, earlier runs counted in.")] = 150.0,
+    out: Annotated[Path | None, typer.Option(help="Default: the package's own weights.")] = None,
+    resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint.")] = True,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Train a zoo model from public icon artwork; fetches it with npm on the first run."""
+    from overpaint import zoo
+    from overpaint.train import icons, judge
+
+    recipes: dict[str, Any] = {
+        "icons": icons.train,
+        "icons-judge": judge.train,
+        "judge": judge.train,
+    }
+    if model not in recipes:
+        raise ValueError(f"no recipe for {model!r}: choose icons or icons-judge.")
+    target = out or zoo.folder("icons" if model == "icons" else "icons-judge")
+    _check_writable(target)
+    with _progress(as_json) as stage:
+        written = recipes[model](
+            out=target, minutes=minutes, device=device, resume=resume, threads=threads,
+            on_progress=lambda p: stage(int(1000 * p.share), 1000, f"{p.stage}, loss {p.loss:.4f}"),
+        )  # fmt: skip
+    _print_facts({"weights": str(written)}, as_json=as_json)
+
+
+# --- what the verbs share ---------------------------------------------------------------------------------------------
+
+
+def _load(model: str, device: str) -> Any:
+    """Load a model without the libraries' own chatter."""
+    import diffusers
+    import transformers
+
+    import overpaint
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        return overpaint.load(model, device=device)
+    except RuntimeError as error:  # torch names an unknown or absent device so
+        raise ValueError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error
+
+
+def _held_out(model: str) -> frozenset[tuple[str, str]]:
+    """Return the pairs that training never showed, where the recipe is known."""
+    if model != "icons":
+        return frozenset()
+    from overpaint.train import icon_world
+
+    return icon_world.held_out()
+
+
+def _check_writable(folder: Path, *, make: bool = True) -> None:
+    """Find out before any work whether results can be written."""
+    try:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".overpaint-writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise type(error)(
+            f"cannot write into {str(folder)!r} ({error.strerror}): name another folder with --out."
+        ) from error
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
+    """Show a bar with the time left on stderr; the value is told (done, in all, what)."""
+    columns = (
+        TextColumn("{task.description:<34.34}"),
+        BarColumn(bar_width=28),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeRemainingColumn(),
+    )
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bars:
+
+        def tell(done: int, total: int, what: str) -> None:
+            key = what.partition(",")[0]
+            if key not in tasks:
+                tasks[key] = bars.add_task(what, total=total)
+            bars.update(tasks[key], completed=done, total=total, description=what)
+
+        yield tell
+
+
+def _print_json(facts: Mapping[str, Any]) -> None:
+    clean = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in facts.items()}
+    sys.stdout.write(json.dumps(clean, default=str) + "\n")
+
+
+def _print_facts(facts: Mapping[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        return _print_json(facts)
+    wide = max(len(name) for name in facts)
+    for name, value in facts.items():
+        rows = value if isinstance(value, list) else [value]
+        for i, row in enumerate(rows):
+            text = f"{row:.3f}" if isinstance(row, float) else str(row)
+            sys.stdout.write(f"{name if i == 0 else '':<{wide}}  {text}\n")
+    return None
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(*heads, box=None, header_style="bold", pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _print_summary(summary: Mapping[str, float], *, erase: str, replace: str, out: Path) -> None:
+    """Print the demo's one screen."""
+
+    def percent(key: str) -> str:
+        value = summary.get(key, math.nan)
+        return "–" if value is None or math.isnan(value) else f"{100 * value:.0f} %"
+
+    rows = [
+        (f"{erase} recognised, before", percent("target_before")),
+        (f"{erase} recognised, after", percent("target_after")),
+        (f"seen as {replace}, after", percent("replaced_after")),
+        ("other styles lost", percent("others_drop")),
+        ("objects lost", percent("objects_drop")),
+        ("the model's objects / styles recognised", f"{percent('object_top1')} / {percent('style_top1')}"),
+        ("the same, pairs never trained", f"{percent('heldout_object_top1')} / {percent('heldout_style_top1')}"),
+        ("the edit took", f"{summary['edit_seconds']:.2f} s"),
+        ("all of it took", f"{summary['seconds']:.0f} s"),
+        ("report", str(out / "report.html")),
+    ]  # fmt: skip
+    _table((f"{erase} → {replace}", ""), rows)

@@ -1,0 +1,283 @@
+"""What did the change do? Efficacy, redirection, generality and specificity, before and after.
+
+A judge that had no part in making the model looks at pictures of the same prompts and seeds before and after:
+
+efficacy       share of pictures still recognised as the erased concept: should fall to nothing
+redirection    share recognised as what should stand in its place: should rise
+generality     efficacy on wordings that nothing was fitted to, and on held-out pairs: should fall too
+specificity    share of pictures whose other labels are recognised: other concepts of the kind, objects, colors
+
+Each is a share of top-1 verdicts with a 95 % bootstrap interval over pictures; the change is taken picture by
+picture. The relative movement of the empty prompt's features, the half of guidance that every picture shares, is
+reported beside them.
+"""
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from overpaint import features, metrics, questions
+from overpaint.edit import Change
+from overpaint.metrics import Interval
+from overpaint.model import TextToImage
+from overpaint.questions import Question
+from overpaint.scores import Comparison, Paired, Scores
+
+__all__ = ["Classifier", "Comparison", "Paired", "Scores", "compare", "score"]
+
+Progress = Callable[[int, int, str], None]  # pictures made, pictures in all, the method at work
+
+
+class Classifier(Protocol):
+    """What an evaluation needs of a judge."""
+
+    @property
+    def labels(self) -> Mapping[str, Sequence[str]]:
+        """What it can say, by kind: `style`, `object`, `color`."""
+        ...
+
+    def classify(self, images: Tensor, kind: str) -> Tensor:
+        """Return the probability of each of `labels[kind]`, shape (B, K), for `images` (B, 3, H, W) in [0, 1]."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the judge said of one run's pictures, by kind, and the pictures kept."""
+
+    verdicts: Mapping[str, Sequence[str]]
+    pictures: Tensor
+
+
+def score(model: TextToImage, change: Change, **options: Any) -> Scores:
+    """Return what `change` does to `model`; options as in `compare`."""
+    return compare(model, {"change": change}, **options).scores["change"]
+
+
+def compare(
+    model: TextToImage,
+    changes: Mapping[str, Change | None],
+    *,
+    erase: str | None = None,
+    replace: str | None = None,
+    judge: Classifier | None = None,
+    held_out: Collection[tuple[str, str]] = (),
+    size: int = 40,
+    steps: int = 16,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    gallery: int = 4,
+    on_progress: Progress | None = None,
+) -> Comparison:
+    """Judge several changes on the same questions; the pictures before are made once.
+
+    Args:
+        model: The model; left as it was found.
+        changes: By name; `None` stands for no edit.
+        erase: The concept that was edited, as in a prompt; by default what the first change says.
+        replace: What should stand in its place; likewise.
+        judge: Names what it sees; by default `features.load()`.
+        held_out: (object, style) pairs that training never showed.
+        size: Questions for each concept, see `questions.ask`.
+        steps: Denoising steps of each picture.
+        guidance_scale: By default the model's own.
+        seed: Of the questions, and from it on one latent seed a question.
+        batch_size: Pictures made at once.
+        gallery: Scenes whose pictures are kept, each in every concept of the kind.
+        on_progress: Told after each batch how many pictures are made, of how many, and for which method.
+
+    Raises:
+        ValueError: No change is given, or the judge does not know the erased concept.
+    """
+    began = time.perf_counter()
+    judge = features.load() if judge is None else judge
+    old, new = _concepts(changes, erase, replace)
+    kind, erased = questions.concept(old, judge.labels)
+    replaced = _known(new, judge, kind)
+    asked = questions.ask(
+        kind, erased, labels=judge.labels, held_out=held_out, size=size, seed=seed
+    )
+    kept = [i for i, q in enumerate(asked) if q.role in ("target", "other")]
+    kept = [i for i in kept if asked[i].seed < seed + gallery]
+    pending = {name: change for name, change in changes.items() if change is not None}
+    work = _Work(model, judge, asked, kept, steps, guidance_scale, batch_size, on_progress)
+    total = len(asked) * (1 + len(pending))
+    before = work.run(None, "no edit", done=0, total=total)
+    runs = {name: before for name in changes}
+    for i, (name, change) in enumerate(pending.items(), start=1):
+        runs[name] = work.run(change, name, done=i * len(asked), total=total)
+    protocol = {
+        "size": size, "questions": len(asked), "steps": steps, "guidance_scale": guidance_scale,
+        "seed": seed, "judge": getattr(judge, "name", type(judge).__name__), "model": model.name,
+        "interval": "95 % percentile bootstrap over pictures, 2000 resamples",
+        "seconds": round(time.perf_counter() - began, 1),
+    }  # fmt: skip
+    tally = _Tally(asked, before.verdicts, kind, erased, replaced)
+    scores = {
+        name: tally.scores(
+            name, run.verdicts, drift=_empty_drift(model, changes[name]), protocol=protocol
+        )
+        for name, run in runs.items()
+    }
+    pictures = {"before": before.pictures, **{name: run.pictures for name, run in runs.items()}}
+    return Comparison(scores, tally.baseline(), tuple(asked[i] for i in kept), pictures)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Makes and judges the pictures of one method after another."""
+
+    model: TextToImage
+    judge: Classifier
+    asked: Sequence[Question]
+    kept: Collection[int]
+    steps: int
+    guidance_scale: float | None
+    batch_size: int
+    on_progress: Progress | None
+
+    def run(self, change: Change | None, name: str, *, done: int, total: int) -> _Run:
+        verdicts: dict[str, list[str]] = {kind: [] for kind in self.judge.labels}
+        kept: list[Tensor] = []
+        with change.applied(self.model) if change is not None else nullcontext():
+            for start in range(0, len(self.asked), self.batch_size):
+                batch = self.asked[start : start + self.batch_size]
+                images = self._images(batch)
+                for kind, names in self.judge.labels.items():
+                    best = self.judge.classify(images, kind).argmax(1).tolist()
+                    verdicts[kind] += [str(names[int(i)]) for i in best]
+                kept += [images[i] for i in range(len(batch)) if start + i in self.kept]
+                if self.on_progress is not None:
+                    self.on_progress(done + start + len(batch), total, name)
+        empty = torch.zeros(0, 3, 1, 1)
+        stacked = torch.stack(kept) if kept else empty
+        return _Run(verdicts, (stacked * 255).round().to(torch.uint8))
+
+    def _images(self, batch: Sequence[Question]) -> Tensor:
+        made = self.model.generate(
+            [q.prompt for q in batch],
+            seed=[q.seed for q in batch],
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            batch_size=self.batch_size,
+        )
+        return made.images.float().cpu()
+
+
+@dataclass(frozen=True)
+class _Tally:
+    """Turns verdicts into shares."""
+
+    asked: Sequence[Question]
+    before: Mapping[str, Sequence[str]]
+    kind: str
+    erased: str
+    replaced: str
+
+    def scores(
+        self,
+        name: str,
+        after: Mapping[str, Sequence[str]],
+        *,
+        drift: float,
+        protocol: Mapping[str, Any],
+    ) -> Scores:
+        kind, rest = self.kind, ("other", "other held out")
+        others = dict.fromkeys(q.label(kind) for q in self.asked if q.role == "other")
+        kept = {
+            k: self._right(after, k, rest if k == kind else (*rest, "plain")) for k in self.before
+        }
+        return Scores(
+            name, kind, self.erased, self.replaced,
+            efficacy=self._seen_as(after, self.erased, ("target",)),
+            redirection=self._seen_as(after, self.replaced, ("target",)),
+            generality={
+                "unseen wordings": self._seen_as(after, self.erased, ("unseen",)),
+                "held-out pairs": self._seen_as(after, self.erased, ("held out",)),
+            },
+            others={o: self._right(after, kind, rest, only=o) for o in others},
+            specificity=kept,
+            empty_drift=drift,
+            protocol=protocol,
+        )  # fmt: skip
+
+    def baseline(self) -> dict[str, Interval]:
+        """Return how often the unedited pictures are recognised, for trained and for held-out pairs."""
+        trained, composed = ("target", "other", "plain"), ("held out", "other held out")
+        found = {k: self._right(self.before, k, trained).before for k in self.before}
+        return found | {
+            f"{k} held out": self._right(self.before, k, composed).before for k in self.before
+        }
+
+    def _seen_as(
+        self, after: Mapping[str, Sequence[str]], label: str, roles: Collection[str]
+    ) -> Paired:
+        """Share of the pictures with `roles` that are seen as `label`; of none if the judge knows no such label."""
+        rows = [i for i, q in enumerate(self.asked) if q.role in roles and label]
+        return _pair(
+            [self.before[self.kind][i] == label for i in rows],
+            [after[self.kind][i] == label for i in rows],
+        )
+
+    def _right(
+        self,
+        after: Mapping[str, Sequence[str]],
+        kind: str,
+        roles: Collection[str],
+        *,
+        only: str = "",
+    ) -> Paired:
+        """Share of the pictures with `roles` whose prompt names a `kind` that is seen as named."""
+        said = [q.label(kind) for q in self.asked]
+        rows = [i for i, q in enumerate(self.asked) if q.role in roles and said[i]]
+        rows = [i for i in rows if not only or said[i] == only]
+        return _pair(
+            [self.before[kind][i] == said[i] for i in rows],
+            [after[kind][i] == said[i] for i in rows],
+        )
+
+
+def _pair(before: Sequence[bool], after: Sequence[bool]) -> Paired:
+    return Paired(
+        metrics.bootstrap(before), metrics.bootstrap(after), metrics.paired(before, after)
+    )
+
+
+def _empty_drift(model: TextToImage, change: Change | None) -> float:
+    """Relative movement of the empty prompt's features under `change`."""
+    if change is None:
+        return 0.0
+    before = model.encode([""])
+    with change.applied(model):
+        after = model.encode([""])
+    return float((after - before).norm() / before.norm())
+
+
+def _known(concept: str, judge: Classifier, kind: str) -> str:
+    """Return the judge's label of `concept` in `kind`, or `""`."""
+    try:
+        found, label = questions.concept(concept, judge.labels)
+    except ValueError:
+        return ""
+    return label if found == kind else ""
+
+
+def _concepts(
+    changes: Mapping[str, Change | None], erase: str | None, replace: str | None
+) -> tuple[str, str]:
+    """Return what was edited to what: as told, else the first pair of the first change."""
+    if not changes:
+        raise ValueError(
+            "`changes` is empty: give at least one change by name, `None` for no edit."
+        )
+    pairs = next((change.pairs for change in changes.values() if change is not None), {})
+    old = next(iter(pairs), "") if erase is None else erase
+    if not old:
+        raise ValueError("no change says which concept it edits: name it with `erase`.")
+    return old, pairs.get(old, "") if replace is None else replace

@@ -1,0 +1,153 @@
+import math
+
+import pytest
+import torch
+
+from overpaint import edit, evaluate, questions
+from overpaint.metrics import Interval
+from overpaint.scores import Comparison, Paired, Scores
+
+LABELS = {"object": ("cat", "dog", "bird"), "style": ("noto", "blob"), "color": ("red", "blue")}
+
+
+class Eyes:
+    """Tells by a picture's mean color; knows nothing else, but differs as soon as a picture does."""
+
+    labels = LABELS
+
+    def classify(self, images, kind):
+        mean = images.mean((2, 3)) * 1000  # (B, 3)
+        return torch.stack([(mean.sum(1) * (k + 1)).frac() for k in range(len(LABELS[kind]))], 1)
+
+
+@pytest.fixture(scope="module")
+def swap(tiny_sd1):
+    return edit.swap_embedding(tiny_sd1, {"blob style": "noto style"})
+
+
+def compare(model, changes, **options):
+    settings = {"judge": Eyes(), "size": 3, "steps": 2, "batch_size": 4} | options
+    return evaluate.compare(model, changes, **settings)
+
+
+def test_no_edit_scores_as_before_and_every_picture_stays(tiny_sd1, swap):
+    found = compare(tiny_sd1, {"no edit": None, "swap": swap})
+    same = found.scores["no edit"]
+    for pair in (
+        same.efficacy,
+        same.redirection,
+        *same.specificity.values(),
+        *same.others.values(),
+    ):
+        assert pair.before == pair.after
+        assert pair.drop == 0
+    assert same.empty_drift == 0
+    assert torch.equal(found.pictures["before"], found.pictures["no edit"])
+
+
+def test_a_change_is_seen_and_the_model_is_left_as_it_was(tiny_sd1, swap):
+    before = tiny_sd1.encode(["a cat in blob style"])
+    found = compare(tiny_sd1, {"swap": swap})
+    assert not torch.equal(found.pictures["before"], found.pictures["swap"])
+    assert torch.equal(tiny_sd1.encode(["a cat in blob style"]), before)
+    assert found.scores["swap"].erase == "blob"
+    assert found.scores["swap"].replace == "noto"
+
+
+def test_the_weights_return_when_the_judge_fails(tiny_sd1, swap):
+    class Blind(Eyes):
+        def classify(self, images, kind):
+            raise OSError("no light")
+
+    before = tiny_sd1.text_encoder.get_input_embeddings().weight.clone()
+    with pytest.raises(OSError, match="no light"):
+        compare(tiny_sd1, {"swap": swap}, judge=Blind())
+    assert torch.equal(tiny_sd1.text_encoder.get_input_embeddings().weight, before)
+
+
+def test_scores_do_not_depend_on_the_batch_size(tiny_sd1, swap):
+    one = compare(tiny_sd1, {"swap": swap}, batch_size=1).pictures["swap"].int()
+    many = compare(tiny_sd1, {"swap": swap}, batch_size=32).pictures["swap"].int()
+    assert (one - many).abs().max() <= 1
+
+
+def test_progress_counts_every_picture_once(tiny_sd1, swap):
+    told = []
+    found = compare(tiny_sd1, {"swap": swap}, on_progress=lambda *at: told.append(at))
+    asked = found.scores["swap"].protocol["questions"]
+    assert told[-1] == (2 * asked, 2 * asked, "swap")
+    assert [t[0] for t in told] == sorted({t[0] for t in told})
+
+
+def test_shares_worked_by_hand():
+    ask = questions.Question
+    asked = (
+        ask("p0", 0, "target", "cat", "blob"),
+        ask("p1", 1, "target", "dog", "blob"),
+        ask("p2", 2, "unseen", "cat", "blob"),
+        ask("p3", 0, "other", "cat", "noto"),
+        ask("p4", 1, "other", "dog", "noto"),
+        ask("p5", 3, "plain", "bird", "", "red"),
+    )
+    before = {"style": ["blob", "blob", "blob", "noto", "noto", "noto"],
+              "object": ["cat", "dog", "cat", "cat", "dog", "bird"],
+              "color": ["red"] * 6}  # fmt: skip
+    after = {"style": ["noto", "blob", "blob", "noto", "blob", "noto"],
+             "object": ["cat", "dog", "cat", "bird", "dog", "bird"],
+             "color": ["red"] * 6}  # fmt: skip
+    tally = evaluate._Tally(asked, before, "style", "blob", "noto")
+    scores = tally.scores("x", after, drift=0.0, protocol={})
+    assert (scores.efficacy.before.mean, scores.efficacy.after.mean) == (1, 0.5)
+    assert (scores.redirection.before.mean, scores.redirection.after.mean) == (0, 0.5)
+    assert scores.generality["unseen wordings"].after.mean == 1
+    assert scores.generality["held-out pairs"].after.n == 0
+    assert scores.others["noto"].drop == 0.5
+    assert scores.specificity["object"].drop == pytest.approx(1 / 3)
+    assert scores.specificity["color"].before.n == 1
+    flat = scores.flat()
+    assert flat["target_after"] == 0.5
+    assert flat["others_drop"] == flat["others_drop_worst"] == 0.5
+    assert flat["objects_drop"] == pytest.approx(1 / 3)
+    assert tally.baseline()["style"].mean == 1
+
+
+def test_a_comparison_survives_the_disk(tiny_sd1, swap, tmp_path):
+    found = compare(tiny_sd1, {"no edit": None, "swap": swap})
+    again = Comparison.load(found.save(tmp_path / "results"))
+    assert list(again.scores) == ["no edit", "swap"]
+    assert again.questions == found.questions
+    assert again.scores["swap"].specificity == found.scores["swap"].specificity
+    assert math.isnan(again.scores["swap"].generality["held-out pairs"].after.mean)
+    assert all(torch.equal(again.pictures[n], rows) for n, rows in found.pictures.items())
+    assert sorted(p.name for p in tmp_path.glob("results/*")) == [
+        "comparison.json",
+        "gallery.safetensors",
+    ]
+
+
+def test_a_damaged_comparison_is_refused(tmp_path):
+    (tmp_path / "comparison.json").write_text('{"scores": {"x": {}}}')
+    with pytest.raises(ValueError, match="is damaged .KeyError.*Make it again"):
+        Comparison.load(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        Comparison.load(tmp_path / "nowhere")
+
+
+def test_a_drop_is_positive_when_something_was_lost():
+    share = Interval(0.5, 0.4, 0.6, 10)
+    assert Paired(share, share, Interval(-0.25, -0.5, 0.0, 10)).drop == 0.25
+
+
+def test_bad_input_is_named(tiny_sd1, swap):
+    with pytest.raises(ValueError, match="`changes` is empty"):
+        compare(tiny_sd1, {})
+    with pytest.raises(ValueError, match="no change says which concept"):
+        compare(tiny_sd1, {"no edit": None})
+    with pytest.raises(ValueError, match="does not know 'monet'"):
+        compare(tiny_sd1, {"swap": swap}, erase="monet")
+
+
+def test_score_is_a_comparison_of_one(tiny_sd1, swap):
+    alone = evaluate.score(tiny_sd1, swap, judge=Eyes(), size=3, steps=2, batch_size=4)
+    assert isinstance(alone, Scores)
+    assert alone.efficacy == compare(tiny_sd1, {"x": swap}).scores["x"].efficacy
