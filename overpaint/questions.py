@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 
-__all__ = ["KINDS", "ROLES", "Question", "ask", "caption", "concept"]
+__all__ = ["KINDS", "ROLES", "Question", "ask", "caption", "concept", "neighbours"]
 
 KINDS = ("style", "object", "color")
 ROLES = ("target", "unseen", "held out", "other", "other held out", "plain")
@@ -129,6 +129,38 @@ def ask(
         rows += [_at(s, kind, "", "plain", i) for i, s in enumerate(scenes[: (size + 1) // 2])]
     rows = [q for q in rows if (q.object, q.style) not in held_out]
     return (*rows, *_composed(kind, erase, rest, held_out, size, seed))
+
+
+def neighbours(
+    kind: str,
+    erase: str,
+    *,
+    labels: Mapping[str, Sequence[str]],
+    size: int = 80,
+    seed: int = 1,
+) -> tuple[str, ...]:
+    """Return prompts that an edit should leave alone, for its preserve list.
+
+    The empty prompt, the other concepts of the kind by name, then captions of them in a wording that `ask` never uses,
+    so that what is preserved and what is judged are not the same prompts.
+
+    Args:
+        kind: Of the concept, one of `KINDS`.
+        erase: Its label.
+        labels: What the judge can say, by kind.
+        size: How many prompts at most.
+        seed: Of the objects and colors drawn.
+    """
+    rest = [name for name in labels[kind] if name != erase]
+    suffix = {"style": " style", "color": " background"}.get(kind, "")
+    rows = ["", *(name + suffix for name in rest)]
+    for i, scene in enumerate(_scenes(labels, (), max(size - len(rows), 0), seed, drawn=kind)):
+        named = i % 4 or kind == "object"  # every fourth names no concept of the kind
+        found = _at(scene, kind, rest[i % len(rest)] if named else "", "", 0)
+        style = f", {found.style} style" if found.style else ""
+        background = f", {found.color} background" if found.color else ""
+        rows.append(f"{found.object}{style}{background}")
+    return tuple(dict.fromkeys(rows))[:size]
 
 
 def _scenes(

@@ -89,3 +89,14 @@ def test_bad_input_is_named():
         ask(size=0)
     with pytest.raises(ValueError, match="'monet' is no style the judge knows"):
         ask("style", "monet")
+
+
+def test_neighbours_never_name_the_erased_concept_nor_an_asked_prompt():
+    for kind, erase in (("style", "openmoji"), ("object", "apple"), ("color", "red")):
+        kept = questions.neighbours(kind, erase, labels=LABELS, size=30)
+        asked = {q.prompt for q in ask(kind, erase, size=12)}
+        assert kept[0] == ""
+        assert not any(erase in prompt for prompt in kept)
+        assert not set(kept) & asked
+        assert len(set(kept)) == len(kept) <= 30
+    assert "noto style" in questions.neighbours("style", "openmoji", labels=LABELS)
