@@ -77,7 +77,7 @@ class Judge:
         if kind not in self.labels:
             raise ValueError(f"{self.name} has no head for {kind!r}: choose one of {', '.join(self.labels)}.")
         weight, bias = self._heads[f"{kind}.weight"], self._heads[f"{kind}.bias"]
-        return F.linear(self._pooled(images), weight, bias).softmax(1).cpu()
+        return F.linear(self._embed(images), weight, bias).softmax(1).cpu()
 
     def predict(self, images: Tensor, kind: str) -> list[str]:
         """Return the likeliest of `labels[kind]` for each of `images`, (B, 3, 64, 64) in [0, 1]."""
@@ -86,7 +86,7 @@ class Judge:
     @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:
         """Return unit CLIP features of `images`, (B, 3, 64, 64) in [0, 1]; shape (B, D)."""
-        return F.normalize(self._clip.visual_projection(self._pooled(images)), dim=1).cpu()
+        return F.normalize(self._embed(images), dim=1).cpu()
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
@@ -121,9 +121,9 @@ class Judge:
                 result[index] = self.classify(images[index], kind)[torch.arange(len(rows)), chosen]
         return result
 
-    def _pooled(self, images: Tensor) -> Tensor:
+    def _embed(self, images: Tensor) -> Tensor:
         pixels = images.to(self._device, torch.float32) * 2 - 1
-        return self._clip.vision_model(pixel_values=pixels).pooler_output
+        return self._clip.visual_projection(self._clip.vision_model(pixel_values=pixels).pooler_output)
 
 
 def load(source: str | Path = "icons-judge", *, device: str | torch.device = "cpu") -> Judge:

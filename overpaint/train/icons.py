@@ -34,6 +34,7 @@ __all__ = [
     "build_unet",
     "build_vae",
     "contrast",
+    "standardise",
     "tokenizer",
     "train",
     "train_clip",
@@ -102,7 +103,7 @@ def train(
     torch.manual_seed(seed)
     recipe = CUDA if device.startswith("cuda") else CPU
     work.mkdir(parents=True, exist_ok=True)
-    world = icon_world.World(artwork)
+    world = icon_world.World(icon_world.fetch(artwork))
     if "tokenizer" in stages:
         tokenizer(world, work / "tokenizer", seed=seed)
     options = {"folder": work, "resume": resume, "on_progress": on_progress}
@@ -259,19 +260,19 @@ def _train_vae(
         model, loss, stage="vae", folder=folder, minutes=minutes, lr=recipe.vae_lr, weight_decay=0.0, ema_decay=0.99,
         resume=resume, on_progress=on_progress,
     )  # fmt: skip
-    _standardise(done, world, seed=seed, device=device)
+    standardise(done, world, seed=seed, device=device)
     save_tensors(dict(done.state_dict()), folder / "vae-final.safetensors")
     return done
 
 
 @torch.no_grad()
-def _standardise(vae: Any, world: icon_world.World, *, seed: int, device: str) -> None:
+def standardise(vae: Any, world: icon_world.World, *, seed: int, device: str, batches: int = 24) -> None:
     """Fold each latent channel's mean and deviation into the 1x1 convolutions, so that latents have mean 0, std 1."""
     rng = np.random.default_rng((seed, 4))
     latents = torch.cat(
         [
             vae.encode(as_pixels([world.sample(rng) for _ in range(64)]).to(device)).latent_dist.mean
-            for _ in range(24)
+            for _ in range(batches)
         ]
     )
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))

@@ -1,10 +1,10 @@
 """`icons-judge`: the classifier that scores `icons` and never helped to train it.
 
-A small `CLIPModel` with its own seed, its own augmentation (blur, noise, brightness, erased patches) and linear heads
-for object, style and color on the image tower's pooled output. It sees the training pairs only, so its accuracy on
-held-out pairs is a true generalisation figure, and the yardstick of the generator's.
+A small `CLIPModel` with its own seed, its own augmentation (turned, scaled, faded, blurred, noisy, torn) and linear
+heads for object, style and color on the image features. It knows the whole of the artwork, the pairs held out from
+`icons` too: what a model draws for a pair that it never saw is judged by one who has seen the real thing.
 
-    overpaint train icons-judge --minutes 15
+    overpaint train icons-judge --minutes 25
 """
 
 import json
@@ -34,7 +34,7 @@ class _Judged(nn.Module):
     def __init__(self, clip: Any) -> None:
         super().__init__()
         self.clip = clip
-        width = clip.config.vision_config.hidden_size
+        width = clip.config.projection_dim
         self.heads = nn.ModuleDict({k: nn.Linear(width, len(v)) for k, v in labels().items()})
 
 
@@ -50,7 +50,7 @@ def labels() -> dict[str, tuple[str, ...]]:
 def train(
     *,
     out: Path,
-    minutes: float = 15.0,
+    minutes: float = 25.0,
     device: str = "cpu",
     resume: bool = True,
     threads: int = 2,
@@ -62,7 +62,7 @@ def train(
     torch.set_num_threads(threads)
     torch.manual_seed(SEED)
     work.mkdir(parents=True, exist_ok=True)
-    world = icon_world.World(artwork)
+    world = icon_world.World(icon_world.fetch(artwork), hold_out=False)
     tokens = tokenizer(world, work / "tokenizer", seed=SEED)
     model = _Judged(build_clip(RECIPE, len(tokens))).to(device)
     index = {kind: {name: i for i, name in enumerate(names)} for kind, names in labels().items()}
@@ -73,12 +73,14 @@ def train(
         captions = [p.caption for p in pictures]
         pixels = _augment(as_pixels(pictures), torch.Generator().manual_seed(SEED + step)).to(device)
         ids = tokens(captions, padding="longest", return_tensors="pt").input_ids.to(device)
-        result = model.clip(input_ids=ids, pixel_values=pixels)
-        total = contrast(result.logits_per_text, captions)
-        pooled = result.vision_model_output.pooler_output
+        clip = model.clip
+        seen = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
+        read = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)
+        logits = clip.logit_scale.exp() * F.normalize(read, dim=1) @ F.normalize(seen, dim=1).t()
+        total = contrast(logits, captions)
         for kind, head in model.heads.items():
             target = torch.tensor([index[kind].get(getattr(p, kind), -100) for p in pictures]).to(device)
-            total = total + F.cross_entropy(head(pooled), target)
+            total = total + F.cross_entropy(head(seen), target)
         return total
 
     fit(
@@ -89,8 +91,9 @@ def train(
 
 
 def _augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Blur, shift of brightness, noise and an erased patch, each of random strength a row; (B, 3, H, W) in [-1, 1]."""
+    """Turn, scale, fade, blur, brighten, add noise, erase a patch: random strengths a row; (B, 3, H, W) in [-1, 1]."""
     rows = len(pixels)
+    pixels = _moved(pixels, generator)
 
     def draw(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(rows, 1, 1, 1, generator=generator)
@@ -98,6 +101,7 @@ def _augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     side = icon_world.SIZE
     soft = F.interpolate(F.avg_pool2d(pixels, 2), size=side, mode="bilinear")
     pixels = pixels.lerp(soft, draw(0, 1) * (draw(0, 1) < 0.5))
+    pixels = pixels.lerp(pixels.mean(1, keepdim=True), draw(0, 0.4) * (draw(0, 1) < 0.3))
     pixels = pixels * draw(0.85, 1.1) + draw(-0.1, 0.1)
     pixels = pixels + draw(0, 0.15) * torch.randn(pixels.shape, generator=generator)
     grid = torch.arange(side).float()
@@ -105,6 +109,19 @@ def _augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     hole = ((grid.view(1, 1, -1, 1) - top).abs() < 6) & ((grid.view(1, 1, 1, -1) - left).abs() < 6)
     hole = hole & (draw(0, 1) < 0.3)
     return torch.where(hole, pixels.mean((2, 3), keepdim=True), pixels)
+
+
+def _moved(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Turn by up to 12 degrees, scale by 0.85 to 1.2, shift by up to 4 pixels; a row in four stays as it is."""
+    rows = len(pixels)
+    angle, size, x, y, keep = torch.rand(5, rows, generator=generator)
+    angle, size = (angle * 2 - 1) * 0.21, 0.85 + 0.35 * size
+    cosine, sine = angle.cos() / size, angle.sin() / size
+    shift = torch.stack([x, y], 1) * 0.25 - 0.125
+    matrix = torch.stack([cosine, -sine, shift[:, 0], sine, cosine, shift[:, 1]], 1).view(rows, 2, 3)
+    matrix = torch.where(keep.view(-1, 1, 1) < 0.25, torch.eye(2, 3), matrix)
+    grid = F.affine_grid(matrix, list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
 
 
 def _export(model: _Judged, tokens: Any, out: Path) -> Path:
@@ -121,7 +138,7 @@ def real_accuracy(judge: Any, artwork: Path, *, held_out: bool, seed: int = 7) -
 
     Every (object, style) pair once, on a color that training allows, placed as in training.
     """
-    world = icon_world.World(artwork)
+    world = icon_world.World(icon_world.fetch(artwork))
     rng = np.random.default_rng(seed)
     pairs = [
         (o, s)

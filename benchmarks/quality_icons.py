@@ -1,0 +1,116 @@
+"""Does `icons` draw what it is asked for, also in pairs that it never saw?
+
+    python benchmarks/quality_icons.py [--quick] [--json]
+
+Every seen (object, style) pair of the icon world and every held-out pair is asked for once a seed; `icons-judge`,
+which had no part in training `icons` and never saw the held-out pairs either, says what it sees. Its own accuracy on
+the real artwork, from its card, is the yardstick. `--quick` asks for 120 seen pairs and one seed.
+Writes `benchmarks/results/quality_icons.json` and a grid of 100 pictures, `benchmarks/results/icons_grid.png`.
+"""
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import overpaint as op
+from overpaint import features, metrics
+from overpaint.train import icon_world
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def pairs(*, held_out: bool) -> list[tuple[str, str]]:
+    """Return all (object, style) pairs that training never saw, or all others."""
+    kept = icon_world.held_out()
+    every = [(o, s) for o in icon_world.OBJECTS for s in icon_world.STYLES]
+    return [pair for pair in every if (pair in kept) == held_out]
+
+
+def verdicts(
+    model: op.TextToImage, judge: features.Judge, asked: list[tuple[str, str]], *, seeds: range, steps: int
+) -> dict[str, list[float]]:
+    """Draw each pair once a seed; return 1 or 0 a picture for object and style, and the CLIP score."""
+    chosen = [(o, s, seed) for seed in seeds for o, s in asked]
+    prompts = [f"{'an' if o[0] in 'aeiou' else 'a'} {o} in {s} style" for o, s, _ in chosen]
+    images = model.generate(prompts, seed=[seed for *_, seed in chosen], steps=steps).images
+    objects, styles = judge.predict(images, "object"), judge.predict(images, "style")
+    return {
+        "object_top1": [float(said == o) for said, (o, *_) in zip(objects, chosen, strict=True)],
+        "style_top1": [float(said == s) for said, (_, s, _) in zip(styles, chosen, strict=True)],
+        "clip_score": judge.clip_score(images, prompts).tolist(),
+    }
+
+
+def seconds_per_picture(model: op.TextToImage, *, repeats: int = 3) -> float:
+    """Return the median time of one guided picture of 20 steps, drawn alone."""
+    times = []
+    for seed in range(repeats + 1):
+        start = time.perf_counter()
+        model.generate("a cat in noto style", seed=seed, steps=20)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def grid(model: op.TextToImage, path: Path, *, steps: int) -> None:
+    """Draw 100 pictures: objects in turn, styles in turn, half on a named color."""
+    rng = random.Random(0)
+    objects, styles = list(icon_world.OBJECTS), list(icon_world.STYLES)
+    prompts = []
+    for i in range(100):
+        object_ = objects[i % len(objects)]
+        text = f"{'an' if object_[0] in 'aeiou' else 'a'} {object_} in {styles[i % len(styles)]} style"
+        prompts.append(text + (f" on a {rng.choice(['blue', 'green', 'pink', 'yellow'])} background" if i % 2 else ""))
+    path.parent.mkdir(exist_ok=True)
+    model.generate(prompts, seed=list(range(100)), steps=steps).grid(10).save(path)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer pictures, the same code")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    arguments = parser.parse_args()
+    start = time.perf_counter()
+    model, judge = op.load("icons"), features.load("icons-judge")
+    seen, held = pairs(held_out=False), pairs(held_out=True)
+    seeds = range(1) if arguments.quick else range(2)
+    if arguments.quick:
+        seen = random.Random(0).sample(seen, 120)
+    table = {"": verdicts(model, judge, seen, seeds=seeds, steps=20)}
+    table["heldout_"] = verdicts(model, judge, held, seeds=seeds, steps=20)
+    figures: dict[str, float] = {}
+    intervals: dict[str, Any] = {}
+    for prefix, columns in table.items():
+        for name, values in columns.items():
+            interval = metrics.bootstrap(values)
+            figures[prefix + name] = round(interval.mean, 4)
+            intervals[prefix + name] = [interval.low, interval.high, len(values)]
+    figures |= {name: value for name, value in judge.card["figures"].items() if name.endswith("_real")}
+    for kind in ("object", "style"):
+        for prefix in ("", "heldout_"):
+            ratio = figures[f"{prefix}{kind}_top1"] / figures[f"{prefix}{kind}_top1_real"]
+            figures[f"{prefix}{kind}_ratio"] = round(ratio, 4)
+    figures["seconds_per_picture"] = round(seconds_per_picture(model), 3)
+    if not arguments.quick:
+        grid(model, RESULTS / "icons_grid.png", steps=20)
+    figures["seconds"] = round(time.perf_counter() - start, 1)
+    result = {
+        "figures": figures, "intervals": intervals, "seeds": list(seeds), "machine": platform.processor(),
+        "protocol": model.protocol(steps=20, guidance_scale=model.guidance_scale), "card": judge.card.get("date"),
+    }  # fmt: skip
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "quality_icons.json").write_text(json.dumps(result, indent=1) + "\n")
+    for name, value in figures.items():
+        extra = intervals.get(name)
+        print(f"{name:28} {value:8.4f}" + (f"   [{extra[0]:.3f}, {extra[1]:.3f}] n={extra[2]}" if extra else ""))
+    if arguments.json:
+        print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

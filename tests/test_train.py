@@ -1,0 +1,154 @@
+"""The training recipes: the icon world on artwork made here, the loop's resume, the folding of latents."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from overpaint.train import icon_world, icons
+from overpaint.train.loop import fit
+from overpaint.train.muon import orthogonalise
+
+
+@pytest.fixture(scope="module")
+def world() -> icon_world.World:
+    """A world whose every icon is a dot, so that no artwork is needed."""
+    dot = {"body": '<circle cx="8" cy="8" r="7" fill="#123456"/>'}
+    names = [*icon_world.OBJECTS.values(), *icon_world.ACTIONS.values(), *icon_world.FLAGS.values(), *icon_world.LOGOS]
+    icon_set = {"icons": dict.fromkeys(names, dot), "width": 16, "height": 16}
+    return icon_world.World({name: icon_set for name in icon_world.PACKAGES})
+
+
+@pytest.fixture(scope="module")
+def pictures(world: icon_world.World) -> list[icon_world.Picture]:
+    rng = np.random.default_rng(0)
+    return [world.sample(rng) for _ in range(1500)]
+
+
+def test_training_never_shows_a_held_out_pair(pictures: list[icon_world.Picture]) -> None:
+    singles = {(p.object, p.style) for p in pictures if p.object in icon_world.OBJECTS}
+    assert len(singles) > 300
+    assert not singles & icon_world.held_out()
+    assert not {(p.object, p.color) for p in pictures} & icon_world.held_out_colors()
+
+
+def test_held_out_pairs_are_a_tenth_and_never_move() -> None:
+    kept = icon_world.held_out()
+    assert len(kept) == len(icon_world.OBJECTS) * len(icon_world.STYLES) // 10
+    digest = hashlib.sha256(repr(sorted(kept)).encode()).hexdigest()
+    assert digest[:12] == "732f0e8764ec"  # the shipped weights were trained without exactly these
+
+
+def test_captions_name_what_the_picture_shows(pictures: list[icon_world.Picture]) -> None:
+    for picture in pictures:
+        others = [s for s in icon_world.STYLES if f"{s} style" in picture.caption and s != picture.style]
+        assert not others
+        if picture.object in icon_world.OBJECTS and "thing" not in picture.caption:
+            assert picture.object in picture.caption
+
+
+def test_background_is_the_named_color(world: icon_world.World) -> None:
+    pixels = world.single("cat", "noto", "blue", np.random.default_rng(0))
+    assert tuple(pixels[0, 0]) == icon_world.COLORS["blue"]
+    assert tuple(pixels[32, 32]) == (0x12, 0x34, 0x56)
+
+
+def test_an_archive_with_another_hash_is_refused(tmp_path: Path) -> None:
+    name, (version, _) = next(iter(icon_world.PACKAGES.items()))
+    (tmp_path / f"iconify-json-{name}-{version}.tgz").write_bytes(b"something else")
+    with pytest.raises(ValueError, match=r"has SHA-256 .* expected .* Delete the file"):
+        icon_world.fetch(tmp_path)
+
+
+def test_equal_captions_share_the_contrastive_target() -> None:
+    logits = torch.tensor([[20.0, 20.0, 0.0], [20.0, 20.0, 0.0], [0.0, 0.0, 20.0]])
+    # By hand: rows 0 and 1 put half on each twin, ln 2 each; row 2 is certain.
+    assert icons.contrast(logits, ["a", "a", "b"]).item() == pytest.approx(2 / 3 * np.log(2), abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8)])
+def test_orthogonalise_is_near_the_polar_factor(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    found = orthogonalise(matrix)
+    assert 0.6 < torch.linalg.svdvals(found).min() and torch.linalg.svdvals(found).max() < 1.3
+    assert (found * (u @ v)).sum() / (found.norm() * (u @ v).norm()) > 0.97
+
+
+def test_folding_leaves_pictures_alone_and_makes_latents_standard(world: icon_world.World) -> None:
+    torch.manual_seed(0)
+    vae = icons.build_vae(replace(icons.CPU, vae_channels=(8, 8, 8, 8))).eval()
+    rng = np.random.default_rng((0, 4))
+    pixels = icons.as_pixels([world.sample(rng) for _ in range(64)])
+    with torch.no_grad():
+        before = vae.encode(pixels[:8]).latent_dist
+        drawn = vae.decode(before.mean).sample
+        icons.standardise(vae, world, seed=0, device="cpu", batches=1)
+        latents = torch.cat([vae.encode(part).latent_dist.mean for part in pixels.split(64)])
+        after = vae.encode(pixels[:8]).latent_dist
+        assert torch.allclose(vae.decode(after.mean).sample, drawn, atol=1e-4)
+    assert latents.mean((0, 2, 3)).abs().max() < 1e-3
+    assert (latents.std((0, 2, 3)) - 1).abs().max() < 1e-3
+    scale = before.std / after.std  # one factor a channel, for the mean and the deviation alike
+    assert torch.allclose(scale, scale.mean((0, 2, 3), keepdim=True).expand_as(scale), rtol=1e-3)
+
+
+def _regression(seen: list[int]) -> tuple[nn.Module, object]:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4)
+
+    def loss(step: int) -> Tensor:
+        seen.append(step)
+        x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+        time.sleep(0.002)
+        return (model(x) - x.flip(1)).square().mean()
+
+    return model, loss
+
+
+def test_a_run_continues_where_its_checkpoint_stands(tmp_path: Path) -> None:
+    seen: list[int] = []
+    model, loss = _regression(seen)
+    fit(model, loss, stage="toy", folder=tmp_path, minutes=0.5 / 60, lr=0.01, ema_decay=0.9)  # type: ignore[arg-type]
+    first = len(seen)
+    model, loss = _regression(seen)
+    fit(model, loss, stage="toy", folder=tmp_path, minutes=1 / 60, lr=0.01, ema_decay=0.9)  # type: ignore[arg-type]
+    assert seen == list(range(len(seen)))
+    assert len(seen) > first
+
+
+def test_a_killed_run_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    script = (
+        "import torch, sys; from pathlib import Path; from overpaint.train import loop; from torch import nn\n"
+        "loop.CHECKPOINT_SECONDS = 0.0\n"
+        "model = nn.Linear(64, 64)\n"
+        "loop.fit(model, lambda s: model(torch.ones(1, 64)).square().mean(), stage='toy',"
+        " folder=Path(sys.argv[1]), minutes=10, lr=0.1)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "toy.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    with safe_open(tmp_path / "toy.safetensors", framework="pt") as file:
+        progress = json.loads(file.metadata()["progress"])
+    seen: list[int] = []
+    model = nn.Linear(64, 64)
+
+    def loss(step: int) -> Tensor:
+        seen.append(step)
+        return model(torch.ones(1, 64)).square().mean()
+
+    minutes = (progress["spent"] + 0.2) / 60
+    fit(model, loss, stage="toy", folder=tmp_path, minutes=minutes, lr=0.1)
+    assert seen[0] == progress["step"] > 0
