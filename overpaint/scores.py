@@ -117,7 +117,7 @@ class Comparison:
         draft.write_text(json.dumps(_without_nan(words), indent=1, allow_nan=False))
         os.replace(draft, out / "comparison.json")
         draft = out / "gallery.safetensors.part"
-        save_file({name: rows.contiguous() for name, rows in self.pictures.items()}, draft)
+        save_file({name: rows.contiguous().clone() for name, rows in self.pictures.items()}, draft)
         os.replace(draft, out / "gallery.safetensors")
         return out
 

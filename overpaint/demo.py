@@ -1,0 +1,228 @@
+"""The whole loop in one function: locate, edit, judge, report. What `overpaint demo` and `make demo` run.
+
+Everything is saved as data first; the page is drawn from the files, so it shows nothing that was not kept.
+"""
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from overpaint import edit, evaluate, features, probes, questions, report, trace
+from overpaint.edit import Change
+from overpaint.features import Judge
+from overpaint.model import TextToImage
+from overpaint.probes import Probe
+from overpaint.scores import Comparison
+
+__all__ = ["FULL", "QUICK", "Size", "run"]
+
+Progress = Callable[[int, int, str], None]  # done, in all, what
+PREFERRED = "quickfix + preserve"  # the method whose figures go into the summary
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything: the knobs that trade minutes for narrower intervals."""
+
+    text_probes: int  # prompts of the text trace: one picture for every state of each
+    unet_probes: int  # prompts of the UNet trace: one picture for every site of each, and source
+    trace_steps: int  # denoising steps of a traced picture
+    questions: int  # for each style, and half as many unseen wordings
+    steps: int  # denoising steps of a judged picture
+
+
+FULL = Size(text_probes=4, unet_probes=4, trace_steps=10, questions=24, steps=12)
+QUICK = Size(text_probes=1, unet_probes=1, trace_steps=6, questions=4, steps=8)
+
+
+def run(
+    model: TextToImage,
+    out: Path,
+    *,
+    erase: str = "openmoji style",
+    replace: str = "noto style",
+    quick: bool = False,
+    seed: int = 0,
+    held_out: Collection[tuple[str, str]] = (),
+    judge: Judge | None = None,
+    on_progress: Progress | None = None,
+) -> dict[str, float]:
+    """Run the loop on `model` and return the flat figures of `summary.json`.
+
+    Args:
+        model: The model; left as it was found.
+        out: Folder of the results; holds `report.html` and `summary.json` at the end.
+        erase: The concept to paint over.
+        replace: What to put in its place.
+        quick: Take `QUICK` instead of `FULL`.
+        seed: Of everything drawn.
+        held_out: (object, style) pairs that training never showed.
+        judge: By default `icons-judge`.
+        on_progress: Told what is done, of how much, and of what.
+
+    Raises:
+        ValueError: The judge does not know `erase`, or the model cannot be traced or edited.
+        OSError: `out` cannot be written.
+    """
+    began = time.perf_counter()
+    size = QUICK if quick else FULL
+    judge = features.load(device=model.device) if judge is None else judge
+    kind, label = questions.concept(erase, judge.labels)
+    out.mkdir(parents=True, exist_ok=True)
+    tell = on_progress or (lambda done, total, what: None)
+
+    preserve = questions.neighbours(kind, label, labels=judge.labels)
+    changes, seconds = _changes(model, {erase: replace}, preserve, seed)
+    changes[PREFERRED].save(out / "change.safetensors")
+    _trace(model, judge, _pick(kind, label), size, seed, out, tell)
+    comparison = evaluate.compare(
+        model, {"no edit": None, **changes}, erase=erase, replace=replace, judge=judge,
+        held_out=held_out, size=size.questions, steps=size.steps, seed=seed,
+        on_progress=lambda done, total, name: tell(done, total, f"judging, {name}"),
+    )  # fmt: skip
+    comparison.save(out)
+    summary = _summary(comparison, judge)
+    summary |= {"edit_seconds": seconds, "seconds": time.perf_counter() - began}
+    _write_json(
+        out / "summary.json",
+        {k: None if math.isnan(v) else round(v, 4) for k, v in summary.items()},
+    )
+    _write_json(
+        out / "run.json",
+        _run_facts(model, erase, replace, quick, seed, size, comparison, changes[PREFERRED]),
+    )
+    report.write(out)
+    return summary
+
+
+def _changes(
+    model: TextToImage, pairs: Mapping[str, str], preserve: Collection[str], seed: int
+) -> tuple[dict[str, Change], float]:
+    """Return the changes to compare, and the seconds that the preferred one took."""
+    edit.quickfix(model, pairs)  # once unmeasured: the first forward pass pays for start-up
+    start = time.perf_counter()
+    preferred = edit.quickfix(model, pairs, preserve=list(preserve))
+    seconds = time.perf_counter() - start
+    return {
+        "quickfix": edit.quickfix(model, pairs),
+        PREFERRED: preferred,
+        "swap embedding": edit.swap_embedding(model, pairs),
+        "random site": edit.random_site(model, pairs, seed=seed),
+    }, seconds
+
+
+def _pick(kind: str, label: str) -> tuple[Probe, ...]:
+    """Return the probes of `kind`, those of the concept to erase first, then one of each other concept in turn."""
+    found = probes.load(kind)
+    own = [p for p in found if p.label == label]
+    rest = [p for p in found if p.label != label]
+    turns = max(len(own), 1)
+    mixed = [p for i in range(turns) for p in (*own[i : i + 1], *rest[i::turns][:1])]
+    return tuple(mixed) or found
+
+
+def _trace(
+    model: TextToImage,
+    judge: Judge,
+    asked: Collection[Probe],
+    size: Size,
+    seed: int,
+    out: Path,
+    tell: Progress,
+) -> None:
+    """Trace the text encoder and the UNet, and save the effects."""
+    shared: dict[str, Any] = {"seeds": (seed,), "steps": size.trace_steps, "score": judge.score}
+    text = trace.text_encoder(
+        model, tuple(asked)[: size.text_probes],
+        on_progress=lambda done, total: tell(done, total, "tracing the text encoder"), **shared,
+    )  # fmt: skip
+    text.save(out / "text.parquet")
+    for source in ("clean_trajectory", "same_latent"):
+        name = f"tracing the UNet, {source.replace('_', ' ')}"
+        unet = trace.unet(
+            model, tuple(asked)[: size.unet_probes], source=source,
+            on_progress=lambda done, total, name=name: tell(done, total, name), **shared,
+        )  # fmt: skip
+        unet.save(out / f"unet-{source}.parquet")
+
+
+def _summary(comparison: Comparison, judge: Judge) -> dict[str, float]:
+    """Return the flat figures; those on real artwork are the judge's card's, as no artwork is shipped."""
+    names = {
+        "object_top1": "object", "style_top1": "style",
+        "heldout_object_top1": "object held out", "heldout_style_top1": "style held out",
+    }  # fmt: skip
+    figures = judge.card.get("figures", {})
+    real = (
+        "object_top1_real",
+        "style_top1_real",
+        "heldout_object_top1_real",
+        "heldout_style_top1_real",
+    )
+    return {
+        **{key: comparison.baseline[name].mean for key, name in names.items() if name in comparison.baseline},
+        **{key: float(figures[key]) for key in real if key in figures},
+        **comparison.scores[PREFERRED].flat(),
+    }  # fmt: skip
+
+
+def _run_facts(
+    model: TextToImage,
+    erase: str,
+    replace: str,
+    quick: bool,
+    seed: int,
+    size: Size,
+    comparison: Comparison,
+    change: Change,
+) -> dict[str, Any]:
+    """Return the words of the page: title, commands, protocol."""
+    flags = f' --erase "{erase}" --replace "{replace}" --seed {seed}{" --quick" if quick else ""}'
+    judged = comparison.scores[PREFERRED].protocol
+    return {
+        "title": f"{erase} → {replace}",
+        "lead": f"What became of “{erase}” in the text-to-image model {model.name} after one closed-form change of one "
+        f"matrix of its text encoder, {change.site}: where the model keeps it, what the edit did, and what it cost.",
+        "commands": [
+            f"overpaint demo --model {model.name}{flags} --out runs/demo",
+            f"overpaint apply {model.name} runs/demo/change.safetensors --out runs/edited",
+            "overpaint report runs/demo",
+        ],
+        "protocol": {
+            "Model": model.name,
+            "Judge": judged["judge"],
+            "Pictures judged": f"{judged['questions']} a method, {size.steps} steps, guidance {model.guidance_scale:g}",
+            "Traces": f"{size.text_probes} prompts (text encoder), {size.unet_probes} (UNet), {size.trace_steps} steps",
+            "Edit": _edit_facts(change),
+            "Scheduler": type(model.scheduler).__name__,
+            "Seed": seed,
+            "Versions": ", ".join(f"{n} {version(n)}" for n in ("overpaint", "torch", "diffusers", "transformers")),
+            "Machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, "
+            f"{model.device.type}, {torch.get_num_threads()} threads",
+        },
+    }  # fmt: skip
+
+
+def _edit_facts(change: Change) -> str:
+    solved, asked = change.report, change.protocol
+    return (
+        f"{solved['keys']} keys, {solved['preserved_keys']} preserved keys of weight {asked['preserve_weight']:g}, "
+        f"ridge {asked['ridge']:g}, positions {asked['positions']}"
+    )
+
+
+def _write_json(path: Path, words: Mapping[str, Any]) -> None:
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(
+        json.dumps(words, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8"
+    )
+    os.replace(draft, path)
