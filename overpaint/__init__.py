@@ -1,9 +1,36 @@
-"""Overpaint: find where an image model keeps what it knows, and paint over it."""
+"""Overpaint: find where an image model keeps what it knows, and paint over it.
 
+>>> import overpaint as op
+>>> probes = op.probes.load("style")
+>>> probes[0].prompt
+'an apple in noto style'
+"""
+
+from overpaint import edit, evaluate, probes, report, trace
+from overpaint.edit import Change
 from overpaint.errors import MissingExtra, OverpaintError, UnknownSite, UnsupportedModel
 from overpaint.model import TextToImage, load
 from overpaint.pictures import Pictures
+from overpaint.scores import Scores
 from overpaint.sites import Site
+from overpaint.trace import Effects
 
 __version__ = "0.1.0"
-__all__ = ["MissingExtra", "OverpaintError", "Pictures", "Site", "TextToImage", "UnknownSite", "UnsupportedModel", "load"]
+__all__ = [
+    "Change",
+    "Effects",
+    "MissingExtra",
+    "OverpaintError",
+    "Pictures",
+    "Scores",
+    "Site",
+    "TextToImage",
+    "UnknownSite",
+    "UnsupportedModel",
+    "edit",
+    "evaluate",
+    "load",
+    "probes",
+    "report",
+    "trace",
+]

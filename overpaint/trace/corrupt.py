@@ -1,0 +1,158 @@
+"""Corruption: Gaussian noise on the token embeddings of the words that carry the attribute.
+
+The encoder is causal: noise on positions s to e - 1 reaches every later position, end-of-text and
+padding included, and none before s.
+
+Source: Basu et al., 2024, https://arxiv.org/abs/2310.13730, section 3; the paper states neither
+sigma nor the place. Both follow ROME (three standard deviations of the subjects' embeddings, added
+at the input). Deviations: noise is drawn per prompt and sample from a seed of its own, on the CPU.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Generator, Tensor
+
+from overpaint import hooks
+from overpaint.spans import Span, end_of_text, find_span
+
+__all__ = ["ROLES", "Corruption", "Prompted", "corruptions", "noisy", "places"]
+
+ROLES = ("subject", "last_subject", "after", "eos", "pad")
+
+
+class Prompted(Protocol):
+    """What tracing needs of a probe; `overpaint.probes.Probe` is one."""
+
+    @property
+    def id(self) -> str:
+        """A unique name; seeds the noise."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """The attribute."""
+        ...
+
+    @property
+    def prompt(self) -> str:
+        """The caption."""
+        ...
+
+    @property
+    def concept(self) -> str:
+        """The words of the caption that carry the attribute."""
+        ...
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """One corrupted prompt.
+
+    Attributes:
+        probe: The question.
+        ids: Its padded token ids, shape (L,).
+        span: The positions that are corrupted.
+        eos: The first end-of-text position.
+        noise: What is added to their embeddings, float32, shape (len(span), D).
+        sample: Which noise sample.
+    """
+
+    probe: Any
+    ids: Tensor
+    span: Span
+    eos: int
+    noise: Tensor
+    sample: int
+
+    def elsewhere(self) -> "Corruption | None":
+        """Return the same noise on words of equal length that are not the concept, if there are any."""
+        length = len(self.span)
+        for start in range(1, self.eos - length + 1):
+            other = Span(start, start + length)
+            if other.end <= self.span.start or other.start >= self.span.end:
+                return replace(self, span=other)
+        return None
+
+
+def corruptions(
+    model: Any, probes: Sequence[Prompted], *, noise_samples: int, sigma: float | str
+) -> tuple[list[Corruption], float]:
+    """Return one corruption for each probe and noise sample, and the noise's standard deviation.
+
+    Args:
+        model: Whose tokenizer and embeddings to use.
+        probes: The questions.
+        noise_samples: Noise tensors a probe.
+        sigma: Standard deviation, or `"3std"` for three times that of the subjects' embeddings.
+
+    Raises:
+        ValueError: No probes, a concept that is not in its prompt once, or a setting out of range.
+    """
+    if not probes:
+        raise ValueError("`probes` is empty: give at least one, for example `probes.load('style')`.")
+    if noise_samples < 1:
+        raise ValueError(f"`noise_samples` must be at least 1, got {noise_samples}.")
+    table = model.text_encoder.get_input_embeddings().weight.detach()
+    ids = model.tokenize([probe.prompt for probe in probes])
+    spans = [find_span(model.tokenizer, probe.prompt, probe.concept) for probe in probes]
+    subjects = [row[span.start : span.end] for row, span in zip(ids, spans, strict=True)]
+    scale = _sigma(sigma, table[torch.cat(subjects).to(table.device)])
+    made = [
+        Corruption(probe, row, span, end_of_text(model.tokenizer, row), noise, sample)
+        for probe, row, span in zip(probes, ids, spans, strict=True)
+        for sample in range(noise_samples)
+        for noise in [scale * _draw(f"{probe.id}:{sample}", (len(span), table.shape[1]))]
+    ]
+    return made, scale
+
+
+def places(corruption: Corruption, roles: Sequence[str]) -> list[tuple[str, int]]:
+    """Return (role, position) of every position that plays one of `roles`, in order.
+
+    Raises:
+        ValueError: No such role.
+    """
+    for role in roles:
+        if role not in ROLES:
+            raise ValueError(f"unknown position {role!r}: choose among {', '.join(ROLES)}.")
+    span, eos = corruption.span, corruption.eos
+    found = [("subject", position) for position in span.positions[:-1]]
+    found.append(("last_subject", span.last))
+    if span.end < eos:
+        found.append(("after", span.end))
+    found.append(("eos", eos))
+    if eos + 1 < len(corruption.ids):
+        found.append(("pad", eos + 1))
+    return [(role, position) for role, position in found if role in roles]
+
+
+@contextmanager
+def noisy(text_encoder: Any, corruption: Corruption, *, first: int) -> Iterator[None]:
+    """Add the noise to the token embeddings of all rows from `first` on, inside the block."""
+    span = corruption.span
+
+    def add(embeds: Tensor) -> Tensor:
+        changed = embeds.clone()
+        changed[first:, span.start : span.end] += corruption.noise.to(embeds)
+        return changed
+
+    with hooks.patch({text_encoder.get_input_embeddings(): add}):
+        yield
+
+
+def _sigma(sigma: float | str, embeds: Tensor) -> float:
+    if sigma == "3std":
+        return 3 * float(embeds.double().std())
+    if isinstance(sigma, str) or not 0 <= sigma < float("inf"):
+        raise ValueError(f"`sigma` must be a number from 0 on or '3std', got {sigma!r}.")
+    return float(sigma)
+
+
+def _draw(key: str, shape: tuple[int, int]) -> Tensor:
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
+    return torch.randn(shape, generator=Generator().manual_seed(seed))
