@@ -73,8 +73,8 @@ def heat_map(panels: Sequence[Panel], *, theme: Theme, columns: int = 2, unit: s
     axes = figure.subplots(rows, columns, squeeze=False)
     found = np.array([v for p in panels for row in p.values for v in row], dtype=float)
     high = max(float(np.nanmax(found)), 1e-6) if np.isfinite(found).any() else 1.0
-    colors = LinearSegmentedColormap.from_list("overpaint", [theme.paper, theme.hue])
-    colors.set_bad(theme.faint)
+    hues = LinearSegmentedColormap.from_list("overpaint", [theme.paper, theme.hue])
+    colors = hues.with_extremes(bad=theme.faint)
     image: Any = None
     for axis, panel in zip(axes.flat, panels, strict=False):
         image = axis.imshow(np.array(panel.values), cmap=colors, vmin=0, vmax=high, aspect="auto")

@@ -1,0 +1,185 @@
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from PIL import Image
+
+from overpaint import report
+from overpaint.metrics import Interval
+from overpaint.questions import Question
+from overpaint.report import figures, tables
+from overpaint.scores import Comparison, Paired, Scores
+from overpaint.trace.effects import Effects
+
+
+class Page(HTMLParser):
+    """Collects what a page is made of."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.images, self.links, self.words = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        if tag == "img":
+            self.images.append(found)
+        self.links += [v for k, v in attrs if k in ("src", "href", "srcset")]
+        if tag not in ("img", "meta", "source", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def share(before, after, n=20):
+    def interval(mean):
+        return Interval(mean, mean - 0.05, mean + 0.05, n)
+
+    return Paired(interval(before), interval(after), interval(after - before))
+
+
+def scores(name, after):
+    none = Interval(float("nan"), float("nan"), float("nan"), 0)
+    return Scores(
+        name, "style", "openmoji", "noto",
+        efficacy=share(0.9, after),
+        redirection=share(0.05, 0.9 - after),
+        generality={"unseen wordings": share(0.8, after), "held-out pairs": Paired(none, none, none)},
+        others={"noto": share(0.9, 0.88), "blob": share(0.95, 0.95)},
+        specificity={"object": share(0.8, 0.79), "style": share(0.92, 0.91), "color": share(1, 1)},
+        empty_drift=0.012,
+        protocol={"questions": 40, "judge": "eyes"},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def comparison():
+    names = ("no edit", "quickfix <plain>")
+    asked = tuple(
+        Question(f"a {o} in {s} style", seed, "target", o, s)
+        for seed, o in enumerate(("cat", "apple"))
+        for s in ("openmoji", "noto", "blob")
+    )
+    pictures = {
+        name: torch.randint(0, 255, (6, 3, 8, 8), dtype=torch.uint8) for name in ("before", *names)
+    }
+    found = {names[0]: scores(names[0], 0.9), names[1]: scores(names[1], 0.02)}
+    baseline = {"style": share(0.9, 0).before, "style held out": share(0.7, 0).before}
+    return Comparison(found, baseline, asked, pictures)
+
+
+def effect(site, part, kind, index, role, value, control=""):
+    drawn = None if control else value
+    return {
+        "site": site, "part": part, "kind": kind, "index": index, "path": site, "role": role,
+        "control": control, "probe": "p0", "prompt": "a cat", "concept": "cat", "seed": 0, "noise": 0,
+        "indirect_effect": drawn, "embed_recovery": value,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def folder(comparison, tmp_path):
+    comparison.save(tmp_path)
+    text = [
+        effect(f"text.{n}.{kind}", "text", kind, n, role, 0.5 / (1 + n), control)
+        for n in range(3)
+        for kind in ("self_attn", "mlp")
+        for role in ("last_subject", "eos")
+        for control in ("", "untrained")
+    ]
+    Effects.of(text, {"scorer": "eyes", "probes": 1, "steps": 2}).save(tmp_path / "text.parquet")
+    for source in ("clean_trajectory", "same_latent"):
+        rows = [effect(f"unet.resnet.{n}", "unet", "resnet", n, "all", 0.1 * n) for n in range(4)]
+        Effects.of(rows, {}).save(tmp_path / f"unet-{source}.parquet")
+    summary = {
+        "target_before": 0.9,
+        "target_after": 0.02,
+        "others_drop": 0.01,
+        "edit_seconds": None,
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    run = {"title": "a & b", "commands": ["overpaint demo"], "protocol": {"Seed": 0}}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    return tmp_path
+
+
+def test_the_page_is_well_formed_self_contained_and_described(folder):
+    text = report.write(folder).read_text()
+    page = Page(text)
+    assert page.open == []
+    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert not re.search(r"https?://|url\(|@import", text)
+    assert all(image["alt"].strip() for image in page.images)
+    assert len(page.images) == 3 + 2 * 6 * 2
+    assert "prefers-color-scheme: dark" in text
+    assert "@media print" in text
+
+
+def test_every_part_of_the_page_is_there_and_escaped(folder):
+    text = report.write(folder).read_text()
+    words = " ".join(" ".join(Page(text).words).split())
+    assert "<h1>a &amp; b</h1>" in text
+    assert "quickfix <plain>" in words
+    assert "quickfix <plain>" not in text
+    for part in ("Where the text encoder", "Where the UNet", "Before and after", "How to make"):
+        assert part in words
+    assert "Target recognised after 2 %" in words
+    assert "The edit took" not in words
+    assert "overpaint demo" in words
+
+
+def test_a_folder_with_one_result_gives_a_page_of_that_result(comparison, tmp_path):
+    comparison.save(tmp_path)
+    text = report.write(tmp_path, out=tmp_path / "other.html").read_text()
+    assert "Where the UNet" not in text
+    assert "What the edit did" in text
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".html", ".json", ".safetensors"]
+
+
+def test_writing_twice_gives_the_same_page(folder):
+    first = report.write(folder).read_bytes()
+    assert report.write(folder).read_bytes() == first
+
+
+def test_an_empty_or_damaged_folder_is_refused(folder, tmp_path_factory):
+    with pytest.raises(FileNotFoundError, match="holds no result: name a folder that"):
+        report.write(tmp_path_factory.mktemp("empty"))
+    (folder / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run.json' is damaged"):
+        report.write(folder)
+
+
+def test_the_table_of_methods_shows_shares_changes_and_absent_values(comparison):
+    table = tables.methods(comparison)
+    row = dict(zip(table.heads, table.rows[1], strict=True))
+    assert row["Still openmoji"] == tables.Cell("2 %", "-3 to 7, n 20")
+    assert row["Other styles, change in points"] == tables.Cell("-1.0", "-6.0 to +4.0, n 20")
+    assert row["Still openmoji, held-out pairs"] == tables.Cell("–")
+    assert tables.points(-0.0) == "0.0 points"
+
+
+def test_figures_differ_by_theme_and_data():
+    panel = figures.Panel("p", ("r",), ("a", "b"), ((0.0, 1.0),))
+    other = figures.Panel("p", ("r",), ("a", "b"), ((1.0, 0.0),))
+    light = figures.heat_map([panel], theme=figures.LIGHT)
+    assert light == figures.heat_map([panel], theme=figures.LIGHT)
+    assert light != figures.heat_map([other], theme=figures.LIGHT)
+    dark = Image.open(io.BytesIO(figures.heat_map([panel], theme=figures.DARK))).convert("RGB")
+    assert dark.getpixel((0, 0)) == (0x18, 0x1B, 0x22)
+
+
+def test_an_image_on_the_page_is_the_picture_that_was_kept(comparison, folder):
+    page = Page(report.write(folder).read_text())
+    alt = "a apple in noto style, quickfix <plain>"
+    src = next(i["src"] for i in page.images if i["alt"] == alt)
+    pixels = Image.open(io.BytesIO(base64.b64decode(src.partition(",")[2])))
+    kept = comparison.pictures["quickfix <plain>"][4]
+    assert pixels.getpixel((2, 5)) == tuple(kept[:, 5, 2].tolist())
