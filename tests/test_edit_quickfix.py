@@ -1,0 +1,315 @@
+"""Diff-QuickFix on the tiny pipelines: acceptance checks 25 to 40 of the specification that need a model."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+
+from overpaint import edit
+from overpaint.edit.change import fingerprint, text_layers
+from overpaint.edit.solve import solve
+from overpaint.errors import UnknownSite, UnsupportedModel
+from overpaint.hooks import record, record_inputs
+from overpaint.model import TextToImage
+from overpaint.spans import find_span
+
+MONET = {"van gogh": "painting"}
+FRAMES = ("", "a photo of ", "an image of ", "a picture of ")
+
+
+def weight(model, layer=0, projection="out"):
+    return getattr(text_layers(model)[layer].self_attn, f"{projection}_proj").weight
+
+
+def bytes_of(model):
+    return {name: fingerprint(p) for name, p in model.text_encoder.named_parameters()}
+
+
+def layer_inputs(model, text, layer=0):
+    """Inputs of the layer's out_proj by a whole forward pass, shape (L, D)."""
+    linear = text_layers(model)[layer].self_attn.out_proj
+    with record_inputs(linear) as seen:
+        model.encode([text])
+    return seen[0][0]
+
+
+def hooks_of(model):
+    return [m for m in model.text_encoder.modules() if m._forward_hooks or m._forward_pre_hooks]
+
+
+@pytest.fixture
+def own(tiny_sd1):
+    """A copy of the model that a test may spoil."""
+    return TextToImage(copy.deepcopy(tiny_sd1.pipe), name="own")
+
+
+@pytest.fixture
+def biased(own):
+    """A copy whose biases are not zero, as in a trained model."""
+    with torch.no_grad():
+        for layer in text_layers(own):
+            layer.self_attn.out_proj.bias.normal_(0, 0.02)
+    return own
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "pairs"),
+    [
+        ("van gogh", "painting", 291),
+        ("snoopy", "dog", 295),
+        ("r2d2", "robot", 283),
+        ("president of the united states", "joe biden", 279),
+    ],
+)
+def test_as_many_pairs_as_the_release_prints(tiny_sd1, old, new, pairs):
+    change = edit.quickfix(tiny_sd1, {old: new})
+    assert change.report["keys"] == len(change.keys) == len(change.targets) == pairs
+
+
+def test_a_longer_new_prompt_repeats_its_last_value_once_a_frame(tiny_sd1):
+    """dog → golden retriever has 4 repeats in CLIP's tokens; grumpy cat is also one token longer."""
+    change = edit.quickfix(tiny_sd1, {"dog": "grumpy cat"})
+    lengths = [77 - find_span(tiny_sd1.tokenizer, f + "dog", "dog").last for f in FRAMES]
+    ends = list(itertools.accumulate(lengths))
+    assert len(change.keys) == ends[-1]
+    repeats = [
+        i for i in range(1, len(change.targets)) if torch.equal(*change.targets[i - 1 : i + 1])
+    ]
+    assert repeats == [end - 1 for end in ends]
+
+
+def test_keys_and_targets_are_the_layers_own_aligned_by_offset(biased):
+    change = edit.quickfix(biased, MONET, frames=["a photo of "])
+    old, new = (
+        layer_inputs(biased, "a photo of van gogh"),
+        layer_inputs(biased, "a photo of painting"),
+    )
+    assert torch.allclose(change.keys, old[5:], atol=1e-6)
+    assert torch.allclose(
+        change.targets, (new[4:-1].double() @ weight(biased).double().T).float(), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("positions", "offsets"), [("last_subject", [0]), ("last_subject+eos", [0, 1])]
+)
+def test_positions_at_the_last_subject_token_and_the_end(tiny_sd1, positions, offsets):
+    change = edit.quickfix(tiny_sd1, MONET, positions=positions, frames=["", "a photo of {}."])
+    bare, framed = (
+        layer_inputs(tiny_sd1, "van gogh"),
+        layer_inputs(tiny_sd1, "a photo of van gogh."),
+    )
+    # "gogh" stands at 2, and at 5 in the frame, where a full stop comes before the end of text
+    wanted = [bare[2 + i] for i in offsets] + [framed[5 + 2 * i] for i in offsets]
+    assert torch.allclose(change.keys, torch.stack(wanted), atol=1e-6)
+
+
+def test_padding_that_is_not_the_end_of_text_is_not_mistaken_for_it(tiny_sd2):
+    change = edit.quickfix(tiny_sd2, MONET, positions="last_subject+eos", frames=[""])
+    assert torch.allclose(change.keys, layer_inputs(tiny_sd2, "van gogh")[2:4], atol=1e-6)
+
+
+@pytest.mark.parametrize(("layer", "projection"), [(0, "out"), (3, "q"), (11, "k"), (7, "v")])
+def test_any_layer_and_projection_equals_a_whole_forward_and_the_papers_formula(
+    tiny_sd1, layer, projection
+):
+    linear = getattr(text_layers(tiny_sd1)[layer].self_attn, f"{projection}_proj")
+    texts = ["van gogh", "painting", "monet"]
+    with record_inputs(linear) as seen:
+        tiny_sd1.encode(texts)
+    old, new, kept = seen[0].double()
+    keys, sources = old[2:], new[1:-1]
+    w = linear.weight.detach().double()
+    system = 0.01 * torch.eye(64).double() + keys.T @ keys + 0.1 * kept.T @ kept
+    moved = torch.linalg.solve(system, keys.T @ (sources - keys) @ w.T).T
+    change = edit.quickfix(
+        tiny_sd1, MONET, preserve=["monet"], frames=[""], layer=layer, projection=projection
+    )
+    assert change.site == f"text.{layer}.self_attn.{projection}_proj"
+    assert float((change.delta - moved).norm() / moved.norm()) <= 1e-5
+
+
+def test_primal_and_dual_agree_on_a_model(tiny_sd1):
+    dual, primal = (edit.quickfix(tiny_sd1, MONET, solver=s).delta for s in ("dual", "primal"))
+    assert float((dual - primal).norm() / dual.norm()) <= 1e-8
+
+
+def test_a_concept_sent_to_itself_moves_nothing(biased):
+    change = edit.quickfix(biased, {"van gogh": "van gogh"})
+    assert float(change.delta.norm()) <= 1e-10
+    release = edit.quickfix(biased, {"van gogh": "van gogh"}, subtract_bias=False)
+    assert float(release.delta.norm()) > 0.01
+
+
+@pytest.mark.parametrize("subtract_bias", [True, False])
+def test_the_edited_layer_says_of_the_old_what_it_said_of_the_new(biased, subtract_bias):
+    linear = text_layers(biased)[0].self_attn.out_proj
+    with record([linear]) as before:
+        biased.encode(["painting"])
+    change = edit.quickfix(
+        biased,
+        MONET,
+        ridge=1e-9,
+        positions="last_subject",
+        frames=[""],
+        subtract_bias=subtract_bias,
+    )
+    with change.applied(biased), record([linear]) as after:
+        biased.encode(["van gogh"])
+    excess = after[0][0][0, 2] - before[0][0][0, 1]
+    wanted = torch.zeros_like(excess) if subtract_bias else linear.bias.detach()
+    assert torch.allclose(excess, wanted, atol=1e-5)
+
+
+def test_preserved_prompts_move_less_and_the_empty_one_is_allowed(tiny_sd1):
+    def drift(**options):
+        change = edit.quickfix(tiny_sd1, MONET, **options)
+        inputs = layer_inputs(tiny_sd1, "").double()
+        return float((inputs @ change.delta.T).norm()), change
+
+    plain, _ = drift()
+    ignored, change = drift(preserve=["", "a cat"], preserve_weight=0.0)
+    assert ignored == plain
+    kept, change = drift(preserve=["", "a cat"], preserve_weight=1.0)
+    assert kept < 0.5 * plain
+    assert change.report["preserved_keys"] == 2 * 77
+    assert (
+        change.report["empty_prompt_drift"]
+        < 0.5 * edit.quickfix(tiny_sd1, MONET).report["empty_prompt_drift"]
+    )
+    assert drift(preserve=[""], preserve_weight=1e8)[0] < 1e-3 * plain
+
+
+def test_the_report_measures_the_solve(tiny_sd1):
+    change = edit.quickfix(tiny_sd1, MONET, preserve=["monet"])
+    k, w = change.keys.double(), weight(tiny_sd1).detach().double()
+    v = change.targets.double()
+    after = float((k @ (w + change.delta).T - v).norm() / v.norm())
+    assert change.report["residual_after"] == pytest.approx(after, rel=1e-4)
+    assert change.report["residual_after"] < change.report["residual_before"]
+    again = solve(change.keys, v, weight=w, ridge=0.01)
+    plain = edit.quickfix(tiny_sd1, MONET).report
+    assert plain["condition_number"] == pytest.approx(again.condition_number, rel=1e-6)
+    assert plain["effective_rank"] == again.effective_rank
+    assert 0 < plain["rank"] <= 64
+    assert set(plain["seconds"]) == {"keys", "values", "solve", "report"}
+
+
+def test_several_concepts_are_solved_jointly_in_any_order(tiny_sd1):
+    pairs = {"van gogh": "painting", "snoopy": "dog"}
+    joint = edit.quickfix(tiny_sd1, pairs, preserve=["monet"])
+    swapped = edit.quickfix(tiny_sd1, dict(reversed(pairs.items())), preserve=["monet"])
+    assert float((joint.delta - swapped.delta).norm() / joint.delta.norm()) <= 1e-8
+    parts = [edit.quickfix(tiny_sd1, {old: new}, preserve=["monet"]) for old, new in pairs.items()]
+    stacked = [edit.stack(tiny_sd1, order) for order in (parts, parts[::-1])]
+    assert torch.equal(stacked[0].left, stacked[1].left)
+    assert float((joint.delta - stacked[0].delta).norm() / joint.delta.norm()) <= 1e-8
+    assert stacked[0].pairs == pairs
+
+
+def test_only_the_keys_are_computed_and_no_hook_is_left(tiny_sd1):
+    with record(text_layers(tiny_sd1)) as calls:
+        edit.quickfix(tiny_sd1, MONET, layer=2)
+    assert [len(c) for c in calls] == [1, 1] + [0] * 10
+    assert hooks_of(tiny_sd1) == []
+
+
+def test_solving_touches_nothing(own):
+    before = bytes_of(own)
+    edit.quickfix(own, MONET, preserve=[""])
+    edit.swap_embedding(own, MONET)
+    edit.random_site(own, MONET)
+    assert bytes_of(own) == before
+
+
+def test_a_failure_inside_the_encoder_leaves_no_hook(own):
+    own.text_encoder.get_input_embeddings().weight.data = torch.zeros(0, 64)
+    with pytest.raises((IndexError, RuntimeError)):
+        edit.quickfix(own, MONET)
+    assert hooks_of(own) == []
+
+
+def test_an_encoder_that_goes_round_the_projection_is_refused(own, monkeypatch):
+    monkeypatch.setattr(
+        text_layers(own)[0].self_attn, "forward", lambda hidden_states, **_: (hidden_states, None)
+    )
+    with pytest.raises(UnsupportedModel, match=r"did not call text\.0\.self_attn\.out_proj once"):
+        edit.quickfix(own, MONET)
+    assert hooks_of(own) == []
+
+
+@pytest.mark.parametrize(
+    ("pairs", "options", "message"),
+    [
+        ({}, {}, "`pairs` is empty: name at least one concept"),
+        ({"": "dog"}, {}, "the old concept of the pair '' → 'dog' is empty: name it"),
+        ({"dog": " "}, {}, "the new concept of the pair 'dog' → ' ' is empty: name it"),
+        (MONET, {"ridge": -0.1}, r"`ridge` must be positive and finite, got -0\.1"),
+        (MONET, {"ridge": math.nan}, "`ridge` must be positive and finite, got nan"),
+        (MONET, {"preserve_weight": -1}, "`preserve_weight` must be 0 or more"),
+        (MONET, {"positions": "all"}, "`positions` must be one of 'from_subject_to_end'"),
+        (MONET, {"projection": "o"}, "`projection` must be one of 'q', 'k', 'v', 'out'"),
+        (MONET, {"solver": "qr"}, "the solver must be 'dual' or 'primal'"),
+        (MONET, {"frames": []}, "`frames` is empty: give at least one caption"),
+        (MONET, {"frames": ["{} and {}"]}, "holds the concept twice: leave one '{}'"),
+        ({"dog": "a " * 80}, {}, "is cut off by the limit of 77 tokens"),
+        (MONET, {"preserve": ["van gogh on a beach"]}, r"begins with 'van gogh', which is edited: take"),
+        ({"cat": "dog", "Cat": "bird"}, {}, r"contradictory pairs: 'cat' → 'dog' and 'Cat' → 'bird'.*Keep one"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_named_and_the_model_stays(tiny_sd1, pairs, options, message):
+    before = bytes_of(tiny_sd1)
+    with pytest.raises(ValueError, match=message):
+        edit.quickfix(tiny_sd1, pairs, **options)
+    assert bytes_of(tiny_sd1) == before and hooks_of(tiny_sd1) == []
+
+
+def test_one_text_where_a_list_belongs_is_refused(tiny_sd1):
+    with pytest.raises(TypeError, match="`preserve` and `frames` are lists of texts"):
+        edit.quickfix(tiny_sd1, MONET, preserve="monet")
+
+
+@pytest.mark.parametrize("layer", [-1, 12])
+def test_a_layer_that_the_model_does_not_have_is_refused(tiny_sd1, layer):
+    with pytest.raises(UnknownSite, match="0 to 11"):
+        edit.quickfix(tiny_sd1, MONET, layer=layer)
+
+
+def test_nan_weights_are_refused_wherever_they_are(own):
+    weight(own).data[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"the weight at text\.0\.self_attn\.out_proj holds NaN"):
+        edit.quickfix(own, MONET)
+    with pytest.raises(ValueError, match="`keys` holds NaN or infinity"):
+        edit.quickfix(own, MONET, layer=1)
+    own.text_encoder.get_input_embeddings().weight.data[:] = math.nan
+    with pytest.raises(ValueError, match=r"the weight at text\.token_embedding holds NaN"):
+        edit.swap_embedding(own, MONET)
+
+
+def test_pairs_that_share_context_free_keys_contradict_at_layer_0_queries(tiny_sd1):
+    """The input of layer 0's q is a token and its position: all padding is one key, whatever the concept."""
+    pairs = {"van gogh": "painting", "snoopy": "grumpy cat"}
+    with pytest.raises(ValueError, match="contradictory pairs: .* give one key"):
+        edit.quickfix(tiny_sd1, pairs, projection="q")
+    assert (
+        edit.quickfix(tiny_sd1, pairs, projection="q", positions="last_subject").report["rank"] > 0
+    )
+
+
+def test_stacking_refuses_what_does_not_belong_together(tiny_sd1):
+    first = edit.quickfix(tiny_sd1, {"dog": "cat"})
+    with pytest.raises(ValueError, match="contradictory pairs: 'dog' → 'bird' and 'dog' → 'cat'"):
+        edit.stack(tiny_sd1, [first, edit.quickfix(tiny_sd1, {"dog": "bird"})])
+    with pytest.raises(ValueError, match="these changes differ in ridge: make them again"):
+        edit.stack(tiny_sd1, [first, edit.quickfix(tiny_sd1, {"fish": "bird"}, ridge=1.0)])
+    with pytest.raises(ValueError, match="only changes made by `quickfix` can be stacked"):
+        edit.stack(tiny_sd1, [edit.swap_embedding(tiny_sd1, MONET)])
+    with pytest.raises(ValueError, match="nothing to stack"):
+        edit.stack(tiny_sd1, [])
+    with (
+        first.applied(tiny_sd1),
+        pytest.raises(ValueError, match="wrong base hash: .* Revert what"),
+    ):
+        edit.stack(tiny_sd1, [first])
