@@ -118,7 +118,7 @@ def test_the_page_is_well_formed_self_contained_and_described(folder):
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
     assert not re.search(r"https?://|url\(|@import", text)
     assert all(image["alt"].strip() for image in page.images)
-    assert len(page.images) == 3 + 2 * 6 * 2
+    assert len(page.images) == 3 + 2 * 6
     assert "prefers-color-scheme: dark" in text
     assert "@media print" in text
 

@@ -73,8 +73,8 @@ def methods(comparison: Comparison) -> Table:
 
 def others(comparison: Comparison) -> Table:
     """Return one row for each other concept of the kind, with every method's change."""
-    names = list(comparison.scores)
-    first = comparison.scores[names[0]]
+    first = next(iter(comparison.scores.values()))
+    names = [name for name in comparison.scores if name != "no edit"]
     rows = [
         (
             other,
