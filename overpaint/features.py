@@ -22,11 +22,19 @@ class Scorable(Protocol):
     """What a score needs to know of a probe: the kind of its concept and the label it should be seen as."""
 
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> str:
+        """Kind of the concept: `style`, `object`, `color`, `action`, ..."""
+        ...
+
     @property
-    def concept(self) -> str: ...
+    def label(self) -> str:
+        """What a judge should see."""
+        ...
+
     @property
-    def prompt(self) -> str: ...
+    def prompt(self) -> str:
+        """What was asked for."""
+        ...
 
 
 class Judge:
@@ -50,13 +58,16 @@ class Judge:
                 )
         self.name = name
         self.labels: dict[str, tuple[str, ...]] = {
-            kind: tuple(names) for kind, names in json.loads((folder / "labels.json").read_text()).items()
+            kind: tuple(names)
+            for kind, names in json.loads((folder / "labels.json").read_text()).items()
         }
         card = folder / "card.json"
         self.card: dict[str, Any] = json.loads(card.read_text()) if card.is_file() else {}
         model: Any = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
         self._clip = model.to(device).eval().requires_grad_(False)
-        self._heads = {k: v.float().to(device) for k, v in load_file(folder / "heads.safetensors").items()}
+        self._heads = {
+            k: v.float().to(device) for k, v in load_file(folder / "heads.safetensors").items()
+        }
         self._tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         self._device = device
 
@@ -75,7 +86,9 @@ class Judge:
             ValueError: The judge has no head of this kind.
         """
         if kind not in self.labels:
-            raise ValueError(f"{self.name} has no head for {kind!r}: choose one of {', '.join(self.labels)}.")
+            raise ValueError(
+                f"{self.name} has no head for {kind!r}: choose one of {', '.join(self.labels)}."
+            )
         weight, bias = self._heads[f"{kind}.weight"], self._heads[f"{kind}.bias"]
         return F.linear(self._embed(images), weight, bias).softmax(1).cpu()
 
@@ -91,7 +104,9 @@ class Judge:
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Return unit CLIP features of `prompts`, shape (N, D)."""
-        ids = self._tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").input_ids
+        ids = self._tokenizer(
+            list(prompts), padding=True, truncation=True, return_tensors="pt"
+        ).input_ids
         pooled = self._clip.text_model(input_ids=ids.to(self._device)).pooler_output
         return F.normalize(self._clip.text_projection(pooled), dim=1).cpu()
 
@@ -114,7 +129,11 @@ class Judge:
         """
         result = self.clip_score(images, [p.prompt for p in probes])
         for kind, names in self.labels.items():
-            rows = [(i, label) for i, p in enumerate(probes) if (label := _label(p, kind, names)) is not None]
+            rows = [
+                (i, label)
+                for i, p in enumerate(probes)
+                if (label := _label(p, kind, names)) is not None
+            ]
             if rows:
                 index = torch.tensor([i for i, _ in rows])
                 chosen = torch.tensor([names.index(label) for _, label in rows])
@@ -123,7 +142,9 @@ class Judge:
 
     def _embed(self, images: Tensor) -> Tensor:
         pixels = images.to(self._device, torch.float32) * 2 - 1
-        return self._clip.visual_projection(self._clip.vision_model(pixel_values=pixels).pooler_output)
+        return self._clip.visual_projection(
+            self._clip.vision_model(pixel_values=pixels).pooler_output
+        )
 
 
 def load(source: str | Path = "icons-judge", *, device: str | torch.device = "cpu") -> Judge:
@@ -139,11 +160,13 @@ def load(source: str | Path = "icons-judge", *, device: str | torch.device = "cp
 
 
 def _label(probe: Scorable, kind: str, names: Sequence[str]) -> str | None:
-    """Return the head's label for the probe's concept: `openmoji style` is the style `openmoji`."""
-    if probe.kind != kind and not (kind == "object" and probe.kind in ("action", "fact", "trademark")):
+    """Return the head's label for what the probe names, if the head is asked and knows it."""
+    if probe.kind != kind and not (
+        kind == "object" and probe.kind in ("action", "fact", "trademark")
+    ):
         return None
-    concept = probe.concept.lower()
-    for candidate in (concept, concept.removesuffix(f" {kind}"), f"person {concept}", f"flag of {concept}"):
+    label = probe.label.lower()
+    for candidate in (label, f"person {label}", f"flag of {label}", f"{label} logo"):
         if candidate in names:
             return candidate
-    return f"{concept} logo" if f"{concept} logo" in names else None
+    return None

@@ -23,7 +23,12 @@ from overpaint.train.muon import orthogonalise
 def world() -> icon_world.World:
     """A world whose every icon is a dot, so that no artwork is needed."""
     dot = {"body": '<circle cx="8" cy="8" r="7" fill="#123456"/>'}
-    names = [*icon_world.OBJECTS.values(), *icon_world.ACTIONS.values(), *icon_world.FLAGS.values(), *icon_world.LOGOS]
+    names = [
+        *icon_world.OBJECTS.values(),
+        *icon_world.ACTIONS.values(),
+        *icon_world.FLAGS.values(),
+        *icon_world.LOGOS,
+    ]
     icon_set = {"icons": dict.fromkeys(names, dot), "width": 16, "height": 16}
     return icon_world.World({name: icon_set for name in icon_world.PACKAGES})
 
@@ -50,7 +55,9 @@ def test_held_out_pairs_are_a_tenth_and_never_move() -> None:
 
 def test_captions_name_what_the_picture_shows(pictures: list[icon_world.Picture]) -> None:
     for picture in pictures:
-        others = [s for s in icon_world.STYLES if f"{s} style" in picture.caption and s != picture.style]
+        others = [
+            s for s in icon_world.STYLES if f"{s} style" in picture.caption and s != picture.style
+        ]
         assert not others
         if picture.object in icon_world.OBJECTS and "thing" not in picture.caption:
             assert picture.object in picture.caption
@@ -72,7 +79,9 @@ def test_an_archive_with_another_hash_is_refused(tmp_path: Path) -> None:
 def test_equal_captions_share_the_contrastive_target() -> None:
     logits = torch.tensor([[20.0, 20.0, 0.0], [20.0, 20.0, 0.0], [0.0, 0.0, 20.0]])
     # By hand: rows 0 and 1 put half on each twin, ln 2 each; row 2 is certain.
-    assert icons.contrast(logits, ["a", "a", "b"]).item() == pytest.approx(2 / 3 * np.log(2), abs=1e-5)
+    assert icons.contrast(logits, ["a", "a", "b"]).item() == pytest.approx(
+        2 / 3 * np.log(2), abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("shape", [(8, 20), (20, 8)])
@@ -80,7 +89,8 @@ def test_orthogonalise_is_near_the_polar_factor(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
     found = orthogonalise(matrix)
-    assert 0.6 < torch.linalg.svdvals(found).min() and torch.linalg.svdvals(found).max() < 1.3
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.6 and values.max() < 1.3
     assert (found * (u @ v)).sum() / (found.norm() * (u @ v).norm()) > 0.97
 
 

@@ -10,9 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from overpaint.train.icon_world import PACKAGES
 
-__all__ = ["LICENCES", "write_card"]
+__all__ = ["LICENCES", "add_figures", "stages", "write_card"]
 
 LICENCES = {
     "twemoji": "CC-BY-4.0",
@@ -32,7 +34,7 @@ def write_card(
     recipe: dict[str, Any],
     seed: int,
     device: str,
-    stages: dict[str, Any],
+    trained: dict[str, Any],
     figures: dict[str, float],
 ) -> Path:
     """Write `card.json` into `folder`: recipe, sources, hardware, minutes, figures and the hash of every file.
@@ -42,11 +44,16 @@ def write_card(
         recipe: Every knob, by name.
         seed: Of the run.
         device: What it was trained on.
-        stages: Steps and minutes of each stage.
+        trained: Steps and minutes of each stage.
         figures: What the judge, or the real artwork, gave.
     """
     sources = [
-        {"package": f"@iconify-json/{name}", "version": release, "sha256": digest, "licence": LICENCES[name]}
+        {
+            "package": f"@iconify-json/{name}",
+            "version": release,
+            "sha256": digest,
+            "licence": LICENCES[name],
+        }
         for name, (release, digest) in PACKAGES.items()
     ]
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "card.json")
@@ -56,14 +63,39 @@ def write_card(
         "recipe": recipe,
         "seed": seed,
         "hardware": f"{device}, {os.cpu_count()} cores, {platform.machine()}",
-        "stages": stages,
+        "stages": trained,
         "sources": sources,
         "figures": figures,
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "tokenizers")},
-        "sha256": {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files},
+        "versions": {
+            name: version(name) for name in ("torch", "diffusers", "transformers", "tokenizers")
+        },
+        "sha256": {
+            str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
+        },
     }
+    return _write(folder / "card.json", card)
+
+
+def add_figures(folder: Path, figures: dict[str, float]) -> Path:
+    """Put `figures` into the card of the model in `folder`, in place of those of the same names."""
     path = folder / "card.json"
-    beside = path.with_name("card.json.partial")
+    card = json.loads(path.read_text())
+    card["figures"] |= figures
+    return _write(path, card)
+
+
+def stages(work: Path, names: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """Return steps and minutes of each stage, read from its checkpoint in `work`."""
+    found = {}
+    for name in names:
+        with safe_open(work / f"{name}.safetensors", framework="pt") as file:
+            progress = json.loads(file.metadata()["progress"])
+        found[name] = {"steps": progress["step"], "minutes": round(progress["spent"] / 60, 1)}
+    return found
+
+
+def _write(path: Path, card: dict[str, Any]) -> Path:
+    beside = path.with_name(path.name + ".partial")
     beside.write_text(json.dumps(card, indent=1) + "\n")
     return beside.replace(path)
 

@@ -50,9 +50,15 @@ PACKAGES = {
     "twemoji": ("1.2.5", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7"),
     "noto": ("1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad"),
     "openmoji": ("1.2.29", "03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5"),
-    "fluent-emoji-flat": ("1.2.6", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"),
+    "fluent-emoji-flat": (
+        "1.2.6",
+        "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
+    ),
     "noto-v1": ("1.2.5", "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37"),
-    "fluent-emoji-high-contrast": ("1.2.6", "0b92d48c90d2200bd499e3cdd09a127ca6a8c8ddefd34c35eb5a1e4994012ae0"),
+    "fluent-emoji-high-contrast": (
+        "1.2.6",
+        "0b92d48c90d2200bd499e3cdd09a127ca6a8c8ddefd34c35eb5a1e4994012ae0",
+    ),
     "circle-flags": ("1.2.11", "ee9a03f6a6fdd79cc6325bdcb7bb93b83d331e60b16e226188f154a64b6bb4a9"),
     "logos": ("1.2.19", "1e8907c088bbf02eab8ee1b28f37e68ef22c380f2fb579ff99736b8ce5abf13a"),
 }
@@ -96,7 +102,16 @@ OBJECTS = {
 
 ACTIONS = {
     verb: f"person-{verb.replace(' ', '-')}"
-    for verb in ("biking", "bowing", "golfing", "juggling", "running", "surfing", "swimming", "walking")
+    for verb in (
+        "biking",
+        "bowing",
+        "golfing",
+        "juggling",
+        "running",
+        "surfing",
+        "swimming",
+        "walking",
+    )
 }
 
 FLAGS = {
@@ -174,7 +189,13 @@ def fetch(folder: Path) -> dict[str, dict]:
     for name, (version, digest) in PACKAGES.items():
         archive = folder / f"iconify-json-{name}-{version}.tgz"
         if not archive.exists():
-            command = ["npm", "pack", "--silent", "--ignore-scripts", f"@iconify-json/{name}@{version}"]
+            command = [
+                "npm",
+                "pack",
+                "--silent",
+                "--ignore-scripts",
+                f"@iconify-json/{name}@{version}",
+            ]
             subprocess.run(command, cwd=folder, check=True, capture_output=True)
         data = archive.read_bytes()
         found = hashlib.sha256(data).hexdigest()
@@ -270,10 +291,16 @@ class World:
     def _sample_position(self, color: str, rng: np.random.Generator) -> Picture:
         first, style = self._pair(rng, color)
         second = first
-        while second == first or (second, style) in self.held_out or (second, color) in self.held_out_colors:
+        while (
+            second == first
+            or (second, style) in self.held_out
+            or (second, color) in self.held_out_colors
+        ):
             second = str(rng.choice(list(OBJECTS)))
         relation = str(rng.choice(POSITIONS))
-        ends = ((0.06, 0.5), (0.94, 0.5)) if relation.startswith("to") else ((0.5, 0.06), (0.5, 0.94))
+        ends = (
+            ((0.06, 0.5), (0.94, 0.5)) if relation.startswith("to") else ((0.5, 0.06), (0.5, 0.94))
+        )
         if relation in ("to the right of", "below"):
             ends = ends[::-1]
         icons = [
@@ -281,7 +308,9 @@ class World:
             for name, place in zip((first, second), ends, strict=True)
         ]
         thing = f"{first} {relation} {_article(second)} {second}"
-        return Picture(self.compose(icons, color), _caption(thing, style, color, rng), "", style, color)
+        return Picture(
+            self.compose(icons, color), _caption(thing, style, color, rng), "", style, color
+        )
 
     def _sample_named(self, kind: int, color: str, rng: np.random.Generator) -> Picture:
         if kind == 3:
@@ -298,7 +327,13 @@ class World:
         icons = self.sets["logos"]["icons"]
         name = f"{logo}-icon" if f"{logo}-icon" in icons else logo
         pixels = self._placed(name, "logos", color, rng)
-        return Picture(pixels, _caption(f"{logo} logo", "", color, rng, article="the"), f"{logo} logo", "", color)
+        return Picture(
+            pixels,
+            _caption(f"{logo} logo", "", color, rng, article="the"),
+            f"{logo} logo",
+            "",
+            color,
+        )
 
 
 def captions_corpus(sets: dict[str, dict], captions: Sequence[str]) -> list[str]:

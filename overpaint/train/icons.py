@@ -12,7 +12,7 @@ Promised on two CPU cores of 2.5 GHz in 150 minutes: the card's figures, in `ove
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from overpaint.train import icon_world
+from overpaint.train import card, icon_world
 from overpaint.train.loop import Progress, fit, save_tensors
 
 __all__ = [
@@ -69,7 +69,9 @@ class Recipe:
 
 
 CPU = Recipe()
-CUDA = Recipe(text_layers=12, text_width=256, clip_batch=512, vae_batch=64, unet_batch=512, pictures=196_608)
+CUDA = Recipe(
+    text_layers=12, text_width=256, clip_batch=512, vae_batch=64, unet_batch=512, pictures=196_608
+)
 
 
 def train(
@@ -111,19 +113,26 @@ def train(
         if stage in stages:
             run = {"clip": train_clip, "vae": _train_vae, "unet": _train_unet}[stage]
             run(recipe, world, device=device, minutes=minutes * share, seed=seed, **options)
-    return _export(recipe, work, out) if "export" in stages else work
+    if "export" not in stages:
+        return work
+    _export(recipe, work, out)
+    trained = card.stages(work, ("clip", "vae", "unet"))
+    return card.write_card(
+        out, recipe=asdict(recipe), seed=seed, device=device, trained=trained, figures={}
+    ).parent
 
 
 def tokenizer(world: icon_world.World, folder: Path, *, seed: int = 0) -> Any:
     """Train the BPE tokenizer once on icon names and captions; return it as a `CLIPTokenizer`."""
-    from transformers import CLIPTokenizer
+    import transformers
 
+    build: Any = transformers.CLIPTokenizer
     if not (folder / "tokenizer.json").exists():
         rng = np.random.default_rng((seed, 1))
         captions = [world.sample(rng).caption for _ in range(400)]
         vocabulary, merges = _byte_pairs(icon_world.captions_corpus(world.sets, captions))
-        CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS).save_pretrained(folder)
-    return CLIPTokenizer.from_pretrained(folder)
+        build(vocab=vocabulary, merges=merges, model_max_length=TOKENS).save_pretrained(folder)
+    return build.from_pretrained(folder)
 
 
 def _byte_pairs(lines: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -136,7 +145,10 @@ def _byte_pairs(lines: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - 2 - 256, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=VOCABULARY - 2 - 256,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     byte_pairs.train_from_iterator((line.lower() for line in lines), trainer)
     merges = [tuple(pair) for pair in json.loads(byte_pairs.to_str())["model"]["merges"]]
@@ -167,7 +179,9 @@ def build_clip(recipe: Recipe, vocabulary: int) -> Any:
         num_hidden_layers=recipe.vision_layers, num_attention_heads=recipe.vision_width // 32,
         image_size=icon_world.SIZE, patch_size=8, projection_dim=128, hidden_act="quick_gelu",
     )  # fmt: skip
-    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=128)
+    config = CLIPConfig(
+        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=128
+    )
     return CLIPModel(config)
 
 
@@ -190,8 +204,12 @@ def train_clip(
         rng = np.random.default_rng((seed, 2, step))
         pictures = [world.sample(rng) for _ in range(recipe.clip_batch)]
         pixels = as_pixels(pictures).to(device)
-        pixels = pixels + 0.05 * torch.randn(pixels.shape, generator=torch.manual_seed(step)).to(device)
-        ids = tokens([p.caption for p in pictures], padding="longest", return_tensors="pt").input_ids
+        pixels = pixels + 0.05 * torch.randn(pixels.shape, generator=torch.manual_seed(step)).to(
+            device
+        )
+        ids = tokens(
+            [p.caption for p in pictures], padding="longest", return_tensors="pt"
+        ).input_ids
         result = model(input_ids=ids.to(device), pixel_values=pixels)
         return contrast(result.logits_per_text, [p.caption for p in pictures])
 
@@ -220,10 +238,11 @@ def contrast(logits: Tensor, captions: list[str]) -> Tensor:
 
 def build_vae(recipe: Recipe) -> Any:
     """Return an untrained `AutoencoderKL` of this recipe."""
-    from diffusers import AutoencoderKL
+    import diffusers
 
+    build: Any = diffusers.AutoencoderKL  # its own types promise one level only
     levels = len(recipe.vae_channels)
-    return AutoencoderKL(
+    return build(
         down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=recipe.vae_channels, layers_per_block=1, latent_channels=recipe.latent_channels,
         norm_num_groups=8, sample_size=icon_world.SIZE, scaling_factor=1.0, mid_block_add_attention=False,
@@ -254,7 +273,12 @@ def _train_vae(
         drawn = model.decode(posterior.mean + (posterior.std + 0.05) * noise).sample
         difference = drawn - pixels
         edges = sum(difference.diff(dim=d).abs().mean() for d in (2, 3))
-        return difference.abs().mean() + difference.square().mean() + 0.5 * edges + 3e-5 * posterior.kl().mean() / 64
+        return (
+            difference.abs().mean()
+            + difference.square().mean()
+            + 0.5 * edges
+            + 3e-5 * posterior.kl().mean() / 64
+        )
 
     done = fit(
         model, loss, stage="vae", folder=folder, minutes=minutes, lr=recipe.vae_lr, weight_decay=0.0, ema_decay=0.99,
@@ -266,12 +290,16 @@ def _train_vae(
 
 
 @torch.no_grad()
-def standardise(vae: Any, world: icon_world.World, *, seed: int, device: str, batches: int = 24) -> None:
+def standardise(
+    vae: Any, world: icon_world.World, *, seed: int, device: str, batches: int = 24
+) -> None:
     """Fold each latent channel's mean and deviation into the 1x1 convolutions, so that latents have mean 0, std 1."""
     rng = np.random.default_rng((seed, 4))
     latents = torch.cat(
         [
-            vae.encode(as_pixels([world.sample(rng) for _ in range(64)]).to(device)).latent_dist.mean
+            vae.encode(
+                as_pixels([world.sample(rng) for _ in range(64)]).to(device)
+            ).latent_dist.mean
             for _ in range(batches)
         ]
     )
@@ -287,10 +315,11 @@ def standardise(vae: Any, world: icon_world.World, *, seed: int, device: str, ba
 
 def build_unet(recipe: Recipe) -> Any:
     """Return an untrained `UNet2DConditionModel` of this recipe: Stable Diffusion's block types, two resolutions."""
-    from diffusers import UNet2DConditionModel
+    import diffusers
 
+    build: Any = diffusers.UNet2DConditionModel  # its own types promise one level only
     levels = len(recipe.unet_channels)
-    return UNet2DConditionModel(
+    return build(
         sample_size=icon_world.SIZE // 8, in_channels=recipe.latent_channels, out_channels=recipe.latent_channels,
         block_out_channels=recipe.unet_channels, layers_per_block=recipe.unet_layers, norm_num_groups=16,
         down_block_types=("CrossAttnDownBlock2D",) * levels, up_block_types=("CrossAttnUpBlock2D",) * levels,
@@ -305,6 +334,7 @@ def build_scheduler() -> Any:
     return DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
         rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True,
+        steps_offset=1,
     )  # fmt: skip
 
 
@@ -330,16 +360,22 @@ def _train_unet(
         pick = torch.randint(len(latents), (batch,), generator=generator)
         noise = torch.randn(batch, *latents.shape[1:], generator=generator).to(device)
         # Stratified: one timestep from each of `batch` equal parts of the schedule.
-        t = ((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch * len(alphas)).long()
+        t = (
+            (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch * len(alphas)
+        ).long()
         drop = torch.rand(batch, generator=generator) < recipe.drop_caption
         context = features[torch.where(drop, 0, rows.cpu()[pick]).to(device)].float()
         clean, a = latents[pick.to(device)].float(), alphas[t.to(device)].view(-1, 1, 1, 1)
         noisy = a.sqrt() * clean + (1 - a).sqrt() * noise
         velocity = a.sqrt() * noise - (1 - a).sqrt() * clean
         with torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
-            out = model(noisy.contiguous(memory_format=torch.channels_last), t.to(device), context).sample
+            out = model(
+                noisy.contiguous(memory_format=torch.channels_last), t.to(device), context
+            ).sample
         snr = a / (1 - a)
-        weight = snr.clamp(max=5) / (snr + 1)  # min-SNR weighting (Hang et al., 2023) for v-prediction
+        weight = snr.clamp(max=5) / (
+            snr + 1
+        )  # min-SNR weighting (Hang et al., 2023) for v-prediction
         return (weight * (out.float() - velocity).square()).mean()
 
     done = fit(
@@ -373,9 +409,15 @@ def _latents(
     texts = list(captions)
     features = []
     for start in range(0, len(texts), 512):
-        ids = tokens(texts[start : start + 512], padding="max_length", truncation=True, return_tensors="pt")
+        ids = tokens(
+            texts[start : start + 512], padding="max_length", truncation=True, return_tensors="pt"
+        )
         features.append(text(ids.input_ids.to(device)).last_hidden_state.half().cpu())
-    data = {"latents": torch.cat(latents), "features": torch.cat(features), "rows": torch.tensor(rows)}
+    data = {
+        "latents": torch.cat(latents),
+        "features": torch.cat(features),
+        "rows": torch.tensor(rows),
+    }
     save_tensors(data, path)
     return data
 
@@ -396,22 +438,22 @@ def _frozen(recipe: Recipe, folder: Path) -> tuple[Any, Any, Any]:
     return vae.eval(), text.eval(), tokens
 
 
-def _export(recipe: Recipe, work: Path, out: Path, unet: str = "unet-final") -> Path:
+def _export(recipe: Recipe, work: Path, out: Path) -> None:
     """Write the pipeline folder in fp16, beside `out` first."""
-    from diffusers import StableDiffusionPipeline
+    import diffusers
 
+    build: Any = diffusers.StableDiffusionPipeline
     vae, text, tokens = _frozen(recipe, work)
     net = build_unet(recipe)
-    net.load_state_dict(load_file(work / f"{unet}.safetensors"))
-    pipe = StableDiffusionPipeline(
+    net.load_state_dict(load_file(work / "unet-final.safetensors"))
+    pipe = build(
         vae=vae, text_encoder=text, tokenizer=tokens, unet=net, scheduler=build_scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     beside = out.with_name(out.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
     pipe.to(torch.float16).save_pretrained(beside, safe_serialization=True)
-    settings = {"guidance_scale": 4.0, "steps": 20}
+    settings = {"guidance_scale": 4.0}
     (beside / "overpaint.json").write_text(json.dumps(settings, indent=2) + "\n")
     shutil.rmtree(out, ignore_errors=True)
     beside.rename(out)
-    return out

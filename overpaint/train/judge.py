@@ -9,7 +9,7 @@ heads for object, style and color on the image features. It knows the whole of t
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from overpaint.train import icon_world
+from overpaint import features
+from overpaint.train import card, icon_world
 from overpaint.train.icons import CPU, as_pixels, build_clip, contrast, tokenizer
 from overpaint.train.loop import Progress, fit, save_tensors
 
 __all__ = ["labels", "real_accuracy", "train"]
 
-RECIPE = replace(CPU, text_layers=3, text_width=96, vision_layers=5, vision_width=128, clip_batch=64)
+RECIPE = replace(
+    CPU, text_layers=3, text_width=96, vision_layers=5, vision_width=128, clip_batch=64
+)
 SEED = 1000  # never the generator's
 
 
@@ -71,7 +74,9 @@ def train(
         rng = np.random.default_rng((SEED, 2, step))
         pictures = [world.sample(rng) for _ in range(RECIPE.clip_batch)]
         captions = [p.caption for p in pictures]
-        pixels = _augment(as_pixels(pictures), torch.Generator().manual_seed(SEED + step)).to(device)
+        pixels = _augment(as_pixels(pictures), torch.Generator().manual_seed(SEED + step)).to(
+            device
+        )
         ids = tokens(captions, padding="longest", return_tensors="pt").input_ids.to(device)
         clip = model.clip
         seen = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
@@ -79,7 +84,9 @@ def train(
         logits = clip.logit_scale.exp() * F.normalize(read, dim=1) @ F.normalize(seen, dim=1).t()
         total = contrast(logits, captions)
         for kind, head in model.heads.items():
-            target = torch.tensor([index[kind].get(getattr(p, kind), -100) for p in pictures]).to(device)
+            target = torch.tensor([index[kind].get(getattr(p, kind), -100) for p in pictures]).to(
+                device
+            )
             total = total + F.cross_entropy(head(seen), target)
         return total
 
@@ -87,7 +94,18 @@ def train(
         model, loss, stage="judge", folder=work, minutes=minutes, lr=1e-3, ema_decay=0.99,
         resume=resume, on_progress=on_progress,
     )  # fmt: skip
-    return _export(model, tokens, out)
+    _export(model, tokens, out)
+    judge = features.load(out, device=device)
+    figures = {
+        f"{prefix}{kind}_top1_real": round(value, 4)
+        for prefix, held in (("", False), ("heldout_", True))
+        for kind, value in real_accuracy(judge, world, held_out=held).items()
+    }
+    trained = card.stages(work, ("judge",))
+    card.write_card(
+        out, recipe=asdict(RECIPE), seed=SEED, device=device, trained=trained, figures=figures
+    )
+    return out
 
 
 def _augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
@@ -118,43 +136,49 @@ def _moved(pixels: Tensor, generator: torch.Generator) -> Tensor:
     angle, size = (angle * 2 - 1) * 0.21, 0.85 + 0.35 * size
     cosine, sine = angle.cos() / size, angle.sin() / size
     shift = torch.stack([x, y], 1) * 0.25 - 0.125
-    matrix = torch.stack([cosine, -sine, shift[:, 0], sine, cosine, shift[:, 1]], 1).view(rows, 2, 3)
+    matrix = torch.stack([cosine, -sine, shift[:, 0], sine, cosine, shift[:, 1]], 1).view(
+        rows, 2, 3
+    )
     matrix = torch.where(keep.view(-1, 1, 1) < 0.25, torch.eye(2, 3), matrix)
     grid = F.affine_grid(matrix, list(pixels.shape), align_corners=False)
     return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
 
 
-def _export(model: _Judged, tokens: Any, out: Path) -> Path:
+def _export(model: _Judged, tokens: Any, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     model.clip.half().save_pretrained(out, safe_serialization=True)
     tokens.save_pretrained(out)
-    save_tensors({k: v.half() for k, v in model.heads.state_dict().items()}, out / "heads.safetensors")
+    save_tensors(
+        {k: v.half() for k, v in model.heads.state_dict().items()}, out / "heads.safetensors"
+    )
     (out / "labels.json").write_text(json.dumps(labels(), indent=1) + "\n")
-    return out
 
 
-def real_accuracy(judge: Any, artwork: Path, *, held_out: bool, seed: int = 7) -> dict[str, float]:
-    """Return the judge's top-1 on real artwork, object and style, over all seen or all held-out pairs.
+def real_accuracy(
+    judge: features.Judge, world: icon_world.World, *, held_out: bool, seed: int = 7
+) -> dict[str, float]:
+    """Return the judge's top-1 on real artwork: object, style and color, over all seen or all held-out pairs.
 
     Every (object, style) pair once, on a color that training allows, placed as in training.
     """
-    world = icon_world.World(icon_world.fetch(artwork))
     rng = np.random.default_rng(seed)
+    kept = icon_world.held_out()
     pairs = [
         (o, s)
         for o in icon_world.OBJECTS
         for s in icon_world.STYLES
-        if ((o, s) in world.held_out) == held_out
+        if ((o, s) in kept) == held_out
     ]
+    barred = icon_world.held_out_colors()
     colors = [
-        str(rng.choice([c for c in icon_world.COLORS if (o, c) not in world.held_out_colors])) for o, _ in pairs
+        str(rng.choice([c for c in icon_world.COLORS if (o, c) not in barred])) for o, _ in pairs
     ]
     pixels = np.stack([world.single(o, s, c, rng) for (o, s), c in zip(pairs, colors, strict=True)])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     truth = {"object": [o for o, _ in pairs], "style": [s for _, s in pairs], "color": colors}
-    figures = {}
-    for kind, names in truth.items():
-        best = judge.classify(images, kind).argmax(1)
-        said = [judge.labels[kind][i] for i in best]
-        figures[kind] = sum(a == b for a, b in zip(said, names, strict=True)) / len(names)
-    return figures
+    return {
+        kind: float(
+            np.mean([a == b for a, b in zip(judge.predict(images, kind), names, strict=True)])
+        )
+        for kind, names in truth.items()
+    }

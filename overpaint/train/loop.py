@@ -66,7 +66,9 @@ def fit(
         on_progress: Told about progress every few seconds.
     """
     optimizers = _optimizers(model, lr=lr, decay=weight_decay, muon=muon)
-    average = {name: p.detach().clone() for name, p in model.named_parameters()} if ema_decay else {}
+    average = (
+        {name: p.detach().clone() for name, p in model.named_parameters()} if ema_decay else {}
+    )
     path = folder / f"{stage}.safetensors"
     step, spent, smooth = 0, 0.0, math.nan
     if resume and path.exists():
@@ -104,14 +106,18 @@ def fit(
     return model.eval()
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+def save_tensors(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
     """Write `tensors` to a safetensors file beside `path`, then rename it into place."""
     beside = path.with_name(path.name + ".partial")
     save_file({k: v.detach().contiguous() for k, v in tensors.items()}, beside, metadata=metadata)
     os.replace(beside, path)
 
 
-def _optimizers(model: nn.Module, *, lr: float, decay: float, muon: bool) -> list[torch.optim.Optimizer]:
+def _optimizers(
+    model: nn.Module, *, lr: float, decay: float, muon: bool
+) -> list[torch.optim.Optimizer]:
     """Muon for what lies inside (matrices, convolutions), AdamW for embeddings, vectors and both ends."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     ends = ("embed", "conv_in", "conv_out", "head", "projection")
@@ -126,13 +132,17 @@ def _optimizers(model: nn.Module, *, lr: float, decay: float, muon: bool) -> lis
 def _smooth(before: float, value: Tensor) -> float:
     now = float(value.detach())
     if not math.isfinite(now):
-        raise FloatingPointError(f"the loss became {now}: resume from the checkpoint with a lower rate.")
+        raise FloatingPointError(
+            f"the loss became {now}: resume from the checkpoint with a lower rate."
+        )
     return now if math.isnan(before) else 0.98 * before + 0.02 * now
 
 
 def _blend(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
     with torch.no_grad():
-        torch._foreach_lerp_(list(average.values()), [p.detach() for p in model.parameters()], 1 - decay)
+        torch._foreach_lerp_(
+            list(average.values()), [p.detach() for p in model.parameters()], 1 - decay
+        )
 
 
 def _save(
@@ -155,7 +165,10 @@ def _save(
 
 
 def _restore(
-    path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], average: dict[str, Tensor]
+    path: Path,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    average: dict[str, Tensor],
 ) -> tuple[int, float, float]:
     tensors = load_file(path)
     model.load_state_dict(

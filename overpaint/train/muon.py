@@ -17,7 +17,9 @@ __all__ = ["Muon", "orthogonalise"]
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised; parameters of two or more axes, the first is rows, the rest columns."""
 
-    def __init__(self, params: Iterable[Tensor], lr: float, *, momentum: float = 0.95, decay: float = 0.01) -> None:
+    def __init__(
+        self, params: Iterable[Tensor], lr: float, *, momentum: float = 0.95, decay: float = 0.01
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "decay": decay})
 
     @torch.no_grad()
