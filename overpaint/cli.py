@@ -7,6 +7,7 @@ holds one JSON object and nothing else.
 import json
 import math
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -92,7 +93,7 @@ def demo(
     loaded = _load(model, device)
     with _progress(as_json) as stage:
         summary = whole.run(
-            loaded, out, erase=erase, replace=replace, quick=quick, seed=seed,
+            loaded, out, erase=erase, replace=replace, size=whole.QUICK if quick else whole.FULL, seed=seed,
             held_out=_held_out(model), on_progress=stage,
         )  # fmt: skip
     if as_json:
@@ -158,6 +159,152 @@ def sites(model: Model, device: Device = "cpu", as_json: Json = False) -> None:
 
 
 @app.command()
+def trace(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for the effects.")] = Path("runs/trace"),
+    part: Annotated[str, typer.Option(help="text or unet.")] = "text",
+    kind: Annotated[str, typer.Option(help="Which probes: style, object, color, ...")] = "style",
+    vocabulary: Annotated[str, typer.Option(help="icons, or natural for photographs.")] = "icons",
+    limit: Annotated[int, typer.Option(help="At most so many probes.")] = 8,
+    source: Annotated[
+        str, typer.Option(help="unet: clean_trajectory or same_latent.")
+    ] = "clean_trajectory",
+    features_only: Annotated[
+        bool, typer.Option("--features-only", help="text: draw no pictures.")
+    ] = False,
+    seed: Seed = 0,
+    steps: Steps = 20,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Find where a kind of concept is kept; `overpaint report` draws the result."""
+    from overpaint import probes, trace
+
+    if part not in ("text", "unet"):
+        raise ValueError(f"unknown part {part!r}: choose text or unet.")
+    _check_writable(out)
+    asked = probes.load(kind, vocabulary=vocabulary)[:limit]
+    loaded = _load(model, device)
+    with _progress(as_json) as stage:
+        shared: dict[str, Any] = {
+            "seeds": (seed,), "steps": steps,
+            "on_progress": lambda done, total: stage(done, total, f"tracing {part}"),
+        }  # fmt: skip
+        if part == "text":
+            effects = trace.text_encoder(loaded, asked, generate=not features_only, **shared)
+        else:
+            effects = trace.unet(loaded, asked, source=source, **shared)  # type: ignore[arg-type]
+    path = effects.save(out / ("text.parquet" if part == "text" else f"unet-{source}.parquet"))
+    rows = sorted(effects.mean().to_pylist(), key=lambda row: -row["mean"])[:10]
+    if as_json:
+        return _print_json({"effects": str(path), "top": rows})
+    _table(
+        ("site", "token", "effect", "95 % interval"),
+        [
+            (
+                r["site"],
+                r["role"] or "all",
+                f"{r['mean']:.3f}",
+                f"{r['low']:.3f} to {r['high']:.3f}",
+            )
+            for r in rows
+        ],
+    )
+    return _print_facts({"effects": str(path)}, as_json=False)
+
+
+@app.command()
+def edit(
+    model: Model,
+    erase: Annotated[list[str], typer.Option(help="What to paint over; may be given again.")],
+    replace: Annotated[list[str], typer.Option(help="What to put in its place, as often.")],
+    preserve: Annotated[
+        list[str] | None, typer.Option(help="A prompt to leave alone; may be given again.")
+    ] = None,
+    neighbours: Annotated[
+        bool, typer.Option(help="Preserve what the judge knows besides.")
+    ] = False,
+    preserve_weight: Annotated[float, typer.Option(help="Weight of a preserved prompt.")] = 0.1,
+    ridge: Annotated[float, typer.Option(help="Pull towards the old weight.")] = 0.01,
+    out: Annotated[Path, typer.Option(help="The change file.")] = Path("change.safetensors"),
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Make a change file; the model is not touched."""
+    from overpaint.edit import quickfix
+
+    if len(erase) != len(replace):
+        raise ValueError(
+            f"{len(erase)} --erase for {len(replace)} --replace: give one replacement for each concept."
+        )
+    _check_writable(out.parent)
+    loaded = _load(model, device)
+    kept = list(preserve or [])
+    for text in erase if neighbours else ():
+        kept += [p for p in _neighbours(text) if p not in kept]
+    change = quickfix(
+        loaded, dict(zip(erase, replace, strict=True)),
+        preserve=kept, preserve_weight=preserve_weight, ridge=ridge,
+    )  # fmt: skip
+    change.save(out)
+    told = {key: value for key, value in change.report.items() if isinstance(value, int | float)}
+    _print_facts({"change": str(out), "site": change.site, **told}, as_json=as_json)
+
+
+@app.command()
+def apply(
+    model: Model,
+    change: Annotated[Path, typer.Argument(help="The change file.")],
+    out: Annotated[Path, typer.Option(help="A new folder for the edited model.")],
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Write an edited copy of a model, as a diffusers folder."""
+    from overpaint.edit import Change
+
+    if out.exists():
+        raise FileExistsError(f"{str(out)!r} exists already: name a new folder with --out.")
+    _check_writable(out.parent)
+    loaded = _load(model, device)
+    Change.load(change).apply(loaded)
+    draft = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        loaded.pipe.save_pretrained(draft)
+        settings = {"guidance_scale": loaded.guidance_scale}
+        (draft / "overpaint.json").write_text(json.dumps(settings))
+        os.replace(draft, out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    _print_facts({"model": str(out)}, as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    change: Annotated[Path, typer.Argument(help="The change file.")],
+    out: Annotated[Path, typer.Option(help="Folder for the scores.")] = Path("runs/evaluation"),
+    size: Annotated[int, typer.Option(help="Questions for each concept.")] = 40,
+    seed: Seed = 0,
+    steps: Steps = 16,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Judge a change by the pictures of `icons-judge`; `overpaint report` draws the result."""
+    from overpaint.edit import Change
+    from overpaint.evaluate import compare
+
+    _check_writable(out)
+    loaded, found = _load(model, device), Change.load(change)
+    with _progress(as_json) as stage:
+        comparison = compare(
+            loaded, {"no edit": None, "change": found}, held_out=_held_out(model), size=size,
+            steps=steps, seed=seed, on_progress=lambda done, total, _: stage(done, total, "judging"),
+        )  # fmt: skip
+    comparison.save(out)
+    _print_facts({**comparison.scores["change"].flat(), "scores": str(out)}, as_json=as_json)
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Holds saved results.")],
     as_json: Json = False,
@@ -208,13 +355,13 @@ def _load(model: str, device: str) -> Any:
     import diffusers
     import transformers
 
-    import overpaint
+    from overpaint import model as models
 
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
     try:
-        return overpaint.load(model, device=device)
+        return models.load(model, device=device)
     except RuntimeError as error:  # torch names an unknown or absent device so
         raise ValueError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error
 
@@ -226,6 +373,15 @@ def _held_out(model: str) -> frozenset[tuple[str, str]]:
     from overpaint.train import icon_world
 
     return icon_world.held_out()
+
+
+def _neighbours(concept: str) -> tuple[str, ...]:
+    """Return what the shipped judge knows besides `concept`, as prompts."""
+    from overpaint import features, questions
+
+    labels = features.load().labels
+    kind, label = questions.concept(concept, labels)
+    return questions.neighbours(kind, label, labels=labels)
 
 
 def _check_writable(folder: Path, *, make: bool = True) -> None:

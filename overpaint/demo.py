@@ -50,7 +50,7 @@ def run(
     *,
     erase: str = "openmoji style",
     replace: str = "noto style",
-    quick: bool = False,
+    size: Size = FULL,
     seed: int = 0,
     held_out: Collection[tuple[str, str]] = (),
     judge: Judge | None = None,
@@ -63,7 +63,7 @@ def run(
         out: Folder of the results; holds `report.html` and `summary.json` at the end.
         erase: The concept to paint over.
         replace: What to put in its place.
-        quick: Take `QUICK` instead of `FULL`.
+        size: How much of everything: `FULL`, `QUICK` or your own.
         seed: Of everything drawn.
         held_out: (object, style) pairs that training never showed.
         judge: By default `icons-judge`.
@@ -74,7 +74,6 @@ def run(
         OSError: `out` cannot be written.
     """
     began = time.perf_counter()
-    size = QUICK if quick else FULL
     judge = features.load(device=model.device) if judge is None else judge
     kind, label = questions.concept(erase, judge.labels)
     out.mkdir(parents=True, exist_ok=True)
@@ -98,7 +97,7 @@ def run(
     )
     _write_json(
         out / "run.json",
-        _run_facts(model, erase, replace, quick, seed, size, comparison, changes[PREFERRED]),
+        _run_facts(model, erase, replace, seed, size, comparison, changes[PREFERRED]),
     )
     report.write(out)
     return summary
@@ -179,14 +178,13 @@ def _run_facts(
     model: TextToImage,
     erase: str,
     replace: str,
-    quick: bool,
     seed: int,
     size: Size,
     comparison: Comparison,
     change: Change,
 ) -> dict[str, Any]:
     """Return the words of the page: title, commands, protocol."""
-    flags = f' --erase "{erase}" --replace "{replace}" --seed {seed}{" --quick" if quick else ""}'
+    flags = f' --erase "{erase}" --replace "{replace}" --seed {seed}{" --quick" if size == QUICK else ""}'
     judged = comparison.scores[PREFERRED].protocol
     return {
         "title": f"{erase} → {replace}",

@@ -18,8 +18,9 @@ LEVELS = (
     ("trace", "edit"),
     ("evaluate",),
     ("report",),
-    ("train",),
+    ("demo", "train"),
     ("cli",),
+    ("__main__",),
 )
 RANK = {room: rank for rank, rooms in enumerate(LEVELS) for room in rooms}
 SOURCES = sorted(p for p in ROOT.rglob("*.py") if p.parent != ROOT or p.stem not in ("__init__",))

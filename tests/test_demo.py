@@ -1,0 +1,93 @@
+import json
+
+import pytest
+import torch
+
+from overpaint import demo
+from overpaint.edit import Change
+from overpaint.edit.change import fingerprint, weight_at
+
+SMALL = demo.Size(text_probes=1, unet_probes=1, trace_steps=1, questions=1, steps=1)
+
+
+class Eyes:
+    """Tells by a picture's mean color."""
+
+    name = "eyes"
+    card = {"figures": {"object_top1_real": 0.9, "style_top1_real": 0.8}}
+    labels = {"object": ("cat", "dog"), "style": ("noto", "openmoji"), "color": ("red", "blue")}
+
+    def classify(self, images, kind):
+        return images.flatten(2).mean(2)[:, : len(self.labels[kind])].softmax(1)
+
+    def score(self, images, probes):
+        assert len(images) == len(probes)
+        return images.mean((1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def made(tiny_sd1, tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    told = []
+    before = fingerprint(weight_at(tiny_sd1, "text.0.self_attn.out_proj"))
+    summary = demo.run(
+        tiny_sd1, out, size=SMALL, judge=Eyes(), held_out={("cat", "openmoji")},
+        on_progress=lambda *at: told.append(at),
+    )  # fmt: skip
+    assert fingerprint(weight_at(tiny_sd1, "text.0.self_attn.out_proj")) == before
+    return out, summary, told
+
+
+def test_the_folder_holds_the_page_the_figures_and_the_data(made):
+    out, _, _ = made
+    assert sorted(p.name for p in out.iterdir()) == [
+        "change.safetensors", "comparison.json", "gallery.safetensors", "report.html", "run.json",
+        "summary.json", "text.parquet", "unet-clean_trajectory.parquet", "unet-same_latent.parquet",
+    ]  # fmt: skip
+    text = (out / "report.html").read_text()
+    for part in (
+        "Where the text encoder",
+        "Where the UNet",
+        "Before and after",
+        "What the edit did",
+    ):
+        assert part in text
+
+
+def test_the_summary_is_flat_and_has_every_promised_name(made):
+    out, summary, _ = made
+    flat = json.loads((out / "summary.json").read_text())
+    promised = {
+        "object_top1", "style_top1", "object_top1_real", "style_top1_real", "heldout_object_top1",
+        "heldout_style_top1", "target_before", "target_after", "others_drop", "objects_drop",
+        "edit_seconds", "seconds",
+    }  # fmt: skip
+    assert promised <= set(flat) == set(summary)
+    assert all(value is None or isinstance(value, int | float) for value in flat.values())
+    assert flat["object_top1_real"] == 0.9
+    assert 0 < flat["edit_seconds"] < flat["seconds"]
+
+
+def test_the_saved_change_is_the_one_that_was_judged(made, tiny_sd1):
+    change = Change.load(made[0] / "change.safetensors")
+    assert change.pairs == {"openmoji style": "noto style"}
+    clean = tiny_sd1.encode(["a cat in openmoji style"])
+    with change.applied(tiny_sd1):
+        assert not torch.equal(tiny_sd1.encode(["a cat in openmoji style"]), clean)
+
+
+def test_every_stage_tells_how_far_it_is_and_comes_to_its_end(made):
+    ends = {what: (done, total) for done, total, what in made[2]}
+    assert [w.partition(",")[0] for w in ends][:3] == [
+        "tracing the text encoder", "tracing the UNet", "tracing the UNet",
+    ]  # fmt: skip
+    assert ends["tracing the text encoder"][0] == ends["tracing the text encoder"][1]
+    assert all(done <= total for done, total in ends.values())
+    assert ends["judging, random site"][0] == ends["judging, random site"][1]
+
+
+def test_a_concept_that_the_judge_does_not_know_is_refused_before_any_work(tiny_sd1, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="does not know 'monet style'"):
+        demo.run(tiny_sd1, out, erase="monet style", judge=Eyes(), size=SMALL)
+    assert not out.exists()
