@@ -1,0 +1,171 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from overpaint import cli
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line in this process: exit code, stdout, stderr."""
+
+    def call(*arguments):
+        code = cli._run([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def refused(result):
+    """Return the one line of an error; nothing else may have been printed."""
+    code, out, err = result
+    assert (code, out) == (2, "")
+    assert err.startswith("overpaint: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_sites_lists_every_place_in_both_forms(run, tiny_folder):
+    code, out, _ = run("sites", tiny_folder, "--json")
+    names = [site["name"] for site in json.loads(out)["sites"]]
+    assert code == 0
+    assert names[:2] == ["text.0.self_attn", "text.0.mlp"]
+    assert len(names) == 24 + 70
+    code, table, _ = run("sites", tiny_folder)
+    assert code == 0
+    assert [line.split()[0] for line in table.splitlines()[1:]] == names
+
+
+def test_load_says_what_the_model_is_made_of(run, tiny_folder):
+    code, out, err = run("load", tiny_folder, "--json")
+    facts = json.loads(out)
+    assert (code, err) == (0, "")
+    assert facts["unet"] == "UNet2DConditionModel"
+    assert facts["text_encoder_parameters"] > 0
+    assert f"model                    {tiny_folder}" in run("load", tiny_folder)[1]
+
+
+def test_edit_apply_generate_make_the_same_pictures_as_a_live_change(run, tiny_folder, tmp_path):
+    change, edited = tmp_path / "no-blob.safetensors", tmp_path / "edited"
+    code, out, _ = run(
+        "edit", tiny_folder, "--erase", "blob style", "--replace", "noto style", "--preserve", "",
+        "--out", change, "--json",
+    )  # fmt: skip
+    assert code == 0
+    assert json.loads(out)["site"] == "text.0.self_attn.out_proj"
+    code, out, _ = run("apply", tiny_folder, change, "--out", edited)
+    assert (code, out) == (0, f"model  {edited}\n")
+    common = ("a cat in blob style", "--steps", 1, "--out")
+    assert run("generate", edited, *common, tmp_path / "a")[0] == 0
+    assert run("generate", tiny_folder, *common, tmp_path / "b", "--change", change)[0] == 0
+    assert run("generate", tiny_folder, *common, tmp_path / "c")[0] == 0
+    pictures = [(tmp_path / name / "0000.png").read_bytes() for name in "abc"]
+    assert pictures[0] == pictures[1] != pictures[2]
+    assert not list(tmp_path.glob("*.part")) + list(tmp_path.glob(".*.part"))
+
+
+def test_trace_saves_what_report_draws(run, tiny_folder, tmp_path):
+    code, out, _ = run(
+        "trace", tiny_folder, "--features-only", "--limit", 1, "--out", tmp_path, "--json"
+    )
+    assert code == 0
+    assert json.loads(out)["effects"] == str(tmp_path / "text.parquet")
+    assert len(json.loads(out)["top"]) == 10
+    assert run("report", tmp_path)[:2] == (0, f"report  {tmp_path / 'report.html'}\n")
+    assert "Where the text encoder keeps it" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("load", "nonesuch"), "unknown model 'nonesuch'"),
+        (("load", "model.ckpt"), "is a pickle"),
+        (("frobnicate",), "No such command 'frobnicate'"),
+        (("sites",), "Missing argument 'model'"),
+        (("demo",), "Missing option '--out'"),
+        (("train", "nonesuch"), "no recipe for 'nonesuch': choose icons or icons-judge"),
+        (("report", "nonesuch"), "cannot write into 'nonesuch'"),
+        (("trace", "icons", "--part", "vae"), "unknown part 'vae': choose text or unet"),
+        (("trace", "icons", "--kind", "smell", "--out", "{tmp}"), "unknown kind of probe 'smell'"),
+        (("load", "{model}", "--device", "toaster"), "cannot use device 'toaster'"),
+        (("edit", "{model}", "--erase", "a", "--erase", "b", "--replace", "c"), "2 --erase for 1"),
+        (("edit", "{model}", "--erase", "cat", "--replace", "", "--out", "{tmp}/c.safetensors"), "empty"),
+        (("edit", "{model}", "--erase", "cat", "--replace", "dog", "--ridge", "-1", "--out",
+          "{tmp}/c.safetensors"), "ridge"),
+        (("edit", "{model}", "--erase", "cat", "--replace", "dog", "--out", "{tmp}/c.pt"), "safetensors"),
+        (("apply", "{model}", "{tmp}/none.safetensors", "--out", "{tmp}/e"), "no such change"),
+        (("apply", "{model}", "{tmp}/none.safetensors", "--out", "{tmp}"), "exists already"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(run, tiny_folder, tmp_path, arguments, message):
+    filled = [a.format(tmp=tmp_path, model=tiny_folder) for a in arguments]
+    assert message in refused(run(*filled))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_change_is_refused_and_nothing_is_written(run, tiny_folder, tmp_path):
+    damaged = tmp_path / "x.safetensors"
+    damaged.write_bytes(b"not a tensor in sight")
+    assert "damaged" in refused(run("apply", tiny_folder, damaged, "--out", tmp_path / "e"))
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_an_unwritable_folder_is_found_out_before_any_work(run, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for verb in (("demo",), ("generate", "icons", "a cat"), ("trace", "icons"), ("train", "icons")):
+        error = refused(run(*verb, "--out", tmp_path / "file" / "out"))
+        assert "cannot write into" in error
+        assert "name another folder with --out" in error
+
+
+def test_a_fault_of_ours_is_exit_code_1(run):
+    def broken():
+        raise KeyError("lost")
+
+    cli.app.command("broken")(broken)
+    try:
+        code, out, err = run("broken")
+    finally:
+        cli.app.registered_commands.pop()
+    assert (code, out) == (1, "")
+    assert "KeyError: 'lost' (a fault of overpaint" in err
+
+
+def test_the_module_runs_as_a_program():
+    found = subprocess.run(
+        [sys.executable, "-m", "overpaint", "--help"], capture_output=True, text=True, check=True
+    )
+    verbs = (
+        "demo",
+        "load",
+        "generate",
+        "sites",
+        "trace",
+        "edit",
+        "apply",
+        "evaluate",
+        "report",
+        "train",
+    )
+    assert all(verb in found.stdout for verb in verbs)
+
+
+def test_ctrl_c_leaves_with_130_and_no_half_written_file(tiny_folder, tmp_path):
+    command = [sys.executable, "-m", "overpaint", "generate", str(tiny_folder), "a cat", "--steps", "999",
+               "--out", str(tmp_path)]  # fmt: skip
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "FORCE_COLOR": "1"}
+    )
+    while not process.stderr.read(1):  # the progress bar: the work has begun
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "overpaint: stopped by Ctrl-C"
+    assert list(tmp_path.iterdir()) == []
