@@ -50,3 +50,11 @@ def test_the_readme_shows_the_two_commands():
     text = (ROOT / "README.md").read_text()
     assert "make demo" in text
     assert "make test" in text
+
+
+def test_every_listed_error_is_raised_somewhere():
+    sources = " ".join(p.read_text() for p in (ROOT / "overpaint").rglob("*.py"))
+    joined = re.sub(r'"\s*f?"', "", sources)  # a message may run over several lines of source
+    rows = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE)
+    assert len(rows) > 20
+    assert [row for row in rows if row not in joined] == []
