@@ -40,7 +40,7 @@ class Size:
     steps: int  # denoising steps of a judged picture
 
 
-FULL = Size(text_probes=4, unet_probes=4, trace_steps=10, questions=24, steps=12)
+FULL = Size(text_probes=3, unet_probes=3, trace_steps=10, questions=20, steps=12)
 QUICK = Size(text_probes=1, unet_probes=1, trace_steps=6, questions=4, steps=8)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import overpaint as op
+from overpaint import zoo
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -32,7 +32,7 @@ def blocks(path):
 
 @pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text()], ids=title)
 def test_the_code_of_a_page_runs(page, tmp_path):
-    assert "icons" in op.zoo.names(), (
+    assert "icons" in zoo.names(), (
         "the zoo has no weights: clone them, or `overpaint train icons`"
     )
     with contextlib.chdir(tmp_path):

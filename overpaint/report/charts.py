@@ -96,7 +96,8 @@ def _panel(effects: Effects, kind: str, value: str, control: str, title: str) ->
     """Return the mean of `value` by layer and role for one kind of sublayer."""
     traced = effects.sites()
     layers = sorted(site.index for site in traced.values() if site.kind == kind)
-    present = set(effects.table["role"].to_pylist())
+    columns = (effects.table[name].to_pylist() for name in ("role", "control"))
+    present = {role for role, run in zip(*columns, strict=True) if not run}
     roles = tuple(role for role in ROLES if role in present)
     means = {
         (traced[row["site"]].index, row["role"]): row["mean"]
