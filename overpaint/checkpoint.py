@@ -91,7 +91,9 @@ def _check_index(folder: Path) -> None:
     try:
         kind = json.loads(index.read_text()).get("_class_name")
     except (ValueError, AttributeError) as error:
-        raise UnsupportedModel(f"{str(index)!r} is not valid JSON: {error}. Get the folder again.") from error
+        raise UnsupportedModel(
+            f"{str(index)!r} is not valid JSON: {error}. Get the folder again."
+        ) from error
     if kind != "StableDiffusionPipeline":
         raise UnsupportedModel(
             f"{str(folder)!r} holds a {kind}: only StableDiffusionPipeline (Stable Diffusion 1 and 2) is supported."
@@ -108,7 +110,9 @@ def _weight_files(folder: Path, part: str) -> list[Path]:
             f"{str(folder / part)!r} holds pickled weights (.bin), which can run any code when they are read: "
             "convert them to safetensors with `save_pretrained(folder)` on a machine where that does no harm."
         )
-    raise UnsupportedModel(f"{str(folder / part)!r} holds no weights: expected a .safetensors file. Get the folder again.")
+    raise UnsupportedModel(
+        f"{str(folder / part)!r} holds no weights: expected a .safetensors file. Get the folder again."
+    )
 
 
 def _check_keys(module: Any, folder: Path, part: str) -> None:

@@ -5,7 +5,7 @@ never keeps a hook. They see what a module returns as a tensor: where a module r
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from torch import Tensor
 from torch.nn import Module
@@ -57,11 +57,8 @@ def record_inputs(module: Module, *, stop: bool = False) -> Iterator[list[Tensor
         if stop:
             raise _Stop
 
-    with _hooked([module.register_forward_pre_hook(hook)]):
-        try:
-            yield inputs
-        except _Stop:
-            pass
+    with _hooked([module.register_forward_pre_hook(hook)]), suppress(_Stop):
+        yield inputs
 
 
 @contextmanager

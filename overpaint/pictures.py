@@ -43,7 +43,9 @@ class Pictures:
         tiles = self.pil()
         width, height = (side + 2 for side in tiles[0].size)
         columns = min(columns, len(tiles))
-        sheet = Image.new("RGB", (columns * width - 2, -(-len(tiles) // columns) * height - 2), "white")
+        sheet = Image.new(
+            "RGB", (columns * width - 2, -(-len(tiles) // columns) * height - 2), "white"
+        )
         for i, tile in enumerate(tiles):
             sheet.paste(tile, (i % columns * width, i // columns * height))
         return sheet

@@ -4,7 +4,8 @@
 differ between releases of transformers. So sites are found by walking the blocks as `forward` does, and counted per
 kind: `unet.resnet.0` is the first ResNet block that runs.
 
-Source of the census (22 resnet, 16 self_attn, 16 cross_attn, 16 mlp in Stable Diffusion 1): arXiv:2310.13730, section 4.
+Source of the kinds (22 resnet, 16 self_attn, 16 cross_attn, 16 mlp in Stable Diffusion 1):
+Basu et al., 2024, https://arxiv.org/abs/2310.13730.
 """
 
 from collections.abc import Iterator
@@ -71,7 +72,9 @@ def find_text(text_encoder: Module) -> tuple[Site, ...]:
         UnsupportedModel: The module has no stack of layers with `self_attn` and `mlp`.
     """
     _refuse_compiled(text_encoder)
-    prefix = next((p for p in ("", "text_model.") if _has(text_encoder, f"{p}encoder.layers")), None)
+    prefix = next(
+        (p for p in ("", "text_model.") if _has(text_encoder, f"{p}encoder.layers")), None
+    )
     layers: Any = () if prefix is None else text_encoder.get_submodule(f"{prefix}encoder.layers")
     if not layers or not all(_has(layer, "self_attn") and _has(layer, "mlp") for layer in layers):
         raise UnsupportedModel(
@@ -123,7 +126,8 @@ def get(model: HasParts, name: str) -> Site:
 def _census(sites: tuple[Site, ...]) -> str:
     layers = 1 + max(site.index for site in sites if site.part == "text")
     kinds = [
-        f"unet.{kind}.0 to {sum(s.part == 'unet' and s.kind == kind for s in sites) - 1}" for kind in KINDS
+        f"unet.{kind}.0 to {sum(s.part == 'unet' and s.kind == kind for s in sites) - 1}"
+        for kind in KINDS
     ]
     return f"text.0 to {layers - 1} (self_attn, mlp), " + ", ".join(kinds)
 
@@ -159,13 +163,13 @@ def _walk_attention(wrapper: Any, path: str) -> Iterator[tuple[Kind, str]]:
         if getattr(block, "_chunk_size", None) is not None:
             raise UnsupportedModel(
                 "this UNet runs its feed-forward blocks in chunks, which hides them: call "
-                "`unet.disable_forward_chunking()` first."
+                "`set_chunk_feed_forward(None)` on each block first."
             )
         for name, kind in (("attn1", "self_attn"), ("attn2", "cross_attn"), ("ff", "mlp")):
             module = getattr(block, name, None)
             if module is None:
                 continue
-            if getattr(module, "fused_projections", False):
+            if type(getattr(module, "processor", None)).__name__.startswith("Fused"):
                 raise UnsupportedModel(
                     "this UNet's projections are fused, so edits of to_k and to_v would be missed: call "
                     "`unet.unfuse_qkv_projections()` first."
@@ -176,7 +180,8 @@ def _walk_attention(wrapper: Any, path: str) -> Iterator[tuple[Kind, str]]:
 def _refuse_compiled(module: Module) -> None:
     if hasattr(module, "_orig_mod"):
         raise UnsupportedModel(
-            "this model is compiled, which hides its modules from hooks: use the model as it was before `torch.compile`."
+            "this model is compiled, which hides its modules from hooks: use the model as it was "
+            "before `torch.compile`."
         )
 
 

@@ -94,7 +94,9 @@ def corruptions(
         ValueError: No probes, a concept that is not in its prompt once, or a setting out of range.
     """
     if not probes:
-        raise ValueError("`probes` is empty: give at least one, for example `probes.load('style')`.")
+        raise ValueError(
+            "`probes` is empty: give at least one, for example `probes.load('style')`."
+        )
     if noise_samples < 1:
         raise ValueError(f"`noise_samples` must be at least 1, got {noise_samples}.")
     table = model.text_encoder.get_input_embeddings().weight.detach()

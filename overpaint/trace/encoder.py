@@ -117,13 +117,14 @@ def encode_restored(
         encoder: A `CLIPTextModel`.
         corruption: Prompt and noise.
         restorations: For each further row, the modules and positions to copy from the clean row.
-        rows: Rows at a time; every batch has its own clean and corrupted row, and equal size.
+        rows: Restored rows at a time; every batch has a clean and a corrupted row of its own.
 
     Returns:
         Text features, shape (2 + R, L, D): clean, corrupted, restored.
     """
     parts: list[Tensor] = []
-    for chunk, used in equal_chunks(list(restorations), rows):
+    chunks = equal_chunks(list(restorations), rows, rows=lambda n: n + 2, multiple=8, fill=())
+    for chunk, used in chunks:
         ids = corruption.ids.to(encoder.device).expand(len(chunk) + 2, -1)
         with noisy(encoder, corruption, first=1), hooks.patch(_copiers(chunk)):
             embeds = encoder(ids)[0]
@@ -131,7 +132,7 @@ def encode_restored(
     return torch.cat(parts)
 
 
-def untrained(encoder: Any, *, seed: int = 0) -> Any:
+def untrained(encoder: Any, *, seed: int = 1) -> Any:
     """Return an encoder of the same architecture with freshly drawn weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -15,6 +15,7 @@ both by default.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -60,7 +61,7 @@ def unet(
         source: Where restored activations come from, see above.
         branches: Restore in both branches of the guidance, or in the conditional one alone.
         kinds: Which kinds of site.
-        chunk: Sites a batch; more is faster and takes more memory.
+        chunk: Sites a batch, about; more is faster and takes more memory.
         seeds: Start noise of the pictures.
         noise_samples: Corruptions a prompt.
         sigma: Their standard deviation, or `"3std"`: three times that of the concepts' embeddings.
@@ -85,29 +86,24 @@ def unet(
     scorer = score or features.load().score
     strength = model.guidance_scale if guidance_scale is None else guidance_scale
     negative = model.encode([""])
-    total = len(made) * len(seeds) * -(-len(found) // chunk) * steps
-    done = 0
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        if on_progress is not None:
-            on_progress(done, max(done, total))
-
     rows: list[dict[str, Any]] = []
-    for corruption in made:
-        clean, corrupted = encode_restored(model.text_encoder, corruption, [])
-        for seed in seeds:
-            latents = restore(
-                model, torch.stack([clean, corrupted]), negative, [[site] for site in found],
-                seed=seed, steps=steps, guidance_scale=strength, source=source,
-                branches=branches, chunk=chunk, on_step=tick,
-            )  # fmt: skip
-            scores = _scores(model, latents, corruption.probe, scorer, chunk + 2)
-            rows += [
-                {**row, "seed": seed, "source": source, "branches": branches}
-                for row in _rows(corruption, found, latents, scores, minimum_gap)
-            ]
+    runs = [(corruption, seed) for corruption in made for seed in seeds]
+
+    def tick(run: int, done: int, total: int) -> None:
+        if on_progress is not None:
+            on_progress(run * total + done, len(runs) * total)
+
+    for run, (corruption, seed) in enumerate(runs):
+        pair = encode_restored(model.text_encoder, corruption, [])
+        latents = restore(
+            model, pair, negative, [[site] for site in found], seed=seed, steps=steps,
+            guidance_scale=strength, source=source, branches=branches, chunk=chunk, on_step=partial(tick, run),
+        )  # fmt: skip
+        scores = _scores(model, latents, corruption.probe, scorer, chunk + 2)
+        rows += [
+            {**row, "seed": seed, "source": source, "branches": branches}
+            for row in _rows(corruption, found, latents, scores, minimum_gap)
+        ]
     protocol = {
         **model.protocol(steps=steps, guidance_scale=strength),
         "trace": "unet",
@@ -135,7 +131,7 @@ def restore(
     source: Source = "clean_trajectory",
     branches: Branches = "both",
     chunk: int = 8,
-    on_step: Callable[[], None] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Denoise clean, corrupted and restored rows in lockstep.
 
@@ -149,8 +145,8 @@ def restore(
         guidance_scale: Weight of the prompt.
         source: `"clean_trajectory"` or `"same_latent"`.
         branches: `"both"` or `"cond"`.
-        chunk: Restored rows a batch.
-        on_step: Called after each step of each batch.
+        chunk: Restored rows a batch, up to three more where the kernels ask for it.
+        on_step: Called after each step with the steps done in all batches, and their sum.
 
     Returns:
         Final latents, shape (2 + R, C, h, w): clean, corrupted, restored.
@@ -160,11 +156,23 @@ def restore(
             row: a hook of someone else, or a model that is not deterministic.
     """
     parts: list[Tensor] = []
-    for sites_of_rows, used in equal_chunks(list(restored), chunk):
-        batch = _Batch(len(sites_of_rows), twins=source == "same_latent", both=branches == "both")
+    twins = source == "same_latent"
+    chunks = list(
+        equal_chunks(list(restored), chunk, rows=partial(_size, twins=twins), multiple=4, fill=())
+    )
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if on_step is not None:
+            on_step(done, max(done, len(chunks) * steps))
+
+    for sites_of_rows, used in chunks:
+        batch = _Batch(len(sites_of_rows), twins=twins, both=branches == "both")
         latents = batch.run(
             model, prompt_embeds, negative_embeds, sites_of_rows,
-            seed=seed, steps=steps, guidance_scale=guidance_scale, on_step=on_step,
+            seed=seed, steps=steps, guidance_scale=guidance_scale, on_step=tick,
         )  # fmt: skip
         if parts and not torch.allclose(parts[0][:2], latents[:2], atol=1e-4):
             raise UnsupportedModel(
@@ -183,7 +191,7 @@ class _Batch:
 
     def __init__(self, restored: int, *, twins: bool, both: bool) -> None:
         self.restored, self.twins, self.both = restored, twins, both
-        self.rows = 2 + restored * (2 if twins else 1)
+        self.rows = _size(restored, twins=twins)
 
     def run(
         self,
@@ -195,7 +203,7 @@ class _Batch:
         seed: int,
         steps: int,
         guidance_scale: float,
-        on_step: Callable[[], None] | None,
+        on_step: Callable[[], None],
     ) -> Tensor:
         """Return the final latents without the twins."""
         clean, corrupted = prompt_embeds[:1], prompt_embeds[1:]
@@ -206,8 +214,7 @@ class _Batch:
         def after(done: int, latents: Tensor) -> Tensor:
             nonlocal taken
             taken = done
-            if on_step is not None:
-                on_step()
+            on_step()
             return self._level(latents)
 
         with hooks.patch(self._copiers(model, sites_of_rows, guided=guidance_scale != 1)) as calls:
@@ -262,11 +269,14 @@ class _Batch:
         return row + self.restored if self.twins else 0
 
 
+def _size(restored: int, *, twins: bool) -> int:
+    """Return the rows of a batch: clean, corrupted, restored and their twins."""
+    return 2 + restored * (2 if twins else 1)
+
+
 def _check_modes(source: str, branches: str, kinds: Sequence[str]) -> None:
     if source not in ("clean_trajectory", "same_latent"):
-        raise ValueError(
-            f"`source` must be 'clean_trajectory' or 'same_latent', got {source!r}."
-        )
+        raise ValueError(f"`source` must be 'clean_trajectory' or 'same_latent', got {source!r}.")
     if branches not in ("both", "cond"):
         raise ValueError(f"`branches` must be 'both' or 'cond', got {branches!r}.")
     unknown = [kind for kind in kinds if kind not in KINDS]
@@ -274,9 +284,7 @@ def _check_modes(source: str, branches: str, kinds: Sequence[str]) -> None:
         raise ValueError(f"`kinds` must be among {', '.join(KINDS)}, got {list(kinds)!r}.")
 
 
-def _scores(
-    model: Any, latents: Tensor, probe: Prompted, score: Scorer, size: int
-) -> list[float]:
+def _scores(model: Any, latents: Tensor, probe: Prompted, score: Scorer, size: int) -> list[float]:
     numbers: list[float] = []
     for part in latents.split(size):
         numbers += [float(n) for n in score(model.decode(part).cpu(), [probe] * len(part))]

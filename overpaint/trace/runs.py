@@ -20,16 +20,34 @@ def check_settings(*, seeds: Sequence[int], steps: int, rows: int) -> None:
         raise ValueError(f"a batch must have at least 1 row, got {rows}.")
 
 
-def equal_chunks(items: list[Any], size: int) -> Iterator[tuple[list[Any], int]]:
-    """Yield parts of equal length, at most `size`, and how many of each are new.
+def equal_chunks(
+    items: list[Any],
+    size: int,
+    *,
+    rows: Callable[[int], int] = lambda length: length,
+    multiple: int = 1,
+    fill: Any = None,
+) -> Iterator[tuple[list[Any], int]]:
+    """Yield parts of equal length, about `size`, and how many of each are items.
 
-    The last part is filled up with its own last item, since rows may depend on the batch's shape.
+    Rounding may depend on a batch's shape and, where matrix kernels treat the last rows apart, on
+    a row's place in it. So all parts have one length, and `rows(length)` is a multiple of
+    `multiple`; what is missing at the end is filled up.
+
+    Args:
+        items: What to share out.
+        size: Items a part; a little more where `multiple` asks for it.
+        rows: Rows of the batch that a part of some length makes.
+        multiple: Of what the number of rows must be one.
+        fill: Fills up a part; its own last item if `None`.
     """
-    count = max(1, -(-len(items) // size))
-    length = -(-len(items) // count)
+    length = -(-len(items) // max(1, -(-len(items) // size)))
+    while rows(length) % multiple:
+        length += 1
     for start in range(0, max(1, len(items)), max(1, length)):
         part = items[start : start + length]
-        yield part + part[-1:] * (length - len(part)), len(part)
+        filler = part[-1:] if fill is None else [fill]
+        yield part + filler * (length - len(part)), len(part)
 
 
 def recovered(values: Tensor) -> list[float | None]:

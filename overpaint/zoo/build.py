@@ -4,10 +4,10 @@ The layout is SD-1.4's: 22 ResNet blocks and 16 transformer blocks in the UNet, 
 widths are small, so that a picture takes a blink and every law of the package can be tested without a download.
 """
 
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
-
 
 __all__ = ["clip_tokenizer", "tiny"]
 
@@ -16,7 +16,7 @@ __all__ = ["clip_tokenizer", "tiny"]
 _WORDS = """
 johannes monet nemo tw|e|moji background grumpy snoopy japan photo rut|kowski open|moji president ver|meer
 painting contrast picture british py|thon monarch charles picasso running drawing purple rocket person united
-yellow fluent bi|den prince orange states image three house style apple green beach no|to white robot pablo
+yellow fluent biden prince orange states image three house style apple green beach no|to white robot pablo
 city gray flag with bird blob pink blue high greg fish tree logo gogh joe red two cat dog the van and on of in
 an to a r d
 """
@@ -34,9 +34,9 @@ def tiny(layout: Literal["sd1", "sd2"] = "sd1", *, seed: int = 0, text_layers: i
     Returns:
         The pipeline in float32 on the CPU: latents (4, 8, 8), pictures (3, 16, 16), text features (77, 64).
     """
-    import diffusers
     from transformers import CLIPTextModel
 
+    diffusers = _diffusers()
     if layout not in ("sd1", "sd2"):
         raise ValueError(f"`layout` must be 'sd1' or 'sd2', got {layout!r}.")
     tokenizer = clip_tokenizer(pad="<|endoftext|>" if layout == "sd1" else "!")
@@ -68,8 +68,8 @@ def tiny(layout: Literal["sd1", "sd2"] = "sd1", *, seed: int = 0, text_layers: i
         tokenizer=tokenizer,
         unet=unet,
         scheduler=scheduler,
-        safety_checker=None,  # type: ignore[arg-type]
-        feature_extractor=None,  # type: ignore[arg-type]
+        safety_checker=None,
+        feature_extractor=None,
         requires_safety_checker=False,
     )
 
@@ -134,9 +134,7 @@ def _text_config(tokenizer: Any, layers: int) -> Any:
 
 
 def _unet(layout: str) -> Any:
-    import diffusers
-
-    return diffusers.UNet2DConditionModel(
+    return _diffusers().UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(32, 64, 64, 64),
         layers_per_block=2,
@@ -147,3 +145,8 @@ def _unet(layout: str) -> Any:
         norm_num_groups=8,
         use_linear_projection=layout == "sd2",
     )
+
+
+def _diffusers() -> Any:
+    """Return diffusers, late since it is slow to import, and untyped since its tuples are mistyped."""
+    return import_module("diffusers")

@@ -1,0 +1,283 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import overpaint as op
+from overpaint.errors import UnsupportedModel
+from overpaint.sample import denoise
+from overpaint.zoo import build
+
+
+@pytest.fixture
+def copy(tiny_folder, tmp_path):
+    """A folder of the tiny pipeline that a test may damage."""
+    return shutil.copytree(tiny_folder, tmp_path / "copy")
+
+
+def test_load_a_folder_as_float32_whatever_is_on_disk(tiny_sd1, tmp_path):
+    build.tiny().to(torch.bfloat16).save_pretrained(tmp_path)
+    model = op.load(tmp_path)
+    assert model.dtype == torch.float32
+    assert model.device.type == "cpu"
+    assert model.name == str(tmp_path)
+    for ours, theirs in zip(model.unet.parameters(), tiny_sd1.unet.parameters(), strict=True):
+        assert torch.equal(ours, theirs.bfloat16().float())
+    assert op.load(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_load_files_marked_fp16(copy, tiny_sd1):
+    for file in copy.glob("*/*.safetensors"):
+        file.rename(file.with_name(file.stem + ".fp16.safetensors"))
+    model = op.load(copy)
+    assert torch.equal(next(model.unet.parameters()), next(tiny_sd1.unet.parameters()))
+
+
+def test_a_folder_states_its_own_guidance(copy):
+    assert op.load(copy).guidance_scale == 7.5
+    (copy / "overpaint.json").write_text(json.dumps({"guidance_scale": 4.0, "card": "x"}))
+    assert op.load(copy).guidance_scale == 4.0
+
+
+def test_a_live_pipeline_stays_the_same_object():
+    pipe = build.tiny()
+    model = op.load(pipe)
+    assert model.pipe is pipe
+    assert model.unet is pipe.unet
+
+
+def test_generate_depends_on_prompt_and_seed_alone(tiny_sd1):
+    prompts = ["a cat", "a dog in noto style", "a cat"]
+    first = tiny_sd1.generate(prompts, seed=[1, 2, 3], steps=3)
+    again = tiny_sd1.generate(prompts, seed=[1, 2, 3], steps=3)
+    assert torch.equal(first.images, again.images)
+    for size in (1, 2):
+        other = tiny_sd1.generate(prompts, seed=[1, 2, 3], steps=3, batch_size=size)
+        assert torch.allclose(first.images, other.images, atol=1e-4)
+    alone = tiny_sd1.generate("a cat", seed=3, steps=3)
+    assert torch.allclose(first.images[2:], alone.images, atol=1e-4)
+    assert (first.images[0] - first.images[2]).abs().max() > 0.05  # other seed
+    same = tiny_sd1.generate(prompts, seed=1, steps=3)
+    assert same.seeds == (1, 1, 1)
+    assert torch.equal(same.images[0], same.images[2])
+    assert not torch.equal(same.images[0], same.images[1])
+
+
+def test_generate_is_what_the_diffusers_pipeline_does(tiny_sd1):
+    pipe = tiny_sd1.pipe
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        "a cat",
+        latents=tiny_sd1.initial_latents([5]),
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        height=16,
+        width=16,
+        output_type="pt",
+    ).images
+    ours = tiny_sd1.generate("a cat", seed=5, steps=4, guidance_scale=3.0)
+    assert torch.allclose(ours.images, theirs, atol=1e-5)
+
+
+def test_velocity_prediction_too(tiny_sd2):
+    pipe = tiny_sd2.pipe
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        "a cat", latents=tiny_sd2.initial_latents([5]), num_inference_steps=3, height=16, width=16,
+        output_type="pt",
+    ).images  # fmt: skip
+    ours = tiny_sd2.generate("a cat", seed=5, steps=3)
+    assert ours.protocol["prediction_type"] == "v_prediction"
+    assert torch.allclose(ours.images, theirs, atol=1e-5)
+
+
+def test_images_and_protocol(tiny_sd1):
+    pictures = tiny_sd1.generate(["a cat"] * 2, seed=7, steps=2, guidance_scale=1)
+    assert pictures.images.shape == (2, 3, 16, 16)
+    assert pictures.images.dtype == torch.float32
+    assert 0 <= pictures.images.min() < pictures.images.max() <= 1
+    wanted = {"steps": 2, "guidance_scale": 1, "scheduler": "DDIMScheduler", "dtype": "float32"}
+    assert pictures.protocol.items() >= wanted.items()
+    assert pictures.protocol["versions"]["torch"] == torch.__version__
+
+
+def test_progress_counts_every_step(tiny_sd1):
+    seen = []
+    tiny_sd1.generate(["a"] * 3, steps=2, batch_size=2, on_progress=lambda *x: seen.append(x))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_unguided_runs_hold_the_conditional_rows_alone(tiny_sd1):
+    class Spy:
+        scheduler = tiny_sd1.scheduler
+        rows = []
+
+        def noise_pred(self, latents, t, prompt_embeds):
+            self.rows.append((latents.shape[0], prompt_embeds.shape[0]))
+            return latents * 0.1
+
+    embeds, latents = tiny_sd1.encode(["a", "b"]), tiny_sd1.initial_latents([0, 1])
+    empty = tiny_sd1.encode([""])
+    denoise(Spy(), latents, embeds, empty, steps=1, guidance_scale=1)
+    denoise(Spy(), latents, embeds, empty, steps=1, guidance_scale=2)
+    assert Spy.rows == [(2, 2), (4, 4)]
+
+
+def test_pndm_takes_one_step_more_and_each_run_starts_anew(tiny_sd1):
+    from diffusers import PNDMScheduler
+
+    class Model:
+        scheduler = PNDMScheduler.from_config(tiny_sd1.scheduler.config, skip_prk_steps=True)
+        times = []
+
+        def noise_pred(self, latents, t, prompt_embeds):
+            self.times.append(int(t))
+            return latents * 0.1
+
+    counts = []
+    run = {"steps": 50, "guidance_scale": 1, "on_step": lambda done, _: counts.append(done)}
+    latents, embeds = tiny_sd1.initial_latents([0]), tiny_sd1.encode(["a"])
+    first = denoise(Model(), latents, embeds, embeds, **run)
+    assert counts == list(range(1, 52))
+    assert Model.times[:4] == [981, 961, 961, 941]
+    assert torch.equal(denoise(Model(), latents, embeds, embeds, **run), first)
+    assert Model.times[:51] == Model.times[51:]
+
+
+def test_ancestral_noise_comes_from_the_row_alone(tiny_sd1):
+    from diffusers import EulerAncestralDiscreteScheduler
+
+    pipe = build.tiny()
+    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+    model = op.load(pipe)
+    both = model.generate(["a cat", "a dog"], seed=[1, 2], steps=3)
+    alone = model.generate("a dog", seed=2, steps=3)
+    assert torch.allclose(both.images[1:], alone.images, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": []}, "`prompts` is empty: give at least one"),
+        ({"seed": [1, 2]}, "2 seeds for 1 prompts: give one seed for all"),
+        ({"steps": 0}, "`steps` must be at least 1, got 0"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+    ],
+)
+def test_bad_requests(tiny_sd1, change, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_sd1.generate(**{"prompts": ["a cat"], "steps": 1, **change})
+    with pytest.raises(TypeError, match="`prompts` must be strings"):
+        tiny_sd1.generate([3], steps=1)
+
+
+def test_pictures_save_and_grid(tiny_sd1, tmp_path):
+    from PIL import Image
+
+    pictures = tiny_sd1.generate(["a cat", "a dog", "a fish"], steps=1)
+    paths = pictures.save(tmp_path / "new")
+    assert [path.name for path in paths] == ["0000.png", "0001.png", "0002.png"]
+    assert Image.open(paths[1]).tobytes() == pictures.pil()[1].tobytes()
+    about = json.loads((tmp_path / "new" / "pictures.json").read_text())
+    assert about["prompts"] == ["a cat", "a dog", "a fish"]
+    assert about["protocol"] == pictures.protocol
+    assert not list(tmp_path.rglob("*.part"))
+    sheet = pictures.grid(2)
+    assert sheet.size == (16 * 2 + 2, 16 * 2 + 2)
+    assert sheet.crop((18, 0, 34, 16)).tobytes() == pictures.pil()[1].tobytes()
+    assert sheet.getpixel((33, 33)) == (255, 255, 255)
+    with pytest.raises(ValueError, match="`columns` must be at least 1, got 0"):
+        pictures.grid(0)
+
+
+def test_unknown_names():
+    with pytest.raises(
+        ValueError, match=r"unknown model 'icon': it is neither a folder nor a name"
+    ):
+        op.load("icon")
+    with pytest.raises(ValueError, match="unknown model 'no-one/nothing': there is no such folder"):
+        op.load("no-one/nothing")
+
+
+def test_single_files_are_refused(tmp_path):
+    with pytest.raises(UnsupportedModel, match="model.ckpt' is a pickle, which can run any code"):
+        op.load(tmp_path / "model.ckpt")
+    with pytest.raises(UnsupportedModel, match="is a single file without the model's settings"):
+        op.load("model.safetensors")
+
+
+def test_foreign_folders_are_refused(copy, tmp_path):
+    with pytest.raises(
+        UnsupportedModel, match="is not a diffusers pipeline: it holds no model_ind"
+    ):
+        op.load(tmp_path)
+    index = copy / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "FluxPipeline"))
+    with pytest.raises(
+        UnsupportedModel, match="holds a FluxPipeline: only StableDiffusionPipeline"
+    ):
+        op.load(copy)
+    index.write_text("{")
+    with pytest.raises(UnsupportedModel, match="is not valid JSON"):
+        op.load(copy)
+
+
+def test_pickled_and_absent_weights_are_refused(copy):
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(UnsupportedModel, match=r"unet' holds pickled weights \(.bin\)"):
+        op.load(copy)
+    weights.with_suffix(".bin").unlink()
+    with pytest.raises(UnsupportedModel, match="unet' holds no weights: expected a .safetensors"):
+        op.load(copy)
+
+
+def test_damaged_weights_are_refused(copy):
+    weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UnsupportedModel, match="could not be read as a Stable Diffusion pipeline"):
+        op.load(copy)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_weights_of_another_model_are_refused(copy, part):
+    (weights,) = (copy / part).glob("*.safetensors")
+    held = load_file(weights)
+    gone = sorted(held)[-1]
+    del held[gone]
+    save_file(held, weights, metadata={"format": "pt"})
+    with pytest.raises(
+        UnsupportedModel, match="are not this model's: 1 are missing, first|could not"
+    ):
+        op.load(copy)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value):
+    pipe = build.tiny()
+    with torch.no_grad():
+        pipe.unet.conv_out.weight[0, 0] = value
+    with pytest.raises(UnsupportedModel, match="unet.conv_out.weight hold NaN or infinite values"):
+        op.load(pipe)
+
+
+def test_other_pipelines_are_refused():
+    with pytest.raises(
+        UnsupportedModel, match="Linear is not a Stable Diffusion pipeline: it has no"
+    ):
+        op.load(torch.nn.Linear(1, 1))
+    pipe = build.tiny()
+    pipe.text_encoder_2 = pipe.text_encoder
+    with pytest.raises(UnsupportedModel, match="has two text encoders"):
+        op.load(pipe)
+
+
+def test_import_is_light():
+    code = "import sys, overpaint; print({'diffusers', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,275 @@
+"""Acceptance checks 11, 13 and 15 to 20 of causal tracing, text encoder."""
+
+import pytest
+import torch
+
+import overpaint as op
+from overpaint import hooks, sites
+from overpaint.probes import Probe
+from overpaint.trace import corrupt, encoder, runs
+
+STYLE = Probe("a", "style", "a cat in openmoji style on a red background", "openmoji style")
+CAT = Probe("b", "object", "a cat in noto style", "cat")
+
+
+def corruption(model, probe=STYLE, sigma=1.0, samples=1):
+    made, _ = corrupt.corruptions(model, [probe], noise_samples=samples, sigma=sigma)
+    return made[0]
+
+
+def brightness(images, probes):
+    return images.mean((1, 2, 3))
+
+
+def hook_count(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.fixture(scope="module")
+def traced(tiny_sd1):
+    probes = [STYLE, CAT]
+    return op.trace.text_encoder(
+        tiny_sd1, probes, steps=2, sigma=1.0, score=brightness, minimum_gap=-1.0
+    )
+
+
+def test_24_states_a_position(traced, tiny_sd1):
+    rows = [r for r in traced.table.to_pylist() if not r["control"]]
+    style = [r for r in rows if r["probe"] == "a"]
+    # open|moji, style, on, end of text, first padding
+    assert {(r["role"], r["position"]) for r in style} == {
+        ("subject", 4), ("subject", 5), ("last_subject", 6), ("after", 7), ("eos", 11), ("pad", 12),
+    }  # fmt: skip
+    for position in (4, 5, 6, 7, 11, 12):
+        found = [r for r in style if r["position"] == position]
+        assert len(found) == len({r["site"] for r in found}) == 24
+        assert sum(r["kind"] == "self_attn" for r in found) == 12
+    assert len(rows) == 24 * (6 + 4)
+
+
+def test_corruption_changes_the_concept_and_what_follows_only(tiny_double):
+    made = corruption(tiny_double)
+    clean, corrupted = encoder.encode_restored(tiny_double.text_encoder, made, [])
+    start = made.span.start
+    assert torch.equal(clean[:start], corrupted[:start])
+    assert ((clean[start:] - corrupted[start:]).norm(dim=1) > 1e-3).all()
+
+
+def test_sigma_zero_corrupts_nothing(tiny_double):
+    made = corruption(tiny_double, sigma=0.0)
+    clean, corrupted = encoder.encode_restored(tiny_double.text_encoder, made, [])
+    assert torch.equal(clean, corrupted)
+
+
+def test_clean_row_is_the_plain_encoding(tiny_double):
+    made = corruption(tiny_double)
+    clean, _ = encoder.encode_restored(tiny_double.text_encoder, made, [])
+    plain = tiny_double.encode([STYLE.prompt] * 8)  # equal batch shape
+    assert torch.equal(clean, plain[0])
+
+
+def test_restoring_the_last_block_everywhere_is_the_clean_pass(tiny_double):
+    made = corruption(tiny_double)
+    text = tiny_double.text_encoder
+    last = text.get_submodule(sites.find_text(text)[-1].path.rpartition(".")[0])
+    everywhere = range(77)
+    embeds = encoder.encode_restored(text, made, [[(last, everywhere)]])
+    assert torch.equal(embeds[2], embeds[0])
+    assert not torch.equal(embeds[1], embeds[0])
+
+
+def test_restoring_every_sublayer_leaves_the_noise_on_the_residual_stream(tiny_double):
+    made = corruption(tiny_double)
+    text = tiny_double.text_encoder
+    found = sites.find_text(text)
+    everything = [(text.get_submodule(site.path), range(77)) for site in found]
+    norm = text.get_submodule(found[0].path.partition("encoder.")[0] + "final_layer_norm")
+    with hooks.record_inputs(norm) as seen:
+        encoder.encode_restored(text, made, [everything])
+    difference = seen[0][2] - seen[0][0]  # float32 of float64
+    span = made.span
+    assert torch.allclose(difference[span.start : span.end], made.noise, atol=1e-5)
+    difference[span.start : span.end] = 0
+    assert torch.equal(difference, torch.zeros_like(difference))
+
+
+def test_restoring_attention_is_restoring_its_out_projection(tiny_double):
+    made = corruption(tiny_double)
+    text = tiny_double.text_encoder
+    for layer in (0, 7):
+        site = sites.get(tiny_double, f"text.{layer}.self_attn")
+        whole, linear = site.module(tiny_double), site.module(tiny_double).out_proj
+        position = made.span.last
+        embeds = encoder.encode_restored(
+            text, made, [[(whole, [position])], [(linear, [position])]]
+        )
+        assert torch.equal(embeds[2], embeds[3])
+        assert torch.equal(embeds[2][:position], embeds[1][:position])
+        assert not torch.equal(embeds[2][position:], embeds[1][position:])
+
+
+def test_a_state_restored_among_others_is_that_state_restored_alone(tiny_sd1):
+    made = corruption(tiny_sd1)
+    text = tiny_sd1.text_encoder
+    states = [[(site.module(tiny_sd1), [made.span.last])] for site in sites.find_text(text)]
+    together = encoder.encode_restored(text, made, states)
+    parts = encoder.encode_restored(text, made, states, rows=5)
+    alone = encoder.encode_restored(text, made, states[3:4])
+    assert torch.allclose(together, parts, atol=1e-5)
+    assert torch.allclose(together[5], alone[2], atol=1e-5)
+
+
+def test_recovery_with_depth_on_random_weights(tiny_double):
+    """Part of what looks like knowledge is architecture: the reason for the untrained control."""
+    table = op.trace.text_encoder(
+        tiny_double, [STYLE, CAT], positions=("last_subject",), noise_samples=3, generate=False,
+        control=False,
+    ).mean("embed_recovery")  # fmt: skip
+    means = {row["site"]: row["mean"] for row in table.to_pylist()}
+    attention = [means[f"text.{i}.self_attn"] for i in range(12)]
+    assert attention[0] == max(attention)
+    assert sum(attention[:3]) > 3 * abs(sum(attention[6:9]))
+
+
+def test_untrained_control_is_repeatable_and_other_weights(tiny_sd1, traced):
+    first, second = (encoder.untrained(tiny_sd1.text_encoder) for _ in range(2))
+    weights = [next(m.parameters()) for m in (first, second, tiny_sd1.text_encoder)]
+    assert torch.equal(weights[0], weights[1])
+    assert weights[0].shape == weights[2].shape
+    rows = traced.table.to_pylist()
+    control = [r for r in rows if r["control"] == "untrained"]
+    assert len(control) == 24 * (6 + 4)
+    assert all(r["score_restored"] is None for r in control)
+    assert all(r["embed_recovery"] is not None for r in control)
+    trained = {(r["site"], r["position"], r["probe"]): r["embed_recovery"] for r in rows[:24]}
+    for row in control:
+        key = row["site"], row["position"], row["probe"]
+        assert trained.get(key) != row["embed_recovery"]
+
+
+def test_other_words_of_equal_length_are_the_second_control(tiny_sd1, traced):
+    made = corruption(tiny_sd1)
+    other = made.elsewhere()
+    assert (made.span.start, made.span.end) == (4, 7)
+    assert (other.span.start, other.span.end) == (1, 4)
+    assert other.noise is made.noise
+    rows = [r for r in traced.table.to_pylist() if r["control"] == "other span"]
+    assert {r["position"] for r in rows if r["probe"] == "a"} == {1, 2, 3, 4, 11, 12}
+    whole = corruption(tiny_sd1, Probe("c", "object", "cat", "cat"))
+    assert whole.elsewhere() is None
+
+
+def test_noise_depends_on_probe_and_sample_alone(tiny_sd1):
+    made, scale = corrupt.corruptions(tiny_sd1, [STYLE, CAT], noise_samples=2, sigma=0.5)
+    again, _ = corrupt.corruptions(tiny_sd1, [CAT], noise_samples=1, sigma=0.5)
+    assert scale == 0.5
+    assert [m.sample for m in made] == [0, 1, 0, 1]
+    assert torch.equal(made[2].noise, again[0].noise)
+    assert not torch.equal(made[0].noise, made[1].noise)
+    many, _ = corrupt.corruptions(tiny_sd1, [STYLE], noise_samples=40, sigma=0.5)
+    assert torch.cat([m.noise for m in many]).std().item() == pytest.approx(0.5, rel=0.03)
+    clean = [encoder.encode_restored(tiny_sd1.text_encoder, m, [])[0] for m in made[:2]]
+    assert torch.equal(clean[0], clean[1])
+
+
+def test_three_standard_deviations_of_the_concepts_embeddings(tiny_sd1):
+    _, scale = corrupt.corruptions(tiny_sd1, [STYLE, CAT], noise_samples=1, sigma="3std")
+    ids = [
+        tiny_sd1.tokenizer(text, add_special_tokens=False).input_ids
+        for text in ("openmoji style", "cat")
+    ]
+    table = tiny_sd1.text_encoder.get_input_embeddings().weight
+    assert scale == pytest.approx(3 * table[torch.tensor(sum(ids, []))].std().item(), rel=1e-6)
+
+
+def test_scores_are_those_of_generating_the_features_oneself(tiny_sd1, traced):
+    from overpaint.sample import denoise
+
+    made = corruption(tiny_sd1, CAT)
+    site = sites.get(tiny_sd1, "text.2.mlp")
+    embeds = encoder.encode_restored(
+        tiny_sd1.text_encoder, made, [[(site.module(tiny_sd1), [made.span.last])]]
+    )
+    latents = denoise(
+        tiny_sd1, tiny_sd1.initial_latents([0] * 3), embeds, tiny_sd1.encode([""]), steps=2,
+        guidance_scale=7.5,
+    )  # fmt: skip
+    scores = brightness(tiny_sd1.decode(latents), None)
+    row = next(
+        r for r in traced.table.to_pylist()
+        if (r["probe"], r["site"], r["role"], r["control"]) == ("b", "text.2.mlp", "last_subject", "")
+    )  # fmt: skip
+    found = [row["score_clean"], row["score_corrupted"], row["score_restored"]]
+    assert found == pytest.approx(scores.tolist(), abs=1e-5)
+    assert row["indirect_effect"] == row["score_restored"] - row["score_corrupted"]
+    plain = tiny_sd1.generate(CAT.prompt, seed=0, steps=2)
+    assert row["score_clean"] == pytest.approx(plain.images.mean().item(), abs=1e-5)
+
+
+def test_equal_features_are_drawn_once(tiny_sd1):
+    drawn = []
+
+    def score(images, probes):
+        drawn.append(len(images))
+        return images.mean((1, 2, 3))
+
+    options = {"steps": 1, "score": score, "positions": ("last_subject",), "control": False}
+    op.trace.text_encoder(tiny_sd1, [CAT], sigma=0.0, **options)
+    assert sum(drawn) == 1  # nothing corrupted: every row is the clean one
+    drawn.clear()
+    op.trace.text_encoder(tiny_sd1, [CAT], sigma=1.0, noise_samples=2, **options)
+    assert sum(drawn) == 1 + 2 * (1 + 24)  # the clean picture is shared by both noise samples
+
+
+def test_nothing_is_left_on_the_model(tiny_sd1):
+    before = [p.clone() for p in tiny_sd1.text_encoder.parameters()]
+
+    def fail(images, probes):
+        raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        op.trace.text_encoder(tiny_sd1, [CAT], steps=1, score=fail)
+    assert hook_count(tiny_sd1.text_encoder) == hook_count(tiny_sd1.unet) == 0
+    assert all(map(torch.equal, before, tiny_sd1.text_encoder.parameters()))
+
+
+def test_progress_and_protocol(tiny_sd1):
+    seen = []
+    effects = op.trace.text_encoder(
+        tiny_sd1, [CAT, STYLE], sigma=0.1, generate=False, on_progress=lambda *x: seen.append(x)
+    )
+    assert seen == [(96, 240), (240, 240)]
+    wanted = {"trace": "text_encoder", "sigma": 0.1, "scorer": "none", "seeds": [0], "probes": 2}
+    assert effects.protocol.items() >= wanted.items()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"probes": []}, "`probes` is empty: give at least one"),
+        ({"seeds": ()}, "`seeds` is empty: give at least one"),
+        ({"steps": 0}, "`steps` must be at least 1, got 0"),
+        ({"batch_size": 0}, "a batch must have at least 1 row, got 0"),
+        ({"noise_samples": 0}, "`noise_samples` must be at least 1, got 0"),
+        ({"sigma": -1.0}, "`sigma` must be a number from 0 on or '3std', got -1.0"),
+        ({"sigma": "4std"}, "`sigma` must be a number from 0 on or '3std', got '4std'"),
+        ({"positions": ("last",)}, "unknown position 'last': choose among subject, last_subject"),
+        ({"probes": [Probe("x", "style", "a cat", "ca")]}, "concept 'ca' is not in the prompt"),
+        ({"probes": [Probe("x", "object", "a cat, a cat", "cat")]}, "stands 2 times in the prompt"),
+        ({"probes": [Probe("x", "object", "a " * 80 + "cat", "cat")]}, "cut off by the limit"),
+    ],
+)
+def test_bad_requests(tiny_sd1, change, message):
+    with pytest.raises(ValueError, match=message):
+        op.trace.text_encoder(tiny_sd1, **{"probes": [CAT], "generate": False, **change})
+
+
+def test_equal_chunks_keep_one_shape():
+    parts = list(runs.equal_chunks(list("abcdefg"), 3))
+    assert parts == [(["a", "b", "c"], 3), (["d", "e", "f"], 3), (["g", "g", "g"], 1)]
+    assert list(runs.equal_chunks(list("abcd"), 3)) == [(["a", "b"], 2), (["c", "d"], 2)]
+    assert list(runs.equal_chunks([], 3)) == [([], 0)]
+    rows = {"rows": lambda n: n + 2, "multiple": 4, "fill": "-"}
+    assert list(runs.equal_chunks(list("abc"), 2, **rows)) == [(["a", "b"], 2), (["c", "-"], 1)]
+    assert list(runs.equal_chunks(list("abc"), 3, **rows)) == [(["a", "b", "c", "-", "-", "-"], 3)]
+    assert list(runs.equal_chunks([], 3, **rows)) == [(["-", "-"], 0)]
