@@ -32,7 +32,12 @@ def pairs(*, held_out: bool) -> list[tuple[str, str]]:
 
 
 def verdicts(
-    model: op.TextToImage, judge: features.Judge, asked: list[tuple[str, str]], *, seeds: range, steps: int
+    model: op.TextToImage,
+    judge: features.Judge,
+    asked: list[tuple[str, str]],
+    *,
+    seeds: range,
+    steps: int,
 ) -> dict[str, list[float]]:
     """Draw each pair once a seed; return 1 or 0 a picture for object and style, and the CLIP score."""
     chosen = [(o, s, seed) for seed in seeds for o, s in asked]
@@ -63,17 +68,30 @@ def grid(model: op.TextToImage, path: Path, *, steps: int) -> None:
     prompts = []
     for i in range(100):
         object_ = objects[i % len(objects)]
-        text = f"{'an' if object_[0] in 'aeiou' else 'a'} {object_} in {styles[i % len(styles)]} style"
-        prompts.append(text + (f" on a {rng.choice(['blue', 'green', 'pink', 'yellow'])} background" if i % 2 else ""))
+        text = (
+            f"{'an' if object_[0] in 'aeiou' else 'a'} {object_} in {styles[i % len(styles)]} style"
+        )
+        prompts.append(
+            text
+            + (
+                f" on a {rng.choice(['blue', 'green', 'pink', 'yellow'])} background"
+                if i % 2
+                else ""
+            )
+        )
     path.parent.mkdir(exist_ok=True)
     model.generate(prompts, seed=list(range(100)), steps=steps).grid(10).save(path)
 
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="fewer pictures, the same code")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object on the last line"
+    )
     arguments = parser.parse_args()
     start = time.perf_counter()
     model, judge = op.load("icons"), features.load("icons-judge")
@@ -90,7 +108,9 @@ def main() -> None:
             interval = metrics.bootstrap(values)
             figures[prefix + name] = round(interval.mean, 4)
             intervals[prefix + name] = [interval.low, interval.high, len(values)]
-    figures |= {name: value for name, value in judge.card["figures"].items() if name.endswith("_real")}
+    figures |= {
+        name: value for name, value in judge.card["figures"].items() if name.endswith("_real")
+    }
     for kind in ("object", "style"):
         for prefix in ("", "heldout_"):
             ratio = figures[f"{prefix}{kind}_top1"] / figures[f"{prefix}{kind}_top1_real"]
@@ -107,7 +127,10 @@ def main() -> None:
     (RESULTS / "quality_icons.json").write_text(json.dumps(result, indent=1) + "\n")
     for name, value in figures.items():
         extra = intervals.get(name)
-        print(f"{name:28} {value:8.4f}" + (f"   [{extra[0]:.3f}, {extra[1]:.3f}] n={extra[2]}" if extra else ""))
+        print(
+            f"{name:28} {value:8.4f}"
+            + (f"   [{extra[0]:.3f}, {extra[1]:.3f}] n={extra[2]}" if extra else "")
+        )
     if arguments.json:
         print(json.dumps(figures))
 

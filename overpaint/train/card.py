@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors import safe_open
 
 from overpaint.train.icon_world import PACKAGES
 
-__all__ = ["LICENCES", "add_figures", "stages", "write_card"]
+__all__ = ["LICENCES", "add_figures", "history", "stages", "write_card"]
 
 LICENCES = {
     "twemoji": "CC-BY-4.0",
@@ -36,6 +37,7 @@ def write_card(
     device: str,
     trained: dict[str, Any],
     figures: dict[str, float],
+    history: Sequence[dict[str, Any]] = (),
 ) -> Path:
     """Write `card.json` into `folder`: recipe, sources, hardware, minutes, figures and the hash of every file.
 
@@ -46,6 +48,7 @@ def write_card(
         device: What it was trained on.
         trained: Steps and minutes of each stage.
         figures: What the judge, or the real artwork, gave.
+        history: Earlier runs that this one went on from, oldest first.
     """
     sources = [
         {
@@ -64,6 +67,7 @@ def write_card(
         "seed": seed,
         "hardware": f"{device}, {os.cpu_count()} cores, {platform.machine()}",
         "stages": trained,
+        "history": list(history),
         "sources": sources,
         "figures": figures,
         "versions": {
@@ -82,6 +86,16 @@ def add_figures(folder: Path, figures: dict[str, float]) -> Path:
     card = json.loads(path.read_text())
     card["figures"] |= figures
     return _write(path, card)
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    """Return the runs behind the model in `folder`, its last one too; empty where there is no card."""
+    path = folder / "card.json"
+    if not path.is_file():
+        return []
+    card = json.loads(path.read_text())
+    last = {key: card[key] for key in ("date", "recipe_commit", "hardware", "stages", "figures")}
+    return [*card.get("history", []), last]
 
 
 def stages(work: Path, names: tuple[str, ...]) -> dict[str, dict[str, float]]:

@@ -62,7 +62,7 @@ class Recipe:
     unet_channels: tuple[int, ...] = (96, 192)  # 8x8 and 4x4, both with cross-attention
     unet_layers: int = 1  # ResNet + transformer pairs a level going down (one more going up)
     unet_batch: int = 64
-    unet_lr: float = 1e-3
+    unet_lr: float = 2e-3
     pictures: int = 36_864  # drawn and encoded once for the UNet
     drop_caption: float = 0.1  # share of rows that learn the empty prompt, for guidance
     shares: tuple[float, float, float] = (0.14, 0.14, 0.72)  # of the minutes: clip, vae, unet
@@ -93,7 +93,8 @@ def train(
         out: The pipeline's folder.
         minutes: Wall time of the three trained stages together, earlier runs counted in.
         device: `"cpu"` or `"cuda"`; the latter takes the wider recipe.
-        resume: Continue from the checkpoints in `work`; `False` starts over.
+        resume: Continue from the checkpoints in `work`; where there are none, go on with the UNet from the finished
+            model in `out`. `False` starts over.
         threads: CPU threads, fixed for the run.
         seed: Of the weights' initialisation and of everything drawn.
         stages: Which stages to run; a stage needs those before it done.
@@ -108,17 +109,29 @@ def train(
     world = icon_world.World(icon_world.fetch(artwork))
     if "tokenizer" in stages:
         tokenizer(world, work / "tokenizer", seed=seed)
+    shares = dict(zip(("clip", "vae", "unet"), recipe.shares, strict=True))
+    started = [name for name in shares if (work / f"{name}.safetensors").exists()]
+    if resume and not started and (out / "unet").is_dir():
+        _unpack(out, work)
+        shares = {"unet": 1.0}
     options = {"folder": work, "resume": resume, "on_progress": on_progress}
-    for stage, share in zip(("clip", "vae", "unet"), recipe.shares, strict=True):
+    for stage, share in shares.items():
         if stage in stages:
             run = {"clip": train_clip, "vae": _train_vae, "unet": _train_unet}[stage]
             run(recipe, world, device=device, minutes=minutes * share, seed=seed, **options)
     if "export" not in stages:
         return work
+    history = card.history(out)
     _export(recipe, work, out)
-    trained = card.stages(work, ("clip", "vae", "unet"))
+    trained = card.stages(work, tuple(shares))
     return card.write_card(
-        out, recipe=asdict(recipe), seed=seed, device=device, trained=trained, figures={}
+        out,
+        recipe=asdict(recipe),
+        seed=seed,
+        device=device,
+        trained=trained,
+        figures={},
+        history=history,
     ).parent
 
 
@@ -214,10 +227,10 @@ def train_clip(
         return contrast(result.logits_per_text, [p.caption for p in pictures])
 
     done = fit(
-        model, loss, stage="clip", folder=folder, minutes=minutes, lr=recipe.clip_lr, ema_decay=0.99,
+        model, loss, stage="clip", folder=folder, minutes=minutes, lr=recipe.clip_lr, ema_decay=0.99, muon=False,
         resume=resume, on_progress=on_progress,
     )  # fmt: skip
-    save_tensors(dict(done.state_dict()), folder / "clip-final.safetensors")
+    save_tensors(dict(done.text_model.state_dict()), folder / "text-final.safetensors")
     return done
 
 
@@ -351,7 +364,10 @@ def _train_unet(
 ) -> Any:
     data = _latents(recipe, world, folder, seed=seed, device=device)
     latents, features, rows = (data[k].to(device) for k in ("latents", "features", "rows"))
-    model = build_unet(recipe).to(device, memory_format=torch.channels_last)
+    model = build_unet(recipe)
+    if resume and (folder / "unet-start.safetensors").exists():
+        model.load_state_dict(load_file(folder / "unet-start.safetensors"))
+    model = model.to(device, memory_format=torch.channels_last)
     alphas = build_scheduler().alphas_cumprod.to(device)
     batch = recipe.unet_batch
 
@@ -372,11 +388,8 @@ def _train_unet(
             out = model(
                 noisy.contiguous(memory_format=torch.channels_last), t.to(device), context
             ).sample
-        snr = a / (1 - a)
-        weight = snr.clamp(max=5) / (
-            snr + 1
-        )  # min-SNR weighting (Hang et al., 2023) for v-prediction
-        return (weight * (out.float() - velocity).square()).mean()
+        # All of the schedule counts alike: min-SNR weights starve the noisy steps, where shapes are decided.
+        return (out.float() - velocity).square().mean()
 
     done = fit(
         model, loss, stage="unet", folder=folder, minutes=minutes, lr=recipe.unet_lr, ema_decay=0.998,
@@ -427,15 +440,28 @@ def _frozen(recipe: Recipe, folder: Path) -> tuple[Any, Any, Any]:
     from transformers import CLIPTextModel, CLIPTokenizer
 
     tokens = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    clip = build_clip(recipe, len(tokens))
-    clip.load_state_dict(load_file(folder / "clip-final.safetensors"))
-    text = CLIPTextModel(clip.config.text_config)
-    # transformers 5 dropped the `text_model.` level of `CLIPTextModel`; 4.x has it.
-    inner = getattr(text, "text_model", text)
-    inner.load_state_dict(clip.text_model.state_dict())
+    text = CLIPTextModel(build_clip(recipe, len(tokens)).config.text_config)
+    _tower(text).load_state_dict(load_file(folder / "text-final.safetensors"))
     vae = build_vae(recipe)
     vae.load_state_dict(load_file(folder / "vae-final.safetensors"))
     return vae.eval(), text.eval(), tokens
+
+
+def _tower(text: Any) -> Any:
+    """Return the tower itself: transformers 5 dropped the `text_model.` level of `CLIPTextModel`, 4.x has it."""
+    return getattr(text, "text_model", text)
+
+
+def _unpack(folder: Path, work: Path) -> None:
+    """Lay the parts of the pipeline in `folder` out in `work` as if its stages had just ended."""
+    import diffusers
+
+    build: Any = diffusers.StableDiffusionPipeline
+    pipe = build.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    pipe.tokenizer.save_pretrained(work / "tokenizer")
+    save_tensors(dict(_tower(pipe.text_encoder).state_dict()), work / "text-final.safetensors")
+    save_tensors(dict(pipe.vae.state_dict()), work / "vae-final.safetensors")
+    save_tensors(dict(pipe.unet.state_dict()), work / "unet-start.safetensors")
 
 
 def _export(recipe: Recipe, work: Path, out: Path) -> None:
