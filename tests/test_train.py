@@ -125,13 +125,19 @@ def _regression(seen: list[int]) -> tuple[nn.Module, object]:
     return model, loss
 
 
+def _progress(folder: Path) -> dict[str, float]:
+    with safe_open(folder / "toy.safetensors", framework="pt") as file:
+        return json.loads(file.metadata()["progress"])
+
+
 def test_a_run_continues_where_its_checkpoint_stands(tmp_path: Path) -> None:
     seen: list[int] = []
     model, loss = _regression(seen)
     fit(model, loss, stage="toy", folder=tmp_path, minutes=0.5 / 60, lr=0.01, ema_decay=0.9)  # type: ignore[arg-type]
     first = len(seen)
     model, loss = _regression(seen)
-    fit(model, loss, stage="toy", folder=tmp_path, minutes=1 / 60, lr=0.01, ema_decay=0.9)  # type: ignore[arg-type]
+    minutes = (_progress(tmp_path)["spent"] + 0.2) / 60
+    fit(model, loss, stage="toy", folder=tmp_path, minutes=minutes, lr=0.01, ema_decay=0.9)  # type: ignore[arg-type]
     assert seen == list(range(len(seen)))
     assert len(seen) > first
 
@@ -150,8 +156,7 @@ def test_a_killed_run_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
         time.sleep(0.05)
     process.kill()
     process.wait()
-    with safe_open(tmp_path / "toy.safetensors", framework="pt") as file:
-        progress = json.loads(file.metadata()["progress"])
+    progress = _progress(tmp_path)
     seen: list[int] = []
     model = nn.Linear(64, 64)
 
