@@ -130,11 +130,10 @@ def quickfix(
     )
     left, right = compress(solution.left, solution.right)
     clock.tick("solve")
-    report = _report(solution, left @ right, keys=keys, targets=targets, kept=kept, weight=weight)
-    report |= {
-        "rank": left.shape[1],
-        "empty_prompt_drift": _drift(inputs[2 * len(plan)], left @ right, weight),
-    }
+    delta = left @ right
+    report = _report(solution, delta, keys=keys, targets=targets, kept=kept, weight=weight)
+    empty = inputs[2 * len(plan)]
+    report |= {"rank": left.shape[1], "empty_prompt_drift": _drift(empty, delta, weight)}
     protocol = {
         "method": "quickfix", "model": model.name, "pairs": dict(pairs), "preserve": list(preserve),
         "preserve_weight": preserve_weight, "ridge": ridge, "positions": positions, "frames": list(frames),
