@@ -236,7 +236,12 @@ def test_nothing_is_left_on_the_model(tiny_sd1):
 def test_progress_and_protocol(tiny_sd1):
     seen = []
     effects = op.trace.text_encoder(
-        tiny_sd1, [CAT, STYLE], sigma=0.1, generate=False, on_progress=lambda *x: seen.append(x)
+        tiny_sd1,
+        [CAT, STYLE],
+        sigma=0.1,
+        generate=False,
+        control=False,
+        on_progress=lambda *x: seen.append(x),
     )
     assert seen == [(96, 240), (240, 240)]
     wanted = {"trace": "text_encoder", "sigma": 0.1, "scorer": "none", "seeds": [0], "probes": 2}
