@@ -5,7 +5,8 @@
 Every seen (object, style) pair of the icon world and every held-out pair is asked for once a seed; `icons-judge`,
 which had no part in training `icons` and never saw the held-out pairs either, says what it sees. Its own accuracy on
 the real artwork, from its card, is the yardstick. `--quick` asks for 120 seen pairs and one seed.
-Writes `benchmarks/results/quality_icons.json` and a grid of 100 pictures, `benchmarks/results/icons_grid.png`.
+Writes `benchmarks/results/quality_icons.json`, a grid of 100 pictures, `icons_grid.png`, and one style before and
+after its edit, `before_after.png`; `--card` puts the figures into the model's card.
 """
 
 import argparse
@@ -17,9 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import overpaint as op
-from overpaint import features, metrics
-from overpaint.train import icon_world
+from overpaint import features, metrics, questions, zoo
+from overpaint.train import card, icon_world
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -83,6 +86,22 @@ def grid(model: op.TextToImage, path: Path, *, steps: int) -> None:
     model.generate(prompts, seed=list(range(100)), steps=steps).grid(10).save(path)
 
 
+def before_after(model: op.TextToImage, judge: features.Judge, path: Path) -> None:
+    """Draw one style before and after its edit, and a neighbour before and after: four rows, equal seeds."""
+    preserve = questions.neighbours("style", "openmoji", labels=judge.labels)
+    change = op.edit.quickfix(model, {"openmoji style": "noto style"}, preserve=list(preserve))
+    objects = ["strawberry", "cat", "fish", "umbrella", "bomb", "tulip", "car", "light bulb"]
+    rows = []
+    for style in ("openmoji", "high contrast"):
+        asked = {"seed": list(range(len(objects))), "steps": 20}
+        prompts = [f"{'an' if o[0] in 'aeiou' else 'a'} {o} in {style} style" for o in objects]
+        rows.append(model.generate(prompts, **asked).images)
+        with change.applied(model):
+            rows.append(model.generate(prompts, **asked).images)
+    drawn = op.Pictures(torch.cat(rows), ("",) * 4 * len(objects), (0,) * 4 * len(objects), {})
+    drawn.grid(len(objects)).save(path)
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(
@@ -92,6 +111,7 @@ def main() -> None:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object on the last line"
     )
+    parser.add_argument("--card", action="store_true", help="write the figures into the card")
     arguments = parser.parse_args()
     start = time.perf_counter()
     model, judge = op.load("icons"), features.load("icons-judge")
@@ -118,6 +138,7 @@ def main() -> None:
     figures["seconds_per_picture"] = round(seconds_per_picture(model), 3)
     if not arguments.quick:
         grid(model, RESULTS / "icons_grid.png", steps=20)
+        before_after(model, judge, RESULTS / "before_after.png")
     figures["seconds"] = round(time.perf_counter() - start, 1)
     result = {
         "figures": figures, "intervals": intervals, "seeds": list(seeds), "machine": platform.processor(),
@@ -131,6 +152,8 @@ def main() -> None:
             f"{name:28} {value:8.4f}"
             + (f"   [{extra[0]:.3f}, {extra[1]:.3f}] n={extra[2]}" if extra else "")
         )
+    if arguments.card:
+        card.add_figures(zoo.folder("icons"), figures)
     if arguments.json:
         print(json.dumps(figures))
 
