@@ -32,9 +32,7 @@ def blocks(path):
 
 @pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text()], ids=title)
 def test_the_code_of_a_page_runs(page, tmp_path):
-    assert "icons" in zoo.names(), (
-        "the zoo has no weights: clone them, or `overpaint train icons`"
-    )
+    assert "icons" in zoo.names(), "the zoo has no weights: clone them, or `overpaint train icons`"
     with contextlib.chdir(tmp_path):
         exec(compile(blocks(page), title(page), "exec"), {"__name__": "__main__"})
     assert os.getcwd() != str(tmp_path)
