@@ -230,7 +230,8 @@ def train_clip(
         model, loss, stage="clip", folder=folder, minutes=minutes, lr=recipe.clip_lr, ema_decay=0.99, muon=False,
         resume=resume, on_progress=on_progress,
     )  # fmt: skip
-    save_tensors(dict(done.text_model.state_dict()), folder / "text-final.safetensors")
+    tower: Any = done.text_model
+    save_tensors(dict(tower.state_dict()), folder / "text-final.safetensors")
     return done
 
 
