@@ -458,7 +458,7 @@ def _unpack(folder: Path, work: Path) -> None:
     import diffusers
 
     build: Any = diffusers.StableDiffusionPipeline
-    pipe = build.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    pipe = build.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     pipe.tokenizer.save_pretrained(work / "tokenizer")
     save_tensors(dict(_tower(pipe.text_encoder).state_dict()), work / "text-final.safetensors")
     save_tensors(dict(pipe.vae.state_dict()), work / "vae-final.safetensors")
