@@ -1,0 +1,102 @@
+"""Which layer of the text encoder must be edited for a style to go, and what does the preserve list save?
+
+    python benchmarks/quality_layers.py [--quick] [--json]
+
+One style of `icons`, `openmoji`, is turned into `noto` with seven prompt frames: at layer 0 without and with the
+preserve list, then at layers 1 and 2 with it. `icons-judge` looks at the same objects and seeds of the target style
+and of every other style, before and after. Writes `benchmarks/results/quality_layers.json`.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import overpaint as op
+from overpaint import features, questions
+from overpaint.edit import Change
+
+RESULTS = Path(__file__).parent / "results"
+FRAMES = (
+    "",
+    "a photo of ",
+    "an image of ",
+    "a picture of ",
+    "a drawing of ",
+    "a cat in ",
+    "a bus, ",
+)
+OBJECTS = (
+    "apple", "rocket", "owl", "umbrella", "castle", "fox", "key", "tulip", "car", "star",
+    "carrot", "anchor", "palm tree", "penguin", "guitar", "rainbow", "cactus", "balloon", "trophy", "skull",
+)  # fmt: skip
+
+
+def shares(
+    model: op.TextToImage, judge: features.Judge, change: Change | None, *, objects: int
+) -> dict[str, float]:
+    """Return for each style the share of its pictures that the judge names right."""
+    asked = [(o, s) for s in judge.labels["style"] for o in OBJECTS[:objects]]
+    prompts = [f"{'an' if o[0] in 'aeiou' else 'a'} {o} in {s} style" for o, s in asked]
+    seeds = [i % objects for i in range(len(asked))]
+    if change is None:
+        images = model.generate(prompts, seed=seeds, steps=12).images
+    else:
+        with change.applied(model):
+            images = model.generate(prompts, seed=seeds, steps=12).images
+    said = judge.predict(images, "style")
+    return {
+        style: sum(a == style for a, (_, s) in zip(said, asked, strict=True) if s == style)
+        / objects
+        for style in judge.labels["style"]
+    }
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer pictures, the same code")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object on the last line"
+    )
+    arguments = parser.parse_args()
+    start = time.perf_counter()
+    model, judge = op.load("icons"), features.load()
+    kept = list(questions.neighbours("style", "openmoji", labels=judge.labels))
+    pairs = {"openmoji style": "noto style"}
+    cases = {
+        "before": None,
+        "layer0_plain": op.edit.quickfix(model, pairs, frames=FRAMES),
+        **{
+            f"layer{layer}": op.edit.quickfix(
+                model, pairs, frames=FRAMES, preserve=kept, layer=layer
+            )
+            for layer in (0, 1, 2)
+        },
+    }
+    figures: dict[str, float] = {}
+    for name, change in cases.items():
+        found = shares(model, judge, change, objects=8 if arguments.quick else len(OBJECTS))
+        others = [value for style, value in found.items() if style != "openmoji"]
+        figures[f"{name}_target"] = round(found["openmoji"], 4)
+        figures[f"{name}_others"] = round(sum(others) / len(others), 4)
+        print(
+            f"{name:14} openmoji {found['openmoji']:5.0%}   others {figures[f'{name}_others']:5.0%}"
+        )
+    figures["seconds"] = round(time.perf_counter() - start, 1)
+    RESULTS.mkdir(exist_ok=True)
+    protocol = {
+        **model.protocol(steps=12, guidance_scale=model.guidance_scale),
+        "frames": FRAMES,
+        "preserved": len(kept),
+    }
+    result = {"figures": figures, "protocol": protocol, "quick": arguments.quick}
+    (RESULTS / "quality_layers.json").write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.json:
+        print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
