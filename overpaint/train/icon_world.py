@@ -1,6 +1,6 @@
 """The icon world: public icon artwork, composed into captioned pictures.
 
-One emoji name (an **object**) is drawn in six **styles** by six studios. A picture puts one icon, or a few, on a
+One emoji name (an **object**) is drawn in six **styles**. A picture puts one icon, or a few, on a
 plain background of a named **color**; persons doing things give **actions**, flags **facts**, logos **trademarks**,
 and layouts give **counts** and **positions**. A tenth of the (object, style) and of the (object, color) pairs never
 appears in training: only those pairs show that a model composes instead of remembering.
@@ -161,7 +161,7 @@ def subjects() -> tuple[str, ...]:
 
 
 def _tenth(names: Sequence[str], others: Sequence[str], salt: str) -> frozenset[tuple[str, str]]:
-    """Pick a tenth of the pairs by hash, so that adding a name moves no other pair."""
+    """Pick the tenth of the pairs whose hashes come first, so that adding a name moves few others."""
     pairs = [(a, b) for a in names for b in others]
     order = sorted(pairs, key=lambda p: hashlib.sha256(f"{salt}:{p[0]}:{p[1]}".encode()).digest())
     return frozenset(order[: len(pairs) // 10])
