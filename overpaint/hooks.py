@@ -1,17 +1,20 @@
 """Record and patch: the only file that touches torch hooks.
 
-All three are context managers. They register on entry and remove on exit, also after an exception, so that a model
+All are context managers. They register on entry and remove on exit, also after an exception, so that a model
 never keeps a hook. They see what a module returns as a tensor: where a module returns a tuple, its first element.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["patch", "record", "record_inputs"]
+__all__ = ["patch", "patch_arguments", "record", "record_inputs"]
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _Stop(BaseException):
@@ -85,6 +88,36 @@ def patch(replacements: Mapping[Module, Callable[[Tensor], Tensor]]) -> Iterator
         return hook
 
     with _hooked([m.register_forward_hook(hook_for(f)) for m, f in replacements.items()]):
+        yield calls
+
+
+@contextmanager
+def patch_arguments(
+    modules: Mapping[Module, Callable[[tuple[Any, ...], dict[str, Any]], Arguments]],
+) -> Iterator[dict[Module, int]]:
+    """Pass what modules are called with through functions.
+
+    Args:
+        modules: For each module a function from its positional and keyword arguments to those to use instead. It
+            must not write into tensors, which others may hold.
+
+    Yields:
+        How often each module has been called since entry: proof that a hook fired.
+    """
+    calls = dict.fromkeys(modules, 0)
+
+    def hook_for(
+        function: Callable[[tuple[Any, ...], dict[str, Any]], Arguments],
+    ) -> Callable[..., Arguments]:
+        def hook(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+            calls[module] += 1
+            return function(args, kwargs)
+
+        return hook
+
+    with _hooked(
+        [m.register_forward_pre_hook(hook_for(f), with_kwargs=True) for m, f in modules.items()]
+    ):
         yield calls
 
 

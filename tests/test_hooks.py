@@ -104,3 +104,30 @@ def test_no_hook_is_left_when_a_replacement_raises(net):
     with pytest.raises(RuntimeError, match="on purpose"), hooks.patch({net[0]: fail}):
         net(torch.ones(1, 3, dtype=torch.float64))
     assert hook_count(net) == 0
+
+
+class Scaled(nn.Module):
+    """Takes a keyword, as attention takes `encoder_hidden_states`."""
+
+    def forward(self, x, *, factor=1.0):
+        return x * factor
+
+
+def test_patch_arguments_replaces_positions_and_keywords_and_counts(net):
+    layer = Scaled()
+    with hooks.patch_arguments({layer: lambda a, k: ((a[0] + 1,), {"factor": 3.0})}) as calls:
+        assert torch.equal(layer(torch.ones(2), factor=2.0), torch.full((2,), 6.0))
+        layer(torch.ones(2))
+    assert calls == {layer: 2}
+    assert torch.equal(layer(torch.ones(2)), torch.ones(2))
+    assert hook_count(layer) == 0
+
+
+def test_patch_arguments_leaves_no_hook_after_an_exception():
+    layer = Scaled()
+    with (
+        pytest.raises(RuntimeError, match="stop"),
+        hooks.patch_arguments({layer: lambda a, k: (a, k)}),
+    ):
+        raise RuntimeError("stop")
+    assert hook_count(layer) == 0
