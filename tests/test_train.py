@@ -84,7 +84,7 @@ def test_equal_captions_share_the_contrastive_target() -> None:
     )
 
 
-@pytest.mark.parametrize("shape", [(8, 20), (20, 8)])
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8), (8, 10)])
 def test_orthogonalise_is_near_the_polar_factor(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
