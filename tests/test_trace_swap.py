@@ -1,0 +1,278 @@
+"""Laws of the direct effect: what a window of cross-attention reads is what the picture shows."""
+
+import pytest
+import torch
+
+import overpaint as op
+from overpaint import hooks, sites
+from overpaint.errors import UnsupportedModel
+from overpaint.probes import Probe
+from overpaint.sample import denoise
+from overpaint.trace.swap import draw, pick_window, smallest_window, swap
+
+PROBE = Probe("a", "style", "a cat in openmoji style", "openmoji style", "openmoji")
+OTHER = Probe("b", "style", "a dog in openmoji style", "openmoji style", "openmoji")
+TARGET = "noto style"
+
+
+def encode(model, *prompts):
+    """Encode each prompt on its own: in a batch, equal rows may be rounded apart."""
+    return torch.cat([model.encode([prompt]) for prompt in prompts])
+
+
+def brightness(images, probes):
+    return images.mean((1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def layers(tiny_double):
+    return [site for site in sites.find_unet(tiny_double.unet) if site.kind == "cross_attn"]
+
+
+@pytest.fixture
+def run(tiny_double):
+    def go(*windows, target="a cat in noto style", steps=2, **options):
+        embeds = encode(tiny_double, PROBE.prompt, target)
+        return draw(
+            tiny_double, embeds, tiny_double.encode([""]), [list(w) for w in windows], seed=0, steps=steps,
+            **{"guidance_scale": 7.5, **options},
+        )  # fmt: skip
+
+    return go
+
+
+@pytest.mark.parametrize("guidance_scale", [1, 7.5])
+def test_all_layers_are_the_target_and_none_is_the_original(run, layers, guidance_scale):
+    rows = run(layers, (), guidance_scale=guidance_scale)
+    assert torch.equal(rows[2], rows[1])
+    assert torch.equal(rows[3], rows[0])
+    assert (rows[0] - rows[1]).abs().max() > 1e-3
+
+
+def test_every_layer_counts(run, layers):
+    rows = run(*[[layer] for layer in layers])
+    apart = (rows[2:] - rows[0]).flatten(1).norm(dim=1)
+    assert (apart > 1e-6).all()
+    assert len({round(x, 9) for x in apart.tolist()}) == 16
+
+
+def test_original_and_target_rows_are_plain_runs(tiny_double, run, layers):
+    rows = run(layers[:1], layers[1:2])
+    plain = denoise(
+        tiny_double,
+        tiny_double.initial_latents([0] * 4),
+        encode(tiny_double, PROBE.prompt, "a cat in noto style", PROBE.prompt, PROBE.prompt),
+        tiny_double.encode([""]),
+        steps=2,
+        guidance_scale=7.5,
+    )
+    assert torch.equal(rows[:2], plain[:2])
+
+
+def test_a_target_equal_to_the_prompt_changes_nothing(run, layers):
+    rows = run(layers[3:5], target=PROBE.prompt)
+    assert torch.equal(rows[0], rows[1])
+    assert torch.equal(rows[0], rows[2])
+
+
+def test_a_window_among_others_is_that_window_alone(run, layers):
+    windows = [layers[i : i + 2] for i in range(6)]
+    together, parts, alone = run(*windows), run(*windows, chunk=2), run(windows[4])
+    assert torch.allclose(together[6], alone[2], atol=1e-5)
+    assert torch.allclose(together, parts, atol=1e-5)
+
+
+def test_a_layer_reads_the_target_in_its_row_of_the_conditional_branch_only(
+    tiny_double, run, layers
+):
+    seen = []
+
+    def note(states):
+        seen.append(states)
+        return states
+
+    with hooks.patch({layers[5].module(tiny_double).to_k: note}):
+        run(layers[5:6], (), steps=1)
+    (keys,) = seen
+    empty, original, target, swapped, left = keys[0], *keys[4:]
+    assert all(torch.equal(row, empty) for row in keys[:4])
+    assert torch.equal(swapped, target)
+    assert torch.equal(left, original)
+    assert not torch.equal(original, target)
+
+
+@pytest.fixture(scope="module")
+def swapped(tiny_sd1):
+    return swap(
+        tiny_sd1, [PROBE, OTHER], target=TARGET, window=3, steps=2, score=brightness, minimum_gap=-1
+    )
+
+
+def test_m_minus_window_plus_one_rows_a_prompt(swapped):
+    rows = swapped.table.to_pylist()
+    assert [row["site"] for row in rows] == [f"unet.cross_attn.{i}" for i in range(14)] * 2
+    assert {row["probe"] for row in rows} == {"a", "b"}
+    assert swapped.protocol["window"] == 3
+    assert swapped.protocol["targets"] == ["a cat in noto style", "a dog in noto style"]
+
+
+def test_scores_are_those_of_the_pictures(swapped, tiny_sd1):
+    row = swapped.table.to_pylist()[0]
+    plain = tiny_sd1.generate(["a cat in openmoji style", "a cat in noto style"], seed=0, steps=2)
+    original, target = plain.images.mean((1, 2, 3)).tolist()
+    assert row["score_clean"] == pytest.approx(original, abs=1e-5)
+    assert row["score_corrupted"] == pytest.approx(target, abs=1e-5)
+    assert row["indirect_effect"] == row["score_clean"] - row["score_restored"]
+
+
+def test_the_whole_width_has_the_whole_effect(tiny_sd1):
+    for pick in ("min", "max"):
+        table = swap(
+            tiny_sd1, [PROBE], target=TARGET, window=16, pick=pick, steps=2, score=brightness,
+            minimum_gap=-1,
+        ).table  # fmt: skip
+        assert table.num_rows == 1
+        assert table["recovery"][0].as_py() == pytest.approx(1, abs=1e-6)
+        assert table["latent_recovery"][0].as_py() == pytest.approx(1, abs=1e-6)
+
+
+def test_the_best_window_is_that_of_the_least_or_greatest_mean(swapped, tiny_sd1):
+    rows = swapped.table.to_pylist()
+    means = [sum(r["score_restored"] for r in rows[i::14]) / 2 for i in range(14)]
+    start = means.index(min(means))
+    names = [site.name for site in pick_window(swapped)]
+    assert names == [f"unet.cross_attn.{i}" for i in range(start, start + 3)]
+    assert pick_window(swapped)[2].module(tiny_sd1) is sites.get(tiny_sd1, names[2]).module(
+        tiny_sd1
+    )
+    largest = op.trace.Effects(swapped.table, {**swapped.protocol, "pick": "max"})
+    assert pick_window(largest)[0].index == means.index(max(means))
+
+
+def test_the_scorer_is_asked_about_what_should_go_or_come(tiny_sd1):
+    asked = []
+
+    def note(images, probes):
+        asked.append({(p.prompt, p.label, p.kind) for p in probes})
+        return images.mean((1, 2, 3))
+
+    options = {"target": TARGET, "steps": 1, "window": 16, "score": note}
+    swap(tiny_sd1, [PROBE], pick="min", **options)
+    swap(tiny_sd1, [PROBE], pick="max", **options)
+    assert asked == [
+        {("a cat in openmoji style", "openmoji", "style")},
+        {("a cat in noto style", "noto", "style")},
+    ]
+
+
+def test_the_target_may_be_made_by_a_function(tiny_sd1):
+    def other(probe):
+        return Probe(probe.id, probe.kind, "an owl", "owl")
+
+    effects = swap(tiny_sd1, [PROBE], target=other, window=16, steps=1, score=brightness)
+    assert effects.protocol["targets"] == ["an owl"]
+
+
+def test_the_smallest_window_that_meets_a_threshold(tiny_sd1):
+    original = tiny_sd1.generate(PROBE.prompt, steps=1).images
+
+    def change(images, probes):
+        return (images - original).flatten(1).norm(dim=1)
+
+    options = {"target": TARGET, "steps": 1, "score": change, "pick": "max"}
+    tables = [swap(tiny_sd1, [PROBE], window=m, **options).table for m in (1, 2)]
+    one, two = (max(table["score_restored"].to_pylist()) for table in tables)
+    assert one < two
+    for threshold, expected in ((one - 1e-6, 1), ((one + two) / 2, 2)):
+        found = smallest_window(tiny_sd1, [PROBE], threshold=threshold, **options)
+        assert found.protocol["window"] == expected
+        assert len(pick_window(found)) == expected
+
+
+def test_a_threshold_out_of_reach_is_refused(tiny_sd1, monkeypatch):
+    with pytest.raises(
+        ValueError, match=r"no window meets the threshold of 2: with .*Give at most"
+    ):
+        smallest_window(
+            tiny_sd1, [PROBE], target=TARGET, threshold=2, pick="max", steps=1, score=brightness
+        )
+
+
+def test_a_killed_run_continues(tiny_sd1, tmp_path):
+    options = {"target": TARGET, "window": 15, "steps": 2, "score": brightness}
+    whole = swap(tiny_sd1, [PROBE, OTHER], **options)
+
+    def stop(done, total):
+        assert total == 4
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        swap(tiny_sd1, [PROBE, OTHER], folder=tmp_path, on_progress=stop, **options)
+    ticks = []
+    again = swap(
+        tiny_sd1, [PROBE, OTHER], folder=tmp_path, on_progress=lambda *t: ticks.append(t), **options
+    )
+    assert len(ticks) == 2
+    assert again.table.equals(whole.table)
+
+
+def test_nothing_is_left_on_the_model(tiny_sd1):
+    def fail(images, probes):
+        raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        swap(tiny_sd1, [PROBE], target=TARGET, steps=1, window=16, score=fail)
+    modules = list(tiny_sd1.unet.modules())
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules) == 0
+
+
+def test_text_that_is_not_a_tensor_is_noticed(tiny_double, run, layers):
+    module = layers[0].module(tiny_double)
+
+    def wrap(args, kwargs):
+        return args, {**kwargs, "encoder_hidden_states": (kwargs["encoder_hidden_states"], [])}
+
+    with (
+        hooks.patch_arguments({module: wrap}),
+        pytest.raises(UnsupportedModel, match="not given its text as one tensor"),
+    ):
+        run(layers[:1], steps=1)
+
+
+def test_a_layer_that_does_not_run_is_noticed(tiny_double, run):
+    unused = sites.Site("unet.cross_attn.99", "unet", "cross_attn", 99, "conv_in.spare")
+    tiny_double.unet.conv_in.spare = torch.nn.Identity()
+    try:
+        with pytest.raises(UnsupportedModel, match=r"layer ran \[0\] times in 1 steps"):
+            run([unused], steps=1)
+    finally:
+        del tiny_double.unet.conv_in.spare
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window": 0}, "`window` must be from 1 to 16, .* got 0"),
+        ({"window": 17}, "`window` must be from 1 to 16, .* got 17"),
+        ({"pick": "best"}, "`pick` must be 'min' .* got 'best'"),
+        ({"target": " "}, "`target` is empty"),
+        ({"probes": []}, "`probes` is empty"),
+        ({"seeds": ()}, "`seeds` is empty"),
+        (
+            {"probes": [Probe("c", "style", "noto style, noto style", "noto style")]},
+            "stands 2 times",
+        ),
+    ],
+)
+def test_bad_requests(tiny_sd1, change, message):
+    settings = {"target": TARGET, "probes": [PROBE], "score": brightness, **change}
+    probes = settings.pop("probes")
+    with pytest.raises(ValueError, match=message):
+        swap(tiny_sd1, probes, **settings)
+
+
+def test_other_effects_are_refused():
+    effects = op.trace.Effects.of([], {"trace": "unet"})
+    with pytest.raises(ValueError, match="these effects come from 'unet': pass what `trace.swap`"):
+        pick_window(effects)
