@@ -30,13 +30,15 @@ VALUES = (
     "embed_recovery",
     "embed_recovery_pads",
     "latent_recovery",
+    "attribution",
 )
 _SCORES = ("score_clean", "score_corrupted")
 SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("site", "part", "kind", "path", "role", "control")]
     + [(name, pa.int64()) for name in ("index", "position", "seed", "noise")]
     + [(name, pa.string()) for name in ("probe", "attribute", "prompt", "concept")]
-    + [(name, pa.string()) for name in ("source", "branches")]
+    + [(name, pa.string()) for name in ("source", "branches", "direction", "window")]
+    + [("head", pa.int64())]
     + [(name, pa.float64()) for name in (*_SCORES, *VALUES)]
 )
 
