@@ -21,18 +21,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.nn import Module
 
-from overpaint import features, hooks, sites
+from overpaint import hooks, sites
 from overpaint.errors import UnsupportedModel
 from overpaint.probes import Probe
-from overpaint.sample import denoise
 from overpaint.sites import Site
 from overpaint.spans import find_span
 from overpaint.trace.corrupt import Prompted
 from overpaint.trace.effects import Effects, recovery
-from overpaint.trace.runs import Scorer, check_settings, equal_chunks, recovered, scorer_name
+from overpaint.trace.runs import Drawing, Scorer, about, equal_chunks, recovered
 from overpaint.trace.shards import sweep
 
 __all__ = ["Pick", "Target", "draw", "pick_window", "smallest_window", "swap"]
@@ -51,9 +50,11 @@ def swap(
     seeds: Sequence[int] = (0,),
     steps: int = 20,
     guidance_scale: float | None = None,
+    solver: str = "own",
     score: Scorer | None = None,
     minimum_gap: float = 0.02,
-    chunk: int = 30,
+    batch_size: int = 32,
+    memory: float | None = None,
     folder: str | Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Effects:
@@ -70,16 +71,18 @@ def swap(
         seeds: Start noise, equal in all rows of a prompt.
         steps: Denoising steps.
         guidance_scale: The model's own if `None`.
+        solver: `"own"` is the model's scheduler, `"ddim"`, or `"dpm"`, a multistep solver.
         score: From pictures (N, 3, H, W) in [0, 1] and N probes to N scores; the shipped judge if
             `None`, which takes pictures of 64x64 pixels.
         minimum_gap: Prompts that the target everywhere does not change by this much have no `recovery`.
-        chunk: Windows a batch.
-        folder: Where to keep finished prompts, so that a killed run continues.
-        on_progress: Called with the denoising steps done and the steps in all.
+        batch_size: Rows of a batch, at most.
+        memory: MiB for activations; lowers `batch_size` to what fits.
+        folder: Keeps finished prompts, so that a run that was stopped goes on.
+        on_progress: Called with the runs (prompt, seed) done, in thousandths, and their number times 1000.
 
     Returns:
         Effects with a row a window, prompt and seed; `site` is the window's first layer. For want of
-        columns of their own, `score_clean` is that of the original prompt, `score_corrupted` that of
+        columns of their own (it is the clean run that is changed, hence `direction` `"corrupt"`), `score_clean` is that of the original prompt, `score_corrupted` that of
         the target prompt in all layers, `score_restored` that of the window. `indirect_effect` holds
         the direct effect: how far the window moved the score in the direction of `pick`, that is
         score_clean - score_restored for `"min"`; `recovery` is its share of what the target in all
@@ -90,49 +93,35 @@ def swap(
             setting out of range.
         UnsupportedModel: A cross-attention layer does not read its text once a step.
     """
-    check_settings(seeds=seeds, steps=steps, rows=chunk)
     layers = [site for site in sites.find_unet(model.unet) if site.kind == "cross_attn"]
-    _check(probes, window, pick, len(layers))
+    _check(probes, seeds, window, pick, len(layers))
     pairs = [(probe, _aim(model, probe, target)) for probe in probes]
-    scorer = score or features.load().score
-    strength = model.guidance_scale if guidance_scale is None else guidance_scale
+    drawing = Drawing.of(
+        model, score=score, steps=steps, guidance_scale=guidance_scale, solver_name=solver, direction="corrupt",
+        minimum_gap=minimum_gap, batch_size=batch_size, memory=memory,
+    )  # fmt: skip
     windows = [layers[i : i + window] for i in range(len(layers) - window + 1)]
-    runs = {f"{p.id} seed {seed}": (p, aim, seed) for p, aim in pairs for seed in seeds}
+    runs = {f"{p.id}:{seed}": (p, aim, seed) for p, aim in pairs for seed in seeds}
     negative = model.encode([""])
-    batches = -(-len(windows) // chunk)
-    done = 0
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        if on_progress is not None:
-            on_progress(done, max(done, len(runs) * batches * steps))
 
     def compute(run: str) -> list[dict[str, Any]]:
         probe, aim, seed = runs[run]
-        texts = torch.cat([model.encode([asked.prompt]) for asked in (probe, aim)])
-        latents = draw(
-            model, texts, negative, windows,
-            seed=seed, steps=steps, guidance_scale=strength, chunk=chunk, on_step=tick,
-        )  # fmt: skip
-        asked = probe if pick == "min" else aim
-        images = torch.cat([model.decode(part).cpu() for part in latents.split(chunk + 2)])
-        scores = [float(number) for number in scorer(images, [asked] * len(images))]
-        rows = _rows(probe, [w[0] for w in windows], latents, scores, pick, minimum_gap)
-        return [{**row, "seed": seed} for row in rows]
+        before = list(runs).index(run)
 
-    protocol = {
-        **model.protocol(steps=steps, guidance_scale=strength),
-        "trace": "swap",
-        "window": window,
-        "pick": pick,
-        "cross_attention": [site.path for site in layers],
-        "targets": list(dict.fromkeys(aim.prompt for _, aim in pairs)),
-        "seeds": list(seeds),
-        "scorer": scorer_name(scorer),
-        "minimum_gap": minimum_gap,
-        "probes": len(probes),
-    }
+        def tick(share: float) -> None:
+            if on_progress is not None:
+                on_progress(1000 * before + int(1000 * share), 1000 * len(runs))
+
+        texts = torch.cat([model.encode([asked.prompt]) for asked in (probe, aim)])
+        latents = draw(drawing, texts, negative, windows, seed=seed, on_step=tick)
+        scores = drawing.scores(latents, probe if pick == "min" else aim)
+        found = _rows(probe, [w[0] for w in windows], latents, scores, pick, minimum_gap)
+        return [{**row, "seed": seed} for row in found]
+
+    protocol = drawing.protocol(
+        "swap", window=window, pick=pick, cross_attention=[site.path for site in layers], seeds=list(seeds),
+        probes=len(probes), prompts=[p.prompt for p, _ in pairs], targets=[aim.prompt for _, aim in pairs],
+    )  # fmt: skip
     return Effects.of(sweep(folder, protocol, list(runs), compute), protocol)
 
 
@@ -180,7 +169,7 @@ def smallest_window(
         steps: Denoising steps.
         guidance_scale: The model's own if `None`.
         score: From pictures and probes to scores.
-        on_progress: Called with the denoising steps done and the steps in all of this width.
+        on_progress: As in `swap`, anew for each width.
 
     Returns:
         The effects of the smallest width; `protocol["window"]` says it, `pick_window` its layers.
@@ -206,29 +195,23 @@ def smallest_window(
 
 
 def draw(
-    model: Any,
+    drawing: Drawing,
     prompt_embeds: Tensor,
     negative_embeds: Tensor,
     windows: Sequence[Sequence[Site]],
     *,
     seed: int,
-    steps: int,
-    guidance_scale: float,
-    chunk: int = 30,
-    on_step: Callable[[], None] | None = None,
+    on_step: Callable[[float], None] | None = None,
 ) -> Tensor:
     """Denoise the original prompt, the target prompt, and one row a window in lockstep.
 
     Args:
-        model: A `TextToImage`.
+        drawing: Model, steps, guidance and batch.
         prompt_embeds: Text features of original and target, shape (2, L, D).
         negative_embeds: Text features of the empty prompt, shape (1, L, D).
         windows: For each further row, the cross-attention sites that read the target.
         seed: Start noise, the same in every row.
-        steps: Denoising steps.
-        guidance_scale: Weight of the prompt.
-        chunk: Windows a batch, up to three more where the kernels ask for it.
-        on_step: Called after each step of a batch.
+        on_step: Called after each step of a batch with the share that is done.
 
     Returns:
         Final latents, shape (2 + W, C, h, w): original, target, windows.
@@ -238,30 +221,22 @@ def draw(
     """
     parts: list[Tensor] = []
     original, aim = prompt_embeds[:1], prompt_embeds[1:]
-    for chosen, used in equal_chunks(
-        list(windows), chunk, rows=lambda length: length + 2, multiple=4, fill=()
-    ):
-        rows = len(chosen) + 2
-        taken = 0
+    chunks = list(
+        equal_chunks(list(windows), drawing.rows, rows=lambda n: n + 2, multiple=4, fill=())
+    )
+    for number, (chosen, used) in enumerate(chunks):
+        rows, taken = len(chosen) + 2, 0
 
-        def after(done: int, _: Tensor) -> None:
+        def after(done: int, _: Tensor, number: int = number) -> None:
             nonlocal taken
             taken = done
             if on_step is not None:
-                on_step()
+                on_step(min(1.0, (number + done / drawing.steps) / len(chunks)))
 
-        feeders = _feeders(model, chosen, first=rows if guidance_scale != 1 else 0)
+        texts = torch.cat([original, aim, original.expand(len(chosen), -1, -1)])
+        feeders = _feeders(drawing.model, chosen, rows if drawing.guidance_scale != 1 else 0)
         with hooks.patch_arguments(feeders) as calls:
-            latents = denoise(
-                model,
-                model.initial_latents([seed]).repeat(rows, 1, 1, 1),
-                torch.cat([original, aim, original.expand(len(chosen), -1, -1)]),
-                negative_embeds,
-                steps=steps,
-                guidance_scale=guidance_scale,
-                on_step=after,
-                generators=[Generator().manual_seed(seed + 1) for _ in range(rows)],
-            )
+            latents = drawing.denoise(seed, rows, texts, negative_embeds, on_step=after)
         if any(count != taken for count in calls.values()):
             raise UnsupportedModel(
                 f"a cross-attention layer ran {sorted(set(calls.values()))} times in {taken} steps: "
@@ -272,7 +247,7 @@ def draw(
 
 
 def _feeders(
-    model: Any, windows: Sequence[Sequence[Site]], *, first: int
+    model: Any, windows: Sequence[Sequence[Site]], first: int
 ) -> dict[Module, Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]]:
     """Return for each layer a function that gives row 1's text to the rows whose window holds it.
 
@@ -299,11 +274,15 @@ def _feeders(
     return {module: partial(feed, rows) for module, rows in wanted.items()}
 
 
-def _check(probes: Sequence[Prompted], window: int, pick: str, layers: int) -> None:
+def _check(
+    probes: Sequence[Prompted], seeds: Sequence[int], window: int, pick: str, layers: int
+) -> None:
     if not probes:
         raise ValueError(
             "`probes` is empty: give at least one, for example `probes.load('style')`."
         )
+    if not seeds:
+        raise ValueError("`seeds` is empty: give at least one.")
     if not 1 <= window <= layers:
         raise ValueError(
             f"`window` must be from 1 to {layers}, the cross-attention layers of this model, got {window}."
@@ -341,8 +320,8 @@ def _rows(
     moved = recovered(torch.cat([latents[1:2], latents[:1], latents[2:]]))
     return [
         {
-            "site": site.name, "part": site.part, "kind": site.kind, "index": site.index,
-            "path": site.path, "role": "", "control": "", "window": "", "branches": "cond",
+            **about(site.name, (site,)), "role": "", "control": "", "window": "",
+            "branches": "cond", "direction": "corrupt",
             "probe": probe.id, "attribute": probe.kind, "prompt": probe.prompt,
             "concept": probe.concept, "noise": 0,
             "score_clean": original, "score_corrupted": everywhere, "score_restored": number,
