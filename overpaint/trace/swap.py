@@ -81,12 +81,13 @@ def swap(
         on_progress: Called with the runs (prompt, seed) done, in thousandths, and their number times 1000.
 
     Returns:
-        Effects with a row a window, prompt and seed; `site` is the window's first layer. For want of
-        columns of their own (it is the clean run that is changed, hence `direction` `"corrupt"`), `score_clean` is that of the original prompt, `score_corrupted` that of
-        the target prompt in all layers, `score_restored` that of the window. `indirect_effect` holds
-        the direct effect: how far the window moved the score in the direction of `pick`, that is
-        score_clean - score_restored for `"min"`; `recovery` is its share of what the target in all
-        layers does, and `latent_recovery` the share of the way to its latents.
+        Effects with a row a window, prompt and seed; `site` is the window's first layer, `direction`
+        `"corrupt"`, since the clean run is changed. For want of columns of their own, `score_clean`
+        is that of the original prompt, `score_corrupted` that of the target prompt in all layers,
+        `score_restored` that of the window. `indirect_effect` holds the direct effect: how far the
+        window moved the score in the direction of `pick`, that is score_clean - score_restored for
+        `"min"`; `recovery` is its share of what the target in all layers does, and
+        `latent_recovery` the share of the way to its latents.
 
     Raises:
         ValueError: A window outside the model, a concept that is not in its prompt once, or another
