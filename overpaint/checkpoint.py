@@ -16,7 +16,19 @@ from overpaint.errors import UnsupportedModel
 
 __all__ = ["check", "read_folder", "read_hub"]
 
-_PARTS = ("text_encoder", "unet", "vae")
+# What each pipeline consists of, and what its class calls the parts that we do without.
+_PARTS = {
+    "StableDiffusionPipeline": ("text_encoder", "unet", "vae"),
+    "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2", "unet", "vae"),
+}
+_WITHOUT: dict[str, dict[str, Any]] = {
+    "StableDiffusionPipeline": {
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    },
+    "StableDiffusionXLPipeline": {"image_encoder": None, "feature_extractor": None},
+}
 
 
 def read_folder(folder: Path, *, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
@@ -25,11 +37,11 @@ def read_folder(folder: Path, *, dtype: torch.dtype) -> tuple[Any, dict[str, Any
     Raises:
         UnsupportedModel: The folder holds no Stable Diffusion pipeline in safetensors, or a damaged one.
     """
-    _check_index(folder)
-    files = [file for part in _PARTS for file in _weight_files(folder, part)]
+    kind = _kind(_folder_index(folder), source=str(folder))
+    files = [file for part in _PARTS[kind] for file in _weight_files(folder, part)]
     variant = "fp16" if all(".fp16." in file.name for file in files) else None
-    pipe = _read(str(folder), dtype=dtype, variant=variant, local_files_only=True)
-    for part in _PARTS:
+    pipe = _read(str(folder), kind, dtype=dtype, variant=variant, local_files_only=True)
+    for part in _PARTS[kind]:
         _check_keys(getattr(pipe, part), folder, part)
     settings = folder / "overpaint.json"
     if not settings.is_file():
@@ -44,33 +56,46 @@ def read_hub(name: str, *, dtype: torch.dtype) -> Any:
     Raises:
         ValueError: The hub cannot be reached, or holds no such pipeline in safetensors.
     """
+    from huggingface_hub import hf_hub_download
+
+    unknown = (
+        f"unknown model {name!r}: there is no such folder, and the hub gave no Stable Diffusion pipeline in "
+        "safetensors of that name. Check the spelling and the connection, or name a folder."
+    )
     try:
-        return _read(name, dtype=dtype, variant=None, local_files_only=False)
+        index = Path(hf_hub_download(name, "model_index.json"))
+    except (OSError, ValueError) as error:
+        raise ValueError(unknown) from error
+    kind = _kind(index, source=name)
+    try:
+        return _read(name, kind, dtype=dtype, variant=None, local_files_only=False)
     except UnsupportedModel as error:
-        raise ValueError(
-            f"unknown model {name!r}: there is no such folder, and the hub gave no Stable Diffusion pipeline in "
-            "safetensors of that name. Check the spelling and the connection, or name a folder."
-        ) from error
+        raise ValueError(unknown) from error
 
 
 def check(pipe: Any) -> None:
-    """Make sure that `pipe` has the parts of Stable Diffusion 1 or 2 and finite weights.
+    """Make sure that `pipe` has the parts of Stable Diffusion 1, 2 or XL and finite weights.
 
     Raises:
-        UnsupportedModel: A part is missing, or a weight is NaN or infinite.
+        UnsupportedModel: A part is missing or does not fit the others, or a weight is NaN or infinite.
     """
     wanted = ("text_encoder", "tokenizer", "unet", "vae", "scheduler")
     missing = [part for part in wanted if getattr(pipe, part, None) is None]
     if missing or not hasattr(pipe.unet, "down_blocks"):
         raise UnsupportedModel(
             f"{type(pipe).__name__} is not a Stable Diffusion pipeline: it has no {', '.join(missing) or 'UNet'}. "
-            "Load a `StableDiffusionPipeline` of version 1 or 2."
+            "Load a `StableDiffusionPipeline` of version 1 or 2, or a `StableDiffusionXLPipeline`."
         )
+    parts = _PARTS["StableDiffusionPipeline"]
     if getattr(pipe, "text_encoder_2", None) is not None:
+        _check_two_encoders(pipe)
+        parts = _PARTS["StableDiffusionXLPipeline"]
+    elif getattr(pipe.unet.config, "addition_embed_type", None) is not None:
         raise UnsupportedModel(
-            f"{type(pipe).__name__} has two text encoders: only Stable Diffusion 1 and 2 are supported."
+            f"the UNet of this {type(pipe).__name__} also takes {pipe.unet.config.addition_embed_type!r}, which one "
+            "text encoder cannot give: load the whole `StableDiffusionXLPipeline` with both encoders."
         )
-    for part in _PARTS:
+    for part in parts:
         for name, tensor in getattr(pipe, part).named_parameters():
             if not torch.isfinite(tensor).all():
                 raise UnsupportedModel(
@@ -79,25 +104,49 @@ def check(pipe: Any) -> None:
                 )
 
 
-def _check_index(folder: Path) -> None:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        pickles = sorted(p.name for p in folder.glob("*") if p.suffix in (".ckpt", ".bin", ".pt"))
-        held = f" but the pickle {pickles[0]}" if pickles else ""
+def _check_two_encoders(pipe: Any) -> None:
+    """Refuse two text encoders that are not those of SDXL."""
+    first, second, unet = pipe.text_encoder.config, pipe.text_encoder_2.config, pipe.unet.config
+    if getattr(pipe, "tokenizer_2", None) is None or unet.addition_embed_type != "text_time":
         raise UnsupportedModel(
-            f"{str(folder)!r} is not a diffusers pipeline: it holds no model_index.json{held}. Name a folder that "
-            "`save_pretrained` wrote."
+            f"{type(pipe).__name__} has two text encoders but is not SDXL, whose UNet takes text and sizes beside the "
+            "time: only Stable Diffusion 1, 2 and XL are supported."
         )
+    width = first.hidden_size + second.hidden_size
+    if not hasattr(pipe.text_encoder_2, "text_projection") or unet.cross_attention_dim != width:
+        raise UnsupportedModel(
+            f"the text encoders do not fit the UNet, which takes features of width {unet.cross_attention_dim}, and "
+            f"they give {first.hidden_size} + {second.hidden_size}: load the parts of one and the same SDXL model, the "
+            "second encoder as a `CLIPTextModelWithProjection`."
+        )
+
+
+def _folder_index(folder: Path) -> Path:
+    index = folder / "model_index.json"
+    if index.is_file():
+        return index
+    pickles = sorted(p.name for p in folder.glob("*") if p.suffix in (".ckpt", ".bin", ".pt"))
+    held = f" but the pickle {pickles[0]}" if pickles else ""
+    raise UnsupportedModel(
+        f"{str(folder)!r} is not a diffusers pipeline: it holds no model_index.json{held}. Name a folder that "
+        "`save_pretrained` wrote."
+    )
+
+
+def _kind(index: Path, *, source: str) -> str:
+    """Return the class of the pipeline that `index` describes."""
     try:
         kind = json.loads(index.read_text()).get("_class_name")
     except (ValueError, AttributeError) as error:
         raise UnsupportedModel(
             f"{str(index)!r} is not valid JSON: {error}. Get the folder again."
         ) from error
-    if kind != "StableDiffusionPipeline":
+    if kind not in _PARTS:
         raise UnsupportedModel(
-            f"{str(folder)!r} holds a {kind}: only StableDiffusionPipeline (Stable Diffusion 1 and 2) is supported."
+            f"{source!r} holds a {kind}: only StableDiffusionPipeline (Stable Diffusion 1 and 2) and "
+            "StableDiffusionXLPipeline are supported. Name another model."
         )
+    return kind
 
 
 def _weight_files(folder: Path, part: str) -> list[Path]:
@@ -134,21 +183,21 @@ def _check_keys(module: Any, folder: Path, part: str) -> None:
         )
 
 
-def _read(source: str, *, dtype: torch.dtype, variant: str | None, local_files_only: bool) -> Any:
-    from diffusers import StableDiffusionPipeline
+def _read(
+    source: str, kind: str, *, dtype: torch.dtype, variant: str | None, local_files_only: bool
+) -> Any:
+    import diffusers
     from safetensors import SafetensorError
 
     try:
         with _quiet():
-            return StableDiffusionPipeline.from_pretrained(
+            return getattr(diffusers, kind).from_pretrained(
                 source,
                 dtype=dtype,
                 variant=variant,
                 local_files_only=local_files_only,
                 use_safetensors=True,
-                safety_checker=None,
-                feature_extractor=None,
-                requires_safety_checker=False,
+                **_WITHOUT[kind],
             )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

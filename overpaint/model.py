@@ -11,40 +11,58 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.nn import Module
+from torch.nn.functional import pad
 
 from overpaint import checkpoint, zoo
 from overpaint.errors import UnsupportedModel
 from overpaint.pictures import Pictures
 from overpaint.sample import denoise
 
-__all__ = ["TextToImage", "load"]
+__all__ = ["TextToImage", "load", "text_features"]
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
 class TextToImage:
-    """A Stable Diffusion pipeline (versions 1 and 2), taken apart.
+    """A Stable Diffusion pipeline (versions 1 and 2, and SDXL), taken apart.
 
     Attributes:
         pipe: The diffusers pipeline, live: what changes there changes here.
         name: Where it was loaded from.
-        guidance_scale: What `generate` uses unless told otherwise.
+        guidance_scale: What `generate` uses unless told otherwise; 7.5, or 5 for SDXL, as diffusers has it.
     """
 
-    def __init__(self, pipe: Any, *, name: str, guidance_scale: float = 7.5) -> None:
+    def __init__(self, pipe: Any, *, name: str, guidance_scale: float | None = None) -> None:
         self.pipe = pipe
         self.name = name
-        self.guidance_scale = guidance_scale
+        usual = 7.5 if len(self.text_encoders) == 1 else 5.0
+        self.guidance_scale = usual if guidance_scale is None else guidance_scale
 
     @property
     def text_encoder(self) -> Any:
-        """The `CLIPTextModel`."""
+        """The `CLIPTextModel`; the first one, where there are two."""
         return self.pipe.text_encoder
 
     @property
+    def text_encoders(self) -> tuple[Any, ...]:
+        """Every text encoder: one, or in SDXL also a `CLIPTextModelWithProjection`."""
+        second = getattr(self.pipe, "text_encoder_2", None)
+        return (self.text_encoder,) if second is None else (self.text_encoder, second)
+
+    @property
     def tokenizer(self) -> Any:
-        """The `CLIPTokenizer`."""
+        """The `CLIPTokenizer`; the first one, where there are two."""
         return self.pipe.tokenizer
+
+    @property
+    def tokenizers(self) -> tuple[Any, ...]:
+        """The tokenizer of each text encoder; SDXL's two differ in how they pad."""
+        return (
+            (self.tokenizer,)
+            if len(self.text_encoders) == 1
+            else (self.tokenizer, self.pipe.tokenizer_2)
+        )
 
     @property
     def unet(self) -> Any:
@@ -71,43 +89,101 @@ class TextToImage:
         """Number format of the UNet's weights."""
         return next(self.unet.parameters()).dtype
 
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Return the token ids of `prompts`, padded and cut to the limit, int64, shape (N, L)."""
-        return self.tokenizer(
+    def tokenize(self, prompts: Sequence[str], *, encoder: int = 0) -> Tensor:
+        """Return the token ids of `prompts` for a text encoder, padded and cut to the limit, int64, shape (N, L)."""
+        tokenizer = self.tokenizers[encoder]
+        return tokenizer(
             list(prompts),
             padding="max_length",
-            max_length=self.tokenizer.model_max_length,
+            max_length=tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         ).input_ids
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Return the text features of `prompts`, shape (N, L, D); without an attention mask, as SD-1.x does."""
-        return self.text_encoder(self.tokenize(prompts).to(self.device))[0]
+        """Return the text features of `prompts`, as `text_features` packs them; without an attention mask.
 
-    def initial_latents(self, seeds: Sequence[int]) -> Tensor:
+        `encode([""])` is what the unconditional branch of the guidance sees: for SDXL that is zero where the
+        pipeline's setting `force_zeros_for_empty_prompt` says so (as it does by default), and not what its encoders
+        make of an empty prompt.
+
+        Args:
+            prompts: N prompts.
+
+        Returns:
+            Shape (N, 77, D), for SDXL (N, 78, D).
+        """
+        ids = [self.tokenize(prompts, encoder=i) for i in range(len(self.text_encoders))]
+        features = text_features(self.text_encoders, [rows.to(self.device) for rows in ids])
+        if len(ids) == 2 and self.pipe.config.get("force_zeros_for_empty_prompt", True):
+            features[[i for i, prompt in enumerate(prompts) if prompt == ""]] = 0
+        return features
+
+    def initial_latents(
+        self, seeds: Sequence[int], *, steps: int | None = None, scheduler: Any = None
+    ) -> Tensor:
         """Return the noise each seed starts from, shape (N, C, h, w), scaled as the scheduler asks.
 
         Each row has a CPU generator of its own, so that it depends neither on its neighbours nor on the device.
+
+        Args:
+            seeds: One a row.
+            steps: How many there will be; with some schedulers (SDXL's own) the scale depends on it. Their longest
+                schedule if `None`.
+            scheduler: Whose scale to take, instead of the model's.
         """
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         shape = (self.unet.config.in_channels, height, width)
         rows = [torch.randn(shape, generator=Generator().manual_seed(seed)) for seed in seeds]
-        return (torch.stack(rows) * self.scheduler.init_noise_sigma).to(self.device, self.dtype)
+        base = self.scheduler if scheduler is None else scheduler
+        fresh = type(base).from_config(base.config)  # the live one may have been used
+        if steps is not None:
+            fresh.set_timesteps(steps)
+        return (torch.stack(rows) * fresh.init_noise_sigma).to(self.device, self.dtype)
 
     def noise_pred(self, latents: Tensor, t: Tensor, prompt_embeds: Tensor) -> Tensor:
         """Return the UNet's prediction at timestep `t`: noise or velocity, shape of `latents` (B, C, h, w)."""
-        return self.unet(latents, t, encoder_hidden_states=prompt_embeds.to(latents.dtype)).sample
+        embeds = prompt_embeds.to(latents.dtype)
+        if len(self.text_encoders) == 1:
+            return self.unet(latents, t, encoder_hidden_states=embeds).sample
+        pooled = embeds[:, -1, : self.text_encoders[-1].config.projection_dim]
+        added = {
+            "text_embeds": pooled,
+            "time_ids": self._time_ids().to(embeds).expand(len(embeds), -1),
+        }
+        return self.unet(
+            latents, t, encoder_hidden_states=embeds[:, :-1], added_cond_kwargs=added
+        ).sample
+
+    def _time_ids(self) -> Tensor:
+        """Return what SDXL is told of the picture, shape (6,): drawn at its own size, not cropped, shown at that."""
+        size = self.unet.config.sample_size
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        pixels = [side * factor for side in sides]
+        return torch.tensor([*pixels, 0, 0, *pixels])
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return the pictures of `latents` (N, C, h, w): RGB in [0, 1], float32, shape (N, 3, H, W)."""
+        """Return the pictures of `latents` (N, C, h, w): RGB in [0, 1], float32, shape (N, 3, H, W).
+
+        SDXL's decoder overflows in float16: where its setting `force_upcast` says so it runs in float32 for the
+        while, which gives its weights back bit for bit.
+        """
         config = self.vae.config
         shift = getattr(config, "shift_factor", None) or 0.0
-        images = self.vae.decode(latents / config.scaling_factor + shift).sample
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+        scaled = latents / config.scaling_factor + shift
+        half = len(self.text_encoders) == 2 and self.vae.dtype == torch.float16
+        if not (half and config.force_upcast):
+            images = self.vae.decode(scaled).sample
+            return (images.float() / 2 + 0.5).clamp(0, 1)
+        try:
+            images = self.vae.to(torch.float32).decode(scaled.float()).sample
+        finally:
+            self.vae.to(torch.float16)
+        return (images / 2 + 0.5).clamp(0, 1)
 
     def generate(
         self,
@@ -158,7 +234,7 @@ class TextToImage:
             chosen = [seeds[i] for i in batch]
             latents = denoise(
                 self,
-                self.initial_latents(chosen),
+                self.initial_latents(chosen, steps=steps),
                 embeds[rows[batch[0] : batch[-1] + 1]],
                 embeds[:1],
                 steps=steps,
@@ -174,6 +250,7 @@ class TextToImage:
         """Return what made a picture or a number, ready for JSON."""
         return {
             "model": self.name,
+            "text_encoders": len(self.text_encoders),
             "steps": steps,
             "guidance_scale": guidance_scale,
             "scheduler": type(self.scheduler).__name__,
@@ -184,6 +261,31 @@ class TextToImage:
         }
 
 
+def text_features(encoders: Sequence[Module], ids: Sequence[Tensor]) -> Tensor:
+    """Return text features in one tensor, so that they can be sampled, traced and stored as one.
+
+    One encoder (Stable Diffusion 1 and 2): its last hidden state, shape (N, L, D). Two (SDXL): their penultimate
+    hidden states side by side, D = D_1 + D_2, and below them as one row more the pooled output of the second, filled
+    up with zeros: shape (N, L + 1, D). `TextToImage.noise_pred` takes that apart again.
+
+    Args:
+        encoders: The text encoders, one or two.
+        ids: Token ids for each of them, shape (N, L), on its device.
+
+    Source: Podell et al., 2023 (SDXL), https://arxiv.org/abs/2307.01952, section 2.1.
+    """
+    if len(encoders) == 1:
+        return encoders[0](ids[0])[0]
+    outputs = [
+        encoder(rows, output_hidden_states=True)
+        for encoder, rows in zip(encoders, ids, strict=True)
+    ]
+    hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+    pooled = outputs[-1].text_embeds
+    row = pad(pooled, (0, hidden.shape[-1] - pooled.shape[-1]))
+    return torch.cat([hidden, row[:, None]], dim=1)
+
+
 def load(
     source: Any, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> TextToImage:
@@ -191,7 +293,8 @@ def load(
 
     Args:
         source: A name from the zoo (`"icons"`), a diffusers folder, a hub id (`"owner/name"`), or a live
-            `StableDiffusionPipeline`, which stays as it is: then `device` and `dtype` are not used.
+            `StableDiffusionPipeline` or `StableDiffusionXLPipeline`, which stays as it is: then `device` and `dtype`
+            are not used.
         device: Where to put the weights.
         dtype: Number format to load into, whatever is on disk.
 

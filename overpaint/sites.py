@@ -2,13 +2,13 @@
 
 `named_modules()` lists modules in the order they were registered (a UNet's mid block after its up blocks), and paths
 differ between releases of transformers. So sites are found by walking the blocks as `forward` does, and counted per
-kind: `unet.resnet.0` is the first ResNet block that runs.
+kind: `unet.resnet.0` is the first ResNet block that runs. `trace.proof` runs a model once and checks that order.
 
 Source of the kinds (22 resnet, 16 self_attn, 16 cross_attn, 16 mlp in Stable Diffusion 1):
 Basu et al., 2024, https://arxiv.org/abs/2310.13730.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -16,10 +16,23 @@ from torch.nn import Module
 
 from overpaint.errors import UnknownSite, UnsupportedModel
 
-__all__ = ["KINDS", "Kind", "Site", "find", "find_text", "find_unet", "get"]
+__all__ = [
+    "KINDS",
+    "Kind",
+    "Part",
+    "Site",
+    "find",
+    "find_text",
+    "find_unet",
+    "get",
+    "head_input",
+    "heads",
+]
 
 Kind = Literal["resnet", "self_attn", "cross_attn", "mlp"]
 KINDS: tuple[Kind, ...] = ("resnet", "self_attn", "cross_attn", "mlp")
+Part = Literal["unet", "text", "text2"]
+TEXT_PARTS: tuple[Part, ...] = ("text", "text2")
 
 
 class HasParts(Protocol):
@@ -31,8 +44,8 @@ class HasParts(Protocol):
         ...
 
     @property
-    def text_encoder(self) -> Any:
-        """The text encoder."""
+    def text_encoders(self) -> Sequence[Any]:
+        """The text encoders: one, or two in SDXL."""
         ...
 
 
@@ -41,32 +54,42 @@ class Site:
     """A place in the network.
 
     Attributes:
-        name: `unet.<kind>.<index>` or `text.<index>.<kind>`.
-        part: `"unet"` or `"text"`.
+        name: `unet.<kind>.<index>` or `text.<index>.<kind>`; `text2.<index>.<kind>` in a second text encoder.
+        part: `"unet"`, `"text"` or `"text2"`.
         kind: `"resnet"`, `"self_attn"`, `"cross_attn"` or `"mlp"`.
-        index: In the UNet the place among its kind in execution order; in the text encoder the layer.
+        index: In the UNet the place among its kind in execution order; in a text encoder the layer.
         path: Dotted path of the module inside its part, in the model it was found in.
     """
 
     name: str
-    part: Literal["unet", "text"]
+    part: Part
     kind: Kind
     index: int
     path: str
 
     def module(self, model: HasParts) -> Module:
         """Return the module of `model` at this site."""
-        part = model.unet if self.part == "unet" else model.text_encoder
-        return part.get_submodule(self.path)
+        if self.part == "unet":
+            return model.unet.get_submodule(self.path)
+        return model.text_encoders[TEXT_PARTS.index(self.part)].get_submodule(self.path)
 
 
 def find(model: HasParts) -> tuple[Site, ...]:
-    """Return all sites of `model` in execution order: the text encoder's, then the UNet's."""
-    return find_text(model.text_encoder) + find_unet(model.unet)
+    """Return all sites of `model` in execution order: those of each text encoder, then the UNet's."""
+    text = [
+        site
+        for part, encoder in zip(TEXT_PARTS, model.text_encoders, strict=False)
+        for site in find_text(encoder, part)
+    ]
+    return (*text, *find_unet(model.unet))
 
 
-def find_text(text_encoder: Module) -> tuple[Site, ...]:
+def find_text(text_encoder: Module, part: Part = "text") -> tuple[Site, ...]:
     """Return the sites of a CLIP text encoder: self_attn and mlp of each layer, in execution order.
+
+    Args:
+        text_encoder: A `CLIPTextModel`, also with projection. Weights may be on the meta device.
+        part: `"text"`, or `"text2"` for the second encoder of SDXL.
 
     Raises:
         UnsupportedModel: The module has no stack of layers with `self_attn` and `mlp`.
@@ -82,7 +105,7 @@ def find_text(text_encoder: Module) -> tuple[Site, ...]:
             "encoder is a `CLIPTextModel`."
         )
     return tuple(
-        Site(f"text.{i}.{kind}", "text", kind, i, f"{prefix}encoder.layers.{i}.{kind}")
+        Site(f"{part}.{i}.{kind}", part, kind, i, f"{prefix}encoder.layers.{i}.{kind}")
         for i in range(len(layers))
         for kind in ("self_attn", "mlp")
     )
@@ -123,13 +146,39 @@ def get(model: HasParts, name: str) -> Site:
     )
 
 
+def heads(model: HasParts, site: Site) -> int:
+    """Return the number of attention heads at `site`, 0 if it is no attention."""
+    if site.kind not in ("self_attn", "cross_attn"):
+        return 0
+    module: Any = site.module(model)
+    return int(module.num_heads if site.part != "unet" else module.heads)
+
+
+def head_input(model: HasParts, site: Site) -> Module:
+    """Return the linear module whose input is the heads' outputs side by side, shape (B, L, heads * D_head).
+
+    Head h takes the columns h * D_head to (h + 1) * D_head - 1.
+
+    Raises:
+        ValueError: `site` is no attention.
+    """
+    if not heads(model, site):
+        raise ValueError(
+            f"{site.name} has no attention heads: choose a site of kind self_attn or cross_attn."
+        )
+    module: Any = site.module(model)
+    return module.out_proj if site.part != "unet" else module.to_out[0]
+
+
 def _census(sites: tuple[Site, ...]) -> str:
-    layers = 1 + max(site.index for site in sites if site.part == "text")
-    kinds = [
-        f"unet.{kind}.0 to {sum(s.part == 'unet' and s.kind == kind for s in sites) - 1}"
-        for kind in KINDS
-    ]
-    return f"text.0 to {layers - 1} (self_attn, mlp), " + ", ".join(kinds)
+    parts: list[str] = []
+    for part in TEXT_PARTS:
+        layers = [site.index for site in sites if site.part == part]
+        parts += [f"{part}.0 to {layers[-1]} (self_attn, mlp)"] if layers else []
+    for kind in KINDS:
+        count = sum(site.part == "unet" and site.kind == kind for site in sites)
+        parts += [f"unet.{kind}.0 to {count - 1}"] if count else []
+    return ", ".join(parts)
 
 
 def _walk(unet: Any) -> Iterator[tuple[Kind, str]]:
@@ -178,11 +227,14 @@ def _walk_attention(wrapper: Any, path: str) -> Iterator[tuple[Kind, str]]:
 
 
 def _refuse_compiled(module: Module) -> None:
-    if hasattr(module, "_orig_mod"):
-        raise UnsupportedModel(
-            "this model is compiled, which hides its modules from hooks: use the model as it was "
-            "before `torch.compile`."
-        )
+    """Refuse `torch.compile(m)`, which wraps, and `m.compile()`, which does not, at any depth."""
+    for path, inner in module.named_modules():
+        if hasattr(inner, "_orig_mod") or inner._compiled_call_impl is not None:
+            place = f" ({path})" if path else ""
+            raise UnsupportedModel(
+                f"this model is compiled{place}, which hides its modules from hooks: use the model as it was "
+                "before `torch.compile`."
+            )
 
 
 def _has(module: Any, path: str) -> bool:

@@ -36,6 +36,21 @@ def tiny_sd2():
 
 
 @pytest.fixture(scope="session")
+def tiny_xl():
+    """The same in SDXL's layout: two text encoders, of 2 and 3 layers, packed text features.
+
+    Asking a text encoder of transformers 5 for hidden states leaves a hook on each of its layers, which sleeps and
+    stays. One encoding puts them there, so that a test which counts hooks before and after finds no more.
+    """
+    import overpaint
+    from overpaint.zoo import build
+
+    model = overpaint.load(build.tiny("sdxl", text_layers=2))
+    model.encode([""])
+    return model
+
+
+@pytest.fixture(scope="session")
 def tiny_double():
     """`tiny_sd1` in float64, for laws that hold exactly."""
     import overpaint

@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import overpaint as op
+from overpaint import hooks, sites
 from overpaint.errors import UnsupportedModel
+from overpaint.model import text_features
 from overpaint.sample import denoise
 from overpaint.zoo import build
 
@@ -93,6 +95,105 @@ def test_velocity_prediction_too(tiny_sd2):
     ours = tiny_sd2.generate("a cat", seed=5, steps=3)
     assert ours.protocol["prediction_type"] == "v_prediction"
     assert torch.allclose(ours.images, theirs, atol=1e-5)
+
+
+def test_sdxl_is_what_the_diffusers_pipeline_does(tiny_xl):
+    pipe = tiny_xl.pipe
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.config.force_zeros_for_empty_prompt
+    noise = [torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (5, 6)]
+    for scale in (1.0, 5.0):
+        theirs = pipe(
+            ["a cat", "a dog"], latents=torch.stack(noise), num_inference_steps=3, height=16, width=16,
+            guidance_scale=scale, output_type="pt",
+        ).images  # fmt: skip
+        ours = tiny_xl.generate(["a cat", "a dog"], seed=[5, 6], steps=3, guidance_scale=scale)
+        assert torch.allclose(ours.images, theirs, atol=1e-5)
+    assert ours.protocol["text_encoders"] == 2
+    assert tiny_xl.guidance_scale == 5.0  # the pipeline's own default
+
+
+def test_sdxl_encodes_the_empty_prompt_as_its_settings_say(tiny_xl):
+    def stock(pipe):
+        full, empty, full_pooled, empty_pooled = pipe.encode_prompt("a cat", device="cpu")
+        return torch.cat([empty, full]), torch.cat([empty_pooled, full_pooled])
+
+    model = op.load(build.tiny("sdxl", text_layers=2))
+    for zeros in (True, False):
+        model.pipe.register_to_config(force_zeros_for_empty_prompt=zeros)
+        with torch.no_grad():
+            hidden, pooled = stock(model.pipe)
+        ours = model.encode(["", "a cat"])
+        assert ours.shape == (2, 78, 80)
+        assert torch.allclose(ours[:, :77], hidden, atol=1e-5)
+        assert torch.allclose(ours[:, 77, :40], pooled, atol=1e-5)
+        assert not ours[:, 77, 40:].any()
+        assert bool(ours[0].any()) is not zeros
+
+
+def test_packing_features_by_hand(tiny_sd1, tiny_xl):
+    ids = [tiny_xl.tokenize(["a cat"], encoder=i) for i in (0, 1)]
+    assert ids[0][0, 3:].unique().tolist() == [tiny_xl.tokenizer.eos_token_id]
+    assert ids[1][0, 4:].unique().tolist() == [0]  # the second pads with `!`
+    first, second = tiny_xl.text_encoders
+    assert first is tiny_xl.text_encoder
+    with torch.no_grad():
+        packed = text_features(tiny_xl.text_encoders, ids)[0]
+        # The penultimate state of an encoder is the last one of an encoder without its last block.
+        for encoder, rows, columns in ((first, ids[0], slice(32)), (second, ids[1], slice(32, 80))):
+            layer = encoder.get_submodule(sites.find_text(encoder)[-1].path.removesuffix(".mlp"))
+            with hooks.record_inputs(layer.layer_norm1, stop=True) as seen:
+                encoder(rows)
+            assert torch.equal(packed[:77, columns], seen[0][0])
+        last = second(ids[1]).last_hidden_state[0, 3]  # at the first end-of-text token
+        assert torch.allclose(packed[77, :40], second.text_projection.weight @ last, atol=1e-6)
+    only = text_features(tiny_sd1.text_encoders, [tiny_sd1.tokenize(["a cat"])])
+    assert torch.equal(only, tiny_sd1.encode(["a cat"]))
+
+
+def test_sdxl_from_a_folder(tiny_xl, tmp_path):
+    tiny_xl.pipe.save_pretrained(tmp_path)
+    model = op.load(tmp_path)
+    assert torch.equal(
+        model.generate("a cat", steps=1).images, tiny_xl.generate("a cat", steps=1).images
+    )
+    (weights,) = (tmp_path / "text_encoder_2").glob("*.safetensors")
+    held = load_file(weights)
+    del held["text_projection.weight"]
+    save_file(held, weights, metadata={"format": "pt"})
+    with pytest.raises(
+        UnsupportedModel, match="text_encoder_2' are not this model's: 1 are missing.*text_proj"
+    ):
+        op.load(tmp_path)
+
+
+def test_sdxl_decodes_half_precision_in_float32(tiny_xl):
+    """With large weights the decoder overflows in float16, as SDXL's own does."""
+    model = op.load(build.tiny("sdxl", text_layers=1).to(torch.float16))
+    vae, latents = model.vae, tiny_xl.initial_latents([0, 1], steps=20).half()
+    with torch.no_grad():
+        vae.post_quant_conv.weight.mul_(30000)
+    before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    images = model.decode(latents)
+    assert images.dtype == torch.float32
+    assert torch.isfinite(images).all()
+    assert vae.dtype == torch.float16
+    assert all(torch.equal(tensor, before[name]) for name, tensor in vae.state_dict().items())
+    vae.register_to_config(force_upcast=False)
+    assert not torch.isfinite(model.decode(latents)).all()
+
+
+def test_start_noise_is_scaled_to_the_schedule(tiny_xl, tiny_sd1):
+    """Euler's scale is the first noise level of the steps taken, sqrt(1 + sigma^2) for SDXL's spacing."""
+    raw = tiny_sd1.initial_latents([3])  # DDIM: scale 1
+    cumulative = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, dim=0)
+    for steps in (2, 20):
+        first = (steps - 1) * (1000 // steps) + 1
+        sigma = ((1 - cumulative[first]) / cumulative[first]) ** 0.5
+        scaled = tiny_xl.initial_latents([3], steps=steps)
+        assert torch.allclose(scaled, raw * (1 + sigma**2) ** 0.5, rtol=1e-4)
+    other = tiny_xl.initial_latents([3], steps=20, scheduler=tiny_sd1.scheduler)
+    assert torch.equal(other, raw)
 
 
 def test_images_and_protocol(tiny_sd1):
@@ -273,8 +374,18 @@ def test_other_pipelines_are_refused():
         op.load(torch.nn.Linear(1, 1))
     pipe = build.tiny()
     pipe.text_encoder_2 = pipe.text_encoder
-    with pytest.raises(UnsupportedModel, match="has two text encoders"):
+    with pytest.raises(UnsupportedModel, match="has two text encoders but is not SDXL"):
         op.load(pipe)
+    both = build.tiny("sdxl", text_layers=1)
+    pipe = build.tiny()
+    pipe.unet = both.unet
+    with pytest.raises(UnsupportedModel, match="UNet .* also takes 'text_time', which one text"):
+        op.load(pipe)
+    both.text_encoder = pipe.text_encoder
+    with pytest.raises(
+        UnsupportedModel, match=r"features of width 80, and they give 64 \+ 48: load the parts"
+    ):
+        op.load(both)
 
 
 def test_import_is_light():

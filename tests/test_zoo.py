@@ -51,5 +51,5 @@ def test_weights_depend_on_the_seed_alone():
 
 
 def test_unknown_layout():
-    with pytest.raises(ValueError, match="`layout` must be 'sd1' or 'sd2', got 'xl'"):
+    with pytest.raises(ValueError, match="`layout` must be 'sd1', 'sd2' or 'sdxl', got 'xl'"):
         build.tiny("xl")

@@ -11,6 +11,8 @@ import torch
 
 __all__ = ["clip_tokenizer", "tiny"]
 
+Layout = Literal["sd1", "sd2", "sdxl"]
+
 # Words that the tiny tokenizer knows; `|` is where it splits a word. The splits of names are those of CLIP's own
 # vocabulary, so that token counts agree with it. In this order no word's merges break another's.
 _WORDS = """
@@ -22,52 +24,38 @@ an to a r d
 """
 
 
-def tiny(layout: Literal["sd1", "sd2"] = "sd1", *, seed: int = 0, text_layers: int = 12) -> Any:
-    """Build a `StableDiffusionPipeline` with small random weights.
+def tiny(layout: Layout = "sd1", *, seed: int = 0, text_layers: int = 12) -> Any:
+    """Build a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` with small random weights.
 
     Args:
         layout: `"sd1"` predicts noise and pads prompts with the end-of-text token; `"sd2"` predicts velocity, uses
-            linear projections and pads with `!`.
+            linear projections and pads with `!`; `"sdxl"` has two text encoders, whose tokenizers pad one way and the
+            other, a UNet of three levels, and SDXL's Euler scheduler.
         seed: Of the weights. The global generator is left as it was.
-        text_layers: Depth of the text encoder.
+        text_layers: Depth of the text encoder; the second one of `"sdxl"` is one layer deeper.
 
     Returns:
-        The pipeline in float32 on the CPU: latents (4, 8, 8), pictures (3, 16, 16), text features (77, 64).
+        The pipeline in float32 on the CPU: latents (4, 8, 8), pictures (3, 16, 16), text features (77, 64); of
+            `"sdxl"` 32 + 48 wide, its pooled ones 40.
     """
-    from transformers import CLIPTextModel
-
     diffusers = _diffusers()
-    if layout not in ("sd1", "sd2"):
-        raise ValueError(f"`layout` must be 'sd1' or 'sd2', got {layout!r}.")
-    tokenizer = clip_tokenizer(pad="<|endoftext|>" if layout == "sd1" else "!")
+    if layout not in ("sd1", "sd2", "sdxl"):
+        raise ValueError(f"`layout` must be 'sd1', 'sd2' or 'sdxl', got {layout!r}.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        text_encoder = CLIPTextModel(_text_config(tokenizer, text_layers)).eval()
-        unet = _unet(layout).eval()
-        vae = diffusers.AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(16, 16),
-            layers_per_block=1,
-            norm_num_groups=8,
-            latent_channels=4,
-            sample_size=16,
-        ).eval()
-    scheduler = diffusers.DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type="epsilon" if layout == "sd1" else "v_prediction",
-    )
+        if layout == "sdxl":
+            parts = {**_two_encoders(text_layers), "unet": _unet_xl().eval(), "vae": _vae().eval()}
+            return diffusers.StableDiffusionXLPipeline(**parts, scheduler=_scheduler(layout))
+        tokenizer = clip_tokenizer(pad="<|endoftext|>" if layout == "sd1" else "!")
+        parts = {
+            "tokenizer": tokenizer,
+            "text_encoder": _text_encoder(tokenizer, layers=text_layers),
+            "unet": _unet(layout).eval(),
+            "vae": _vae().eval(),
+        }
     return diffusers.StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
+        **parts,
+        scheduler=_scheduler(layout),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -116,20 +104,58 @@ def _byte_letters() -> list[str]:
     return [chr(code) for code in (*printable, *others)]
 
 
-def _text_config(tokenizer: Any, layers: int) -> Any:
-    from transformers import CLIPTextConfig
+def _two_encoders(layers: int) -> dict[str, Any]:
+    first, second = clip_tokenizer(), clip_tokenizer(pad="!")
+    return {
+        "tokenizer": first,
+        "tokenizer_2": second,
+        "text_encoder": _text_encoder(first, layers=layers, width=32),
+        "text_encoder_2": _text_encoder(second, layers=layers + 1, width=48, projection=40),
+    }
 
-    return CLIPTextConfig(
+
+def _text_encoder(tokenizer: Any, *, layers: int, width: int = 64, projection: int = 0) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=256,
+        hidden_size=width,
+        intermediate_size=4 * width,
         num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=77,
-        projection_dim=64,
+        projection_dim=projection or width,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+    )
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
+
+
+def _vae() -> Any:
+    return _diffusers().AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(16, 16),
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+        sample_size=16,
+    )
+
+
+def _scheduler(layout: Layout) -> Any:
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    if layout == "sdxl":
+        return _diffusers().EulerDiscreteScheduler(
+            **noise, steps_offset=1, timestep_spacing="leading"
+        )
+    return _diffusers().DDIMScheduler(
+        **noise,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="epsilon" if layout == "sd1" else "v_prediction",
     )
 
 
@@ -144,6 +170,24 @@ def _unet(layout: str) -> Any:
         attention_head_dim=4,
         norm_num_groups=8,
         use_linear_projection=layout == "sd2",
+    )
+
+
+def _unet_xl() -> Any:
+    return _diffusers().UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64, 64),
+        layers_per_block=1,
+        transformer_layers_per_block=(1, 1, 2),
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+        cross_attention_dim=32 + 48,
+        attention_head_dim=(2, 4, 4),
+        norm_num_groups=8,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=40 + 6 * 8,
     )
 
 
