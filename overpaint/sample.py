@@ -7,7 +7,9 @@ from typing import Any, Protocol
 import torch
 from torch import Generator, Tensor
 
-__all__ = ["Denoiser", "denoise"]
+__all__ = ["SOLVERS", "Denoiser", "denoise", "solver"]
+
+SOLVERS = ("own", "ddim", "dpm")
 
 
 class Denoiser(Protocol):
@@ -34,6 +36,7 @@ def denoise(
     guidance_scale: float,
     on_step: Callable[[int, Tensor], Tensor | None] | None = None,
     generators: Sequence[Generator] | None = None,
+    scheduler: Any = None,
 ) -> Tensor:
     r"""Denoise `latents` with classifier-free guidance.
 
@@ -50,12 +53,14 @@ def denoise(
         guidance_scale: :math:`w`.
         on_step: Called with the number of steps done and the latents; what it returns, if not `None`, replaces them.
         generators: One a row, for schedulers that draw noise while they sample.
+        scheduler: Whose settings to copy instead of the model's; `solver` makes one.
 
     Returns:
         Denoised latents, shape (B, C, h, w).
     """
     rows = latents.shape[0]
-    scheduler = type(model.scheduler).from_config(model.scheduler.config)
+    base = model.scheduler if scheduler is None else scheduler
+    scheduler = type(base).from_config(base.config)
     scheduler.set_timesteps(steps, device=latents.device)
     context = prompt_embeds
     if guidance_scale != 1:
@@ -73,6 +78,32 @@ def denoise(
             replaced = on_step(done, latents)
             latents = latents if replaced is None else replaced
     return latents
+
+
+def solver(model: Denoiser, name: str) -> Any:
+    """Return the scheduler called `name`, with the noise schedule and prediction type of `model`.
+
+    Args:
+        model: Whose settings to take.
+        name: `"own"` is the model's scheduler, `"ddim"` DDIM without noise, `"dpm"` DPM-Solver++ of second order, a
+            multistep solver that needs fewer steps.
+
+    Raises:
+        ValueError: No such solver.
+
+    Source: Song et al., 2021, https://arxiv.org/abs/2010.02502; Lu et al., 2022, https://arxiv.org/abs/2211.01095.
+    """
+    if name not in SOLVERS:
+        raise ValueError(f"unknown solver {name!r}: choose one of {', '.join(SOLVERS)}.")
+    if name == "own":
+        return model.scheduler
+    import diffusers
+
+    kinds: dict[str, Any] = {
+        "ddim": diffusers.DDIMScheduler,
+        "dpm": diffusers.DPMSolverMultistepScheduler,
+    }
+    return kinds[name].from_config(model.scheduler.config)
 
 
 def _step_options(scheduler: Any, generators: Sequence[Generator] | None) -> dict[str, Any]:

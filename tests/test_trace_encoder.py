@@ -243,7 +243,7 @@ def test_progress_and_protocol(tiny_sd1):
         control=False,
         on_progress=lambda *x: seen.append(x),
     )
-    assert seen == [(96, 240), (240, 240)]
+    assert seen == [(1000, 2000), (2000, 2000)]
     wanted = {"trace": "text_encoder", "sigma": 0.1, "scorer": "none", "seeds": [0], "probes": 2}
     assert effects.protocol.items() >= wanted.items()
 
@@ -254,10 +254,17 @@ def test_progress_and_protocol(tiny_sd1):
         ({"probes": []}, "`probes` is empty: give at least one"),
         ({"seeds": ()}, "`seeds` is empty: give at least one"),
         ({"steps": 0}, "`steps` must be at least 1, got 0"),
-        ({"batch_size": 0}, "a batch must have at least 1 row, got 0"),
+        ({"batch_size": 0}, "`batch_size` must be at least 4"),
         ({"noise_samples": 0}, "`noise_samples` must be at least 1, got 0"),
-        ({"sigma": -1.0}, "`sigma` must be a number from 0 on or '3std', got -1.0"),
-        ({"sigma": "4std"}, "`sigma` must be a number from 0 on or '3std', got '4std'"),
+        (
+            {"sigma": -1.0},
+            "`sigma` must be a number from 0 on, or a factor such as '3std', got -1.0",
+        ),
+        ({"sigma": "std"}, "a factor such as '3std', got 'std'"),
+        (
+            {"only": [("text.0.mlp", "last")]},
+            "no states are selected, so there is nothing to trace",
+        ),
         ({"positions": ("last",)}, "unknown position 'last': choose among subject, last_subject"),
         ({"probes": [Probe("x", "style", "a cat", "ca")]}, "concept 'ca' is not in the prompt"),
         ({"probes": [Probe("x", "object", "a cat, a cat", "cat")]}, "stands 2 times in the prompt"),
@@ -275,6 +282,88 @@ def test_equal_chunks_keep_one_shape():
     assert list(runs.equal_chunks(list("abcd"), 3)) == [(["a", "b"], 2), (["c", "d"], 2)]
     assert list(runs.equal_chunks([], 3)) == [([], 0)]
     rows = {"rows": lambda n: n + 2, "multiple": 4, "fill": "-"}
-    assert list(runs.equal_chunks(list("abc"), 2, **rows)) == [(["a", "b"], 2), (["c", "-"], 1)]
-    assert list(runs.equal_chunks(list("abc"), 3, **rows)) == [(["a", "b", "c", "-", "-", "-"], 3)]
+    assert list(runs.equal_chunks(list("abc"), 4, **rows)) == [(["a", "b"], 2), (["c", "-"], 1)]
+    assert list(runs.equal_chunks(list("abc"), 8, **rows)) == [(["a", "b", "c", "-", "-", "-"], 3)]
+    assert list(runs.equal_chunks(list("abc"), 7, **rows)) == [(["a", "b"], 2), (["c", "-"], 1)]
     assert list(runs.equal_chunks([], 3, **rows)) == [(["-", "-"], 0)]
+
+
+def test_corrupting_states_mirrors_restoring_them(tiny_double):
+    made = corruption(tiny_double)
+    text = tiny_double.text_encoder
+    last = text.get_submodule(sites.find_text(text)[-1].path.rpartition(".")[0])
+    first = sites.get(tiny_double, "text.0.self_attn").module(tiny_double)
+    plan = [[(last, range(77))], [(first, [made.span.last])], [(first, [made.span.start - 1])]]
+    embeds = encoder.encode_restored(text, made, plan, direction="corrupt")
+    assert torch.equal(embeds[2], embeds[1])
+    assert not torch.equal(embeds[3], embeds[0])
+    assert torch.equal(embeds[3][: made.span.last], embeds[0][: made.span.last])
+    assert torch.equal(embeds[4], embeds[0])  # nothing before the concept is corrupted
+
+
+def test_all_heads_of_a_layer_are_the_layer(tiny_double):
+    made = corruption(tiny_double)
+    text = tiny_double.text_encoder
+    site = sites.get(tiny_double, "text.0.self_attn")
+    linear, width = site.module(tiny_double).out_proj, 64 // sites.heads(tiny_double, site)
+    slices = [slice(i * width, (i + 1) * width) for i in range(sites.heads(tiny_double, site))]
+    assert len(slices) == 4
+    heads = [(linear, [made.span.last], columns) for columns in slices]
+    plan = [[(site.module(tiny_double), [made.span.last])], heads, heads[:1]]
+    embeds = encoder.encode_restored(text, made, plan)
+    assert torch.allclose(embeds[2], embeds[3], atol=1e-12)
+    assert not torch.allclose(embeds[4], embeds[2], atol=1e-6)
+
+
+def test_heads_groups_and_one_state_are_named(tiny_sd1):
+    options = {"generate": False, "control": False, "sigma": 1.0}
+    rows = op.trace.text_encoder(
+        tiny_sd1, [CAT], only=[("text.1.self_attn", "last_subject")], heads=True, **options
+    ).table.to_pylist()
+    assert [r["head"] for r in rows] == [None, 0, 1, 2, 3]
+    attention = [s for s in sites.find_text(tiny_sd1.text_encoder) if s.kind == "self_attn"]
+    rows = op.trace.text_encoder(
+        tiny_sd1, [CAT], groups={"all attention": attention}, positions=("last_subject",), **options
+    ).table.to_pylist()
+    assert [(r["site"], r["kind"], r["path"]) for r in rows] == [("all attention", "group", "")]
+
+
+def test_the_other_span_can_be_drawn_too(tiny_sd1):
+    rows = op.trace.text_encoder(
+        tiny_sd1, [CAT], steps=1, score=brightness, draw_control=True, positions=("last_subject",), seeds=(0, 1)
+    ).table.to_pylist()  # fmt: skip
+    other = [r for r in rows if r["control"] == "other span"]
+    assert {r["seed"] for r in other} == {0, 1}
+    assert all(r["score_restored"] is not None for r in other)
+    assert {r["score_clean"] for r in other} == {r["score_clean"] for r in rows if not r["control"]}
+
+
+def test_sdxl_is_corrupted_and_traced_in_both_encoders(tiny_xl):
+    made = corruption(tiny_xl)
+    assert len(made.parts) == 2
+    clean, corrupted = encoder.encode_restored(tiny_xl.text_encoders, made, [])
+    plain = tiny_xl.encode([STYLE.prompt] * 8)[0]
+    assert torch.allclose(clean, plain, atol=1e-6)
+    width = tiny_xl.text_encoders[0].config.hidden_size
+    moved = (clean - corrupted)[made.span.start].abs()
+    assert moved[:width].max() > 1e-3
+    assert moved[width:].max() > 1e-3
+    effects = op.trace.text_encoder(tiny_xl, [STYLE], steps=1, score=brightness)
+    parts = {r["part"] for r in effects.table.to_pylist()}
+    assert parts == {"text", "text2"}
+    unet = op.trace.unet(tiny_xl, [STYLE], steps=1, score=brightness, kinds=("cross_attn",))
+    assert len(unet) == sum(s.kind == "cross_attn" for s in sites.find_unet(tiny_xl.unet))
+
+
+def test_a_stopped_sweep_goes_on_to_the_same_table(tiny_sd1, tmp_path):
+    options = {"steps": 1, "score": brightness, "positions": ("last_subject",)}
+    whole = op.trace.text_encoder(tiny_sd1, [STYLE, CAT], **options)
+
+    def stop(done, total):
+        if done > 1000:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        op.trace.text_encoder(tiny_sd1, [STYLE, CAT], folder=tmp_path, on_progress=stop, **options)
+    again = op.trace.text_encoder(tiny_sd1, [STYLE, CAT], folder=tmp_path, **options)
+    assert again.table.equals(whole.table)

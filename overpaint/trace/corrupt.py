@@ -5,10 +5,12 @@ padding included, and none before s.
 
 Source: Basu et al., 2024, https://arxiv.org/abs/2310.13730, section 3; the paper states neither
 sigma nor the place. Both follow ROME (three standard deviations of the subjects' embeddings, added
-at the input). Deviations: noise is drawn per prompt and sample from a seed of its own, on the CPU.
+at the input). Deviations: noise is drawn per prompt and sample from a seed of its own, on the CPU;
+with two text encoders (SDXL) the words are corrupted in both.
 """
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +20,7 @@ import torch
 from torch import Generator, Tensor
 
 from overpaint import hooks
+from overpaint.errors import UnsupportedModel
 from overpaint.spans import Span, end_of_text, find_span
 
 __all__ = ["ROLES", "Corruption", "Prompted", "corruptions", "noisy", "places"]
@@ -60,6 +63,7 @@ class Corruption:
         eos: The first end-of-text position.
         noise: What is added to their embeddings, float32, shape (len(span), D).
         sample: Which noise sample.
+        others: Ids and noise for each further text encoder, whose tokens stand at the same places.
     """
 
     probe: Any
@@ -68,6 +72,12 @@ class Corruption:
     eos: int
     noise: Tensor
     sample: int
+    others: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    @property
+    def parts(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Ids and noise for each text encoder."""
+        return ((self.ids, self.noise), *self.others)
 
     def elsewhere(self) -> "Corruption | None":
         """Return the same noise on words of equal length that are not the concept, if there are any."""
@@ -85,13 +95,15 @@ def corruptions(
     """Return one corruption for each probe and noise sample, and the noise's standard deviation.
 
     Args:
-        model: Whose tokenizer and embeddings to use.
+        model: Whose tokenizers and embeddings to use.
         probes: The questions.
         noise_samples: Noise tensors a probe.
-        sigma: Standard deviation, or `"3std"` for three times that of the subjects' embeddings.
+        sigma: Standard deviation, or `"3std"` (any number before `std`) for so many times that of the
+            subjects' embeddings; with two encoders each has its own, and the first's is returned.
 
     Raises:
         ValueError: No probes, a concept that is not in its prompt once, or a setting out of range.
+        UnsupportedModel: The model's tokenizers disagree on where a concept stands.
     """
     if not probes:
         raise ValueError(
@@ -99,18 +111,53 @@ def corruptions(
         )
     if noise_samples < 1:
         raise ValueError(f"`noise_samples` must be at least 1, got {noise_samples}.")
-    table = model.text_encoder.get_input_embeddings().weight.detach()
-    ids = model.tokenize([probe.prompt for probe in probes])
     spans = [find_span(model.tokenizer, probe.prompt, probe.concept) for probe in probes]
-    subjects = [row[span.start : span.end] for row, span in zip(ids, spans, strict=True)]
-    scale = _sigma(sigma, table[torch.cat(subjects).to(table.device)])
-    made = [
-        Corruption(probe, row, span, end_of_text(model.tokenizer, row), noise, sample)
-        for probe, row, span in zip(probes, ids, spans, strict=True)
-        for sample in range(noise_samples)
-        for noise in [scale * _draw(f"{probe.id}:{sample}", (len(span), table.shape[1]))]
+    found = [
+        _Vocabulary(encoder, tokenizer, probes, spans, sigma)
+        for encoder, tokenizer in zip(model.text_encoders, model.tokenizers, strict=True)
     ]
-    return made, scale
+    first, *further = found
+    made = [
+        Corruption(
+            probe, first.ids[i], span, end_of_text(model.tokenizer, first.ids[i]),
+            first.noise(f"{probe.id}:{sample}", span), sample,
+            tuple((v.ids[i], v.noise(f"{probe.id}:{sample}:{n}", span)) for n, v in enumerate(further, 2)),
+        )
+        for i, (probe, span) in enumerate(zip(probes, spans, strict=True))
+        for sample in range(noise_samples)
+    ]  # fmt: skip
+    return made, first.scale
+
+
+class _Vocabulary:
+    """What one encoder reads: the ids of all probes, shape (N, L), and the scale of its noise."""
+
+    def __init__(
+        self,
+        encoder: Any,
+        tokenizer: Any,
+        probes: Sequence[Prompted],
+        spans: Sequence[Span],
+        sigma: float | str,
+    ) -> None:
+        for probe, span in zip(probes, spans, strict=True):
+            if find_span(tokenizer, probe.prompt, probe.concept) != span:
+                raise UnsupportedModel(
+                    f"the model's tokenizers disagree on where {probe.concept!r} stands in {probe.prompt!r}: reword "
+                    "the prompt, or use a model whose encoders share a vocabulary."
+                )
+        self.ids = tokenizer(
+            [probe.prompt for probe in probes], padding="max_length", truncation=True,
+            max_length=tokenizer.model_max_length, return_tensors="pt",
+        ).input_ids  # fmt: skip
+        table = encoder.get_input_embeddings().weight.detach()
+        rows = [row[span.start : span.end] for row, span in zip(self.ids, spans, strict=True)]
+        self.width = table.shape[1]
+        self.scale = _sigma(sigma, table[torch.cat(rows).to(table.device)])
+
+    def noise(self, key: str, span: Span) -> Tensor:
+        """Draw the noise of one probe and sample, shape (len(span), D)."""
+        return self.scale * _draw(key, (len(span), self.width))
 
 
 def places(corruption: Corruption, roles: Sequence[str]) -> list[tuple[str, int]]:
@@ -134,13 +181,23 @@ def places(corruption: Corruption, roles: Sequence[str]) -> list[tuple[str, int]
 
 
 @contextmanager
-def noisy(text_encoder: Any, corruption: Corruption, *, first: int) -> Iterator[None]:
-    """Add the noise to the token embeddings of all rows from `first` on, inside the block."""
-    span = corruption.span
+def noisy(
+    text_encoder: Any, corruption: Corruption, *, first: int, past: int | None = None, part: int = 0
+) -> Iterator[None]:
+    """Add the noise to the token embeddings of rows `first` to `past - 1`, inside the block.
+
+    Args:
+        text_encoder: The encoder to disturb.
+        corruption: Span and noise.
+        first: First row to corrupt.
+        past: One past the last, or `None` for all from `first` on.
+        part: Which of the model's encoders this is.
+    """
+    span, noise = corruption.span, corruption.parts[part][1]
 
     def add(embeds: Tensor) -> Tensor:
         changed = embeds.clone()
-        changed[first:, span.start : span.end] += corruption.noise.to(embeds)
+        changed[first:past, span.start : span.end] += noise.to(embeds)
         return changed
 
     with hooks.patch({text_encoder.get_input_embeddings(): add}):
@@ -148,10 +205,13 @@ def noisy(text_encoder: Any, corruption: Corruption, *, first: int) -> Iterator[
 
 
 def _sigma(sigma: float | str, embeds: Tensor) -> float:
-    if sigma == "3std":
-        return 3 * float(embeds.double().std())
+    factor = re.fullmatch(r"(\d+(?:\.\d+)?)std", sigma) if isinstance(sigma, str) else None
+    if factor:
+        return float(factor[1]) * float(embeds.double().std())
     if isinstance(sigma, str) or not 0 <= sigma < float("inf"):
-        raise ValueError(f"`sigma` must be a number from 0 on or '3std', got {sigma!r}.")
+        raise ValueError(
+            f"`sigma` must be a number from 0 on, or a factor such as '3std', got {sigma!r}."
+        )
     return float(sigma)
 
 

@@ -3,131 +3,211 @@
 The concept's embeddings are corrupted; then one state at a time (the output of one sublayer at one
 position) is put back as it was in the clean pass. All of a prompt's states ride in one batch: row 0
 is clean, row 1 corrupted, and a hook copies row 0's state into row r. The resulting text features
-go through an ordinary generation with equal start noise and a clean empty prompt.
+go through an ordinary generation with equal start noise and a clean empty prompt; equal features are
+drawn once. `direction="corrupt"` is the mirror image: one corrupted state in the clean pass.
 
 Source: Basu et al., 2024, https://arxiv.org/abs/2310.13730, section 3.
 Deviations: two controls the paper lacks. An encoder of equal architecture and untrained weights
 shows what the architecture alone does; noise on other words shows what is not about the concept.
-Both are measured on text features, which cost no picture.
+The first is measured on text features, which cost no picture; the second also on pictures if asked.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.nn import Module
 
-from overpaint import features, hooks, sites
-from overpaint.sample import denoise
-from overpaint.sites import Site
+from overpaint import hooks, sites
+from overpaint.model import text_features
+from overpaint.sites import TEXT_PARTS, Site
+from overpaint.trace import shards
 from overpaint.trace.corrupt import ROLES, Corruption, Prompted, corruptions, noisy, places
-from overpaint.trace.effects import Effects, recovery
-from overpaint.trace.runs import Scorer, check_settings, equal_chunks, recovered, scorer_name
+from overpaint.trace.effects import Effects
+from overpaint.trace.runs import (
+    Direction,
+    Drawing,
+    Scorer,
+    about,
+    equal_chunks,
+    head_columns,
+    head_numbers,
+    on_first,
+    recovered,
+    selected,
+)
 
-__all__ = ["encode_restored", "text_encoder", "untrained"]
+__all__ = ["CONTROLS", "encode_restored", "text_encoder", "untrained"]
 
-Restoration = Sequence[tuple[Module, Sequence[int]]]
-State = tuple[Site, str, int]
+CONTROLS = ("untrained", "other span")
+# A module, the positions to copy, and, where only some columns of its input are copied (a head), which.
+Copy = tuple[Module, Sequence[int]] | tuple[Module, Sequence[int], slice]
+Restoration = Sequence[Copy]
+
+
+@dataclass(frozen=True)
+class State:
+    """One state to copy: sites (one, or a group) at one position, whole or a single head."""
+
+    name: str
+    sites: tuple[Site, ...]
+    role: str
+    position: int
+    head: int | None = None
 
 
 def text_encoder(
     model: Any,
     probes: Sequence[Prompted],
     *,
+    direction: Direction = "restore",
+    positions: Sequence[str] = ROLES,
+    heads: bool = False,
+    groups: Mapping[str, Sequence[Site]] | None = None,
+    only: Collection[tuple[str, str]] | None = None,
+    generate: bool = True,
+    control: bool = True,
+    draw_control: bool = False,
     seeds: Sequence[int] = (0,),
     noise_samples: int = 1,
     sigma: float | str = "3std",
     steps: int = 20,
     guidance_scale: float | None = None,
-    positions: Sequence[str] = ROLES,
+    solver: str = "own",
     score: Scorer | None = None,
-    generate: bool = True,
-    control: bool = True,
-    batch_size: int = 32,
     minimum_gap: float = 0.02,
+    batch_size: int = 32,
+    memory: float | None = None,
+    folder: str | Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Effects:
-    """Trace every (sublayer, position) state of the text encoder.
+    """Trace every (sublayer, position) state of the text encoder, of both where there are two.
 
     Args:
         model: A `TextToImage`; its weights and modules are left as they were.
         probes: Prompts with the concept's words.
+        direction: `"restore"` clean states in the corrupted pass, or `"corrupt"` those of the clean pass.
+        positions: Token roles to copy at: `subject` (all of the concept's tokens but the last),
+            `last_subject`, `after` (the next token, if the prompt goes on), `eos`, `pad`.
+        heads: Each head of the attention sublayers by itself, besides whole sublayers.
+        groups: Several sites together, by a name of yours; instead of single sites.
+        only: (site, role) of the states to trace; all if `None`.
+        generate: Draw and score pictures; else only distances of text features are measured.
+        control: Measure text features also in an untrained encoder and with other words corrupted.
+        draw_control: Draw pictures for the corrupted other words too, which doubles the work.
         seeds: Start noise of the pictures.
         noise_samples: Corruptions a prompt.
         sigma: Their standard deviation, or `"3std"`: three times that of the concepts' embeddings.
         steps: Denoising steps.
         guidance_scale: The model's own if `None`.
-        positions: Token roles to restore at: `subject` (all of the concept's tokens but the last),
-            `last_subject`, `after` (the next token, if the prompt goes on), `eos`, `pad`.
+        solver: `"own"` is the model's scheduler, `"ddim"`, or `"dpm"`, a multistep solver that needs fewer steps.
         score: From pictures (N, 3, H, W) in [0, 1] and N probes to N scores; the shipped judge if
             `None`, which takes pictures of 64x64 pixels.
-        generate: Draw and score pictures; else only distances of text features are measured.
-        control: Measure text features also in an untrained encoder and with other words corrupted.
-        batch_size: Pictures at a time.
         minimum_gap: Runs whose clean score is not this much above the corrupted one have no `recovery`.
-        on_progress: Called with the states done and the states in all.
+        batch_size: Pictures at a time, at most.
+        memory: MiB for activations; lowers `batch_size` to what fits.
+        folder: Keeps finished prompts, so that a sweep that was stopped goes on; one process at a time.
+        on_progress: Called with the prompts done, in thousandths, and their number times 1000.
 
     Returns:
         Effects with a row a state, prompt, seed and noise sample.
 
     Raises:
-        ValueError: A probe or a setting is out of range.
+        ValueError: A probe or a setting is out of range, or no state is left.
+        UnsupportedModel: The latents became NaN.
+        OSError: `folder` cannot be written.
     """
-    check_settings(seeds=seeds, steps=steps, rows=batch_size)
+    if not seeds:
+        raise ValueError("`seeds` is empty: give at least one.")
+    drawing = Drawing.of(
+        model, score=score, steps=steps, guidance_scale=guidance_scale, solver_name=solver, direction=direction,
+        minimum_gap=minimum_gap, batch_size=batch_size, memory=memory, draw=generate,
+    )  # fmt: skip
     made, scale = corruptions(model, probes, noise_samples=noise_samples, sigma=sigma)
-    found = sites.find_text(model.text_encoder)
-    scorer = (score or features.load().score) if generate else None
-    strength = model.guidance_scale if guidance_scale is None else guidance_scale
-    draw = _Draw(model, scorer, steps, strength, batch_size, minimum_gap)
-    other = untrained(model.text_encoder) if control else None
-    total = sum(len(found) * len(places(c, positions)) for c in made)
-    rows: list[dict[str, Any]] = []
-    done = 0
-    for corruption in made:
-        states = [(site, *place) for site in found for place in places(corruption, positions)]
-        embeds = _encode_states(model.text_encoder, corruption, states)
-        measured = _rows(corruption, states, embeds, control="")
-        rows += [r for seed in seeds for r in draw.scored(corruption, measured, embeds, seed)]
-        if other is not None:
-            rows += _controls(model.text_encoder, other, corruption, positions)
-        done += len(states)
-        if on_progress is not None:
-            on_progress(done, total)
-    protocol = {
-        **model.protocol(steps=steps, guidance_scale=strength),
-        "trace": "text_encoder",
-        "seeds": list(seeds),
-        "noise_samples": noise_samples,
-        "sigma": scale,
-        "scorer": scorer_name(scorer),
-        "minimum_gap": minimum_gap,
-        "probes": len(probes),
-    }
-    return Effects.of(rows, protocol)
+    found = [
+        site
+        for part, encoder in zip(TEXT_PARTS, model.text_encoders, strict=False)
+        for site in sites.find_text(encoder, part)
+    ]
+    single = [(site.name, (site,)) for site in found]
+    named = single if groups is None else [(n, tuple(g)) for n, g in groups.items()]
+    fresh = [untrained(encoder) for encoder in model.text_encoders] if control else None
+    units = {probe.id: [c for c in made if c.probe.id == probe.id] for probe in probes}
+    negative = model.encode([""])
+    drawn_passes = ("", "other span") if draw_control else ("",)
+
+    def compute(unit: str) -> list[dict[str, Any]]:
+        before = list(units).index(unit)
+
+        def tick(share: float) -> None:
+            if on_progress is not None:
+                on_progress(round(1000 * (before + share)), 1000 * len(units))
+
+        turns = noise_samples * len(seeds) * len(drawn_passes)
+        pictures, rows = _Pictures(drawing, negative, tick, turns), []
+        for corruption in units[unit]:
+            for name, encoders, corrupted in _passes(model.text_encoders, fresh, corruption):
+                states = _states(encoders, named, corrupted, positions, heads, only)
+                embeds = _encode_states(encoders, corrupted, states, direction)
+                measured = _rows(corrupted, states, embeds, control=name, direction=direction)
+                drawn = generate and name in drawn_passes
+                for seed in seeds if drawn else (None,):
+                    scored = pictures.measure(corrupted, embeds, seed)
+                    rows += [
+                        {**r, "seed": seed, **s} for r, s in zip(measured, scored, strict=True)
+                    ]
+        tick(1.0)
+        return rows
+
+    protocol = drawing.protocol(
+        "text_encoder", positions=list(positions), heads=heads, sites=[name for name, _ in named],
+        control=control, draw_control=draw_control, seeds=list(seeds), noise_samples=noise_samples,
+        sigma=scale, probes=len(probes), prompts=[probe.prompt for probe in probes],
+    )  # fmt: skip
+    return Effects.of(shards.sweep(folder, protocol, list(units), compute), protocol)
 
 
 @torch.no_grad()
 def encode_restored(
-    encoder: Any, corruption: Corruption, restorations: Sequence[Restoration], *, rows: int = 64
+    encoders: Module | Sequence[Module],
+    corruption: Corruption,
+    restorations: Sequence[Restoration],
+    *,
+    rows: int = 64,
+    direction: Direction = "restore",
 ) -> Tensor:
-    """Encode one prompt clean, corrupted, and corrupted with states restored.
+    """Encode one prompt clean, corrupted, and with states copied from one to the other.
 
     Args:
-        encoder: A `CLIPTextModel`.
+        encoders: The model's text encoders, or its only one.
         corruption: Prompt and noise.
-        restorations: For each further row, the modules and positions to copy from the clean row.
-        rows: Restored rows at a time; every batch has a clean and a corrupted row of its own.
+        restorations: For each further row, the modules and positions to copy; with a slice as third entry those
+            columns of the module's input.
+        rows: Rows at a time; every batch has a clean and a corrupted row of its own.
+        direction: `"restore"` copies clean states into the corrupted pass, `"corrupt"` the other way.
 
     Returns:
-        Text features, shape (2 + R, L, D): clean, corrupted, restored.
+        Text features, shape (2 + R, L, D): clean, corrupted, one a restoration.
     """
+    towers = (encoders,) if isinstance(encoders, Module) else tuple(encoders)
+    device = next(towers[0].parameters()).device
     parts: list[Tensor] = []
     chunks = equal_chunks(list(restorations), rows, rows=lambda n: n + 2, multiple=8, fill=())
+    past = None if direction == "restore" else 2
     for chunk, used in chunks:
-        ids = corruption.ids.to(encoder.device).expand(len(chunk) + 2, -1)
-        with noisy(encoder, corruption, first=1), hooks.patch(_copiers(chunk)):
-            embeds = encoder(ids)[0]
+        ids = [i.to(device).expand(len(chunk) + 2, -1) for i, _ in corruption.parts]
+        whole, single = _copiers(chunk, source=int(direction == "corrupt"))
+        with ExitStack() as stack:
+            for index, tower in enumerate(towers):
+                stack.enter_context(noisy(tower, corruption, first=1, past=past, part=index))
+            stack.enter_context(hooks.patch(whole))
+            stack.enter_context(hooks.patch_arguments(single))
+            embeds = text_features(towers, ids)
         parts.append(embeds[: used + 2] if not parts else embeds[2 : used + 2])
     return torch.cat(parts)
 
@@ -140,120 +220,143 @@ def untrained(encoder: Any, *, seed: int = 1) -> Any:
     return fresh.to(encoder.device, encoder.dtype).eval().requires_grad_(False)
 
 
-def _copiers(restorations: Sequence[Restoration]) -> dict[Module, Callable[[Tensor], Tensor]]:
-    """Return for each module a function that copies the clean row's states into restored rows."""
-    wanted: dict[Module, list[tuple[int, list[int]]]] = {}
+def _copiers(
+    restorations: Sequence[Restoration], *, source: int
+) -> tuple[dict[Module, Any], dict[Module, Any]]:
+    """Return functions that copy the source row's states into rows: of modules' outputs, and of heads' inputs."""
+    whole: dict[Module, list[tuple[int, list[int], slice]]] = {}
+    single: dict[Module, list[tuple[int, list[int], slice]]] = {}
     for row, restoration in enumerate(restorations, start=2):
-        for module, positions in restoration:
-            wanted.setdefault(module, []).append((row, list(positions)))
+        for module, positions, *columns in restoration:
+            entry = (row, list(positions), columns[0] if columns else slice(None))
+            (single if columns else whole).setdefault(module, []).append(entry)
 
-    def copier(copies: list[tuple[int, list[int]]]) -> Callable[[Tensor], Tensor]:
+    def copier(copies: list[tuple[int, list[int], slice]]) -> Callable[[Tensor], Tensor]:
         def copy(output: Tensor) -> Tensor:
             changed = output.clone()
-            for row, positions in copies:
-                changed[row, positions] = output[0, positions]
+            for row, positions, columns in copies:
+                changed[row, positions, columns] = output[source, positions, columns]
             return changed
 
         return copy
 
-    return {module: copier(copies) for module, copies in wanted.items()}
+    return (
+        {module: copier(copies) for module, copies in whole.items()},
+        {module: on_first(copier(copies)) for module, copies in single.items()},
+    )
 
 
-def _encode_states(encoder: Any, corruption: Corruption, states: Sequence[State]) -> Tensor:
-    restorations = [[(encoder.get_submodule(s.path), [position])] for s, _, position in states]
-    return encode_restored(encoder, corruption, restorations)
+def _passes(
+    encoders: Sequence[Module], fresh: Sequence[Module] | None, corruption: Corruption
+) -> list[tuple[str, Sequence[Module], Corruption]]:
+    """Return the run itself and its controls: name, encoders, what is corrupted."""
+    passes = [("", encoders, corruption)]
+    if fresh is not None:
+        other = corruption.elsewhere()
+        passes += [("untrained", fresh, corruption)]
+        passes += [] if other is None else [("other span", encoders, other)]
+    return passes
+
+
+def _states(
+    encoders: Sequence[Module],
+    named: Sequence[tuple[str, tuple[Site, ...]]],
+    corruption: Corruption,
+    positions: Sequence[str],
+    heads: bool,
+    only: Collection[tuple[str, str]] | None,
+) -> list[State]:
+    model = _parts(encoders)
+    states = [
+        State(name, chosen, role, position, head)
+        for name, chosen in named
+        for head in head_numbers(model, chosen, heads)
+        for role, position in places(corruption, positions)
+    ]
+    return selected(states, only, lambda state: (state.name, state.role))
+
+
+def _encode_states(
+    encoders: Sequence[Module],
+    corruption: Corruption,
+    states: Sequence[State],
+    direction: Direction,
+) -> Tensor:
+    model = _parts(encoders)
+
+    def copies(state: State) -> list[Copy]:
+        if state.head is None:
+            return [(site.module(model), [state.position]) for site in state.sites]
+        linear, columns = head_columns(model, state.sites[0], state.head)
+        return [(linear, [state.position], columns)]
+
+    plan = [copies(state) for state in states]
+    return encode_restored(encoders, corruption, plan, direction=direction)
+
+
+def _parts(encoders: Sequence[Module]) -> Any:
+    """Return the encoders as `Site.module` looks them up in a model."""
+    return SimpleNamespace(text_encoder=encoders[0], text_encoders=tuple(encoders), unet=None)
 
 
 def _rows(
-    corruption: Corruption, states: Sequence[State], embeds: Tensor, *, control: str
+    corruption: Corruption,
+    states: Sequence[State],
+    embeds: Tensor,
+    *,
+    control: str,
+    direction: Direction,
 ) -> list[dict[str, Any]]:
     """Return a row a state with the recovery of the text features."""
-    everywhere = recovered(embeds)
-    pads = recovered(embeds[:, corruption.eos :])
+    everywhere = recovered(embeds, direction=direction)
+    pads = recovered(embeds[:, corruption.eos :], direction=direction)
     probe = corruption.probe
     return [
         {
-            "site": site.name, "part": site.part, "kind": site.kind, "index": site.index,
-            "path": site.path, "role": role, "position": position, "control": control,
+            **about(state.name, state.sites), "role": state.role, "position": state.position,
+            "head": state.head, "window": "", "direction": direction, "control": control,
             "probe": probe.id, "attribute": probe.kind, "prompt": probe.prompt,
             "concept": probe.concept, "noise": corruption.sample,
             "embed_recovery": everywhere[i], "embed_recovery_pads": pads[i],
         }
-        for i, (site, role, position) in enumerate(states)
+        for i, state in enumerate(states)
     ]  # fmt: skip
 
 
-def _controls(
-    encoder: Any, other: Any, corruption: Corruption, positions: Sequence[str]
-) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    runs = (("untrained", other, corruption), ("other span", encoder, corruption.elsewhere()))
-    for name, module, corrupted in runs:
-        if corrupted is None:
-            continue
-        found = sites.find_text(module)
-        states = [(site, *place) for site in found for place in places(corrupted, positions)]
-        embeds = _encode_states(module, corrupted, states)
-        rows += _rows(corrupted, states, embeds, control=name)
-    return rows
-
-
-class _Draw:
-    """Draws and scores pictures of text features; equal features are drawn once."""
+class _Pictures:
+    """Draws and scores the pictures of one prompt's text features; equal features are drawn once."""
 
     def __init__(
-        self, model: Any, score: Scorer | None, steps: int, guidance: float, batch: int, gap: float
+        self, drawing: Drawing, negative: Tensor, on_share: Callable[[float], None], passes: int
     ) -> None:
-        self.model, self.score = model, score
-        self.steps, self.guidance, self.batch, self.gap = steps, guidance, batch, gap
-        self.negative = model.encode([""])
-        self._known: dict[tuple[str, int, bytes], tuple[float, Tensor]] = {}
+        self.drawing, self.negative, self.on_share = drawing, negative, on_share
+        self.passes, self.done = passes, 0
+        self._known: dict[tuple[int, bytes], tuple[float, Tensor]] = {}
 
-    def scored(
-        self, corruption: Corruption, rows: list[dict[str, Any]], embeds: Tensor, seed: int
+    def measure(
+        self, corruption: Corruption, embeds: Tensor, seed: int | None
     ) -> list[dict[str, Any]]:
-        """Return `rows` with the scores of the pictures of `embeds` from `seed`."""
-        if self.score is None:
-            return [{**row, "seed": seed} for row in rows]
-        results = self._pictures(corruption.probe, embeds, seed)
-        scores = [number for number, _ in results]
-        latents = recovered(torch.stack([latent for _, latent in results]))
-        clean, corrupted, *restored = scores
-        return [
-            {
-                **row,
-                "seed": seed,
-                "score_clean": clean,
-                "score_corrupted": corrupted,
-                "score_restored": number,
-                "indirect_effect": number - corrupted,
-                "recovery": recovery(clean, corrupted, number, gap=self.gap),
-                "latent_recovery": latent,
-            }
-            for row, number, latent in zip(rows, restored, latents, strict=True)
-        ]
-
-    def _pictures(self, probe: Prompted, embeds: Tensor, seed: int) -> list[tuple[float, Tensor]]:
-        """Return score and final latents of each row."""
-        keys = [
-            (probe.id, seed, row.double().cpu().contiguous().numpy().tobytes()) for row in embeds
-        ]
-        self._known = {k: v for k, v in self._known.items() if k[0] == probe.id}
+        """Return the columns of every row of `embeds` from the third on; empty ones without a seed."""
+        if seed is None:
+            return [{}] * (len(embeds) - 2)
+        keys = [(seed, row.double().cpu().contiguous().numpy().tobytes()) for row in embeds]
         first = {key: i for i, key in reversed(list(enumerate(keys))) if key not in self._known}
         new = sorted(first.items(), key=lambda item: item[1])
-        for chunk, used in equal_chunks(new, self.batch) if new else ():
+        chunks = list(equal_chunks(new, self.drawing.rows)) if new else []
+        for number, (chunk, used) in enumerate(chunks):
             chosen = embeds[[i for _, i in chunk]]
-            latents = denoise(
-                self.model,
-                self.model.initial_latents([seed] * len(chunk)),
-                chosen,
-                self.negative,
-                steps=self.steps,
-                guidance_scale=self.guidance,
-                generators=[Generator().manual_seed(seed + 1) for _ in chunk],
-            )[:used]
-            assert self.score is not None
-            scores = self.score(self.model.decode(latents).cpu(), [probe] * used)
-            for (key, _), number, latent in zip(chunk[:used], scores, latents.cpu(), strict=True):
-                self._known[key] = float(number), latent
-        return [self._known[key] for key in keys]
+            latents = self.drawing.denoise(
+                seed, len(chunk), chosen, self.negative,
+                on_step=lambda step, _, before=number: self._tell(before * self.drawing.steps + step, len(chunks)),
+            )[:used]  # fmt: skip
+            scores = self.drawing.scores(latents, corruption.probe)
+            for (key, _), number_, latent in zip(chunk[:used], scores, latents.cpu(), strict=True):
+                self._known[key] = number_, latent
+        self.done += 1
+        found = [self._known[key] for key in keys]
+        latents = torch.stack([latent for _, latent in found])
+        return self.drawing.measured([score for score, _ in found], latents)
+
+    def _tell(self, steps: int, chunks: int) -> None:
+        share = min(1.0, steps / (chunks * self.drawing.steps))
+        self.on_share((self.done + share) / self.passes)

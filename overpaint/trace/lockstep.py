@@ -1,39 +1,78 @@
-"""Causal tracing of the UNet: which layer carries the attribute?
+"""Causal tracing of the UNet in lockstep: clean, corrupted and restored rows ride in one batch.
 
-One denoising batch holds the clean row, the corrupted row and one row a restored site. At every
-step a hook copies the source's activation into row r at site r; nothing is stored, so memory does
-not grow with the steps.
+At every step each restored row starts from its own latents; a hook at its sites copies the source's
+activation into it. No activation is stored, so memory does not grow with the number of steps. The
+source is
 
-The source decides what an effect means. `clean_trajectory` (the paper) copies from the clean run,
-whose latents differ: also a site that the prompt never reached hands over the clean picture.
-`same_latent` (the control) copies from the clean prompt evaluated on the restored row's own
-latents, so that only what the prompt says is handed over. Show both.
+clean_trajectory  the clean row, with the clean run's latents (the paper)
+same_latent       a twin row: the clean prompt on the restored row's own latents (a control)
+
+Layers that run before the first cross-attention see no text. Under `same_latent` restoring them
+does exactly nothing; under `clean_trajectory` they act only by leaking the clean latents.
+
+`direction="corrupt"` is the mirror image: the row is clean, and the source the corrupted run.
 
 Source: Basu et al., 2024, https://arxiv.org/abs/2310.13730, sections 3 and 4.
-Deviations: the `same_latent` control; which guidance branches the paper restores is not stated,
-both by default.
+Deviations: the `same_latent` control, single heads, windows of steps and the mirror image; which
+guidance branches the paper restores is not stated, both by default.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
+from torch.nn import Module
 
-from overpaint import features, hooks, sites
+from overpaint import hooks, sites
 from overpaint.errors import UnsupportedModel
-from overpaint.sample import denoise
 from overpaint.sites import KINDS, Kind, Site
+from overpaint.trace import shards
 from overpaint.trace.corrupt import Corruption, Prompted, corruptions
-from overpaint.trace.effects import Effects, recovery
+from overpaint.trace.effects import Effects
 from overpaint.trace.encoder import encode_restored
-from overpaint.trace.runs import Scorer, check_settings, equal_chunks, recovered, scorer_name
+from overpaint.trace.runs import (
+    Direction,
+    Drawing,
+    Scorer,
+    about,
+    equal_chunks,
+    head_columns,
+    head_numbers,
+    on_first,
+    selected,
+)
 
-__all__ = ["Branches", "Source", "restore", "unet"]
+__all__ = ["WINDOWS", "Branches", "Intervention", "Source", "restore", "unet"]
 
 Source = Literal["clean_trajectory", "same_latent"]
 Branches = Literal["both", "cond"]
+WINDOWS = {"": (0.0, 1.0), "early": (0.0, 1 / 3), "middle": (1 / 3, 2 / 3), "late": (2 / 3, 1.0)}
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """What one row takes from its source.
+
+    Attributes:
+        sites: Whose output.
+        head: Of attention sites this head alone, before the output projection; `None` for the whole output.
+        window: At which steps, a name in `WINDOWS`.
+        name: What the table calls it; the site's name if there is one site.
+    """
+
+    sites: tuple[Site, ...]
+    head: int | None = None
+    window: str = ""
+    name: str = ""
+
+    def active(self, step: int, steps: int) -> bool:
+        """Say whether it acts at step 0 to `steps` - 1."""
+        low, high = WINDOWS[self.window]  # some schedulers take a step more than asked
+        return round(low * steps) <= step and (high == 1 or step < round(high * steps))
 
 
 def unet(
@@ -42,15 +81,23 @@ def unet(
     *,
     source: Source = "clean_trajectory",
     branches: Branches = "both",
+    direction: Direction = "restore",
     kinds: Sequence[Kind] = KINDS,
-    chunk: int = 8,
+    heads: bool = False,
+    windows: Sequence[str] = ("",),
+    groups: Mapping[str, Sequence[Site]] | None = None,
+    only: Collection[str] | None = None,
     seeds: Sequence[int] = (0,),
     noise_samples: int = 1,
     sigma: float | str = "3std",
     steps: int = 20,
     guidance_scale: float | None = None,
+    solver: str = "own",
     score: Scorer | None = None,
     minimum_gap: float = 0.02,
+    batch_size: int = 32,
+    memory: float | None = None,
+    folder: str | Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Effects:
     """Trace every layer of the UNet.
@@ -58,122 +105,127 @@ def unet(
     Args:
         model: A `TextToImage`; its weights and modules are left as they were.
         probes: Prompts with the concept's words.
-        source: Where restored activations come from, see above.
-        branches: Restore in both branches of the guidance, or in the conditional one alone.
+        source: Where copied activations come from, see above.
+        branches: Copy in both branches of the guidance, or in the conditional one alone.
+        direction: `"restore"` clean states in the corrupted run, or `"corrupt"` those of the clean run.
         kinds: Which kinds of site.
-        chunk: Sites a batch, about; more is faster and takes more memory.
+        heads: Each head of the attention sites by itself, besides whole sites.
+        windows: When to copy, each by itself: `""` at every step, `"early"`, `"middle"`, `"late"` a third of them.
+        groups: Several sites together, by a name of yours; instead of single sites.
+        only: Names of the sites to trace; all of `kinds` if `None`.
         seeds: Start noise of the pictures.
         noise_samples: Corruptions a prompt.
         sigma: Their standard deviation, or `"3std"`: three times that of the concepts' embeddings.
         steps: Denoising steps.
         guidance_scale: The model's own if `None`.
+        solver: `"own"` is the model's scheduler, `"ddim"`, or `"dpm"`, a multistep solver that needs fewer steps.
         score: From pictures (N, 3, H, W) in [0, 1] and N probes to N scores; the shipped judge if
             `None`, which takes pictures of 64x64 pixels.
         minimum_gap: Runs whose clean score is not this much above the corrupted one have no `recovery`.
-        on_progress: Called with the denoising steps done and the steps in all.
+        batch_size: Rows of a batch, at most.
+        memory: MiB for activations; lowers `batch_size` to what fits.
+        folder: Keeps finished runs, so that a sweep that was stopped goes on; one process at a time.
+        on_progress: Called with the runs (prompt, noise, seed) done, in thousandths, and their number times 1000.
 
     Returns:
         Effects with a row a site, prompt, seed and noise sample.
 
     Raises:
-        ValueError: A probe or a setting is out of range.
-        UnsupportedModel: A site's hook does not fire once a step.
+        ValueError: A probe or a setting is out of range, or no site is left.
+        UnsupportedModel: A site's hook does not fire once a step, or the latents became NaN.
+        OSError: `folder` cannot be written.
     """
-    check_settings(seeds=seeds, steps=steps, rows=chunk)
-    _check_modes(source, branches, kinds)
+    _check_modes(source, branches, kinds, windows, seeds)
+    drawing = Drawing.of(
+        model, score=score, steps=steps, guidance_scale=guidance_scale, solver_name=solver, direction=direction,
+        minimum_gap=minimum_gap, batch_size=batch_size, memory=memory,
+    )  # fmt: skip
     made, scale = corruptions(model, probes, noise_samples=noise_samples, sigma=sigma)
-    found = [site for site in sites.find_unet(model.unet) if site.kind in kinds]
-    scorer = score or features.load().score
-    strength = model.guidance_scale if guidance_scale is None else guidance_scale
+    single = [(s.name, (s,)) for s in sites.find_unet(model.unet) if s.kind in kinds]
+    named = single if groups is None else [(n, tuple(g)) for n, g in groups.items()]
+    named = selected(named, only, lambda entry: entry[0])
+    plan = [
+        Intervention(s, h, w, n)
+        for n, s in named
+        for h in head_numbers(model, s, heads)
+        for w in windows
+    ]
+    units = {f"{c.probe.id}:{c.sample}:{seed}": (c, seed) for c in made for seed in seeds}
     negative = model.encode([""])
-    rows: list[dict[str, Any]] = []
-    runs = [(corruption, seed) for corruption in made for seed in seeds]
 
-    def tick(run: int, done: int, total: int) -> None:
-        if on_progress is not None:
-            on_progress(run * total + done, len(runs) * total)
+    def compute(unit: str) -> list[dict[str, Any]]:
+        corruption, seed = units[unit]
+        before = list(units).index(unit)
 
-    for run, (corruption, seed) in enumerate(runs):
-        pair = encode_restored(model.text_encoder, corruption, [])
+        def tick(count: int, total: int) -> None:
+            if on_progress is not None:
+                on_progress(1000 * before + 1000 * count // total, 1000 * len(units))
+
+        pair = encode_restored(model.text_encoders, corruption, [])
         latents = restore(
-            model, pair, negative, [[site] for site in found], seed=seed, steps=steps,
-            guidance_scale=strength, source=source, branches=branches, chunk=chunk, on_step=partial(tick, run),
-        )  # fmt: skip
-        scores = _scores(model, latents, corruption.probe, scorer, chunk + 2)
-        rows += [
-            {**row, "seed": seed, "source": source, "branches": branches}
-            for row in _rows(corruption, found, latents, scores, minimum_gap)
-        ]
-    protocol = {
-        **model.protocol(steps=steps, guidance_scale=strength),
-        "trace": "unet",
-        "source": source,
-        "branches": branches,
-        "seeds": list(seeds),
-        "noise_samples": noise_samples,
-        "sigma": scale,
-        "scorer": scorer_name(scorer),
-        "minimum_gap": minimum_gap,
-        "probes": len(probes),
-    }
+            drawing, pair, negative, plan, seed=seed, source=source, branches=branches, on_step=tick
+        )
+        found = drawing.measured(drawing.scores(latents, corruption.probe), latents)
+        asked = {"seed": seed, "source": source, "branches": branches, "direction": direction}
+        return [{**_row(corruption, i), **asked, **m} for i, m in zip(plan, found, strict=True)]
+
+    protocol = drawing.protocol(
+        "unet", source=source, branches=branches, kinds=list(kinds), heads=heads, windows=list(windows),
+        sites=[name for name, _ in named], seeds=list(seeds), noise_samples=noise_samples, sigma=scale,
+        probes=len(probes), prompts=[probe.prompt for probe in probes],
+    )  # fmt: skip
+    rows = shards.sweep(folder, protocol, list(units), compute)
     return Effects.of(rows, protocol)
 
 
 def restore(
-    model: Any,
+    drawing: Drawing,
     prompt_embeds: Tensor,
     negative_embeds: Tensor,
-    restored: Sequence[Sequence[Site]],
+    plan: Sequence[Intervention],
     *,
     seed: int,
-    steps: int,
-    guidance_scale: float,
     source: Source = "clean_trajectory",
     branches: Branches = "both",
-    chunk: int = 8,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Denoise clean, corrupted and restored rows in lockstep.
+    """Denoise clean, corrupted and one further row an intervention in lockstep.
 
     Args:
-        model: A `TextToImage`.
+        drawing: Model, steps, guidance, direction and batch.
         prompt_embeds: Clean and corrupted text features, shape (2, L, D).
         negative_embeds: Text features of the empty prompt, shape (1, L, D).
-        restored: For each further row, the sites to copy from the source.
+        plan: What each further row takes from its source.
         seed: Start noise, the same in every row.
-        steps: Denoising steps.
-        guidance_scale: Weight of the prompt.
         source: `"clean_trajectory"` or `"same_latent"`.
         branches: `"both"` or `"cond"`.
-        chunk: Restored rows a batch, up to three more where the kernels ask for it.
         on_step: Called after each step with the steps done in all batches, and their sum.
 
     Returns:
-        Final latents, shape (2 + R, C, h, w): clean, corrupted, restored.
+        Final latents, shape (2 + R, C, h, w): clean, corrupted, one an intervention.
 
     Raises:
         UnsupportedModel: A site's hook does not fire once a step, or batches disagree on the clean
             row: a hook of someone else, or a model that is not deterministic.
     """
-    parts: list[Tensor] = []
     twins = source == "same_latent"
     chunks = list(
-        equal_chunks(list(restored), chunk, rows=partial(_size, twins=twins), multiple=4, fill=())
-    )
-    done = 0
+        equal_chunks(
+            list(plan), drawing.rows, rows=partial(_size, twins=twins), multiple=4, fill=Intervention(())
+        )
+    )  # fmt: skip
+    parts: list[Tensor] = []
+    for number, (chunk, used) in enumerate(chunks):
+        batch = _Batch(drawing, chunk, twins=twins, both=branches == "both")
 
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        if on_step is not None:
-            on_step(done, max(done, len(chunks) * steps))
+        def tick(step: int, number: int = number) -> None:
+            if on_step is not None:
+                on_step(
+                    min(number * drawing.steps + step, len(chunks) * drawing.steps),
+                    len(chunks) * drawing.steps,
+                )
 
-    for sites_of_rows, used in chunks:
-        batch = _Batch(len(sites_of_rows), twins=twins, both=branches == "both")
-        latents = batch.run(
-            model, prompt_embeds, negative_embeds, sites_of_rows,
-            seed=seed, steps=steps, guidance_scale=guidance_scale, on_step=tick,
-        )  # fmt: skip
+        latents = batch.run(prompt_embeds, negative_embeds, seed=seed, on_step=tick)
         if parts and not torch.allclose(parts[0][:2], latents[:2], atol=1e-4):
             raise UnsupportedModel(
                 "two equal runs of this model differ, so effects cannot be told from noise: remove "
@@ -184,89 +236,94 @@ def restore(
 
 
 class _Batch:
-    """Rows of one denoising batch: clean, corrupted, R restored and, for `same_latent`, R twins.
+    """Rows of one denoising batch: clean, corrupted, R further ones and, for `same_latent`, R twins.
 
-    A twin has the clean prompt and, at every step, the latents of its restored row.
+    A twin has the source's prompt and, at every step, the latents of its row.
     """
 
-    def __init__(self, restored: int, *, twins: bool, both: bool) -> None:
-        self.restored, self.twins, self.both = restored, twins, both
-        self.rows = _size(restored, twins=twins)
+    def __init__(
+        self, drawing: Drawing, plan: Sequence[Intervention], *, twins: bool, both: bool
+    ) -> None:
+        self.drawing, self.plan, self.twins, self.both = drawing, plan, twins, both
+        self.rows = _size(len(plan), twins=twins)
+        self.step = 0
 
     def run(
         self,
-        model: Any,
         prompt_embeds: Tensor,
         negative_embeds: Tensor,
-        sites_of_rows: Sequence[Sequence[Site]],
         *,
         seed: int,
-        steps: int,
-        guidance_scale: float,
-        on_step: Callable[[], None],
+        on_step: Callable[[int], None],
     ) -> Tensor:
         """Return the final latents without the twins."""
+        count = len(self.plan)
         clean, corrupted = prompt_embeds[:1], prompt_embeds[1:]
-        embeds = [clean, corrupted.expand(1 + self.restored, -1, -1)]
-        embeds += [clean.expand(self.restored, -1, -1)] if self.twins else []
-        taken = 0
+        restoring = self.drawing.direction == "restore"
+        base, source = (corrupted, clean) if restoring else (clean, corrupted)
+        embeds = [clean, corrupted, base.expand(count, -1, -1)]
+        embeds += [source.expand(count, -1, -1)] if self.twins else []
 
         def after(done: int, latents: Tensor) -> Tensor:
-            nonlocal taken
-            taken = done
-            on_step()
+            self.step = done
+            on_step(done)
             return self._level(latents)
 
-        with hooks.patch(self._copiers(model, sites_of_rows, guided=guidance_scale != 1)) as calls:
-            latents = denoise(
-                model,
-                model.initial_latents([seed]).repeat(self.rows, 1, 1, 1),
-                torch.cat(embeds),
-                negative_embeds,
-                steps=steps,
-                guidance_scale=guidance_scale,
-                on_step=after,
-                generators=[Generator().manual_seed(seed + 1) for _ in range(self.rows)],
+        whole, single = self._copiers()
+        with hooks.patch(whole) as calls, hooks.patch_arguments(single) as head_calls:
+            latents = self.drawing.denoise(
+                seed, self.rows, torch.cat(embeds), negative_embeds, on_step=after
             )
-        if any(count != taken for count in calls.values()):
+        counts = set(calls.values()) | set(head_calls.values())
+        if counts - {self.step}:
             raise UnsupportedModel(
-                f"a site's module ran {sorted(set(calls.values()))} times in {taken} steps: this "
+                f"a site's module ran {sorted(counts)} times in {self.step} steps: this "
                 "UNet does not run its layers once a step, so it cannot be traced."
             )
-        return latents[: 2 + self.restored]
+        return latents[: 2 + count]
 
     def _level(self, latents: Tensor) -> Tensor:
-        """Give each twin the latents of its restored row."""
+        """Give each twin the latents of its row."""
         if not self.twins:
             return latents
-        return torch.cat([latents[: 2 + self.restored], latents[2 : 2 + self.restored]])
+        past = 2 + len(self.plan)
+        return torch.cat([latents[:past], latents[2:past]])
 
-    def _copiers(
-        self, model: Any, sites_of_rows: Sequence[Sequence[Site]], *, guided: bool
-    ) -> dict[torch.nn.Module, Callable[[Tensor], Tensor]]:
-        """Return for each module a function that copies source rows into restored rows."""
-        wanted: dict[torch.nn.Module, list[int]] = {}
-        for row, chosen in enumerate(sites_of_rows, start=2):
-            for site in chosen:
-                wanted.setdefault(site.module(model), []).append(row)
+    def _copiers(self) -> tuple[dict[Module, Any], dict[Module, Any]]:
+        """Return functions that copy source rows into rows: of modules' outputs, and of heads' inputs."""
+        model = self.drawing.model
+        whole: dict[Module, list[tuple[int, Intervention, slice]]] = {}
+        single: dict[Module, list[tuple[int, Intervention, slice]]] = {}
+        for row, intervention in enumerate(self.plan, start=2):
+            for site in intervention.sites:
+                if intervention.head is None:
+                    entry = (row, intervention, slice(None))
+                    whole.setdefault(site.module(model), []).append(entry)
+                else:
+                    linear, columns = head_columns(model, site, intervention.head)
+                    single.setdefault(linear, []).append((row, intervention, columns))
+        return (
+            {module: self._copier(entries) for module, entries in whole.items()},
+            {module: on_first(self._copier(entries)) for module, entries in single.items()},
+        )
+
+    def _copier(self, entries: list[tuple[int, Intervention, slice]]) -> Callable[[Tensor], Tensor]:
+        restoring = self.drawing.direction == "restore"
         # The guided batch holds the unconditional rows first, then as many conditional ones.
+        guided = self.drawing.guidance_scale != 1
         offsets = [0] if not guided else [0, self.rows] if self.both else [self.rows]
+        fixed, twin = int(not restoring), len(self.plan) if self.twins else 0
 
-        def copier(rows: list[int]) -> Callable[[Tensor], Tensor]:
-            into = [offset + row for offset in offsets for row in rows]
-            of = [offset + self._source(row) for offset in offsets for row in rows]
+        def copy(output: Tensor) -> Tensor:
+            changed = output.clone()
+            for row, intervention, columns in entries:
+                if intervention.active(self.step, self.drawing.steps):
+                    into = [offset + row for offset in offsets]
+                    of = [offset + (row + twin if twin else fixed) for offset in offsets]
+                    changed[into, ..., columns] = output[of, ..., columns]
+            return changed
 
-            def copy(output: Tensor) -> Tensor:
-                changed = output.clone()
-                changed[into] = output[of]
-                return changed
-
-            return copy
-
-        return {module: copier(rows) for module, rows in wanted.items()}
-
-    def _source(self, row: int) -> int:
-        return row + self.restored if self.twins else 0
+        return copy
 
 
 def _size(restored: int, *, twins: bool) -> int:
@@ -274,7 +331,9 @@ def _size(restored: int, *, twins: bool) -> int:
     return 2 + restored * (2 if twins else 1)
 
 
-def _check_modes(source: str, branches: str, kinds: Sequence[str]) -> None:
+def _check_modes(
+    source: str, branches: str, kinds: Sequence[str], windows: Sequence[str], seeds: Sequence[int]
+) -> None:
     if source not in ("clean_trajectory", "same_latent"):
         raise ValueError(f"`source` must be 'clean_trajectory' or 'same_latent', got {source!r}.")
     if branches not in ("both", "cond"):
@@ -282,28 +341,19 @@ def _check_modes(source: str, branches: str, kinds: Sequence[str]) -> None:
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         raise ValueError(f"`kinds` must be among {', '.join(KINDS)}, got {list(kinds)!r}.")
+    if not windows or any(window not in WINDOWS for window in windows):
+        raise ValueError(
+            f"`windows` must be among {', '.join(map(repr, WINDOWS))}, got {list(windows)!r}."
+        )
+    if not seeds:
+        raise ValueError("`seeds` is empty: give at least one.")
 
 
-def _scores(model: Any, latents: Tensor, probe: Prompted, score: Scorer, size: int) -> list[float]:
-    numbers: list[float] = []
-    for part in latents.split(size):
-        numbers += [float(n) for n in score(model.decode(part).cpu(), [probe] * len(part))]
-    return numbers
-
-
-def _rows(
-    corruption: Corruption, found: Sequence[Site], latents: Tensor, scores: list[float], gap: float
-) -> list[dict[str, Any]]:
+def _row(corruption: Corruption, intervention: Intervention) -> dict[str, Any]:
     probe = corruption.probe
-    clean, corrupted, *restored = scores
-    return [
-        {
-            "site": site.name, "part": site.part, "kind": site.kind, "index": site.index,
-            "path": site.path, "role": "", "control": "", "probe": probe.id,
-            "attribute": probe.kind, "prompt": probe.prompt, "concept": probe.concept,
-            "noise": corruption.sample, "score_clean": clean, "score_corrupted": corrupted,
-            "score_restored": number, "indirect_effect": number - corrupted,
-            "recovery": recovery(clean, corrupted, number, gap=gap), "latent_recovery": latent,
-        }
-        for site, number, latent in zip(found, restored, recovered(latents), strict=True)
-    ]  # fmt: skip
+    return {
+        **about(intervention.name, intervention.sites), "role": "", "control": "",
+        "window": intervention.window, "head": intervention.head, "probe": probe.id,
+        "attribute": probe.kind, "prompt": probe.prompt, "concept": probe.concept,
+        "noise": corruption.sample,
+    }  # fmt: skip

@@ -1,34 +1,263 @@
-"""What the two tracers share: batches of one shape, distances, the scorer's name."""
+"""What the two tracers share: how pictures are drawn and scored, batches of one shape, distances."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from torch import Tensor
+import torch
+from torch import Generator, Tensor
+from torch.nn import Module
 
-__all__ = ["Scorer", "check_settings", "equal_chunks", "recovered", "scorer_name"]
+from overpaint import features, sites
+from overpaint.errors import UnsupportedModel
+from overpaint.sample import denoise, solver
+from overpaint.sites import Site
+from overpaint.trace import memory as memory_of
+from overpaint.trace.effects import recovery
+
+__all__ = [
+    "DIRECTIONS",
+    "Direction",
+    "Drawing",
+    "Scorer",
+    "about",
+    "equal_chunks",
+    "fingerprint",
+    "head_columns",
+    "head_numbers",
+    "on_first",
+    "recovered",
+    "selected",
+]
 
 Scorer = Callable[[Tensor, Sequence[Any]], Tensor]
+Direction = Literal["restore", "corrupt"]
+DIRECTIONS: tuple[Direction, ...] = ("restore", "corrupt")
 
 
-def check_settings(*, seeds: Sequence[int], steps: int, rows: int) -> None:
-    """Raise `ValueError` if there are no seeds, no steps or no rows in a batch."""
-    if not seeds:
-        raise ValueError("`seeds` is empty: give at least one.")
-    if steps < 1:
-        raise ValueError(f"`steps` must be at least 1, got {steps}.")
-    if rows < 1:
-        raise ValueError(f"a batch must have at least 1 row, got {rows}.")
+@dataclass(frozen=True)
+class Drawing:
+    """How rows become pictures and scores; checked once, by `of`.
+
+    Attributes:
+        model: A `TextToImage`.
+        scorer: From pictures and probes to scores; `None` where no pictures are wanted.
+        steps: Denoising steps.
+        guidance_scale: Weight of the prompt.
+        scheduler: The diffusers scheduler whose settings each run copies.
+        solver: Its name in `sample.SOLVERS`.
+        direction: `"restore"` puts clean states into the corrupted run, `"corrupt"` corrupted ones into the clean run.
+        minimum_gap: Runs whose clean score is not this much above the corrupted one have no `recovery`.
+        rows: Rows of a denoising batch, at most.
+        decoded: Pictures decoded at a time, at most.
+        memory: The budget they came from, MiB; `None` for none.
+    """
+
+    model: Any
+    scorer: Scorer | None
+    steps: int
+    guidance_scale: float
+    scheduler: Any
+    solver: str
+    direction: Direction
+    minimum_gap: float
+    rows: int
+    decoded: int
+    memory: float | None
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        *,
+        score: Scorer | None,
+        steps: int,
+        guidance_scale: float | None,
+        solver_name: str,
+        direction: Direction,
+        minimum_gap: float,
+        batch_size: int,
+        memory: float | None,
+        draw: bool = True,
+    ) -> "Drawing":
+        """Check the settings and choose the batch.
+
+        Raises:
+            ValueError: A setting is out of range, or `memory` holds no batch.
+        """
+        if steps < 1:
+            raise ValueError(f"`steps` must be at least 1, got {steps}.")
+        if batch_size < 4:
+            raise ValueError(
+                f"`batch_size` must be at least 4 (clean, corrupted, two restored), got {batch_size}."
+            )
+        if direction not in DIRECTIONS:
+            raise ValueError(f"`direction` must be 'restore' or 'corrupt', got {direction!r}.")
+        scheduler = solver(model, solver_name)
+        strength = model.guidance_scale if guidance_scale is None else guidance_scale
+        scorer = (score or features.load().score) if draw else None
+        rows, decoded = batch_size, batch_size
+        if memory is not None and draw:
+            rows, decoded = (min(n, batch_size) for n in _fitting(model, memory, strength))
+        return cls(
+            model, scorer, steps, strength, scheduler, solver_name, direction, minimum_gap, rows, decoded, memory
+        )  # fmt: skip
+
+    def denoise(
+        self, seed: int, rows: int, prompt_embeds: Tensor, negative: Tensor, **options: Any
+    ) -> Tensor:
+        """Return the final latents of `rows` rows from one seed, shape (rows, C, h, w).
+
+        Raises:
+            UnsupportedModel: They are not finite.
+        """
+        latents = denoise(
+            self.model,
+            self.model.initial_latents([seed]).repeat(rows, 1, 1, 1),
+            prompt_embeds,
+            negative,
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            generators=[Generator().manual_seed(seed + 1) for _ in range(rows)],
+            scheduler=self.scheduler,
+            **options,
+        )
+        if not torch.isfinite(latents).all():
+            raise UnsupportedModel(
+                f"the model's latents became NaN or infinite from seed {seed}: load it in float32, or lower "
+                "`guidance_scale`."
+            )
+        return latents
+
+    def scores(self, latents: Tensor, probe: Any) -> list[float]:
+        """Return the score of each row's picture."""
+        assert self.scorer is not None
+        numbers: list[float] = []
+        for part in latents.split(self.decoded):
+            found = self.scorer(self.model.decode(part).cpu(), [probe] * len(part))
+            numbers += [float(n) for n in found]
+        return numbers
+
+    def measured(self, scores: Sequence[float], latents: Tensor) -> list[dict[str, Any]]:
+        """Return the columns of each row from the third on; rows 0 and 1 are clean and corrupted."""
+        clean, corrupted, *others = scores
+        shares = recovered(latents, direction=self.direction)
+        return [
+            {
+                "score_clean": clean,
+                "score_corrupted": corrupted,
+                "score_restored": number,
+                "indirect_effect": effect,
+                "recovery": recovery(clean, corrupted, corrupted + effect, gap=self.minimum_gap),
+                "latent_recovery": share,
+            }
+            for number, share in zip(others, shares, strict=True)
+            for effect in [number - corrupted if self.direction == "restore" else clean - number]
+        ]
+
+    def protocol(self, trace: str, **more: Any) -> dict[str, Any]:
+        """Return what made the numbers, ready for JSON."""
+        return {
+            **self.model.protocol(steps=self.steps, guidance_scale=self.guidance_scale),
+            "scheduler": type(self.scheduler).__name__,
+            "trace": trace,
+            "direction": self.direction,
+            "solver": self.solver,
+            "scorer": _scorer_name(self.scorer),
+            "minimum_gap": self.minimum_gap,
+            "batch_size": self.rows,
+            "weights": fingerprint(self.model),
+            **more,
+        }
+
+
+def _fitting(model: Any, memory: float, guidance_scale: float) -> tuple[int, int]:
+    """Return how many rows of the UNet (with guidance, twice) and of the decoder fit."""
+    empty = model.encode([""])
+    branches = 1 if guidance_scale == 1 else 2
+    latents = model.initial_latents([0])
+
+    @torch.no_grad()
+    def predict(rows: int) -> None:
+        batch = latents.repeat(branches * rows, 1, 1, 1)
+        model.noise_pred(batch, torch.tensor(500), empty.expand(len(batch), -1, -1))
+
+    def decode(rows: int) -> None:
+        model.decode(latents.repeat(rows, 1, 1, 1))
+
+    return (
+        memory_of.rows_that_fit(predict, memory, least=4, what="the UNet"),
+        memory_of.rows_that_fit(decode, memory, least=1, what="the decoder"),
+    )
+
+
+def fingerprint(model: Any) -> str:
+    """Return a short hash of samples of every weight: equal models agree, edited or retrained ones differ."""
+    digest = hashlib.sha256()
+    for part in (*model.text_encoders, model.unet, model.vae):
+        for name, weight in part.named_parameters():
+            flat = weight.detach().flatten()
+            sample = flat[:: max(1, len(flat) // 4096)].float().cpu().contiguous()
+            digest.update(name.encode())
+            digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def selected(
+    states: Sequence[Any], only: Collection[Any] | None, key: Callable[[Any], Any]
+) -> list[Any]:
+    """Return the states whose key is in `only`, or all of them.
+
+    Raises:
+        ValueError: None is left.
+    """
+    chosen = [state for state in states if only is None or key(state) in only]
+    if not chosen:
+        raise ValueError(
+            "no states are selected, so there is nothing to trace: name kinds, positions or sites that this model has; "
+            "`overpaint sites` lists them."
+        )
+    return chosen
+
+
+def about(name: str, chosen: Sequence[Site]) -> dict[str, Any]:
+    """Return the columns that say where a state is: a site, or a group of sites under a name."""
+    site, alone = chosen[0], len(chosen) == 1
+    return {
+        "site": name, "part": site.part, "kind": site.kind if alone else "group", "index": site.index,
+        "path": site.path if alone else "",
+    }  # fmt: skip
+
+
+def head_numbers(model: Any, chosen: Sequence[Site], wanted: bool) -> list[int | None]:
+    """Return the whole of a site, then each of its heads; a group of sites has no heads of its own."""
+    if not wanted or len(chosen) != 1:
+        return [None]
+    return [None, *range(sites.heads(model, chosen[0]))]
+
+
+def head_columns(model: Any, site: Site, head: int) -> tuple[Module, slice]:
+    """Return the output projection of an attention site, and where `head` stands in its input."""
+    linear: Any = sites.head_input(model, site)
+    width = linear.in_features // sites.heads(model, site)
+    return linear, slice(head * width, (head + 1) * width)
+
+
+def on_first(function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """Return a function of a module's arguments that changes the first of them alone."""
+    return lambda args, kwargs: ((function(args[0]), *args[1:]), kwargs)
 
 
 def equal_chunks(
     items: list[Any],
-    size: int,
+    limit: int,
     *,
     rows: Callable[[int], int] = lambda length: length,
     multiple: int = 1,
     fill: Any = None,
 ) -> Iterator[tuple[list[Any], int]]:
-    """Yield parts of equal length, about `size`, and how many of each are items.
+    """Yield parts of equal length, in batches of at most `limit` rows, and how many of each are items.
 
     Rounding may depend on a batch's shape and, where matrix kernels treat the last rows apart, on
     a row's place in it. So all parts have one length, and `rows(length)` is a multiple of
@@ -36,11 +265,13 @@ def equal_chunks(
 
     Args:
         items: What to share out.
-        size: Items a part; a little more where `multiple` asks for it.
+        limit: Rows of a batch, at most; but a part holds one item at least.
         rows: Rows of the batch that a part of some length makes.
         multiple: Of what the number of rows must be one.
         fill: Fills up a part; its own last item if `None`.
     """
+    fitting = [n for n in range(1, limit + 1) if rows(n) <= limit and not rows(n) % multiple]
+    size = max(fitting, default=1)
     length = -(-len(items) // max(1, -(-len(items) // size)))
     while rows(length) % multiple:
         length += 1
@@ -50,18 +281,20 @@ def equal_chunks(
         yield part + filler * (length - len(part)), len(part)
 
 
-def recovered(values: Tensor) -> list[float | None]:
-    """Return for each row from the third on the share of the way back from row 1 to row 0.
+def recovered(values: Tensor, *, direction: Direction = "restore") -> list[float | None]:
+    """Return for each row from the third on the share of the way from its base run to its source run.
 
-    1 - |restored - clean| / |corrupted - clean|; `None` where corruption changed nothing.
+    Row 0 is clean, row 1 corrupted. Restoring starts at row 1 and 1 means as clean; corrupting starts at row 0 and 1
+    means as corrupted. `None` where corruption changed nothing.
     """
     flat = values.flatten(1).double()
-    distances = (flat[1:] - flat[0]).norm(dim=1).tolist()
-    whole, rest = distances[0], distances[1:]
-    return [1 - distance / whole if whole > 0 else None for distance in rest]
+    goal, base = (flat[0], flat[1]) if direction == "restore" else (flat[1], flat[0])
+    whole = float((base - goal).norm())
+    distances = (flat[2:] - goal).norm(dim=1).tolist()
+    return [1 - distance / whole if whole > 0 else None for distance in distances]
 
 
-def scorer_name(score: Scorer | None) -> str:
+def _scorer_name(score: Scorer | None) -> str:
     """Return what a protocol calls `score`: its owner's name, or its own."""
     if score is None:
         return "none"
