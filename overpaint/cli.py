@@ -1,4 +1,4 @@
-"""The command line: one function a verb. Prints, progress bars and exit codes live here and nowhere else.
+"""The command line: one function a verb. Exit codes live here, what it shows in `terminal`, and nowhere else.
 
 Exit codes: 0 done, 1 a fault of ours, 2 bad input, 130 Ctrl-C. Errors are one line on stderr; with `--json` stdout
 holds one JSON object and nothing else.
@@ -10,16 +10,14 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from typer.exceptions import TyperException
+
+from overpaint.terminal import check_writable, print_facts, print_json, progress, table
 
 __all__ = ["app", "main"]
 
@@ -89,15 +87,15 @@ def demo(
     """Trace, edit, judge and report: the whole loop on the shipped model."""
     from overpaint import demo as whole
 
-    _check_writable(out)
+    check_writable(out)
     loaded = _load(model, device)
-    with _progress(as_json) as stage:
+    with progress(as_json) as stage:
         summary = whole.run(
             loaded, out, erase=erase, replace=replace, size=whole.QUICK if quick else whole.FULL, seed=seed,
             held_out=_held_out(model), on_progress=stage,
         )  # fmt: skip
     if as_json:
-        return _print_json(summary)
+        return print_json(summary)
     _print_summary(summary, erase=erase, replace=replace, out=out)
     return None
 
@@ -115,7 +113,7 @@ def load(model: Model, device: Device = "cpu", as_json: Json = False) -> None:
         f"{name}_parameters": sum(p.numel() for p in getattr(loaded, name).parameters())
         for name in ("text_encoder", "unet", "vae")
     }
-    _print_facts({"model": loaded.name, **parts, **counts}, as_json=as_json)
+    print_facts({"model": loaded.name, **parts, **counts}, as_json=as_json)
 
 
 @app.command()
@@ -133,17 +131,17 @@ def generate(
     """Draw pictures."""
     from overpaint.edit import Change
 
-    _check_writable(out)
+    check_writable(out)
     loaded = _load(model, device)
     if change is not None:
         Change.load(change).apply(loaded)
-    with _progress(as_json) as stage:
+    with progress(as_json) as stage:
         pictures = loaded.generate(
             prompts, seed=seed, steps=steps, guidance_scale=guidance_scale,
             on_progress=lambda done, total: stage(done, total, "drawing"),
         )  # fmt: skip
     paths = pictures.save(out)
-    _print_facts({"pictures": [str(p) for p in paths]}, as_json=as_json)
+    print_facts({"pictures": [str(p) for p in paths]}, as_json=as_json)
 
 
 @app.command()
@@ -153,9 +151,9 @@ def sites(model: Model, device: Device = "cpu", as_json: Json = False) -> None:
 
     found = find(_load(model, device))
     if as_json:
-        _print_json({"sites": [{"name": s.name, "kind": s.kind, "path": s.path} for s in found]})
+        print_json({"sites": [{"name": s.name, "kind": s.kind, "path": s.path} for s in found]})
     else:
-        _table(("site", "kind", "module"), [(s.name, s.kind, s.path) for s in found])
+        table(("site", "kind", "module"), [(s.name, s.kind, s.path) for s in found])
 
 
 @app.command()
@@ -182,10 +180,10 @@ def trace(
 
     if part not in ("text", "unet"):
         raise ValueError(f"unknown part {part!r}: choose text or unet.")
-    _check_writable(out)
+    check_writable(out)
     asked = probes.load(kind, vocabulary=vocabulary)[:limit]
     loaded = _load(model, device)
-    with _progress(as_json) as stage:
+    with progress(as_json) as stage:
         shared: dict[str, Any] = {
             "seeds": (seed,), "steps": steps,
             "on_progress": lambda done, total: stage(done, total, f"tracing {part}"),
@@ -197,8 +195,8 @@ def trace(
     path = effects.save(out / ("text.parquet" if part == "text" else f"unet-{source}.parquet"))
     rows = sorted(effects.mean().to_pylist(), key=lambda row: -row["mean"])[:10]
     if as_json:
-        return _print_json({"effects": str(path), "top": rows})
-    _table(
+        return print_json({"effects": str(path), "top": rows})
+    table(
         ("site", "token", "effect", "95 % interval"),
         [
             (
@@ -210,7 +208,7 @@ def trace(
             for r in rows
         ],
     )
-    return _print_facts({"effects": str(path)}, as_json=False)
+    return print_facts({"effects": str(path)}, as_json=False)
 
 
 @app.command()
@@ -237,7 +235,7 @@ def edit(
         raise ValueError(
             f"{len(erase)} --erase for {len(replace)} --replace: give one replacement for each concept."
         )
-    _check_writable(out.parent)
+    check_writable(out.parent)
     loaded = _load(model, device)
     kept = list(preserve or [])
     for text in erase if neighbours else ():
@@ -248,7 +246,7 @@ def edit(
     )  # fmt: skip
     change.save(out)
     told = {key: value for key, value in change.report.items() if isinstance(value, int | float)}
-    _print_facts({"change": str(out), "site": change.site, **told}, as_json=as_json)
+    print_facts({"change": str(out), "site": change.site, **told}, as_json=as_json)
 
 
 @app.command()
@@ -264,7 +262,7 @@ def apply(
 
     if out.exists():
         raise FileExistsError(f"{str(out)!r} exists already: name a new folder with --out.")
-    _check_writable(out.parent)
+    check_writable(out.parent)
     loaded = _load(model, device)
     Change.load(change).apply(loaded)
     draft = out.with_name(f".{out.name}.{os.getpid()}.part")
@@ -275,7 +273,7 @@ def apply(
         os.replace(draft, out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    _print_facts({"model": str(out)}, as_json=as_json)
+    print_facts({"model": str(out)}, as_json=as_json)
 
 
 @app.command()
@@ -293,15 +291,15 @@ def evaluate(
     from overpaint.edit import Change
     from overpaint.evaluate import compare
 
-    _check_writable(out)
+    check_writable(out)
     loaded, found = _load(model, device), Change.load(change)
-    with _progress(as_json) as stage:
+    with progress(as_json) as stage:
         comparison = compare(
             loaded, {"no edit": None, "change": found}, held_out=_held_out(model), size=size,
             steps=steps, seed=seed, on_progress=lambda done, total, _: stage(done, total, "judging"),
         )  # fmt: skip
     comparison.save(out)
-    _print_facts({**comparison.scores["change"].flat(), "scores": str(out)}, as_json=as_json)
+    print_facts({**comparison.scores["change"].flat(), "scores": str(out)}, as_json=as_json)
 
 
 @app.command()
@@ -312,8 +310,8 @@ def report(
     """Draw the page again from saved results."""
     from overpaint import report as pages
 
-    _check_writable(folder, make=False)
-    _print_facts({"report": str(pages.write(folder))}, as_json=as_json)
+    check_writable(folder, make=False)
+    print_facts({"report": str(pages.write(folder))}, as_json=as_json)
 
 
 @app.command()
@@ -338,13 +336,13 @@ def train(
     if model not in recipes:
         raise ValueError(f"no recipe for {model!r}: choose icons or icons-judge.")
     target = out or zoo.folder("icons" if model == "icons" else "icons-judge")
-    _check_writable(target)
-    with _progress(as_json) as stage:
+    check_writable(target)
+    with progress(as_json) as stage:
         written = recipes[model](
             out=target, minutes=minutes, device=device, resume=resume, threads=threads,
             on_progress=lambda p: stage(int(1000 * p.share), 1000, f"{p.stage}, loss {p.loss:.4f}"),
         )  # fmt: skip
-    _print_facts({"weights": str(written)}, as_json=as_json)
+    print_facts({"weights": str(written)}, as_json=as_json)
 
 
 # --- what the verbs share ---------------------------------------------------------------------------------------------
@@ -384,65 +382,6 @@ def _neighbours(concept: str) -> tuple[str, ...]:
     return questions.neighbours(kind, label, labels=labels)
 
 
-def _check_writable(folder: Path, *, make: bool = True) -> None:
-    """Find out before any work whether results can be written."""
-    try:
-        if make:
-            folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".overpaint-writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise type(error)(
-            f"cannot write into {str(folder)!r} ({error.strerror}): name another folder with --out."
-        ) from error
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
-    """Show a bar with the time left on stderr; the value is told (done, in all, what)."""
-    columns = (
-        TextColumn("{task.description:<34.34}"),
-        BarColumn(bar_width=28),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeRemainingColumn(),
-    )
-    tasks: dict[str, Any] = {}
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bars:
-
-        def tell(done: int, total: int, what: str) -> None:
-            key = what.partition(",")[0]
-            if key not in tasks:
-                tasks[key] = bars.add_task(what, total=total)
-            bars.update(tasks[key], completed=done, total=total, description=what)
-
-        yield tell
-
-
-def _print_json(facts: Mapping[str, Any]) -> None:
-    clean = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in facts.items()}
-    sys.stdout.write(json.dumps(clean, default=str) + "\n")
-
-
-def _print_facts(facts: Mapping[str, Any], *, as_json: bool) -> None:
-    if as_json:
-        return _print_json(facts)
-    wide = max(len(name) for name in facts)
-    for name, value in facts.items():
-        rows = value if isinstance(value, list) else [value]
-        for i, row in enumerate(rows):
-            text = f"{row:.3f}" if isinstance(row, float) else str(row)
-            sys.stdout.write(f"{name if i == 0 else '':<{wide}}  {text}\n")
-    return None
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(*heads, box=None, header_style="bold", pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
-
-
 def _print_summary(summary: Mapping[str, float], *, erase: str, replace: str, out: Path) -> None:
     """Print the demo's one screen."""
 
@@ -462,4 +401,4 @@ def _print_summary(summary: Mapping[str, float], *, erase: str, replace: str, ou
         ("all of it took", f"{summary['seconds']:.0f} s"),
         ("report", str(out / "report.html")),
     ]  # fmt: skip
-    _table((f"{erase} → {replace}", ""), rows)
+    table((f"{erase} → {replace}", ""), rows)
