@@ -313,3 +313,15 @@ def test_stacking_refuses_what_does_not_belong_together(tiny_sd1):
         pytest.raises(ValueError, match="wrong base hash: .* Revert what"),
     ):
         edit.stack(tiny_sd1, [first])
+
+
+def test_sdxl_is_edited_in_its_first_encoder_alone(tiny_xl):
+    prompt = ["a house in van gogh style"]
+    before, weights = tiny_xl.encode(prompt), bytes_of(tiny_xl)
+    with edit.quickfix(tiny_xl, MONET).applied(tiny_xl):
+        after = tiny_xl.encode(prompt)
+    moved = (after - before)[0]
+    assert moved[:, :32].abs().max() > 0.1
+    assert not moved[:, 32:].any()
+    assert not moved[77].any()  # the pooled row is the second encoder's
+    assert bytes_of(tiny_xl) == weights
