@@ -99,3 +99,15 @@ def test_the_end_of_text_is_the_first_one_whatever_the_padding(pad):
 def test_ids_without_an_end_are_refused(words):
     with pytest.raises(ValueError, match="no end-of-text token .* in the ids: pass ids"):
         end_of_text(words, torch.tensor([1, 2, 3]))
+
+
+def test_the_two_tokenizers_of_sdxl_agree_up_to_the_padding(tiny_xl):
+    """So one position names the same token in both halves of the packed features."""
+    prompt = "a house in van gogh style"
+    spans = [find_span(tokenizer, prompt, "van gogh") for tokenizer in tiny_xl.tokenizers]
+    assert spans == [Span(4, 6)] * 2
+    first, second = (tiny_xl.tokenize([prompt], encoder=i)[0] for i in (0, 1))
+    ends = [end_of_text(t, ids) for t, ids in zip(tiny_xl.tokenizers, (first, second), strict=True)]
+    assert ends == [7, 7]
+    assert torch.equal(first[:8], second[:8])
+    assert not (first[8:] == second[8:]).any()
