@@ -40,6 +40,8 @@ class Scorable(Protocol):
 class Judge:
     """A CLIP with heads: labels of a picture, CLIP scores, features.
 
+    Its weights are frozen; of pictures that carry a gradient, probabilities, features and scores carry it on.
+
     Attributes:
         name: Where it was loaded from.
         labels: What each head can say, by kind: `object`, `style`, `color`.
@@ -71,7 +73,6 @@ class Judge:
         self._tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         self._device = device
 
-    @torch.no_grad()
     def classify(self, images: Tensor, kind: str) -> Tensor:
         """Return the probability of each of `labels[kind]`.
 
@@ -96,7 +97,6 @@ class Judge:
         """Return the likeliest of `labels[kind]` for each of `images`, (B, 3, 64, 64) in [0, 1]."""
         return [self.labels[kind][i] for i in self.classify(images, kind).argmax(1)]
 
-    @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:
         """Return unit CLIP features of `images`, (B, 3, 64, 64) in [0, 1]; shape (B, D)."""
         return F.normalize(self._embed(images), dim=1).cpu()
