@@ -256,7 +256,8 @@ def _empty_drift(model: TextToImage, change: Change | None) -> float:
     before = model.encode([""])
     with change.applied(model):
         after = model.encode([""])
-    return float((after - before).norm() / before.norm())
+    length = float(before.norm())  # SDXL's empty prompt is zeros
+    return float((after - before).norm()) / length if length else 0.0
 
 
 def _known(concept: str, judge: Classifier, kind: str) -> str:

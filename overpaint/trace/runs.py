@@ -14,6 +14,7 @@ from overpaint.errors import UnsupportedModel
 from overpaint.sample import denoise, solver
 from overpaint.sites import Site
 from overpaint.trace import memory as memory_of
+from overpaint.trace import proof
 from overpaint.trace.effects import recovery
 
 __all__ = [
@@ -85,6 +86,7 @@ class Drawing:
 
         Raises:
             ValueError: A setting is out of range, or `memory` holds no batch.
+            UnsupportedModel: A hook would miss one of the model's sites.
         """
         if steps < 1:
             raise ValueError(f"`steps` must be at least 1, got {steps}.")
@@ -94,6 +96,7 @@ class Drawing:
             )
         if direction not in DIRECTIONS:
             raise ValueError(f"`direction` must be 'restore' or 'corrupt', got {direction!r}.")
+        proof.probe(model)
         scheduler = solver(model, solver_name)
         strength = model.guidance_scale if guidance_scale is None else guidance_scale
         scorer = (score or features.load().score) if draw else None
@@ -114,7 +117,9 @@ class Drawing:
         """
         latents = denoise(
             self.model,
-            self.model.initial_latents([seed]).repeat(rows, 1, 1, 1),
+            self.model.initial_latents([seed], steps=self.steps, scheduler=self.scheduler).repeat(
+                rows, 1, 1, 1
+            ),
             prompt_embeds,
             negative,
             steps=self.steps,
