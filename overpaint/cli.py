@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +36,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Seed = Annotated[int, typer.Option(help="Everything drawn at random follows from it.")]
 Steps = Annotated[int, typer.Option(help="Denoising steps of a picture.")]
 
-Tick = Callable[[int, int], None]
+_PARTS = ("text_encoder", "text_encoder_2", "unet", "vae")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -106,12 +106,14 @@ def load(model: Model, device: Device = "cpu", as_json: Json = False) -> None:
     loaded = _load(model, device)
     parts = {
         name: type(part).__name__
-        for name in ("text_encoder", "tokenizer", "unet", "vae", "scheduler")
-        for part in [getattr(loaded, name)]
+        for name in (*_PARTS, "tokenizer", "tokenizer_2", "scheduler")
+        for part in [getattr(loaded.pipe, name, None)]
+        if part is not None
     }
     counts = {
-        f"{name}_parameters": sum(p.numel() for p in getattr(loaded, name).parameters())
-        for name in ("text_encoder", "unet", "vae")
+        f"{name}_parameters": sum(p.numel() for p in getattr(loaded.pipe, name).parameters())
+        for name in _PARTS
+        if getattr(loaded.pipe, name, None) is not None
     }
     print_facts({"model": loaded.name, **parts, **counts}, as_json=as_json)
 
