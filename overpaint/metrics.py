@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Interval", "bootstrap", "paired"]
+__all__ = ["Interval", "bootstrap", "paired", "spearman"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,35 @@ def paired(
     return bootstrap(
         new - old, groups=groups, confidence=confidence, resamples=resamples, seed=seed
     )
+
+
+def spearman(first: ArrayLike, second: ArrayLike) -> float:
+    """Return the rank correlation of two rows of numbers, in [-1, 1]; ties share their mean rank.
+
+    NaN where either row is constant or shorter than two, for then there is no order to compare.
+
+    Raises:
+        ValueError: The rows differ in length, or hold what is not finite.
+    """
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if a.shape != b.shape or a.ndim != 1 or not np.isfinite(a + b).all():
+        raise ValueError(
+            f"`first` and `second` must be finite rows of one length, got shapes {a.shape} and "
+            f"{b.shape}: leave out what lacks a partner."
+        )
+    if a.size < 2:
+        return float("nan")
+    x, y = _ranks(a), _ranks(b)
+    x, y = x - x.mean(), y - y.mean()
+    norm = float(np.sqrt((x @ x) * (y @ y)))
+    return float(x @ y) / norm if norm > 0 else float("nan")
+
+
+def _ranks(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return ranks from 1 on; equal numbers get the mean of their ranks."""
+    _, place, counts = np.unique(numbers, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts).astype(np.float64)
+    return (last - (counts - 1) / 2)[place]
 
 
 def _check(numbers: NDArray[np.float64], confidence: float) -> None:

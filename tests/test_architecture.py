@@ -10,7 +10,17 @@ ROOT = Path(__file__).parent.parent / "overpaint"
 # Each room may import the rooms of the lines above its own; within a room everything goes.
 LEVELS = (
     ("errors",),
-    ("metrics", "questions", "spans", "pictures", "sample", "probes", "zoo", "edit.solve"),
+    (
+        "figures",
+        "metrics",
+        "questions",
+        "spans",
+        "pictures",
+        "sample",
+        "probes",
+        "zoo",
+        "edit.solve",
+    ),
     ("checkpoint", "scores", "features"),
     ("model",),
     ("sites",),

@@ -62,3 +62,21 @@ def test_an_interval_prints_in_one_line():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_spearman_is_scipys_with_and_without_ties():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        a, b = rng.integers(0, 6, size=(2, 25)).astype(float)
+        assert metrics.spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
+    a = rng.normal(size=30)
+    assert metrics.spearman(a, np.exp(a)) == pytest.approx(1)
+    assert metrics.spearman(a, -a) == pytest.approx(-1)
+
+
+def test_spearman_of_what_has_no_order_is_not_a_number():
+    assert np.isnan(metrics.spearman([1.0, 1.0], [1.0, 2.0]))
+    assert np.isnan(metrics.spearman([1.0], [1.0]))
+    for a, b in (([1.0], [1.0, 2.0]), ([1.0, np.nan], [1.0, 2.0])):
+        with pytest.raises(ValueError, match="must be finite rows of one length, got shapes"):
+            metrics.spearman(a, b)

@@ -73,14 +73,14 @@ def test_top_is_by_mean_best_first(effects):
 def test_half_gap_rule_by_hand(effects):
     clean, corrupted = (1.0 + 0.9 + 0.31) / 3, (0.1 + 0.2 + 0.3) / 3
     assert effects.half_gap() == pytest.approx(corrupted + 0.5 * (clean - corrupted))
-    assert [site.index for site in effects.causal()] == [1]
+    assert [site.index for site in effects.causal(effects.half_gap(), alpha=1)] == [1]
 
 
 def test_a_higher_threshold_never_adds_sites(effects):
-    before = set(effects.causal(-1.0))
+    before = set(effects.causal(-1.0, alpha=1))
     assert len(before) == 3
     for step in range(0, 110, 5):
-        now = set(effects.causal(step / 100))
+        now = set(effects.causal(step / 100, alpha=1))
         assert now <= before
         before = now
     assert not before
@@ -91,7 +91,8 @@ def test_the_order_of_the_rows_does_not_matter(effects):
     random.Random(0).shuffle(shuffled)
     other = Effects.of(shuffled, {})
     for threshold in (None, 0.3, 0.5):
-        assert set(other.causal(threshold)) == set(effects.causal(threshold))
+        mine, theirs = (e.causal(threshold, alpha=1) for e in (effects, other))
+        assert set(mine) == set(theirs)
     key = lambda r: r["site"]  # noqa: E731
     assert sorted(other.mean().to_pylist(), key=key) == sorted(effects.mean().to_pylist(), key=key)
 
@@ -125,6 +126,36 @@ def test_save_and_load_round(effects, tmp_path):
     assert again.protocol == {"steps": 3}
     assert list(path.parent.iterdir()) == [path]
     assert json.loads(pq.read_schema(path).metadata[b"overpaint"]) == {"steps": 3}
+
+
+def test_heads_windows_and_roles_are_states_of_their_own_in_a_fixed_order():
+    made = [
+        {**row("p", layer, score), "head": head, "window": window, "role": role}
+        for layer, score in enumerate((0.2, 0.9))
+        for window in ("late", "", "early")
+        for head in (1, None, 0)
+        for role in ("eos", "subject")
+    ]
+    table = Effects.of(made, {}).mean().to_pylist()
+    assert len(table) == 2 * 3 * 3 * 2
+    first = [(r["role"], r["head"], r["window"]) for r in table if r["site"] == "text.0.mlp"]
+    assert first[:6] == [
+        (role, None, window) for role in ("subject", "eos") for window in ("", "early", "late")
+    ]
+    assert [head for _, head, _ in first] == [None] * 6 + [0] * 6 + [1] * 6
+    assert [site.index for site in Effects.of(made, {}).top(5)] == [1, 0]
+
+
+def test_an_absent_window_is_every_step(effects):
+    assert {r["window"] for r in effects.mean().to_pylist()} == {""}
+
+
+def test_files_of_another_version_are_refused(effects, tmp_path):
+    path = effects.save(tmp_path / "old.parquet")
+    old = pq.read_table(path).drop_columns(["window", "head"])
+    pq.write_table(old, path)
+    with pytest.raises(ValueError, match="lack 'window', for another version wrote them: trace"):
+        Effects.load(path)
 
 
 def test_foreign_files_are_refused(tmp_path):
