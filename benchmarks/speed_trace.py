@@ -14,8 +14,8 @@ kind      a naive loop that saves what it can: the clean picture is drawn once, 
 All three draw with the same scheduler, steps, guidance, start noise and judge, and get two threads. They take turns, so
 that a busy neighbour slows all; the ratio is that of the medians. `max_difference` is the largest difference of any
 score in the maps. `memory_growth` is the peak of 10, 20 and 50 steps, largest over smallest, minus 1: of live tensors,
-counted operation by operation, and of the resident memory of a fresh process above what it holds once loaded; the
-worse of both. `--quick` traces the states of two layers in fewer steps and leaves out the fresh processes.
+counted operation by operation, and of a fresh process's resident memory; the worse of both. `--quick` traces the
+states of two layers and every other layer of the UNet in fewer steps, and leaves out the fresh processes.
 Writes `benchmarks/results/speed_trace.json`.
 """
 
@@ -243,13 +243,9 @@ def memory(case: Case, *, quick: bool) -> dict[str, Any]:
     if not quick:
         command = [sys.executable, __file__, "--resident"]
         resident = [float(subprocess.check_output([*command, str(n)], text=True)) for n in counts]
-        result |= {f"resident_mib_{n}": r for n, r in zip(counts, resident, strict=True)}
+        result |= {f"resident_mib_{n}": round(r, 1) for n, r in zip(counts, resident, strict=True)}
         growth.append(max(resident) / min(resident) - 1)
     return {**result, "memory_growth": round(max(growth), 4)}
-
-
-def resident_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def load(steps: int) -> Case:
@@ -295,9 +291,8 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     case = load(steps=2 if arguments.quick else 10)
     if arguments.resident:
-        loaded = resident_mib()
         few(case, arguments.resident)
-        print(resident_mib() - loaded)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
     repeats = 1 if arguments.quick else arguments.repeats
     result = measure(case, quick=arguments.quick, repeats=repeats)
