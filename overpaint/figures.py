@@ -192,7 +192,7 @@ def _bars(axis: "Axes", panel: BarPanel, theme: Theme) -> None:
         for place in places[~np.isfinite(means)]:
             axis.text(
                 0.02, place, "no value", transform=axis.get_yaxis_transform(), va="center",
-                fontsize=min(6.5, 9 * thick), color=theme.control,
+                fontsize=6.5 if thick > 0.5 else 5, color=theme.control,
             )  # fmt: skip
     groups = [bar.group for bar in panel.series[0][1]]
     for place in [i for i in range(1, len(groups)) if groups[i] != groups[i - 1]]:
@@ -223,8 +223,10 @@ def _colors(theme: Theme, low: float, high: float) -> "Colormap":
 
 def _figure(width: float, height: float, theme: Theme) -> "Figure":
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    return Figure(figsize=(width, height), dpi=160, facecolor=theme.paper, layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.07)
+    return Figure(figsize=(width, height), dpi=160, facecolor=theme.paper, layout=layout)
 
 
 def _label(axis: "Axes", panel: Panel, theme: Theme, low: float, high: float) -> None:

@@ -29,7 +29,7 @@ _KINDS = {
     "cross_attn": "cross-attention", "self_attn": "self-attention", "mlp": "MLP",
     "resnet": "ResNet", "group": "groups",
 }  # fmt: skip
-_PARTS = {"text2": ", second encoder"}
+_PARTS = {"text2": ", 2nd encoder"}
 _WINDOWS = {"": "all steps", "early": "early steps", "middle": "middle steps", "late": "late steps"}
 _MIRRORED = {"indirect_effect": "indirect effect: clean minus score with the state corrupted"}
 
@@ -86,13 +86,16 @@ def head_panels(effects: Effects, value: str) -> list[Panel]:
     means, sites = _means(effects, value), effects.sites()
     single = [state for state in means if state.head is not None]
     heads = {str(state.head): state.head for state in sorted(single, key=lambda s: s.head or 0)}
+    groups: dict[tuple[str, str, str], dict[str, Site]] = {}
+    for state in single:
+        site = sites[state.site]
+        groups.setdefault((site.part, state.role, state.window), {})[site.name] = site
     panels: list[Panel] = []
-    for role, window in dict.fromkeys((s.role, s.window) for s in single):
-        names = dict.fromkeys(s.site for s in single if (s.role, s.window) == (role, window))
-        title = "heads" + (f", {_words(role)}" if role else "")
+    for (part, role, window), found in groups.items():
+        title = "heads" + _PARTS.get(part, "") + (f", {_words(role)}" if role else "")
         title += f", {_WINDOWS[window]}" if window else ""
         columns = {text: (role, head, window) for text, head in heads.items()}
-        panels.append(_panel(title, [sites[name] for name in names], columns, means))
+        panels.append(_panel(title, list(found.values()), columns, means))
     return panels
 
 
@@ -181,7 +184,7 @@ def _row(site: Site) -> str:
     """Return what tells a site from others of its panel."""
     if site.kind == "group":
         return site.name
-    return f"layer {site.index}" if site.part == "text" else site.name.removeprefix("unet.")
+    return f"layer {site.index}" if site.part != "unet" else site.name.removeprefix("unet.")
 
 
 def _windows(found: Iterable[State]) -> list[str]:
