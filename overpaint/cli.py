@@ -17,7 +17,20 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from overpaint.terminal import check_writable, print_facts, print_json, progress, table
+from overpaint.cli_trace import trace
+from overpaint.terminal import (
+    Device,
+    Json,
+    Model,
+    Seed,
+    Steps,
+    check_writable,
+    load_model,
+    print_facts,
+    print_json,
+    progress,
+    table,
+)
 
 __all__ = ["app", "main"]
 
@@ -29,12 +42,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Model = Annotated[str, typer.Argument(help="A zoo name (icons), a folder, or a hub id.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Seed = Annotated[int, typer.Option(help="Everything drawn at random follows from it.")]
-Steps = Annotated[int, typer.Option(help="Denoising steps of a picture.")]
 
 _PARTS = ("text_encoder", "text_encoder_2", "unet", "vae")
 
@@ -88,7 +95,7 @@ def demo(
     from overpaint import demo as whole
 
     check_writable(out)
-    loaded = _load(model, device)
+    loaded = load_model(model, device)
     with progress(as_json) as stage:
         summary = whole.run(
             loaded, out, erase=erase, replace=replace, size=whole.QUICK if quick else whole.FULL, seed=seed,
@@ -103,7 +110,7 @@ def demo(
 @app.command()
 def load(model: Model, device: Device = "cpu", as_json: Json = False) -> None:
     """Say what a model is made of."""
-    loaded = _load(model, device)
+    loaded = load_model(model, device)
     parts = {
         name: type(part).__name__
         for name in (*_PARTS, "tokenizer", "tokenizer_2", "scheduler")
@@ -134,7 +141,7 @@ def generate(
     from overpaint.edit import Change
 
     check_writable(out)
-    loaded = _load(model, device)
+    loaded = load_model(model, device)
     if change is not None:
         Change.load(change).apply(loaded)
     with progress(as_json) as stage:
@@ -151,66 +158,14 @@ def sites(model: Model, device: Device = "cpu", as_json: Json = False) -> None:
     """List the places that can be traced, in the order they run."""
     from overpaint.sites import find
 
-    found = find(_load(model, device))
+    found = find(load_model(model, device))
     if as_json:
         print_json({"sites": [{"name": s.name, "kind": s.kind, "path": s.path} for s in found]})
     else:
         table(("site", "kind", "module"), [(s.name, s.kind, s.path) for s in found])
 
 
-@app.command()
-def trace(
-    model: Model,
-    out: Annotated[Path, typer.Option(help="Folder for the effects.")] = Path("runs/trace"),
-    part: Annotated[str, typer.Option(help="text or unet.")] = "text",
-    kind: Annotated[str, typer.Option(help="Which probes: style, object, color, ...")] = "style",
-    vocabulary: Annotated[str, typer.Option(help="icons, or natural for photographs.")] = "icons",
-    limit: Annotated[int, typer.Option(help="At most so many probes.")] = 8,
-    source: Annotated[
-        str, typer.Option(help="unet: clean_trajectory or same_latent.")
-    ] = "clean_trajectory",
-    features_only: Annotated[
-        bool, typer.Option("--features-only", help="text: draw no pictures.")
-    ] = False,
-    seed: Seed = 0,
-    steps: Steps = 20,
-    device: Device = "cpu",
-    as_json: Json = False,
-) -> None:
-    """Find where a kind of concept is kept; `overpaint report` draws the result."""
-    from overpaint import probes, trace
-
-    if part not in ("text", "unet"):
-        raise ValueError(f"unknown part {part!r}: choose text or unet.")
-    check_writable(out)
-    asked = probes.load(kind, vocabulary=vocabulary)[:limit]
-    loaded = _load(model, device)
-    with progress(as_json) as stage:
-        shared: dict[str, Any] = {
-            "seeds": (seed,), "steps": steps,
-            "on_progress": lambda done, total: stage(done, total, f"tracing {part}"),
-        }  # fmt: skip
-        if part == "text":
-            effects = trace.text_encoder(loaded, asked, generate=not features_only, **shared)
-        else:
-            effects = trace.unet(loaded, asked, source=source, **shared)  # type: ignore[arg-type]
-    path = effects.save(out / ("text.parquet" if part == "text" else f"unet-{source}.parquet"))
-    rows = sorted(effects.mean().to_pylist(), key=lambda row: -row["mean"])[:10]
-    if as_json:
-        return print_json({"effects": str(path), "top": rows})
-    table(
-        ("site", "token", "effect", "95 % interval"),
-        [
-            (
-                r["site"],
-                r["role"] or "all",
-                f"{r['mean']:.3f}",
-                f"{r['low']:.3f} to {r['high']:.3f}",
-            )
-            for r in rows
-        ],
-    )
-    return print_facts({"effects": str(path)}, as_json=False)
+app.command()(trace)
 
 
 @app.command()
@@ -238,7 +193,7 @@ def edit(
             f"{len(erase)} --erase for {len(replace)} --replace: give one replacement for each concept."
         )
     check_writable(out.parent)
-    loaded = _load(model, device)
+    loaded = load_model(model, device)
     kept = list(preserve or [])
     for text in erase if neighbours else ():
         kept += [p for p in _neighbours(text) if p not in kept]
@@ -265,7 +220,7 @@ def apply(
     if out.exists():
         raise FileExistsError(f"{str(out)!r} exists already: name a new folder with --out.")
     check_writable(out.parent)
-    loaded = _load(model, device)
+    loaded = load_model(model, device)
     Change.load(change).apply(loaded)
     draft = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
@@ -294,7 +249,7 @@ def evaluate(
     from overpaint.evaluate import compare
 
     check_writable(out)
-    loaded, found = _load(model, device), Change.load(change)
+    loaded, found = load_model(model, device), Change.load(change)
     with progress(as_json) as stage:
         comparison = compare(
             loaded, {"no edit": None, "change": found}, held_out=_held_out(model), size=size,
@@ -348,22 +303,6 @@ def train(
 
 
 # --- what the verbs share ---------------------------------------------------------------------------------------------
-
-
-def _load(model: str, device: str) -> Any:
-    """Load a model without the libraries' own chatter."""
-    import diffusers
-    import transformers
-
-    from overpaint import model as models
-
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        return models.load(model, device=device)
-    except RuntimeError as error:  # torch names an unknown or absent device so
-        raise ValueError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error
 
 
 def _held_out(model: str) -> frozenset[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What the command line shows and checks: bars with the time left, tables, JSON, a folder that can be written."""
+"""What the verbs of the command line share: options, bars with the time left, tables, JSON, checks."""
 
 import json
 import math
@@ -6,13 +6,32 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["check_writable", "print_facts", "print_json", "progress", "table"]
+__all__ = [
+    "Device",
+    "Json",
+    "Model",
+    "Seed",
+    "Steps",
+    "check_writable",
+    "load_model",
+    "print_facts",
+    "print_json",
+    "progress",
+    "table",
+]
+
+Model = Annotated[str, typer.Argument(help="A zoo name (icons), a folder, or a hub id.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Seed = Annotated[int, typer.Option(help="Everything drawn at random follows from it.")]
+Steps = Annotated[int, typer.Option(help="Denoising steps of a picture.")]
 
 
 def check_writable(folder: Path, *, make: bool = True) -> None:
@@ -75,3 +94,19 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         drawn.add_row(*row)
     Console().print(drawn)
+
+
+def load_model(model: str, device: str) -> Any:
+    """Return a model, loaded without the libraries' own chatter."""
+    import diffusers
+    import transformers
+
+    from overpaint import model as models
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        return models.load(model, device=device)
+    except RuntimeError as error:  # torch names an unknown or absent device so
+        raise ValueError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error

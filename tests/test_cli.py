@@ -81,6 +81,21 @@ def test_trace_saves_what_report_draws(run, tiny_folder, tmp_path):
     assert "Where the text encoder keeps it" in (tmp_path / "report.html").read_text()
 
 
+def test_trace_goes_on_screens_and_draws(run, tmp_path):
+    command = ("trace", "icons", "--limit", 1, "--steps", 2, "--screen", 0.05, "--out", tmp_path)
+    code, out, _ = run(*command, "--json")
+    assert code == 0
+    told = json.loads(out)
+    assert told["screen"]["share"] == 0.05
+    assert told["screen"]["drawn"] == len(told["top"]) < told["screen"]["states"] / 10
+    shards = {p: p.stat().st_mtime_ns for p in (tmp_path / "text-runs").glob("*.parquet")}
+    code, out, _ = run(*command)
+    assert code == 0
+    assert str(tmp_path / "text.png") in out
+    assert shards == {p: p.stat().st_mtime_ns for p in (tmp_path / "text-runs").glob("*.parquet")}
+    assert "steps" in refused(run(*command[:5], 3, *command[6:], "--json"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -91,7 +106,11 @@ def test_trace_saves_what_report_draws(run, tiny_folder, tmp_path):
         (("demo",), "Missing option '--out'"),
         (("train", "nonesuch"), "no recipe for 'nonesuch': choose icons or icons-judge"),
         (("report", "nonesuch"), "cannot write into 'nonesuch'"),
-        (("trace", "icons", "--part", "vae"), "unknown part 'vae': choose text or unet"),
+        (("trace", "icons", "--part", "vae"), "unknown part 'vae': choose text, unet or swap"),
+        (("trace", "icons", "--part", "swap"), "a swap needs a prompt to swap in: say --target"),
+        (("trace", "icons", "--part", "swap", "--target", "x", "--screen", "0.2"), "a swap has none"),
+        (("trace", "icons", "--windows", "--memory", "-3", "--json", "--part", "unet", "--out", "{tmp}"),
+         "`memory` must be a positive number of MiB, got -3"),
         (("trace", "icons", "--kind", "smell", "--out", "{tmp}"), "unknown kind of probe 'smell'"),
         (("load", "{model}", "--device", "toaster"), "cannot use device 'toaster'"),
         (("edit", "{model}", "--erase", "a", "--erase", "b", "--replace", "c"), "2 --erase for 1"),

@@ -27,7 +27,7 @@ from overpaint.trace.effects import Effects
 from overpaint.trace.lockstep import Branches, Source
 from overpaint.trace.runs import Drawing, Scorer, about
 
-__all__ = ["agreement", "best", "text_encoder", "unet"]
+__all__ = ["agreement", "best", "noted", "text_encoder", "unet"]
 
 
 def unet(
@@ -212,6 +212,28 @@ def agreement(screened: Effects, exact: Effects, *, value: str = "indirect_effec
         return math.nan
     ranks = torch.tensor([rankdata(numbers).tolist() for numbers in maps], dtype=torch.float64)
     return float(torch.corrcoef(ranks)[0, 1])
+
+
+def noted(exact: Effects, screened: Effects, *, share: float) -> Effects:
+    """Return `exact` with a note in its protocol that only a share of the states was drawn, and how well chosen.
+
+    Args:
+        exact: Effects of the states that `best` chose.
+        screened: The estimates it chose by.
+        share: The share asked for.
+
+    Returns:
+        The same table; `protocol["screen"]` holds the share, the states estimated and drawn, and `agreement`.
+    """
+    correlation = agreement(screened, exact, value=exact.value())
+    note = {
+        "share": share,
+        "states": len(_means(screened, "attribution")),
+        "drawn": len(_means(exact, exact.value())),
+        "spearman": None if math.isnan(correlation) else correlation,
+        "last": screened.protocol.get("last"),
+    }
+    return Effects(exact.table, {**exact.protocol, "screen": note})
 
 
 def _check(
