@@ -1,0 +1,448 @@
+"""Where does `icons` keep what it knows, does the paper's picture of it hold, and how few steps show it?
+
+    python benchmarks/quality_trace.py [--quick] [--json] [--prompts N] [--steps S] [--solver NAME]
+
+For each attribute (style, object, color, count, action, fact) N prompts, as many of each number of concept tokens as
+there are, are traced: every (sublayer, position) of the text encoder, beside an untrained encoder and with other words
+corrupted; every layer of the UNet, from the clean trajectory (the paper) and on the same latents (the control, which
+leaves only what the prompt says). Asked of the maps:
+
+  - which state is best for each attribute, and what is left of it without training;
+  - is it layer 0's self-attention at the last concept token, as the paper found, by number of concept tokens;
+  - which states are causal (sign-flip test over all prompts, Holm's correction);
+  - what the control leaves of the UNet's map;
+  - how well few steps and gradient screening agree with DDIM's 50 steps and with the exact map, and what they save.
+
+The judge is `icons-judge`. Finished prompts are kept in `runs/quality_trace`, so that a run that was stopped goes on.
+The defaults take about 20 minutes on two idle cores; N prompts take N times as long. Writes
+`benchmarks/results/quality_trace.json`.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+import overpaint as op
+from overpaint import features
+from overpaint.metrics import Interval, bootstrap
+from overpaint.probes import Probe
+from overpaint.spans import find_span
+from overpaint.trace import Effects, screen
+from overpaint.trace.runs import fingerprint
+
+RESULTS = Path(__file__).parent / "results"
+ATTRIBUTES = ("style", "object", "color", "count", "action", "fact")
+FIRST, MLP = ("text.0.self_attn", "last_subject"), ("text.0.mlp", "last_subject")
+BEFORE_TEXT = ("unet.resnet.0", "unet.self_attn.0")
+TRACES = ("text", "clean_trajectory", "same_latent")
+Row = dict[str, Any]
+Maps = dict[str, Effects]  # by name in TRACES
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to draw: the whole, or the quick look."""
+
+    model: op.TextToImage
+    judge: features.Judge
+    attributes: tuple[str, ...]
+    prompts: int
+    steps: int
+    solver: str
+    reference: int  # DDIM steps of the solver table
+    solvers: tuple[tuple[str, int], ...]
+    solver_prompts: int
+    folder: Path | None
+
+    def place(self, *names: str) -> Path | None:
+        """Return where something is kept, if anywhere."""
+        return None if self.folder is None else self.folder.joinpath(*names)
+
+
+def chosen(model: op.TextToImage, attribute: str, count: int) -> list[Probe]:
+    """Return `count` probes of an attribute, in turn of each number of concept tokens, else in an order of chance."""
+    order = sorted(
+        op.probes.load(attribute), key=lambda p: hashlib.sha256(p.id.encode()).hexdigest()
+    )
+    groups: dict[int, list[Probe]] = {}
+    for probe in order:
+        groups.setdefault(tokens(model, probe), []).append(probe)
+    turns = [g[i] for i in range(len(order)) for _, g in sorted(groups.items()) if i < len(g)]
+    return turns[:count]
+
+
+def tokens(model: op.TextToImage, probe: Any) -> int:
+    return len(find_span(model.tokenizer, probe.prompt, probe.concept))
+
+
+def trace(plan: Plan, attribute: str) -> Maps:
+    """Return the three maps of an attribute."""
+    probes = chosen(plan.model, attribute, plan.prompts)
+    options = {"steps": plan.steps, "solver": plan.solver, "score": plan.judge.score}
+    text = op.trace.text_encoder(
+        plan.model, probes, folder=plan.place(attribute, "text"), **options
+    )
+    return {
+        "text": text,
+        **{
+            source: op.trace.unet(
+                plan.model, probes, source=source, folder=plan.place(attribute, source), **options
+            )
+            for source in ("clean_trajectory", "same_latent")
+        },
+    }
+
+
+def cells(effects: Effects, value: str = "indirect_effect") -> dict[tuple[str, str], Interval]:
+    """Return the mean and interval of each state by (site, role)."""
+    return {
+        (row["site"], row["role"]): Interval(row["mean"], row["low"], row["high"], row["n"])
+        for row in effects.mean(value).to_pylist()
+    }
+
+
+def best_of(found: dict[tuple[str, str], Interval]) -> tuple[str, str]:
+    return max(found, key=lambda state: found[state].mean)
+
+
+def text_row(attribute: str, effects: Effects) -> Row:
+    found = cells(effects)
+    best = best_of(found)
+    runs = {
+        row["probe"]: (row["score_clean"], row["score_corrupted"])
+        for row in effects.table.to_pylist()
+        if row["score_clean"] is not None
+    }
+    clean, corrupted = (sum(numbers) / len(runs) for numbers in zip(*runs.values(), strict=True))
+    ranked = sorted(found, key=lambda state: -found[state].mean)
+    return {
+        "attribute": attribute,
+        "prompts": len(runs),
+        "clean": round(clean, 3),
+        "corrupted": round(corrupted, 3),
+        "dropped": effects.dropped,
+        "best state": " ".join(best),
+        "effect": found[best],
+        "layer 0 attention, last token": found[FIRST],
+        "layer 0 MLP, last token": found[MLP],
+        "rank of the former": f"{ranked.index(FIRST) + 1} of {len(ranked)}",
+    }
+
+
+def control_row(attribute: str, effects: Effects) -> Row:
+    """Return what training adds, in recovery of the text features, which the untrained encoder has too."""
+    rows = {(r["site"], r["role"]): r for r in effects.test("embed_recovery").table.to_pylist()}
+    best = max(rows, key=lambda state: rows[state]["mean"])
+    result: Row = {"attribute": attribute}
+    for name, state in (("best", best), ("layer 0 attention", FIRST), ("layer 0 MLP", MLP)):
+        row = rows[state]
+        low, high = row["trained_minus_untrained_low"], row["trained_minus_untrained_high"]
+        if name == "best":
+            result["best state"] = " ".join(state)
+        result[f"{name}: trained"] = round(row["mean"], 3)
+        result[f"{name}: untrained"] = round(row["untrained"], 3)
+        result[f"{name}: difference"] = Interval(
+            row["trained_minus_untrained"], low, high, row["prompts"]
+        )
+        if row["other_span"] is not None:
+            result[f"{name}: other words"] = round(row["other_span"], 3)
+    return result
+
+
+def unet_row(attribute: str, maps: Maps) -> Row:
+    paper, control = (cells(maps[name]) for name in ("clean_trajectory", "same_latent"))
+    whole, left = (sum(max(0.0, i.mean) for i in found.values()) for found in (paper, control))
+    early = [
+        max((found[site, ""] for site in BEFORE_TEXT), key=_mean) for found in (paper, control)
+    ]
+    agreed = maps["clean_trajectory"].agreement(maps["same_latent"])
+    return {
+        "attribute": attribute,
+        "best, clean trajectory": best_of(paper)[0],
+        "effect": paper[best_of(paper)],
+        "best, same latents": best_of(control)[0],
+        "its effect": control[best_of(control)],
+        "before any text: paper": early[0],
+        "before any text: control": early[1],
+        "Spearman": agreed,
+        "positive effects left": round(left / whole, 3) if whole else None,
+    }
+
+
+def _mean(interval: Interval) -> float:
+    return interval.mean
+
+
+def token_rows(model: op.TextToImage, effects: Effects) -> list[Row]:
+    """Return what each number of concept tokens makes of the layer-0 claim; effects as shares of the gap."""
+    found: dict[str, dict[tuple[str, str], float]] = {}
+    lengths: dict[str, int] = {}
+    for row in effects.table.to_pylist():
+        if not row["control"] and row["recovery"] is not None:
+            probe = found.setdefault(row["probe"], {})
+            state = row["site"], row["role"]
+            probe[state] = max(row["recovery"], probe.get(state, -math.inf))
+            lengths[row["probe"]] = len(find_span(model.tokenizer, row["prompt"], row["concept"]))
+    rows: list[Row] = []
+    for length in sorted(set(lengths.values())):
+        probes = [found[name] for name in found if lengths[name] == length]
+        firsts = [probe[FIRST] == max(probe.values()) for probe in probes]
+        rows.append(
+            {
+                "concept tokens": length,
+                "prompts": len(probes),
+                "layer 0 attention": bootstrap([probe[FIRST] for probe in probes]),
+                "layer 0 MLP": bootstrap([probe[MLP] for probe in probes]),
+                "best state": bootstrap([max(probe.values()) for probe in probes]),
+                "prompts whose best is layer 0 attention": bootstrap(firsts),
+            }
+        )
+    return rows
+
+
+def pooled(effects: Sequence[Effects]) -> Effects:
+    return Effects(pa.concat_tables([e.table for e in effects]), effects[0].protocol)
+
+
+def causal_rows(maps: dict[str, Maps]) -> list[Row]:
+    """Return for each map over all attributes how many states are causal, and the strongest."""
+    rows: list[Row] = []
+    for name in TRACES:
+        verdict = pooled([found[name] for found in maps.values()]).test("indirect_effect")
+        states = verdict.table.to_pylist()
+        hit = sorted((s for s in states if s["causal"]), key=lambda s: -s["mean"])
+        significant = [s for s in states if s["p_holm"] is not None and s["p_holm"] <= 0.05]
+        rows.append(
+            {
+                "map": name,
+                "states": len(states),
+                "prompts tested": verdict.protocol["prompts_tested"],
+                "threshold": _rounded(verdict.protocol["threshold"]),
+                "significant": len(significant),
+                "causal": len(hit),
+                "strongest": ", ".join(f"{s['site']} {s['role']}".strip() for s in hit[:4])
+                or "none",
+            }
+        )
+    return rows
+
+
+def _rounded(number: float | None) -> float | None:
+    return None if number is None else round(number, 3)
+
+
+def timed(path: Path | None, draw: Callable[[], Effects]) -> tuple[Effects, float]:
+    """Return effects and the seconds they took, from disk where they were drawn before."""
+    if path is not None and path.is_file():
+        effects = Effects.load(path)
+        return effects, effects.protocol["seconds"]
+    start = time.perf_counter()
+    effects = draw()
+    seconds = time.perf_counter() - start
+    if path is not None:
+        Effects(effects.table, {**effects.protocol, "seconds": seconds}).save(path)
+    return effects, seconds
+
+
+def solver_rows(plan: Plan) -> list[Row]:
+    """Return how well few steps agree with many, and what they save; text states at two tokens."""
+    probes = [
+        p for a in plan.attributes[:2] for p in chosen(plan.model, a, -(-plan.solver_prompts // 2))
+    ][: plan.solver_prompts]
+
+    def both(solver: str, steps: int) -> tuple[Maps, float]:
+        options = {"steps": steps, "solver": solver, "score": plan.judge.score}
+        name = f"solver-{solver}-{steps}"
+        text, text_seconds = timed(
+            plan.place(f"{name}-text.parquet"),
+            lambda: op.trace.text_encoder(
+                plan.model, probes, positions=("last_subject", "eos"), control=False, **options
+            ),
+        )
+        unet, unet_seconds = timed(
+            plan.place(f"{name}-unet.parquet"),
+            lambda: op.trace.unet(plan.model, probes, **options),
+        )
+        return {"text": text, "unet": unet}, text_seconds + unet_seconds
+
+    reference, whole = both("ddim", plan.reference)
+    rows = [{"solver": "ddim", "steps": plan.reference, "text": None, "unet": None, "saved": 1.0}]
+    for solver, steps in plan.solvers:
+        found, seconds = both(solver, steps)
+        agreed = {name: found[name].agreement(reference[name]) for name in ("text", "unet")}
+        rows.append(
+            {"solver": solver, "steps": steps, **agreed, "saved": round(whole / seconds, 2)}
+        )
+    return rows
+
+
+def screen_rows(plan: Plan, maps: dict[str, Maps]) -> list[Row]:
+    """Return how well attribution through the last K steps agrees with the exact maps."""
+    rows: list[Row] = []
+    for last in dict.fromkeys((1, -(-plan.steps // 2), plan.steps)):
+        row: Row = {"last steps": last}
+        for name in TRACES:
+            start = time.perf_counter()
+            found = [_screened(plan, attribute, name, last) for attribute in maps]
+            exact = pooled([m[name] for m in maps.values()])
+            row[name] = pooled(found).agreement(
+                exact, value="attribution", other_value="indirect_effect"
+            )
+            row[f"{name}, seconds a prompt"] = round(
+                (time.perf_counter() - start) / (len(maps) * plan.prompts), 2
+            )
+        rows.append(row)
+    return rows
+
+
+def _screened(plan: Plan, attribute: str, name: str, last: int) -> Effects:
+    probes = chosen(plan.model, attribute, plan.prompts)
+    options = {"last": last, "steps": plan.steps, "solver": plan.solver, "score": plan.judge.score}
+    if name == "text":
+        return screen.text_encoder(plan.model, probes, **options)
+    return screen.unet(plan.model, probes, source=name, **options)
+
+
+def table(title: str, rows: Sequence[Row]) -> str:
+    """Return a Markdown table; intervals as mean [low, high]."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [f"\n### {title}\n", f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    lines += [
+        "| " + " | ".join("" if row.get(n) is None else _text(row[n]) for n in names) + " |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Interval):
+        return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
+    return str(value)
+
+
+def plain(value: Any) -> Any:
+    """Return an interval as JSON has it."""
+    if isinstance(value, Interval):
+        return {"mean": value.mean, "low": value.low, "high": value.high, "n": value.n}
+    return value
+
+
+def figures(tables: dict[str, list[Row]]) -> dict[str, float]:
+    """Return the flat figures: names to numbers."""
+    result: dict[str, float] = {}
+    for row in tables["text"]:
+        a = row["attribute"]
+        result[f"{a}_clean"], result[f"{a}_corrupted"] = row["clean"], row["corrupted"]
+        result[f"{a}_text_best"] = row["effect"].mean
+        result[f"{a}_text_layer0"] = row["layer 0 attention, last token"].mean
+    for row in tables["unet"]:
+        a = row["attribute"]
+        result[f"{a}_unet_best"], result[f"{a}_unet_best_control"] = (
+            row["effect"].mean,
+            row["its effect"].mean,
+        )
+        result[f"{a}_unet_spearman"] = row["Spearman"].mean
+    for row in tables["solvers"][1:]:
+        name = f"{row['solver']}_{row['steps']}"
+        result[f"{name}_spearman_text"] = row["text"].mean
+        result[f"{name}_spearman_unet"] = row["unet"].mean
+        result[f"{name}_saved"] = row["saved"]
+    for row in tables["screening"]:
+        for name in TRACES:
+            result[f"screen_{row['last steps']}_spearman_{name}"] = row[name].mean
+    return {name: round(n, 4) for name, n in result.items() if math.isfinite(n)}
+
+
+def plan_of(arguments: argparse.Namespace) -> Plan:
+    model, judge = op.load("icons"), features.load()
+    if arguments.quick:
+        return Plan(
+            model, judge, ("style", "object"), 1, 1, "own", 2, (("own", 1), ("dpm", 1)), 1, None
+        )
+    solvers = (("own", 10), ("own", 15), ("own", 20), ("dpm", 10), ("dpm", 15))
+    name = f"{fingerprint(model)}-{arguments.prompts}-{arguments.solver}-{arguments.steps}"
+    folder = Path("runs/quality_trace") / name
+    return Plan(
+        model, judge, ATTRIBUTES, arguments.prompts, arguments.steps, arguments.solver, 50, solvers, 2, folder
+    )  # fmt: skip
+
+
+def tables_of(plan: Plan) -> dict[str, list[Row]]:
+    maps = {attribute: trace(plan, attribute) for attribute in plan.attributes}
+    text = pooled([found["text"] for found in maps.values()])
+    return {
+        "text": [text_row(a, found["text"]) for a, found in maps.items()],
+        "control": [control_row(a, found["text"]) for a, found in maps.items()],
+        "tokens": token_rows(plan.model, text),
+        "unet": [unet_row(a, found) for a, found in maps.items()],
+        "causal": causal_rows(maps),
+        "screening": screen_rows(plan, maps),
+        "solvers": solver_rows(plan),
+    }
+
+
+TITLES = {
+    "text": "Text encoder: score(restored) - score(corrupted), mean over prompts [95 % interval]",
+    "control": "Text features recovered, trained and untrained",
+    "tokens": "By number of concept tokens: share of the gap that one state restores",
+    "unet": "UNet: the paper's source and the same-latent control",
+    "causal": "Causal states over all attributes (sign flips, Holm, half-gap of validation prompts)",
+    "screening": "Gradient screening against the exact map: Spearman over states",
+    "solvers": "Few steps against many: Spearman of the maps, and how many times faster",
+}
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="two prompts, few steps, same code")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--prompts", type=int, default=4, help="prompts an attribute")
+    parser.add_argument("--steps", type=int, default=10, help="denoising steps of the maps")
+    parser.add_argument("--solver", default="own", help="own, ddim or dpm")
+    arguments = parser.parse_args()
+    start = time.perf_counter()
+    torch.set_num_threads(2)
+    plan = plan_of(arguments)
+    tables = tables_of(plan)
+    for name, rows in tables.items():
+        print(table(TITLES[name], rows))
+    result = {**figures(tables), "seconds": round(time.perf_counter() - start, 1)}
+    protocol = {
+        **plan.model.protocol(steps=plan.steps, guidance_scale=plan.model.guidance_scale),
+        "weights": fingerprint(plan.model),
+        "solver": plan.solver,
+        "prompts": {
+            a: [p.prompt for p in chosen(plan.model, a, plan.prompts)] for a in plan.attributes
+        },
+        "seed": 0,
+        "quick": arguments.quick,
+        "load_average": os.getloadavg()[0],
+    }
+    report = {
+        name: [{n: plain(v) for n, v in row.items()} for row in rows]
+        for name, rows in tables.items()
+    }
+    RESULTS.mkdir(exist_ok=True)
+    beside = RESULTS / ".quality_trace.part"
+    whole = {"result": result, "tables": report, "protocol": protocol}
+    beside.write_text(json.dumps(whole, indent=1) + "\n")
+    os.replace(beside, RESULTS / "quality_trace.json")
+    if arguments.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
