@@ -1,29 +1,70 @@
 import re
 import tomllib
 from collections import Counter
+from pathlib import Path
 
 import pytest
+from transformers import CLIPTokenizerFast
 
+import overpaint
 from overpaint import probes
 from overpaint.probes import Probe
 from overpaint.probes import prompts as module
 from overpaint.spans import find_span
 from overpaint.zoo import build
 
+SIZES = {
+    "style": (36, 80), "object": (32, 168), "color": (24, 160), "action": (32, 160),
+    "viewpoint": (0, 80), "fact": (32, 24), "count": (24, 80), "trademark": (32, 32),
+}  # fmt: skip
+TABLES = [
+    (kind, vocabulary)
+    for kind, sizes in SIZES.items()
+    for vocabulary, size in zip(probes.VOCABULARIES, sizes, strict=True)
+    if size
+]
 
-@pytest.mark.parametrize("vocabulary", probes.VOCABULARIES)
-@pytest.mark.parametrize("kind", probes.KINDS)
+
+def test_the_lists_have_their_sizes():
+    assert tuple(SIZES) == probes.KINDS
+    for kind, vocabulary in TABLES:
+        found = len(probes.load(kind, vocabulary=vocabulary))
+        assert found == SIZES[kind][probes.VOCABULARIES.index(vocabulary)]
+
+
+@pytest.mark.parametrize(("kind", "vocabulary"), TABLES)
 def test_every_probe_holds_its_concept_once_and_within_the_limit(kind, vocabulary):
     tokenizer = build.clip_tokenizer()
     table = probes.load(kind, vocabulary=vocabulary)
-    assert len({probe.id for probe in table}) == len(table) >= 3
+    assert len({probe.id for probe in table}) == len(table)
     assert len({probe.prompt for probe in table}) == len(table)
     for probe in table:
         span = find_span(tokenizer, probe.prompt, probe.concept)
         assert 1 <= span.start < span.end < 76
         assert probe.kind == kind
         assert probe.licence == "CC0-1.0"
+        assert probe.source
+        assert probe.seed is None
         assert not re.search(r"[{}()]|\ba [aeiou]|\ban [^aeiou]", probe.prompt)
+
+
+def test_concepts_of_the_icon_world_are_of_one_two_three_and_more_tokens():
+    folder = Path(overpaint.__file__).parent / "zoo" / "weights" / "icons" / "tokenizer"
+    tokenizer = CLIPTokenizerFast.from_pretrained(folder)
+    lengths = {
+        kind: {len(find_span(tokenizer, p.prompt, p.concept)) for p in probes.load(kind)}
+        for kind, vocabulary in TABLES
+        if vocabulary == "icons"
+    }
+    assert lengths["object"] >= {1, 2, 3, 4}
+    assert lengths["fact"] >= {1, 2, 3}
+    assert lengths["trademark"] >= {1, 2, 3, 4}
+    assert lengths["style"] == {2, 3}
+
+
+def test_a_few_first_probes_already_ask_for_many_concepts():
+    for kind, vocabulary in TABLES:
+        assert len({p.label for p in probes.load(kind, vocabulary=vocabulary)[:8]}) >= 3
 
 
 def test_styles_are_each_asked_with_the_same_objects():
@@ -37,17 +78,33 @@ def test_styles_are_each_asked_with_the_same_objects():
     assert len({frozenset(rest) for rest in rests.values()}) == 1
 
 
-def test_no_style_probe_is_a_pair_kept_out_of_training():
-    from overpaint.train.icon_world import COLORS, LOGOS, OBJECTS, STYLES, held_out
+def test_icon_probes_are_captions_of_pairs_that_training_showed():
+    from overpaint.train import icon_world as world
 
-    for probe in probes.load("style"):
-        thing = re.fullmatch(r"an? (.+) in (.+) style", probe.prompt)
-        assert thing is not None
-        assert thing[1] in OBJECTS
-        assert thing[2] in STYLES
-        assert (thing[1], thing[2]) not in held_out()
-    assert {probe.label for probe in probes.load("color")} <= set(COLORS)
-    assert {probe.concept for probe in probes.load("trademark")} == set(LOGOS)
+    singular = {world._IRREGULAR.get(name, f"{name}s"): name for name in world.OBJECTS}
+    for kind in ("style", "object", "color", "count"):
+        for probe in probes.load(kind):
+            form = r"(?:an? )?(?:(two|three|four) )?(.+) in (.+) style(?: on an? (.+) background)?"
+            match = re.fullmatch(form, probe.prompt)
+            assert match is not None
+            number, thing, style, color = match.groups()
+            thing = singular[thing] if number else thing
+            assert thing in world.OBJECTS
+            assert style in world.STYLES
+            assert (thing, style) not in world.held_out()
+            assert color is None or color in world.COLORS
+            assert (thing, color) not in world.held_out_colors()
+    for probe in probes.load("action"):
+        match = re.fullmatch(r"a person (.+) in (.+) style", probe.prompt)
+        assert match is not None
+        assert match[1] in world.ACTIONS
+        assert match[2] in world.STYLES
+    assert {probe.concept for probe in probes.load("fact")} == set(world.FLAGS)
+    assert {probe.concept for probe in probes.load("trademark")} == set(world.LOGOS)
+    labels = {
+        p.label for kind in ("object", "action", "fact", "trademark") for p in probes.load(kind)
+    }
+    assert labels <= set(world.subjects())
 
 
 def test_first_style_probe_word_for_word():
@@ -73,10 +130,107 @@ def test_unknown_kind_and_vocabulary_are_refused():
         probes.load("mood")
     with pytest.raises(ValueError, match="unknown vocabulary 'x': choose one of icons, natural"):
         probes.load("style", vocabulary="x")
+    with pytest.raises(
+        ValueError, match="no 'icons' probes of kind 'viewpoint': choose vocabulary natural"
+    ):
+        probes.load("viewpoint")
 
 
 def test_every_table_states_its_sources():
     for kind in probes.KINDS:
         table = tomllib.loads((module._TABLES / f"{kind}.toml").read_text())
-        assert set(table) == set(probes.VOCABULARIES)
+        assert [(kind, name) for name in table] == [t for t in TABLES if t[0] == kind]
         assert all(section["source"] and section["licence"] for section in table.values())
+
+
+CSV = """\ufeffcase_number,Prompt,evaluation_seed,artist
+3,"a house by Van Gogh, at night",1234,x
+7,a field by van gogh,99.0,x
+
+9,"van gogh's
+room",,x
+"""
+
+
+def written(folder, text, name="mine.csv"):
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_fields_csv_form(tmp_path):
+    first, second, third = probes.read(written(tmp_path, CSV), kind="style", concept="van gogh")
+    assert first == Probe(
+        "mine-style-3", "style", "a house by Van Gogh, at night", "van gogh", source="mine.csv", seed=1234
+    )  # fmt: skip
+    assert (second.seed, third.seed) == (99, None)
+    assert third.prompt == "van gogh's\nroom"
+    assert third.id == "mine-style-9"
+
+
+@pytest.mark.parametrize("column", ["concept", "subject"])
+def test_a_column_may_say_the_concept_and_the_label(column, tmp_path):
+    text = f"prompt,{column},label\na cat on a mat,cat,kitten\na dog,dog,\na mouse,,\n"
+    found = probes.read(written(tmp_path, text), kind="object", concept="mouse")
+    assert [(p.concept, p.label) for p in found] == [
+        ("cat", "kitten"), ("dog", "dog"), ("mouse", "mouse"),
+    ]  # fmt: skip
+    assert [p.id for p in found] == ["mine-object-0", "mine-object-1", "mine-object-2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "line 1: no column 'prompt' among none; begin the file with case_number"),
+        ("case,text\n1,a cat\n", "line 1: no column 'prompt' among case, text"),
+        ("prompt,seed\na cat,1\na cat, big,2\n", "line 3: 3 fields under 2 columns; put a prompt"),
+        ('prompt\na cat\n"a cat', "line 3: unexpected end of data; close every quote"),
+        ("prompt\na cat\na dog\n", "line 3: concept 'cat' stands 0 times as whole words in 'a dog'"),
+        ("prompt\na cat, a cat\n", "line 2: 2 fields under 1 columns"),
+        ("prompt\na cat and a Cat\n", "line 2: concept 'cat' stands 2 times as whole words"),
+        ("prompt\ncats\n", "line 2: concept 'cat' stands 0 times"),
+        ("prompt,case_number\n,1\n", "line 2: the prompt is empty: write one"),
+        ("prompt,case_number\na cat,1\nmy cat,1\n", "line 3: case '1' is there already: number"),
+        ("prompt,evaluation_seed\na cat,-1\n", "line 2: `evaluation_seed` '-1' is no whole number"),
+        ("prompt,evaluation_seed\na cat,1e3\n", "line 2: `evaluation_seed` '1e3' is no whole number"),
+        ("prompt\n", "holds no prompts: give it at least one"),
+    ],
+)  # fmt: skip
+def test_a_bad_csv_is_refused_with_the_line(text, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        probes.read(written(tmp_path, text), kind="object", concept="cat")
+
+
+def test_without_any_concept_the_reader_asks_for_one(tmp_path):
+    path = written(tmp_path, "prompt\na cat\n")
+    with pytest.raises(ValueError, match="line 2: nothing says which words .*pass `concept=`"):
+        probes.read(path, kind="object")
+
+
+def test_a_table_of_ones_own(tmp_path):
+    text = (Path(module.__file__).parent / "style.toml").read_text()
+    found = probes.read(written(tmp_path, text, "mine.toml"), kind="style")
+    both = (*probes.load("style"), *probes.load("style", vocabulary="natural"))
+    assert found == both
+    for bad in (
+        "[",
+        "[a]\nsource = 'x'",
+        "a = 1",
+        "[a]\nsource='x'\nlicence='y'\nprompts=[{template='{x}'}]",
+    ):
+        with pytest.raises(
+            ValueError, match=r"mine.toml' is no table of probes .*: write `source`"
+        ):
+            probes.read(written(tmp_path, bad, "mine.toml"), kind="style")
+    with pytest.raises(ValueError, match="`concept` is for CSV files: a table says it"):
+        probes.read(tmp_path / "mine.toml", kind="style", concept="x")
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no probes at .*none.csv': name a"):
+        probes.read(tmp_path / "none.csv", kind="style")
+    with pytest.raises(ValueError, match="cannot read probes from 'mine.xlsx': name a .csv"):
+        probes.read(written(tmp_path, "", "mine.xlsx"), kind="style")
+    (tmp_path / "old.csv").write_bytes("prompt\ncaf\u00e9\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"old.csv' is not UTF-8 text: save it as UTF-8"):
+        probes.read(tmp_path / "old.csv", kind="style", concept="caf")

@@ -1,7 +1,8 @@
 """Probe: a prompt, and the words in it that carry an attribute; the tables they are read from.
 
 A table (`<kind>.toml`) holds one section a vocabulary: `icons`, in the wording that the shipped model
-was trained on, and `natural`, for models of photographs. Each states its source and licence.
+was trained on, and `natural`, for models of photographs. Each states its source and licence. The natural lists
+are our own, as large as those of arXiv:2310.13730 seem to be; its lists are not published.
 """
 
 import re
@@ -12,9 +13,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-__all__ = ["KINDS", "VOCABULARIES", "Probe", "load"]
+__all__ = ["KINDS", "VOCABULARIES", "Probe", "fill", "load"]
 
-KINDS = ("style", "object", "color", "action", "fact", "count", "trademark")
+KINDS = ("style", "object", "color", "action", "viewpoint", "fact", "count", "trademark")
 VOCABULARIES = ("icons", "natural")
 _TABLES = Path(__file__).parent
 
@@ -31,6 +32,7 @@ class Probe:
         label: What a judge should see if the attribute is there; the concept if not said.
         source: Where the prompt comes from.
         licence: SPDX name of its licence.
+        seed: Start noise of its picture, where the prompt comes with one.
     """
 
     id: str
@@ -40,6 +42,7 @@ class Probe:
     label: str = ""
     source: str = ""
     licence: str = ""
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         if self.concept.lower() not in self.prompt.lower() or not self.concept.strip():
@@ -59,7 +62,7 @@ def load(kind: str, *, vocabulary: str = "icons") -> tuple[Probe, ...]:
         vocabulary: `"icons"` for the model that ships with the package, `"natural"` for others.
 
     Raises:
-        ValueError: No such kind or vocabulary.
+        ValueError: No such kind or vocabulary, or the vocabulary cannot say it.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind of probe {kind!r}: choose one of {', '.join(KINDS)}.")
@@ -67,29 +70,45 @@ def load(kind: str, *, vocabulary: str = "icons") -> tuple[Probe, ...]:
         raise ValueError(
             f"unknown vocabulary {vocabulary!r}: choose one of {', '.join(VOCABULARIES)}."
         )
-    table = tomllib.loads((_TABLES / f"{kind}.toml").read_text(encoding="utf-8"))[vocabulary]
+    tables = tomllib.loads((_TABLES / f"{kind}.toml").read_text(encoding="utf-8"))
+    if vocabulary not in tables:
+        raise ValueError(
+            f"there are no {vocabulary!r} probes of kind {kind!r}: choose vocabulary {', '.join(tables)}."
+        )
+    return fill(tables[vocabulary], kind, vocabulary)
+
+
+def fill(table: dict[str, Any], kind: str, name: str) -> tuple[Probe, ...]:
+    """Return the probes of one section of a table, every choice of the slots, the last slot moving fastest.
+
+    Args:
+        table: `source`, `licence` and `prompts`: templates with their concept, label, and lists of words for the slots.
+        kind: The attribute.
+        name: What the probes' ids begin with.
+    """
     filled = [probe for entry in table["prompts"] for probe in _fill(entry)]
     return tuple(
         Probe(
-            f"{vocabulary}-{kind}-{number:03d}",
+            f"{name}-{kind}-{number:03d}",
             kind,
-            source=table["source"],
-            licence=table["licence"],
-            **texts,
+            texts["prompt"],
+            texts["concept"],
+            texts["label"],
+            table["source"],
+            table["licence"],
         )
         for number, texts in enumerate(filled)
     )
 
 
 def _fill(entry: dict[str, Any]) -> Iterator[dict[str, str]]:
-    """Yield prompt, concept and label for every choice of the slots, the last slot moving fastest."""
     slots = {name: values for name, values in entry.items() if isinstance(values, list)}
     for chosen in product(*slots.values()):
         words = dict(zip(slots, chosen, strict=True))
         yield {
             "prompt": _articles(entry["template"].format(**words)),
             "concept": entry["concept"].format(**words),
-            "label": entry["label"].format(**words),
+            "label": entry.get("label", entry["concept"]).format(**words),
         }
 
 
