@@ -1,5 +1,7 @@
 """Laws of the direct effect: what a window of cross-attention reads is what the picture shows."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -32,13 +34,23 @@ def layers(tiny_double):
 
 @pytest.fixture
 def run(tiny_double):
-    def go(*windows, target="a cat in noto style", steps=2, guidance_scale=7.5, batch_size=32):
+    def go(
+        *windows,
+        target="a cat in noto style",
+        steps=2,
+        guidance_scale=7.5,
+        batch_size=32,
+        within=None,
+    ):
         drawing = Drawing.of(
             tiny_double, score=None, steps=steps, guidance_scale=guidance_scale, solver_name="own",
             direction="restore", minimum_gap=0, batch_size=batch_size, memory=None, draw=False,
         )  # fmt: skip
         embeds = encode(tiny_double, PROBE.prompt, target)
-        return draw(drawing, embeds, tiny_double.encode([""]), [list(w) for w in windows], seed=0)
+        with within or nullcontext():
+            return draw(
+                drawing, embeds, tiny_double.encode([""]), [list(w) for w in windows], seed=0
+            )
 
     return go
 
@@ -93,8 +105,7 @@ def test_a_layer_reads_the_target_in_its_row_of_the_conditional_branch_only(
         seen.append(states)
         return states
 
-    with hooks.patch({layers[5].module(tiny_double).to_k: note}):
-        run(layers[5:6], (), steps=1)
+    run(layers[5:6], (), steps=1, within=hooks.patch({layers[5].module(tiny_double).to_k: note}))
     (keys,) = seen
     empty, original, target, swapped, left = keys[0], *keys[4:]
     assert all(torch.equal(row, empty) for row in keys[:4])
@@ -235,11 +246,8 @@ def test_text_that_is_not_a_tensor_is_noticed(tiny_double, run, layers):
     def wrap(args, kwargs):
         return args, {**kwargs, "encoder_hidden_states": (kwargs["encoder_hidden_states"], [])}
 
-    with (
-        hooks.patch_arguments({module: wrap}),
-        pytest.raises(UnsupportedModel, match="not given its text as one tensor"),
-    ):
-        run(layers[:1], steps=1)
+    with pytest.raises(UnsupportedModel, match="not given its text as one tensor"):
+        run(layers[:1], steps=1, within=hooks.patch_arguments({module: wrap}))
 
 
 def test_a_layer_that_does_not_run_is_noticed(tiny_double, run):
