@@ -76,12 +76,12 @@ def comparison():
     return Comparison(found, baseline, asked, pictures)
 
 
-def effect(site, part, kind, index, role, value, control=""):
+def effect(site, part, kind, index, role, value, control="", **more):
     drawn = None if control else value
     return {
         "site": site, "part": part, "kind": kind, "index": index, "path": site, "role": role,
         "control": control, "probe": "p0", "prompt": "a cat", "concept": "cat", "seed": 0, "noise": 0,
-        "indirect_effect": drawn, "embed_recovery": value,
+        "indirect_effect": drawn, "embed_recovery": value, **more,
     }  # fmt: skip
 
 
@@ -155,6 +155,47 @@ def test_an_empty_or_damaged_folder_is_refused(folder, tmp_path_factory):
     (folder / "run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run.json' is damaged"):
         report.write(folder)
+
+
+def test_windows_heads_and_damage_have_their_place_on_the_page(tmp_path):
+    unet = [
+        effect(f"unet.self_attn.{n}", "unet", "self_attn", n, "", value, window=window, head=head)
+        for n, value in enumerate((0.6, -0.2))
+        for window in ("", "early", "late")
+        for head in (None, 0, 1)
+    ]
+    Effects.of(unet, {}).save(tmp_path / "unet-same_latent.parquet")
+    text = [
+        effect(f"{part}.0.self_attn", part, "self_attn", 0, "eos", value, head=head)
+        for part, value in (("text", 0.5), ("text2", -0.1))
+        for head in (None, 3)
+    ]
+    Effects.of(text, {}).save(tmp_path / "text.parquet")
+    page = Page(report.write(tmp_path).read_text())
+    alts = [image["alt"] for image in page.images]
+    assert sum(alt.startswith("Bar chart of 2 UNet sites") for alt in alts) == 1
+    assert sum("largest value, 0.60, is at Heads" in alt for alt in alts) == 1
+    words = " ".join(page.words)
+    assert "what is below zero, down to -0.10, is drawn in blue" in words
+    assert "Single heads, same latent (control)" in words
+
+
+def test_the_page_says_which_states_are_causal_or_why_none_can_be(tmp_path):
+    def rows(prompts):
+        ends = {"score_clean": 0.9, "score_corrupted": 0.1}
+        return [
+            effect(f"text.{n}.mlp", "text", "mlp", n, "eos", value + 0.01 * p % 0.03, **ends)
+            | {"probe": f"p{p}"}
+            for p in range(prompts)
+            for n, value in enumerate((0.7, 0.05, -0.02))
+        ]
+
+    for prompts, said in (
+        (30, "over 20 other prompts: text.0.mlp eos."),
+        (6, "So few prompts (4 beside those that set the threshold) cannot show that any of 3"),
+    ):
+        Effects.of(rows(prompts), {}).save(tmp_path / "text.parquet")
+        assert said in " ".join(Page(report.write(tmp_path).read_text()).words)
 
 
 def test_the_table_of_methods_shows_shares_changes_and_absent_values(comparison):

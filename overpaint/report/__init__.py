@@ -62,7 +62,7 @@ def _parts(source: Path) -> dict[str, Any]:
     paths = {name: source / f"unet-{name}.parquet" for name in charts.SOURCES}
     found = {name: Effects.load(path) for name, path in paths.items() if path.is_file()}
     if found:
-        parts["unet"] = [charts.unet_chart(found)]
+        parts["unet"] = charts.unet_charts(found)
     if (source / "comparison.json").is_file():
         comparison = Comparison.load(source)
         parts["scenes"] = scenes.scenes(comparison)

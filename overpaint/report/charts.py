@@ -2,14 +2,14 @@
 
 import base64
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from overpaint import figures
-from overpaint.figures import Drawing, Theme
+from overpaint.figures import Drawing, Panel, Theme
 from overpaint.trace import Effects, plot
 
-__all__ = ["SOURCES", "text_charts", "unet_chart"]
+__all__ = ["SOURCES", "text_charts", "unet_charts"]
 
 SOURCES = {"clean_trajectory": "clean trajectory", "same_latent": "same latent (control)"}
 
@@ -22,8 +22,11 @@ def text_charts(effects: Effects) -> list[dict[str, Any]]:
     """
     found: list[dict[str, Any]] = []
     if effects.mean("indirect_effect").num_rows:
-        caption = f"How much of the concept returns to the picture. {_scale(effects)}"
-        found.append(_heat_map(effects, "indirect_effect", caption))
+        caption = (
+            f"How much of the concept returns to the picture. {_scale(effects)}{_causal(effects)}"
+        )
+        panels = plot.map_panels(effects, "indirect_effect")
+        found.append(_heat_map(effects, "indirect_effect", caption, panels))
     if effects.mean("embed_recovery").num_rows:
         caption = "How far the text features return to the clean ones."
         if "untrained" in effects.table["control"].to_pylist():
@@ -31,12 +34,22 @@ def text_charts(effects: Effects) -> list[dict[str, Any]]:
                 " On the right an encoder of the same shape whose weights were never trained: what it shows too is the "
                 "architecture's doing, not knowledge."
             )
-        found.append(_heat_map(effects, "embed_recovery", caption))
+        panels = plot.map_panels(effects, "embed_recovery")
+        found.append(_heat_map(effects, "embed_recovery", caption, panels))
     return found
 
 
-def unet_chart(effects: Mapping[str, Effects]) -> dict[str, Any]:
-    """Return the chart of one or two traces of the UNet, by source: bars, or heads where only those were traced."""
+def unet_charts(effects: Mapping[str, Effects]) -> list[dict[str, Any]]:
+    """Return the charts of one or two traces of the UNet, by source: bars, and maps of single heads if traced."""
+    found = [_bar_chart(effects)]
+    for source, one in effects.items():
+        if panels := plot.head_panels(one, one.value()):
+            caption = f"Single heads, {SOURCES[source]}. {_scale(one)}"
+            found.append(_heat_map(one, one.value(), caption, panels))
+    return found
+
+
+def _bar_chart(effects: Mapping[str, Effects]) -> dict[str, Any]:
     first = next(iter(effects.values()))
     value = first.value()
     panels = plot.bar_panels({SOURCES[name]: found for name, found in effects.items()}, value)
@@ -44,7 +57,7 @@ def unet_chart(effects: Mapping[str, Effects]) -> dict[str, Any]:
     best = max(bars, key=lambda bar: bar.mean)
     caption = (
         f"Bars are means, lines 95 % bootstrap intervals over prompts. {_scale(first)} Sites are counted in the order "
-        "they run, each kind by itself."
+        f"they run, each kind by itself.{_causal(first)}"
     )
     unit = plot.unit(first, value)
     return {
@@ -55,8 +68,9 @@ def unet_chart(effects: Mapping[str, Effects]) -> dict[str, Any]:
     }
 
 
-def _heat_map(effects: Effects, value: str, caption: str) -> dict[str, Any]:
-    panels = plot.map_panels(effects, value)
+def _heat_map(
+    effects: Effects, value: str, caption: str, panels: Sequence[Panel]
+) -> dict[str, Any]:
     cells = [
         (v, panel.title, row, column)
         for panel in panels
@@ -69,7 +83,7 @@ def _heat_map(effects: Effects, value: str, caption: str) -> dict[str, Any]:
     unit = plot.unit(effects, value)
     return {
         "chart": _both(lambda theme: figures.heat_map(panels, theme=theme, unit=unit)),
-        "alt": f"Heat maps of text layers by kind of token. The largest value, {largest[0]:.2f}, is at {where}.",
+        "alt": f"Heat maps of {len(panels)} kinds of states. The largest value, {largest[0]:.2f}, is at {where}.",
         "caption": f"{caption} The number stands in each panel's largest cell{_below(cells)}",
     }
 
@@ -80,6 +94,32 @@ def _below(cells: list[tuple[float, str, str, str]]) -> str:
     if least[0] >= 0:
         return "."
     return f"; what is below zero, down to {least[0]:.2f}, is drawn in blue."
+
+
+def _causal(effects: Effects) -> str:
+    """Return which states are causal, in a sentence; nothing where there is no threshold."""
+    verdict = effects.test()
+    about = verdict.protocol
+    if about["threshold"] is None:
+        return ""
+    if about["smallest_p"] * about["states_tested"] > about["alpha"]:
+        return (
+            f" So few prompts ({about['prompts_tested']} beside those that set the threshold) cannot show that any of "
+            f"{about['states_tested']} states is causal."
+        )
+    names = [
+        " ".join(str(row[key]) for key in ("site", "role", "window") if row[key])
+        + (f" head {row['head']}" if row["head"] is not None else "")
+        for row in verdict.table.to_pylist()
+        if row["causal"]
+    ]
+    found = ", ".join(names[:5]).replace("_", " ") if names else "none"
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return (
+        f" Causal states, whose mean score reaches {about['threshold']:.2f} ({about['threshold_from']}) and whose "
+        f"effect has a Holm-corrected p of at most {about['alpha']:g} among {about['states_tested']} states over "
+        f"{about['prompts_tested']} other prompts: {found}{more}."
+    )
 
 
 def _scale(effects: Effects) -> str:

@@ -120,7 +120,8 @@ def _levels(effects: Effects) -> dict[State, float]:
     """
     effect = states.cells(effects.table, "indirect_effect")
     corrupted = states.cells(effects.table, "score_corrupted")
-    return {state: _average(effect[state]) + _average(corrupted[state]) for state in effect}
+    shared = effect.keys() & corrupted.keys()
+    return {state: _average(effect[state]) + _average(corrupted[state]) for state in shared}
 
 
 def _average(pairs: list[tuple[str, float]]) -> float:
