@@ -373,3 +373,25 @@ def test_attribution_agrees_with_small_noise_exactly_traced(tiny_double):
 def test_bad_requests(tiny_double, change, message):
     with pytest.raises(ValueError, match=message):
         screen.unet(tiny_double, [PROBE], **{"last": 1, **settings(**change)})
+
+
+def test_both_encoders_of_sdxl_are_screened(tiny_xl):
+    options = settings(steps=1, objective="latents")
+    found = attributions(screen.text_encoder(tiny_xl, [PROBE], last=1, **options))
+    parts = {site.split(".")[0] for site, _, _ in found}
+    assert parts == {"text", "text2"}
+    for part in parts:
+        assert any(n != 0 for (site, _, _), n in found.items() if site.startswith(f"{part}."))
+
+
+def test_a_note_says_what_was_drawn_and_how_well_it_was_chosen():
+    numbers = {("a", ""): 1.0, ("b", ""): 2.0, ("c", ""): 3.0, ("d", ""): 4.0}
+    drawn = {("a", ""): 0.1, ("b", ""): 0.3, ("c", ""): 0.2}
+    screened = Effects.of(rows(numbers, probe="p"), {"last": 7})
+    exact = Effects.of(rows(drawn, "indirect_effect", probe="p"), {"steps": 3})
+    noted = screen.noted(exact, screened, share=0.75)
+    assert noted.table is exact.table
+    assert noted.protocol["steps"] == 3
+    note = noted.protocol["screen"]
+    assert (note["share"], note["states"], note["drawn"], note["last"]) == (0.75, 4, 3, 7)
+    assert note["spearman"] == pytest.approx(0.5)

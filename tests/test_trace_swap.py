@@ -286,3 +286,20 @@ def test_other_effects_are_refused():
     effects = op.trace.Effects.of([], {"trace": "unet"})
     with pytest.raises(ValueError, match="these effects come from 'unet': pass what `trace.swap`"):
         pick_window(effects)
+
+
+def test_sdxls_layers_read_the_target_and_its_pooled_text_stays(tiny_xl):
+    """The pooled text reaches the UNet beside cross-attention, so even all layers are not quite the target."""
+    rows = swap(
+        tiny_xl, [PROBE], target=TARGET, window=1, steps=1, score=brightness, minimum_gap=-1
+    ).table.to_pylist()
+    assert all(row["latent_recovery"] != 0 for row in rows)
+    (whole,) = swap(
+        tiny_xl, [PROBE], target=TARGET, window=len(rows), steps=1, score=brightness, minimum_gap=-1
+    ).table.to_pylist()
+    assert 0 < whole["latent_recovery"] < 1
+    (same,) = swap(
+        tiny_xl, [PROBE], target="openmoji style", window=len(rows), steps=1, score=brightness
+    ).table.to_pylist()
+    assert same["score_restored"] == same["score_clean"] == same["score_corrupted"]
+    assert same["latent_recovery"] is None
