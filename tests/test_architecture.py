@@ -98,7 +98,9 @@ def calls(path):
 def test_only_the_command_line_prints_only_hooks_hooks_and_nobody_unpickles(path):
     for call in calls(path):
         last = call.rpartition(".")[2]
-        assert last != "print" or room(name(path)) in ("cli", "cli_trace", "terminal"), f"{name(path)} prints"
+        assert last != "print" or room(name(path)) in ("cli", "cli_trace", "terminal"), (
+            f"{name(path)} prints"
+        )
         assert not last.startswith("register_forward") or name(path) == "hooks", (
             f"{name(path)} hooks"
         )
