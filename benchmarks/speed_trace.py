@@ -12,10 +12,11 @@ kind      a naive loop that saves what it can: the clean picture is drawn once, 
           restored). For the UNet it keeps all activations of the clean run, so its memory grows with the steps.
 
 All three draw with the same scheduler, steps, guidance, start noise and judge, and get two threads. They take turns, so
-that a busy neighbour slows all; the ratio is that of the medians. `max_difference` is the largest difference of any
-score in the maps. `memory_growth` is the peak of 10, 20 and 50 steps, largest over smallest, minus 1: of live tensors,
-counted operation by operation, and of a fresh process's resident memory; the worse of both. `--quick` traces the
-states of two layers and every other layer of the UNet in fewer steps, and leaves out the fresh processes.
+that a busy neighbour slows all; the ratio is that of the medians (of an even number, the lower one). `max_difference`
+is the largest difference of any score in the maps. `memory_growth` is the peak of 10, 20 and 50 steps, largest over
+smallest, minus 1: of live tensors, counted operation by operation, and of a fresh process's resident memory; the worse
+of both. `--quick` traces the states of two layers and every other layer of the UNet in fewer steps, and leaves out the
+fresh processes.
 Writes `benchmarks/results/speed_trace.json`.
 """
 
@@ -210,7 +211,7 @@ def measure(case: Case, *, quick: bool, repeats: int) -> dict[str, Any]:
             start = time.perf_counter()
             maps[name] = draw()
             seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(numbers) for name, numbers in seconds.items()}
+    medians = {name: statistics.median_low(numbers) for name, numbers in seconds.items()}
     result: dict[str, Any] = {}
     for trace in ("text", "unet"):
         ours = medians[f"lockstep {trace}"]
@@ -294,7 +295,7 @@ def main() -> None:
         few(case, arguments.resident)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
-    repeats = 1 if arguments.quick else arguments.repeats
+    repeats = 2 if arguments.quick else arguments.repeats
     result = measure(case, quick=arguments.quick, repeats=repeats)
     result |= memory(case, quick=arguments.quick)
     result["seconds"] = round(time.perf_counter() - start, 1)
