@@ -159,21 +159,24 @@ def _best(estimate: "Effects | None", share: float | None) -> tuple[tuple[str, s
 
 def _show(effects: "Effects", path: Path, *, as_json: bool) -> None:
     """Print the ten best states, and where all of them are."""
-    rows = sorted(effects.mean().to_pylist(), key=lambda row: -row["mean"])[:10]
+    verdict = effects.test()
+    rows = sorted(verdict.table.to_pylist(), key=lambda row: -row["mean"])[:10]
     facts: dict[str, Any] = {"effects": str(path), "dropped": effects.dropped}
     if "screen" in effects.protocol:
         facts["screen"] = effects.protocol["screen"]
     if as_json:
-        return print_json({**facts, "top": rows})
+        return print_json({**facts, "threshold": verdict.protocol["threshold"], "top": rows})
     table(
-        ("site", "token", "head", "steps", "effect", "95 % interval", "n"),
+        ("site", "token", "head", "steps", verdict.protocol["value"], "95 % interval", "p (Holm)", "causal", "n"),
         [
             (
-                r["site"], r["role"] or "all", "all" if r["head"] is None else str(r["head"]),
-                r["window"] or "all", f"{r['mean']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}", str(r["n"]),
+                r["site"], r["role"] or "all", "all" if r["head"] is None else str(r["head"]), r["window"] or "all",
+                f"{r['mean']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}", f"{r['p_holm']:.3f}",
+                {True: "yes", False: "no", None: "-"}[r["causal"]], str(r["n"]),
             )
             for r in rows
         ],
     )  # fmt: skip
-    picture = effects.plot(path=path.with_suffix(".png")) and path.with_suffix(".png")
+    picture = path.with_suffix(".png")
+    effects.plot(path=picture)
     return print_facts({**facts, "picture": str(picture)}, as_json=False)

@@ -468,3 +468,13 @@ def test_latents_that_are_not_finite_are_an_error(tiny_sd1):
         ),
     ):
         op.trace.unet(tiny_sd1, [PROBE], steps=1, score=brightness)
+
+
+def test_a_probe_that_comes_with_a_seed_uses_it(tiny_sd1):
+    options = {"steps": 1, "score": brightness, "only": ["unet.mlp.0"], "sigma": 1.0}
+    own = Probe("a", "style", PROBE.prompt, PROBE.concept, seed=7)
+    asked = op.trace.unet(tiny_sd1, [PROBE], seeds=(7,), **options).table
+    assert op.trace.unet(tiny_sd1, [own], seeds=(0, 1), **options).table.equals(asked)
+    options = {"steps": 1, "score": brightness, "positions": ("eos",), "control": False}
+    asked = op.trace.text_encoder(tiny_sd1, [PROBE], seeds=(7,), **options).table
+    assert op.trace.text_encoder(tiny_sd1, [own], seeds=(0, 1), **options).table.equals(asked)

@@ -39,6 +39,7 @@ from overpaint.trace.runs import (
     head_numbers,
     on_first,
     recovered,
+    seeds_of,
     selected,
 )
 
@@ -100,7 +101,7 @@ def text_encoder(
         generate: Draw and score pictures; else only distances of text features are measured.
         control: Measure text features also in an untrained encoder and with other words corrupted.
         draw_control: Draw pictures for the corrupted other words too, which doubles the work.
-        seeds: Start noise of the pictures.
+        seeds: Start noise of the pictures; a probe that comes with a seed uses that instead.
         noise_samples: Corruptions a prompt.
         sigma: Their standard deviation, or `"3std"`: three times that of the concepts' embeddings.
         steps: Denoising steps.
@@ -148,7 +149,8 @@ def text_encoder(
             if on_progress is not None:
                 on_progress(round(1000 * (before + share)), 1000 * len(units))
 
-        turns = noise_samples * len(seeds) * len(drawn_passes)
+        own = seeds_of(units[unit][0].probe, seeds)
+        turns = noise_samples * len(own) * len(drawn_passes)
         pictures, rows = _Pictures(drawing, negative, tick, turns), []
         for corruption in units[unit]:
             for name, encoders, corrupted in _passes(model.text_encoders, fresh, corruption):
@@ -156,7 +158,7 @@ def text_encoder(
                 embeds = _encode_states(encoders, corrupted, states, direction)
                 measured = _rows(corrupted, states, embeds, control=name, direction=direction)
                 drawn = generate and name in drawn_passes
-                for seed in seeds if drawn else (None,):
+                for seed in own if drawn else (None,):
                     scored = pictures.measure(corrupted, embeds, seed)
                     rows += [
                         {**r, "seed": seed, **s} for r, s in zip(measured, scored, strict=True)

@@ -43,6 +43,7 @@ from overpaint.trace.runs import (
     head_columns,
     head_numbers,
     on_first,
+    seeds_of,
     selected,
 )
 
@@ -113,7 +114,7 @@ def unet(
         windows: When to copy, each by itself: `""` at every step, `"early"`, `"middle"`, `"late"` a third of them.
         groups: Several sites together, by a name of yours; instead of single sites.
         only: Names of the sites to trace; all of `kinds` if `None`.
-        seeds: Start noise of the pictures.
+        seeds: Start noise of the pictures; a probe that comes with a seed uses that instead.
         noise_samples: Corruptions a prompt.
         sigma: Their standard deviation, or `"3std"`: three times that of the concepts' embeddings.
         steps: Denoising steps.
@@ -150,7 +151,11 @@ def unet(
         for h in head_numbers(model, s, heads)
         for w in windows
     ]
-    units = {f"{c.probe.id}:{c.sample}:{seed}": (c, seed) for c in made for seed in seeds}
+    units = {
+        f"{c.probe.id}:{c.sample}:{seed}": (c, seed)
+        for c in made
+        for seed in seeds_of(c.probe, seeds)
+    }
     negative = model.encode([""])
 
     def compute(unit: str) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ __all__ = [
     "head_numbers",
     "on_first",
     "recovered",
+    "seeds_of",
     "selected",
 ]
 
@@ -233,6 +234,12 @@ def about(name: str, chosen: Sequence[Site]) -> dict[str, Any]:
         "site": name, "part": site.part, "kind": site.kind if alone else "group", "index": site.index,
         "path": site.path if alone else "",
     }  # fmt: skip
+
+
+def seeds_of(probe: Any, seeds: Sequence[int]) -> list[int]:
+    """Return the seed that came with the prompt, if any did, else `seeds`."""
+    own = getattr(probe, "seed", None)
+    return list(seeds) if own is None else [own]
 
 
 def head_numbers(model: Any, chosen: Sequence[Site], wanted: bool) -> list[int | None]:
