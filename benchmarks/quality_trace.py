@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Read when torch is imported: beside a busy neighbour, threads that spin for long cost tenfold; alone it changes nothing.
+# Read when torch is imported: beside a busy neighbour threads that spin for long cost tenfold; alone they do not.
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 import pyarrow as pa
