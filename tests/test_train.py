@@ -14,8 +14,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from overpaint.train import icon_world, icons
-from overpaint.train.loop import fit
+from overpaint import zoo
+from overpaint.train import card, icon_world, icons, judge
+from overpaint.train.loop import fit, save_tensors
 from overpaint.train.muon import orthogonalise
 
 
@@ -167,3 +168,87 @@ def test_a_killed_run_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     minutes = (progress["spent"] + 0.2) / 60
     fit(model, loss, stage="toy", folder=tmp_path, minutes=minutes, lr=0.1)
     assert seen[0] == progress["step"] > 0
+
+
+def test_a_run_goes_on_as_it_began(tmp_path: Path) -> None:
+    shipped = zoo.folder("icons")
+    work = tmp_path / "work"
+    work.mkdir()
+    whole = dict(zip(("clip", "vae", "unet"), icons.CPU.shares, strict=True))
+    assert icons._shares(icons.CUDA, work, tmp_path / "out", resume=True) == dict(
+        zip(("clip", "vae", "unet"), icons.CUDA.shares, strict=True)
+    )  # the shipped weights have another shape
+    assert list(work.iterdir()) == []
+    assert icons._shares(icons.CPU, work, tmp_path / "out", resume=True) == {"unet": 1.0}
+    assert (work / "unet-start.safetensors").exists()
+    (work / "unet.safetensors").touch()  # a checkpoint, then a kill
+    assert icons._shares(icons.CPU, work, tmp_path / "out", resume=True) == {"unet": 1.0}
+    assert (
+        icons._behind(work)[-1]["stages"]
+        == json.loads((shipped / "card.json").read_text())["stages"]
+    )
+    assert icons._shares(icons.CPU, work, tmp_path / "out", resume=False) == whole
+    assert not (work / "unet-start.safetensors").exists()
+    (work / "clip.safetensors").touch()
+    assert icons._shares(icons.CPU, work, tmp_path / "out", resume=True) == whole
+
+
+def test_latents_are_drawn_again_for_other_networks(
+    tmp_path: Path, world: icon_world.World
+) -> None:
+    recipe = replace(icons.CPU, pictures=3, vae_channels=(8, 8, 8, 8), text_layers=1, text_width=32)
+    tokens = icons.tokenizer(world, tmp_path / "tokenizer")
+    options = {"seed": 0, "device": "cpu"}
+
+    def networks(seed: int) -> None:
+        torch.manual_seed(seed)
+        tower = icons.build_clip(recipe, len(tokens)).text_model
+        save_tensors(dict(tower.state_dict()), tmp_path / "text-final.safetensors")
+        save_tensors(dict(icons.build_vae(recipe).state_dict()), tmp_path / "vae-final.safetensors")
+
+    networks(0)
+    first = icons._latents(recipe, world, tmp_path, **options)
+    stamp = (tmp_path / "latents.safetensors").stat().st_mtime_ns
+    again = icons._latents(recipe, world, tmp_path, **options)
+    assert (tmp_path / "latents.safetensors").stat().st_mtime_ns == stamp
+    assert torch.equal(first["latents"], again["latents"])
+    networks(1)
+    assert not torch.equal(
+        icons._latents(recipe, world, tmp_path, **options)["latents"], first["latents"]
+    )
+
+
+def test_a_model_takes_the_place_of_another_only_when_it_is_done(tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    with card.replacing(out) as beside:
+        (beside / "card.json").write_text("1")
+    assert (out / "card.json").read_text() == "1"
+    with pytest.raises(KeyboardInterrupt), card.replacing(out) as beside:
+        (beside / "card.json").write_text("2")
+        raise KeyboardInterrupt
+    assert (out / "card.json").read_text() == "1"
+    with card.replacing(out) as beside:
+        (beside / "card.json").write_text("3")
+    assert (out / "card.json").read_text() == "3"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "letters.txt").write_text("dear")
+    for train in (icons.train, judge.train):
+        with pytest.raises(ValueError, match="holds something else than a model of ours"):
+            train(out=tmp_path, minutes=0.0, work=tmp_path / "w", artwork=tmp_path / "a")
+    assert [p.name for p in tmp_path.iterdir()] == ["letters.txt"]
+
+
+def test_without_npm_the_message_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(
+        FileNotFoundError, match="the artwork comes from npm, which is not installed"
+    ):
+        icon_world.fetch(tmp_path)
+    npm = tmp_path / "npm"
+    npm.write_text("#!/bin/sh\necho 'no such host' >&2\nexit 1\n")
+    npm.chmod(0o755)
+    with pytest.raises(OSError, match=r"npm could not fetch @iconify-json/twemoji.*no such host"):
+        icon_world.fetch(tmp_path)

@@ -5,8 +5,10 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,16 @@ from safetensors import safe_open
 
 from overpaint.train.icon_world import PACKAGES
 
-__all__ = ["LICENCES", "add_figures", "history", "stages", "write_card"]
+__all__ = [
+    "LICENCES",
+    "add_figures",
+    "check_target",
+    "commit",
+    "history",
+    "replacing",
+    "stages",
+    "write_card",
+]
 
 LICENCES = {
     "twemoji": "CC-BY-4.0",
@@ -62,7 +73,7 @@ def write_card(
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "card.json")
     card = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "recipe_commit": _commit(),
+        "recipe_commit": commit(),
         "recipe": recipe,
         "seed": seed,
         "hardware": f"{device}, {os.cpu_count()} cores, {platform.machine()}",
@@ -108,14 +119,54 @@ def stages(work: Path, names: tuple[str, ...]) -> dict[str, dict[str, float]]:
     return found
 
 
+def check_target(out: Path) -> None:
+    """Make sure that a model may be written to `out`: a new or empty folder, or one that a recipe wrote.
+
+    Raises:
+        ValueError: The folder holds something else, which would be lost.
+    """
+    if out.exists() and not (
+        out.is_dir() and ((out / "card.json").is_file() or not any(out.iterdir()))
+    ):
+        raise ValueError(
+            f"{str(out)!r} holds something else than a model of ours, which would be replaced: name a new folder with "
+            "--out."
+        )
+
+
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """Yield a folder beside `out` to fill; at the end it takes the place of `out`, which goes only then.
+
+    Raises:
+        ValueError: As `check_target`.
+    """
+    out = out.resolve()
+    check_target(out)
+    beside, old = (out.with_name(f".{out.name}.{end}") for end in ("partial", "old"))
+    for leftover in (beside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        if out.exists():
+            out.rename(old)
+        beside.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        if old.exists() and not out.exists():
+            old.rename(out)
+
+
 def _write(path: Path, card: dict[str, Any]) -> Path:
     beside = path.with_name(path.name + ".partial")
     beside.write_text(json.dumps(card, indent=1) + "\n")
     return beside.replace(path)
 
 
-def _commit() -> str:
-    """Return the commit the recipe ran from, or an empty string outside a checkout."""
+def commit() -> str:
+    """Return the commit of the checkout that this runs from, or an empty string outside one."""
     command = ["git", "rev-parse", "HEAD"]
     found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     return found.stdout.strip() if found.returncode == 0 else ""

@@ -182,7 +182,7 @@ def fetch(folder: Path) -> dict[str, dict]:
 
     Raises:
         ValueError: An archive's SHA-256 is not the pinned one.
-        FileNotFoundError: `npm` is not installed.
+        OSError: `npm` is not installed, or cannot reach its registry.
     """
     folder.mkdir(parents=True, exist_ok=True)
     sets = {}
@@ -196,7 +196,7 @@ def fetch(folder: Path) -> dict[str, dict]:
                 "--ignore-scripts",
                 f"@iconify-json/{name}@{version}",
             ]
-            subprocess.run(command, cwd=folder, check=True, capture_output=True)
+            _run(command, folder, f"@iconify-json/{name}@{version}")
         data = archive.read_bytes()
         found = hashlib.sha256(data).hexdigest()
         if found != digest:
@@ -208,6 +208,22 @@ def fetch(folder: Path) -> dict[str, dict]:
             assert member is not None
             sets[name] = json.load(member)
     return sets
+
+
+def _run(command: list[str], folder: Path, what: str) -> None:
+    try:
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            "the artwork comes from npm, which is not installed: install Node.js, or put the archives into "
+            f"{str(folder)!r} yourself."
+        ) from error
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr or "").strip().splitlines()
+        raise OSError(
+            f"npm could not fetch {what} ({reason[-1] if reason else 'no reason given'}): check the connection and the "
+            "registry that npm is set to."
+        ) from error
 
 
 class World:

@@ -9,21 +9,34 @@ frozen; an `AutoencoderKL` of 64x64 pictures to 8x8x8 latents; a UNet trained on
 Promised on two CPU cores of 2.5 GHz in 150 minutes: the card's figures, in `overpaint/zoo/weights/icons/card.json`.
 """
 
+import hashlib
 import json
-import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from overpaint import zoo
 from overpaint.train import card, icon_world
 from overpaint.train.loop import Progress, fit, save_tensors
+from overpaint.train.parts import (
+    CPU,
+    CUDA,
+    TOKENS,
+    VOCABULARY,
+    Recipe,
+    build_clip,
+    build_scheduler,
+    build_unet,
+    build_vae,
+)
 
 __all__ = [
     "CPU",
@@ -41,37 +54,6 @@ __all__ = [
 ]
 
 STAGES = ("tokenizer", "clip", "vae", "unet", "export")
-TOKENS = 32  # positions of the text tower
-VOCABULARY = 2304
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The knobs of the recipe."""
-
-    text_layers: int = 6  # depth of the text tower
-    text_width: int = 192  # width of the text tower, and of the UNet's cross-attention
-    vision_layers: int = 4  # the image tower only teaches: small
-    vision_width: int = 128
-    clip_batch: int = 64  # contrastive: more rows, more wrong answers to tell apart
-    clip_lr: float = 1e-3
-    vae_channels: tuple[int, ...] = (16, 32, 64, 96)  # three halvings: 64 -> 8 pixels
-    latent_channels: int = 8
-    vae_batch: int = 4
-    vae_lr: float = 1.5e-3
-    unet_channels: tuple[int, ...] = (96, 192)  # 8x8 and 4x4, both with cross-attention
-    unet_layers: int = 1  # ResNet + transformer pairs a level going down (one more going up)
-    unet_batch: int = 64
-    unet_lr: float = 2e-3
-    pictures: int = 36_864  # drawn and encoded once for the UNet
-    drop_caption: float = 0.1  # share of rows that learn the empty prompt, for guidance
-    shares: tuple[float, float, float] = (0.14, 0.14, 0.72)  # of the minutes: clip, vae, unet
-
-
-CPU = Recipe()
-CUDA = Recipe(
-    text_layers=12, text_width=256, clip_batch=512, vae_batch=64, unet_batch=512, pictures=196_608
-)
 
 
 def train(
@@ -90,30 +72,31 @@ def train(
     """Train `icons` and write it to `out` as a Stable Diffusion folder.
 
     Args:
-        out: The pipeline's folder.
-        minutes: Wall time of the three trained stages together, earlier runs counted in.
+        out: The pipeline's folder: a new one, or one that a recipe wrote before.
+        minutes: Wall time of the three trained stages together, earlier runs in `work` counted in.
         device: `"cpu"` or `"cuda"`; the latter takes the wider recipe.
-        resume: Continue from the checkpoints in `work`; where there are none, go on with the UNet from the finished
-            model in `out`. `False` starts over.
+        resume: Continue from the checkpoints in `work`; where there are none, go on with the UNet of the finished
+            model in `out`, or else of the one that ships, if it has this recipe's shape. `False` starts over.
         threads: CPU threads, fixed for the run.
         seed: Of the weights' initialisation and of everything drawn.
         stages: Which stages to run; a stage needs those before it done.
         work: Checkpoints; safe to delete when the folder is written.
         artwork: Where the icon sets are fetched to.
         on_progress: Told about progress every few seconds.
+
+    Raises:
+        ValueError: `out` is a folder of something else.
+        OSError: The artwork cannot be fetched.
     """
+    card.check_target(out)
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     recipe = CUDA if device.startswith("cuda") else CPU
     work.mkdir(parents=True, exist_ok=True)
     world = icon_world.World(icon_world.fetch(artwork))
+    shares = _shares(recipe, work, out, resume=resume)
     if "tokenizer" in stages:
         tokenizer(world, work / "tokenizer", seed=seed)
-    shares = dict(zip(("clip", "vae", "unet"), recipe.shares, strict=True))
-    started = [name for name in shares if (work / f"{name}.safetensors").exists()]
-    if resume and not started and (out / "unet").is_dir():
-        _unpack(out, work)
-        shares = {"unet": 1.0}
     options = {"folder": work, "resume": resume, "on_progress": on_progress}
     for stage, share in shares.items():
         if stage in stages:
@@ -121,18 +104,55 @@ def train(
             run(recipe, world, device=device, minutes=minutes * share, seed=seed, **options)
     if "export" not in stages:
         return work
-    history = card.history(out)
+    history = _behind(work)
     _export(recipe, work, out)
-    trained = card.stages(work, tuple(shares))
     return card.write_card(
         out,
         recipe=asdict(recipe),
         seed=seed,
         device=device,
-        trained=trained,
+        trained=card.stages(work, tuple(shares)),
         figures={},
         history=history,
     ).parent
+
+
+def _shares(recipe: Recipe, work: Path, out: Path, *, resume: bool) -> dict[str, float]:
+    """Return the share of the minutes of each stage; a run that goes on from a finished model trains its UNet alone.
+
+    Which of the two a run is stays written in `work`, so that it goes on as it began.
+    """
+    shares = dict(zip(("clip", "vae", "unet"), recipe.shares, strict=True))
+    start = work / "unet-start.safetensors"
+    if not resume:
+        start.unlink(missing_ok=True)
+        return shares
+    if any((work / f"{stage}.safetensors").exists() for stage in ("clip", "vae")):
+        return shares
+    if not start.exists():
+        finished = next((f for f in (out, zoo.folder("icons")) if _has_shape(f, recipe)), None)
+        if finished is None or (work / "unet.safetensors").exists():
+            return shares
+        _unpack(finished, work)
+    return {"unet": 1.0}
+
+
+def _has_shape(folder: Path, recipe: Recipe) -> bool:
+    """Say whether `folder` holds a model that this recipe's networks can take over."""
+    path = folder / "card.json"
+    if not path.is_file() or not (folder / "unet").is_dir():
+        return False
+    made = json.loads(path.read_text()).get("recipe", {})
+    names = ["text_layers", "text_width", "vae_channels", "latent_channels"]
+    names += ["unet_channels", "unet_layers"]
+    wanted = json.loads(json.dumps(asdict(recipe)))
+    return all(made.get(name) == wanted[name] for name in names)
+
+
+def _behind(work: Path) -> list[dict[str, Any]]:
+    """Return the runs behind the model that this one went on from; none where it began at nothing."""
+    path = work / "history.json"
+    return json.loads(path.read_text()) if path.is_file() else []
 
 
 def tokenizer(world: icon_world.World, folder: Path, *, seed: int = 0) -> Any:
@@ -175,27 +195,6 @@ def _byte_pairs(lines: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]
             kept.append((left, right))
     names += ["<|startoftext|>", "<|endoftext|>"]
     return {name: index for index, name in enumerate(names)}, kept
-
-
-def build_clip(recipe: Recipe, vocabulary: int) -> Any:
-    """Return an untrained `CLIPModel` of this recipe."""
-    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
-
-    text = CLIPTextConfig(
-        vocab_size=vocabulary, hidden_size=recipe.text_width, intermediate_size=4 * recipe.text_width,
-        num_hidden_layers=recipe.text_layers, num_attention_heads=recipe.text_width // 32,
-        max_position_embeddings=TOKENS, projection_dim=128, hidden_act="quick_gelu",
-        bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1,
-    )  # fmt: skip
-    vision = CLIPVisionConfig(
-        hidden_size=recipe.vision_width, intermediate_size=4 * recipe.vision_width,
-        num_hidden_layers=recipe.vision_layers, num_attention_heads=recipe.vision_width // 32,
-        image_size=icon_world.SIZE, patch_size=8, projection_dim=128, hidden_act="quick_gelu",
-    )  # fmt: skip
-    config = CLIPConfig(
-        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=128
-    )
-    return CLIPModel(config)
 
 
 def train_clip(
@@ -248,19 +247,6 @@ def contrast(logits: Tensor, captions: list[str]) -> Tensor:
     target = (same[:, None] == same[None]).float()
     target = target / target.sum(1, keepdim=True)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
-
-
-def build_vae(recipe: Recipe) -> Any:
-    """Return an untrained `AutoencoderKL` of this recipe."""
-    import diffusers
-
-    build: Any = diffusers.AutoencoderKL  # its own types promise one level only
-    levels = len(recipe.vae_channels)
-    return build(
-        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=recipe.vae_channels, layers_per_block=1, latent_channels=recipe.latent_channels,
-        norm_num_groups=8, sample_size=icon_world.SIZE, scaling_factor=1.0, mid_block_add_attention=False,
-    )  # fmt: skip
 
 
 def _train_vae(
@@ -327,31 +313,6 @@ def standardise(
     inner.bias[channels:] -= 2 * std.log()  # the log-variance follows the scale
 
 
-def build_unet(recipe: Recipe) -> Any:
-    """Return an untrained `UNet2DConditionModel` of this recipe: Stable Diffusion's block types, two resolutions."""
-    import diffusers
-
-    build: Any = diffusers.UNet2DConditionModel  # its own types promise one level only
-    levels = len(recipe.unet_channels)
-    return build(
-        sample_size=icon_world.SIZE // 8, in_channels=recipe.latent_channels, out_channels=recipe.latent_channels,
-        block_out_channels=recipe.unet_channels, layers_per_block=recipe.unet_layers, norm_num_groups=16,
-        down_block_types=("CrossAttnDownBlock2D",) * levels, up_block_types=("CrossAttnUpBlock2D",) * levels,
-        cross_attention_dim=recipe.text_width, attention_head_dim=[c // 32 for c in recipe.unet_channels],
-    )  # fmt: skip
-
-
-def build_scheduler() -> Any:
-    """Return DDIM on v-prediction, rescaled to end in pure noise, so that plain backgrounds keep their color."""
-    from diffusers import DDIMScheduler
-
-    return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
-        rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True,
-        steps_offset=1,
-    )  # fmt: skip
-
-
 def _train_unet(
     recipe: Recipe,
     world: icon_world.World,
@@ -409,8 +370,11 @@ def _latents(
     Row 0 of `features` is the empty prompt.
     """
     path = folder / "latents.safetensors"
+    key = _key(folder, recipe.pictures, seed)
     if path.exists():
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("made_of") == key:
+                return load_file(path)
     vae, text, tokens = _frozen(recipe, folder)
     vae, text = vae.to(device), text.to(device)
     rng = np.random.default_rng((seed, 5))
@@ -432,8 +396,16 @@ def _latents(
         "features": torch.cat(features),
         "rows": torch.tensor(rows),
     }
-    save_tensors(data, path)
+    save_tensors(data, path, {"made_of": key})
     return data
+
+
+def _key(folder: Path, pictures: int, seed: int) -> str:
+    """Return a hash of all that the latents and features depend on: both networks, how many, the seed."""
+    digest = hashlib.sha256(f"{pictures} {seed}".encode())
+    for name in ("text-final", "vae-final"):
+        digest.update((folder / f"{name}.safetensors").read_bytes())
+    return digest.hexdigest()
 
 
 def _frozen(recipe: Recipe, folder: Path) -> tuple[Any, Any, Any]:
@@ -462,6 +434,7 @@ def _unpack(folder: Path, work: Path) -> None:
     pipe.tokenizer.save_pretrained(work / "tokenizer")
     save_tensors(dict(_tower(pipe.text_encoder).state_dict()), work / "text-final.safetensors")
     save_tensors(dict(pipe.vae.state_dict()), work / "vae-final.safetensors")
+    (work / "history.json").write_text(json.dumps(card.history(folder)))
     save_tensors(dict(pipe.unet.state_dict()), work / "unet-start.safetensors")
 
 
@@ -477,10 +450,7 @@ def _export(recipe: Recipe, work: Path, out: Path) -> None:
         vae=vae, text_encoder=text, tokenizer=tokens, unet=net, scheduler=build_scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
-    beside = out.with_name(out.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    pipe.to(torch.float16).save_pretrained(beside, safe_serialization=True)
-    settings = {"guidance_scale": 4.0}
-    (beside / "overpaint.json").write_text(json.dumps(settings, indent=2) + "\n")
-    shutil.rmtree(out, ignore_errors=True)
-    beside.rename(out)
+    with card.replacing(out) as beside:
+        pipe.to(torch.float16).save_pretrained(beside, safe_serialization=True)
+        settings = {"guidance_scale": 4.0, "held_out": sorted(icon_world.held_out())}
+        (beside / "overpaint.json").write_text(json.dumps(settings, indent=1) + "\n")

@@ -62,6 +62,7 @@ def train(
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Path:
     """Train `icons-judge` and write it to `out`; arguments as in `icons.train`."""
+    card.check_target(out)
     torch.set_num_threads(threads)
     torch.manual_seed(SEED)
     work.mkdir(parents=True, exist_ok=True)
@@ -145,13 +146,12 @@ def _moved(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _export(model: _Judged, tokens: Any, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    model.clip.half().save_pretrained(out, safe_serialization=True)
-    tokens.save_pretrained(out)
-    save_tensors(
-        {k: v.half() for k, v in model.heads.state_dict().items()}, out / "heads.safetensors"
-    )
-    (out / "labels.json").write_text(json.dumps(labels(), indent=1) + "\n")
+    with card.replacing(out) as beside:
+        model.clip.half().save_pretrained(beside, safe_serialization=True)
+        tokens.save_pretrained(beside)
+        heads = {k: v.half() for k, v in model.heads.state_dict().items()}
+        save_tensors(heads, beside / "heads.safetensors")
+        (beside / "labels.json").write_text(json.dumps(labels(), indent=1) + "\n")
 
 
 def real_accuracy(

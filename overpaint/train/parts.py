@@ -1,0 +1,112 @@
+"""What the recipe of `icons` trains: its knobs, and the untrained networks they describe.
+
+Stable Diffusion's classes and block types at a small size, so that whatever runs on these runs on the real ones.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from overpaint.train import icon_world
+
+__all__ = [
+    "CPU",
+    "CUDA",
+    "TOKENS",
+    "VOCABULARY",
+    "Recipe",
+    "build_clip",
+    "build_scheduler",
+    "build_unet",
+    "build_vae",
+]
+
+TOKENS = 32  # positions of the text tower
+VOCABULARY = 2304
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The knobs of the recipe."""
+
+    text_layers: int = 6  # depth of the text tower
+    text_width: int = 192  # width of the text tower, and of the UNet's cross-attention
+    vision_layers: int = 4  # the image tower only teaches: small
+    vision_width: int = 128
+    clip_batch: int = 64  # contrastive: more rows, more wrong answers to tell apart
+    clip_lr: float = 1e-3
+    vae_channels: tuple[int, ...] = (16, 32, 64, 96)  # three halvings: 64 -> 8 pixels
+    latent_channels: int = 8
+    vae_batch: int = 4
+    vae_lr: float = 1.5e-3
+    unet_channels: tuple[int, ...] = (96, 192)  # 8x8 and 4x4, both with cross-attention
+    unet_layers: int = 1  # ResNet + transformer pairs a level going down (one more going up)
+    unet_batch: int = 64
+    unet_lr: float = 2e-3
+    pictures: int = 36_864  # drawn and encoded once for the UNet
+    drop_caption: float = 0.1  # share of rows that learn the empty prompt, for guidance
+    shares: tuple[float, float, float] = (0.14, 0.14, 0.72)  # of the minutes: clip, vae, unet
+
+
+CPU = Recipe()
+CUDA = Recipe(
+    text_layers=12, text_width=256, clip_batch=512, vae_batch=64, unet_batch=512, pictures=196_608
+)
+
+
+def build_clip(recipe: Recipe, vocabulary: int) -> Any:
+    """Return an untrained `CLIPModel` of this recipe."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+    text = CLIPTextConfig(
+        vocab_size=vocabulary, hidden_size=recipe.text_width, intermediate_size=4 * recipe.text_width,
+        num_hidden_layers=recipe.text_layers, num_attention_heads=recipe.text_width // 32,
+        max_position_embeddings=TOKENS, projection_dim=128, hidden_act="quick_gelu",
+        bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=recipe.vision_width, intermediate_size=4 * recipe.vision_width,
+        num_hidden_layers=recipe.vision_layers, num_attention_heads=recipe.vision_width // 32,
+        image_size=icon_world.SIZE, patch_size=8, projection_dim=128, hidden_act="quick_gelu",
+    )  # fmt: skip
+    config = CLIPConfig(
+        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=128
+    )
+    return CLIPModel(config)
+
+
+def build_vae(recipe: Recipe) -> Any:
+    """Return an untrained `AutoencoderKL` of this recipe."""
+    import diffusers
+
+    build: Any = diffusers.AutoencoderKL  # its own types promise one level only
+    levels = len(recipe.vae_channels)
+    return build(
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=recipe.vae_channels, layers_per_block=1, latent_channels=recipe.latent_channels,
+        norm_num_groups=8, sample_size=icon_world.SIZE, scaling_factor=1.0, mid_block_add_attention=False,
+    )  # fmt: skip
+
+
+def build_unet(recipe: Recipe) -> Any:
+    """Return an untrained `UNet2DConditionModel` of this recipe: Stable Diffusion's block types, two resolutions."""
+    import diffusers
+
+    build: Any = diffusers.UNet2DConditionModel  # its own types promise one level only
+    levels = len(recipe.unet_channels)
+    return build(
+        sample_size=icon_world.SIZE // 8, in_channels=recipe.latent_channels, out_channels=recipe.latent_channels,
+        block_out_channels=recipe.unet_channels, layers_per_block=recipe.unet_layers, norm_num_groups=16,
+        down_block_types=("CrossAttnDownBlock2D",) * levels, up_block_types=("CrossAttnUpBlock2D",) * levels,
+        cross_attention_dim=recipe.text_width, attention_head_dim=[c // 32 for c in recipe.unet_channels],
+    )  # fmt: skip
+
+
+def build_scheduler() -> Any:
+    """Return DDIM on v-prediction, rescaled to end in pure noise, so that plain backgrounds keep their color."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+        rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True,
+        steps_offset=1,
+    )  # fmt: skip
