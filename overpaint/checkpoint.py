@@ -5,6 +5,7 @@ most; here that is an error.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,11 +44,7 @@ def read_folder(folder: Path, *, dtype: torch.dtype) -> tuple[Any, dict[str, Any
     pipe = _read(str(folder), kind, dtype=dtype, variant=variant, local_files_only=True)
     for part in _PARTS[kind]:
         _check_keys(getattr(pipe, part), folder, part)
-    settings = folder / "overpaint.json"
-    if not settings.is_file():
-        return pipe, {}
-    known = json.loads(settings.read_text())
-    return pipe, {key: known[key] for key in ("guidance_scale",) if key in known}
+    return pipe, _settings(folder / "overpaint.json")
 
 
 def read_hub(name: str, *, dtype: torch.dtype) -> Any:
@@ -131,6 +128,32 @@ def _folder_index(folder: Path) -> Path:
         f"{str(folder)!r} is not a diffusers pipeline: it holds no model_index.json{held}. Name a folder that "
         "`save_pretrained` wrote."
     )
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """Return what `overpaint.json` says of a model, ready for `TextToImage`; nothing where there is no such file.
+
+    Raises:
+        UnsupportedModel: The file is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        known = json.loads(path.read_text())
+        found: dict[str, Any] = {}
+        if "guidance_scale" in known:
+            found["guidance_scale"] = float(known["guidance_scale"])
+        if "held_out" in known:
+            found["held_out"] = frozenset((str(a), str(b)) for a, b in known["held_out"])
+    except (ValueError, TypeError) as error:
+        raise UnsupportedModel(
+            f"the settings in {str(path)!r} are damaged ({error}): get the folder again, or delete the file."
+        ) from error
+    if not math.isfinite(found.get("guidance_scale", 1.0)):
+        raise UnsupportedModel(
+            f"the guidance scale in {str(path)!r} is no finite number: get the folder again, or delete the file."
+        )
+    return found
 
 
 def _kind(index: Path, *, source: str) -> str:

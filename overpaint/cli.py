@@ -58,7 +58,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         code = 130
     except TyperException as error:
         return _complain(error.format_message())
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         _maybe_trace()
         return _complain(str(error))
     except Exception as error:  # a fault of ours: say so in one line, with the way to see more
@@ -99,7 +99,7 @@ def demo(
     with progress(as_json) as stage:
         summary = whole.run(
             loaded, out, erase=erase, replace=replace, size=whole.QUICK if quick else whole.FULL, seed=seed,
-            held_out=_held_out(model), on_progress=stage,
+            on_progress=stage,
         )  # fmt: skip
     if as_json:
         return print_json(summary)
@@ -196,7 +196,7 @@ def edit(
     loaded = load_model(model, device)
     kept = list(preserve or [])
     for text in erase if neighbours else ():
-        kept += [p for p in _neighbours(text) if p not in kept]
+        kept += [p for p in _neighbours(text, loaded.held_out) if p not in kept]
     change = quickfix(
         loaded, dict(zip(erase, replace, strict=True)),
         preserve=kept, preserve_weight=preserve_weight, ridge=ridge,
@@ -225,7 +225,10 @@ def apply(
     draft = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         loaded.pipe.save_pretrained(draft)
-        settings = {"guidance_scale": loaded.guidance_scale}
+        settings = {
+            "guidance_scale": loaded.guidance_scale,
+            "held_out": sorted(loaded.held_out),
+        }
         (draft / "overpaint.json").write_text(json.dumps(settings))
         os.replace(draft, out)
     finally:
@@ -252,8 +255,8 @@ def evaluate(
     loaded, found = load_model(model, device), Change.load(change)
     with progress(as_json) as stage:
         comparison = compare(
-            loaded, {"no edit": None, "change": found}, held_out=_held_out(model), size=size,
-            steps=steps, seed=seed, on_progress=lambda done, total, _: stage(done, total, "judging"),
+            loaded, {"no edit": None, "change": found}, size=size, steps=steps, seed=seed,
+            on_progress=lambda done, total, _: stage(done, total, "judging"),
         )  # fmt: skip
     comparison.save(out)
     print_facts({**comparison.scores["change"].flat(), "scores": str(out)}, as_json=as_json)
@@ -275,14 +278,13 @@ def report(
 def train(
     model: Annotated[str, typer.Argument(help="icons or icons-judge.")],
     minutes: Annotated[float, typer.Option(help="Wall time, earlier runs counted in.")] = 150.0,
-    out: Annotated[Path | None, typer.Option(help="Default: the package's own weights.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Default: runs/MODEL/model.")] = None,
     resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint.")] = True,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Train a zoo model from public icon artwork; fetches it with npm on the first run."""
-    from overpaint import zoo
     from overpaint.train import icons, judge
 
     recipes: dict[str, Any] = {
@@ -292,8 +294,9 @@ def train(
     }
     if model not in recipes:
         raise ValueError(f"no recipe for {model!r}: choose icons or icons-judge.")
-    target = out or zoo.folder("icons" if model == "icons" else "icons-judge")
-    check_writable(target)
+    name = "icons" if model == "icons" else "icons-judge"
+    target = out or Path("runs") / name / "model"
+    check_writable(target.parent)
     with progress(as_json) as stage:
         written = recipes[model](
             out=target, minutes=minutes, device=device, resume=resume, threads=threads,
@@ -305,22 +308,13 @@ def train(
 # --- what the verbs share ---------------------------------------------------------------------------------------------
 
 
-def _held_out(model: str) -> frozenset[tuple[str, str]]:
-    """Return the pairs that training never showed, where the recipe is known."""
-    if model != "icons":
-        return frozenset()
-    from overpaint.train import icon_world
-
-    return icon_world.held_out()
-
-
-def _neighbours(concept: str) -> tuple[str, ...]:
+def _neighbours(concept: str, held_out: frozenset[tuple[str, str]]) -> tuple[str, ...]:
     """Return what the shipped judge knows besides `concept`, as prompts."""
     from overpaint import features, questions
 
     labels = features.load().labels
     kind, label = questions.concept(concept, labels)
-    return questions.neighbours(kind, label, labels=labels)
+    return questions.neighbours(kind, label, labels=labels, held_out=held_out)
 
 
 def _print_summary(summary: Mapping[str, float], *, erase: str, replace: str, out: Path) -> None:
@@ -334,7 +328,7 @@ def _print_summary(summary: Mapping[str, float], *, erase: str, replace: str, ou
         (f"{erase} recognised, before", percent("target_before")),
         (f"{erase} recognised, after", percent("target_after")),
         (f"seen as {replace}, after", percent("replaced_after")),
-        ("other styles lost", percent("others_drop")),
+        ("its neighbours lost", percent("others_drop")),
         ("objects lost", percent("objects_drop")),
         ("the model's objects / styles recognised", f"{percent('object_top1')} / {percent('style_top1')}"),
         ("the same, pairs never trained", f"{percent('heldout_object_top1')} / {percent('heldout_style_top1')}"),

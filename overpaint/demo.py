@@ -8,10 +8,11 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def run(
     replace: str = "noto style",
     size: Size = FULL,
     seed: int = 0,
-    held_out: Collection[tuple[str, str]] = (),
+    held_out: Collection[tuple[str, str]] | None = None,
     judge: Judge | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, float]:
@@ -65,7 +66,7 @@ def run(
         replace: What to put in its place.
         size: How much of everything: `FULL`, `QUICK` or your own.
         seed: Of everything drawn.
-        held_out: (object, style) pairs that training never showed.
+        held_out: (object, style) pairs that training never showed; those of `model` if `None`.
         judge: By default `icons-judge`.
         on_progress: Told what is done, of how much, and of what.
 
@@ -79,13 +80,14 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     tell = on_progress or (lambda done, total, what: None)
 
-    preserve = questions.neighbours(kind, label, labels=judge.labels)
+    composed = model.held_out if held_out is None else held_out
+    preserve = questions.neighbours(kind, label, labels=judge.labels, held_out=composed)
     changes, seconds = _changes(model, {erase: replace}, preserve, seed)
     changes[PREFERRED].save(out / "change.safetensors")
-    _trace(model, judge, _pick(kind, label), size, seed, out, tell)
+    _trace(model, judge, _pick(kind, label, erase, judge.labels), size, seed, out, tell)
     comparison = evaluate.compare(
         model, {"no edit": None, **changes}, erase=erase, replace=replace, judge=judge,
-        held_out=held_out, size=size.questions, steps=size.steps, seed=seed,
+        held_out=composed, size=size.questions, steps=size.steps, seed=seed,
         on_progress=lambda done, total, name: tell(done, total, f"judging, {name}"),
     )  # fmt: skip
     comparison.save(out)
@@ -97,7 +99,7 @@ def run(
     )
     _write_json(
         out / "run.json",
-        _run_facts(model, erase, replace, seed, size, comparison, changes[PREFERRED]),
+        _run_facts(model, erase, replace, seed, size, comparison, changes[PREFERRED], out),
     )
     report.write(out)
     return summary
@@ -119,10 +121,19 @@ def _changes(
     }, seconds
 
 
-def _pick(kind: str, label: str) -> tuple[Probe, ...]:
-    """Return the probes of `kind`, those of the concept to erase first, then one of each other concept in turn."""
+def _pick(
+    kind: str, label: str, erase: str, labels: Mapping[str, Sequence[str]]
+) -> tuple[Probe, ...]:
+    """Return the probes of `kind`, those of the concept to erase first, then one of each other concept in turn.
+
+    A concept that no table asks about is asked with the judge's own captions.
+    """
     found = probes.load(kind)
-    own = [p for p in found if p.label == label]
+    own = [p for p in found if p.label == label] or [
+        Probe(f"demo-{kind}-{i:03d}", kind, question.prompt, erase, label)
+        for i, question in enumerate(questions.ask(kind, label, labels=labels, size=4))
+        if question.role == "target" and question.prompt.lower().count(erase.lower()) == 1
+    ]
     rest = [p for p in found if p.label != label]
     turns = max(len(own), 1)
     mixed = [p for i in range(turns) for p in (*own[i : i + 1], *rest[i::turns][:1])]
@@ -182,18 +193,21 @@ def _run_facts(
     size: Size,
     comparison: Comparison,
     change: Change,
+    out: Path,
 ) -> dict[str, Any]:
     """Return the words of the page: title, commands, protocol."""
-    flags = f' --erase "{erase}" --replace "{replace}" --seed {seed}{" --quick" if size == QUICK else ""}'
+    flags = f"--erase {quote(erase)} --replace {quote(replace)} --seed {seed}{' --quick' if size == QUICK else ''}"
+    name, folder = quote(model.name), quote(str(out))
+    device = "" if model.device.type == "cpu" else f" --device {model.device}"
     judged = comparison.scores[PREFERRED].protocol
     return {
         "title": f"{erase} → {replace}",
         "lead": f"What became of “{erase}” in the text-to-image model {model.name} after one closed-form change of one "
         f"matrix of its text encoder, {change.site}: where the model keeps it, what the edit did, and what it cost.",
         "commands": [
-            f"overpaint demo --model {model.name}{flags} --out runs/demo",
-            f"overpaint apply {model.name} runs/demo/change.safetensors --out runs/edited",
-            "overpaint report runs/demo",
+            f"overpaint demo --model {name} {flags}{device} --out {folder}",
+            f"overpaint apply {name} {quote(str(out / 'change.safetensors'))} --out runs/edited",
+            f"overpaint report {folder}",
         ],
         "protocol": {
             "Model": model.name,

@@ -7,9 +7,9 @@ redirection    share recognised as what should stand in its place: should rise
 generality     efficacy on wordings that nothing was fitted to, and on held-out pairs: should fall too
 specificity    share of pictures whose other labels are recognised: other concepts of the kind, objects, colors
 
-Each is a share of top-1 verdicts with a 95 % bootstrap interval over pictures; the change is taken picture by
-picture. The relative movement of the empty prompt's features, the half of guidance that every picture shares, is
-reported beside them.
+Each is a share of top-1 verdicts with a 95 % bootstrap interval over scenes (one object and start noise, drawn in
+several styles); the change is taken picture by picture. The relative movement of the empty prompt's features, the half
+of guidance that every picture shares, is reported beside them.
 """
 
 import time
@@ -25,6 +25,7 @@ from overpaint import features, metrics, questions
 from overpaint.edit import Change
 from overpaint.metrics import Interval
 from overpaint.model import TextToImage
+from overpaint.pictures import blank
 from overpaint.questions import Question
 from overpaint.scores import Comparison, Paired, Scores
 
@@ -48,10 +49,11 @@ class Classifier(Protocol):
 
 @dataclass(frozen=True)
 class _Run:
-    """What the judge said of one run's pictures, by kind, and the pictures kept."""
+    """What the judge said of one run's pictures, by kind, the pictures kept, and how many were of one color."""
 
     verdicts: Mapping[str, Sequence[str]]
     pictures: Tensor
+    blank: int
 
 
 def score(model: TextToImage, change: Change, **options: Any) -> Scores:
@@ -66,7 +68,7 @@ def compare(
     erase: str | None = None,
     replace: str | None = None,
     judge: Classifier | None = None,
-    held_out: Collection[tuple[str, str]] = (),
+    held_out: Collection[tuple[str, str]] | None = None,
     size: int = 40,
     steps: int = 16,
     guidance_scale: float | None = None,
@@ -83,7 +85,7 @@ def compare(
         erase: The concept that was edited, as in a prompt; by default what the first change says.
         replace: What should stand in its place; likewise.
         judge: Names what it sees; by default `features.load()`.
-        held_out: (object, style) pairs that training never showed.
+        held_out: (object, style) pairs that training never showed; those of `model` if `None`.
         size: Questions for each concept, see `questions.ask`.
         steps: Denoising steps of each picture.
         guidance_scale: By default the model's own.
@@ -93,15 +95,17 @@ def compare(
         on_progress: Told after each batch how many pictures are made, of how many, and for which method.
 
     Raises:
-        ValueError: No change is given, or the judge does not know the erased concept.
+        ValueError: No change is given, the judge does not know the erased concept, or reads pictures of another size.
     """
     began = time.perf_counter()
     judge = features.load() if judge is None else judge
     old, new = _concepts(changes, erase, replace)
     kind, erased = questions.concept(old, judge.labels)
     replaced = _known(new, judge, kind)
+    _check_size(model, judge)
+    composed = model.held_out if held_out is None else held_out
     asked = questions.ask(
-        kind, erased, labels=judge.labels, held_out=held_out, size=size, seed=seed
+        kind, erased, labels=judge.labels, held_out=composed, size=size, seed=seed
     )
     kept = [i for i, q in enumerate(asked) if q.role in ("target", "other")]
     kept = [i for i in kept if asked[i].seed < seed + gallery]
@@ -115,13 +119,16 @@ def compare(
     protocol = {
         "size": size, "questions": len(asked), "steps": steps, "guidance_scale": guidance_scale,
         "seed": seed, "judge": getattr(judge, "name", type(judge).__name__), "model": model.name,
-        "interval": "95 % percentile bootstrap over pictures, 2000 resamples",
+        "interval": "95 % percentile bootstrap over scenes, 2000 resamples",
         "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip
     tally = _Tally(asked, before.verdicts, kind, erased, replaced)
     scores = {
         name: tally.scores(
-            name, run.verdicts, drift=_empty_drift(model, changes[name]), protocol=protocol
+            name,
+            run.verdicts,
+            drift=_empty_drift(model, changes[name]),
+            protocol={**protocol, "blank_pictures": run.blank},
         )
         for name, run in runs.items()
     }
@@ -145,6 +152,7 @@ class _Work:
     def run(self, change: Change | None, name: str, *, done: int, total: int) -> _Run:
         verdicts: dict[str, list[str]] = {kind: [] for kind in self.judge.labels}
         kept: list[Tensor] = []
+        plain = 0
         with change.applied(self.model) if change is not None else nullcontext():
             for start in range(0, len(self.asked), self.batch_size):
                 batch = self.asked[start : start + self.batch_size]
@@ -152,12 +160,13 @@ class _Work:
                 for kind, names in self.judge.labels.items():
                     best = self.judge.classify(images, kind).argmax(1).tolist()
                     verdicts[kind] += [str(names[int(i)]) for i in best]
+                plain += int(blank(images).sum())
                 kept += [images[i] for i in range(len(batch)) if start + i in self.kept]
                 if self.on_progress is not None:
                     self.on_progress(done + start + len(batch), total, name)
         empty = torch.zeros(0, 3, 1, 1)
         stacked = torch.stack(kept) if kept else empty
-        return _Run(verdicts, (stacked * 255).round().to(torch.uint8))
+        return _Run(verdicts, (stacked * 255).round().to(torch.uint8), plain)
 
     def _images(self, batch: Sequence[Question]) -> Tensor:
         made = self.model.generate(
@@ -220,7 +229,8 @@ class _Tally:
     ) -> Paired:
         """Share of the pictures with `roles` that are seen as `label`; of none if the judge knows no such label."""
         rows = [i for i, q in enumerate(self.asked) if q.role in roles and label]
-        return _pair(
+        return self._pair(
+            rows,
             [self.before[self.kind][i] == label for i in rows],
             [after[self.kind][i] == label for i in rows],
         )
@@ -237,16 +247,20 @@ class _Tally:
         said = [q.label(kind) for q in self.asked]
         rows = [i for i, q in enumerate(self.asked) if q.role in roles and said[i]]
         rows = [i for i in rows if not only or said[i] == only]
-        return _pair(
+        return self._pair(
+            rows,
             [self.before[kind][i] == said[i] for i in rows],
             [after[kind][i] == said[i] for i in rows],
         )
 
-
-def _pair(before: Sequence[bool], after: Sequence[bool]) -> Paired:
-    return Paired(
-        metrics.bootstrap(before), metrics.bootstrap(after), metrics.paired(before, after)
-    )
+    def _pair(self, rows: Sequence[int], before: Sequence[bool], after: Sequence[bool]) -> Paired:
+        """Return shares whose intervals draw scenes: one scene and seed in several styles is one draw."""
+        scenes = [self.asked[i].seed for i in rows]
+        return Paired(
+            metrics.bootstrap(before, groups=scenes),
+            metrics.bootstrap(after, groups=scenes),
+            metrics.paired(before, after, groups=scenes),
+        )
 
 
 def _empty_drift(model: TextToImage, change: Change | None) -> float:
@@ -258,6 +272,15 @@ def _empty_drift(model: TextToImage, change: Change | None) -> float:
         after = model.encode([""])
     length = float(before.norm())  # SDXL's empty prompt is zeros
     return float((after - before).norm()) / length if length else 0.0
+
+
+def _check_size(model: TextToImage, judge: Classifier) -> None:
+    wanted = getattr(judge, "size", None)
+    if wanted is not None and model.size != (wanted, wanted):
+        raise ValueError(
+            f"{getattr(judge, 'name', 'the judge')} reads pictures of {wanted}x{wanted} pixels, {model.name} draws "
+            f"{model.size[1]}x{model.size[0]}: pass a judge for this size as `judge`."
+        )
 
 
 def _known(concept: str, judge: Classifier, kind: str) -> str:

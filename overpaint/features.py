@@ -73,6 +73,11 @@ class Judge:
         self._tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         self._device = device
 
+    @property
+    def size(self) -> int:
+        """Side of the pictures it reads, in pixels."""
+        return int(self._clip.config.vision_config.image_size)
+
     def classify(self, images: Tensor, kind: str) -> Tensor:
         """Return the probability of each of `labels[kind]`.
 

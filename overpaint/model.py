@@ -3,6 +3,7 @@
 The diffusers pipeline stays in reach as `model.pipe`; its `__call__`, safety checker and progress bars are not used.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -31,11 +32,20 @@ class TextToImage:
         pipe: The diffusers pipeline, live: what changes there changes here.
         name: Where it was loaded from.
         guidance_scale: What `generate` uses unless told otherwise; 7.5, or 5 for SDXL, as diffusers has it.
+        held_out: (object, style) pairs that its training never showed, where that is known.
     """
 
-    def __init__(self, pipe: Any, *, name: str, guidance_scale: float | None = None) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        name: str,
+        guidance_scale: float | None = None,
+        held_out: frozenset[tuple[str, str]] = frozenset(),
+    ) -> None:
         self.pipe = pipe
         self.name = name
+        self.held_out = held_out
         usual = 7.5 if len(self.text_encoders) == 1 else 5.0
         self.guidance_scale = usual if guidance_scale is None else guidance_scale
 
@@ -78,6 +88,14 @@ class TextToImage:
     def scheduler(self) -> Any:
         """The scheduler; every run works on a copy of its settings."""
         return self.pipe.scheduler
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of its pictures, in pixels."""
+        side = self.unet.config.sample_size
+        height, width = (side, side) if isinstance(side, int) else side
+        scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return height * scale, width * scale
 
     @property
     def device(self) -> torch.device:
@@ -215,8 +233,8 @@ class TextToImage:
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         seeds = [seed] * len(texts) if isinstance(seed, int) else list(seed)
-        _check_request(texts, seeds, steps=steps, batch_size=batch_size)
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        _check_request(texts, seeds, scale, steps=steps, batch_size=batch_size)
         distinct = list(dict.fromkeys(["", *texts]))
         embeds = torch.cat([self.encode(part) for part in _slices(distinct, batch_size)])
         rows = torch.tensor([distinct.index(text) for text in texts], device=embeds.device)
@@ -344,7 +362,7 @@ def _single_file_message(text: str) -> str:
 
 
 def _check_request(
-    texts: Sequence[str], seeds: Sequence[int], *, steps: int, batch_size: int
+    texts: Sequence[str], seeds: Sequence[int], scale: float, *, steps: int, batch_size: int
 ) -> None:
     if not texts:
         raise ValueError("`prompts` is empty: give at least one prompt.")
@@ -354,6 +372,8 @@ def _check_request(
         raise ValueError(
             f"{len(seeds)} seeds for {len(texts)} prompts: give one seed for all, or one for each prompt."
         )
+    if not math.isfinite(scale):
+        raise ValueError(f"`guidance_scale` must be a finite number, got {scale}.")
     if steps < 1:
         raise ValueError(f"`steps` must be at least 1, got {steps}.")
     if batch_size < 1:

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["Pictures"]
+__all__ = ["Pictures", "blank"]
 
 
 @dataclass(frozen=True)
@@ -67,3 +67,12 @@ class Pictures:
         beside.write_text(json.dumps(about, indent=1) + "\n")
         os.replace(beside, folder / "pictures.json")
         return paths
+
+
+def blank(images: Tensor) -> Tensor:
+    """Say which of `images` (N, 3, H, W) are of one color throughout, as a safety checker leaves them; bool (N,).
+
+    A score of such a picture says nothing about the prompt.
+    """
+    flat = images.flatten(2)
+    return (flat.amax(2) - flat.amin(2)).amax(1) < 1 / 255

@@ -11,6 +11,7 @@ plain             names no concept of the kind
 Every concept of the kind is asked with the same objects, colors and seeds: pictures pair up.
 """
 
+import hashlib
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,15 +22,16 @@ __all__ = ["KINDS", "ROLES", "Question", "ask", "caption", "concept", "neighbour
 KINDS = ("style", "object", "color")
 ROLES = ("target", "unseen", "held out", "other", "other held out", "plain")
 
-# By (names a style, is kept for generality).
+# By (names a style, is kept for generality). None begins with the concept: to a causal encoder such a prompt is, up to
+# there, the bare concept, which edits are fitted to and preserve lists hold.
 _FRAMES = {
     (True, False): (
         "{a} {object} in {style} style",
-        "{style} style {object}",
-        "a picture of {a} {object} in {style} style",
+        "a drawing of {a} {object} in {style} style",
+        "a picture of {a} {object}, {style} style",
     ),
     (True, True): (
-        "{style} style, {a} {object}",
+        "the {object} is in {style} style",
         "one {object} in {style} style",
         "in {style} style: {a} {object}",
     ),
@@ -120,7 +122,7 @@ def ask(
         raise ValueError(f"{erase!r} is no {kind} the judge knows: name one of {labels.get(kind)}.")
     rest = [name for name in labels[kind] if name != erase and not _is_sign(name)]
     rest = random.Random(seed).sample(rest, min(others, len(rest)))
-    scenes = list(_scenes(labels, held_out, size, seed, drawn=kind))
+    scenes = list(_scenes(labels, held_out, size, seed, drawn=kind, half=0))
     rows = [_at(scene, kind, erase, "target", i) for i, scene in enumerate(scenes)]
     rows += [_at(s, kind, erase, "unseen", i) for i, s in enumerate(scenes[: (size + 1) // 2])]
     for name in rest:
@@ -136,25 +138,32 @@ def neighbours(
     erase: str,
     *,
     labels: Mapping[str, Sequence[str]],
+    held_out: Collection[tuple[str, str]] = (),
     size: int = 80,
     seed: int = 1,
 ) -> tuple[str, ...]:
     """Return prompts that an edit should leave alone, for its preserve list.
 
-    The empty prompt, the other concepts of the kind by name, then captions of them in a wording that `ask` never uses,
-    so that what is preserved and what is judged are not the same prompts.
+    The empty prompt, the other concepts of the kind by name (those of the concept's family first: objects, persons,
+    flags or logos), then captions of them in a wording and with objects that `ask` never uses, so that what is
+    preserved and what is judged are neither the same prompts nor the same scenes.
 
     Args:
         kind: Of the concept, one of `KINDS`.
         erase: Its label.
         labels: What the judge can say, by kind.
-        size: How many prompts at most.
+        held_out: (object, style) pairs that training never showed; they are left out.
+        size: How many prompts at most; at least a quarter of them are captions.
         seed: Of the objects and colors drawn.
     """
     rest = [name for name in labels[kind] if name != erase]
+    random.Random(seed).shuffle(rest)
+    rest.sort(key=lambda name: _family(name) != _family(erase))
     suffix = {"style": " style", "color": " background"}.get(kind, "")
-    rows = ["", *(name + suffix for name in rest)]
-    for i, scene in enumerate(_scenes(labels, (), max(size - len(rows), 0), seed, drawn=kind)):
+    rows = ["", *(name + suffix for name in rest[: max(size - 1 - size // 4, 0)])]
+    for i, scene in enumerate(
+        _scenes(labels, held_out, max(size - len(rows), 0), seed, drawn=kind, half=1)
+    ):
         named = i % 4 or kind == "object"  # every fourth names no concept of the kind
         found = _at(scene, kind, rest[i % len(rest)] if named else "", "", 0)
         style = f", {found.style} style" if found.style else ""
@@ -170,12 +179,17 @@ def _scenes(
     seed: int,
     *,
     drawn: str,
+    half: int,
 ) -> Iterator[Question]:
-    """Draw scenes whose objects were trained in every style; every other one names its color."""
+    """Draw scenes whose objects were trained in every style; every other one names its color.
+
+    Objects fall into two halves by their names: one is asked about, the other stands on preserve lists.
+    """
     rng = random.Random(seed)
     styles, colors = labels.get("style", ("",)), labels.get("color", ("",))
     things = [name for name in labels.get("object", ("thing",)) if not _is_sign(name)]
     seen = [o for o in things if not any((o, s) in held_out for s in styles)] or things
+    seen = [o for o in seen if _half(o) == half] or seen
     rng.shuffle(seen)
     for i, thing in enumerate(islice(cycle(seen), size)):
         color = rng.choice(colors) if i % 2 or drawn == "color" else ""
@@ -213,9 +227,20 @@ def _composed(
             yield replace(found, role="held out" if name == erase else "other held out")
 
 
+def _half(name: str) -> int:
+    return hashlib.sha256(name.encode()).digest()[0] % 2
+
+
+def _family(name: str) -> str:
+    """Return what a label is of: a person, a flag, a logo, or an object (or a style, or a color)."""
+    if name.startswith(("person ", "flag of ")):
+        return name.split()[0]
+    return "logo" if name.endswith(" logo") else ""
+
+
 def _is_sign(name: str) -> bool:
     """Persons, flags and logos: drawn in no studio's style, or in poses."""
-    return name.startswith(("person ", "flag of ")) or name.endswith(" logo")
+    return bool(_family(name))
 
 
 def _a(noun: str) -> str:

@@ -44,7 +44,7 @@ def check_writable(folder: Path, *, make: bool = True) -> None:
         probe.unlink()
     except OSError as error:
         raise type(error)(
-            f"cannot write into {str(folder)!r} ({error.strerror}): name another folder with --out."
+            f"cannot write into {str(folder)!r} ({error.strerror}): name another folder{' with --out' if make else ''}."
         ) from error
 
 

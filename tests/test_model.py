@@ -392,3 +392,37 @@ def test_import_is_light():
     code = "import sys, overpaint; print({'diffusers', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_size_is_that_of_the_pictures(tiny_sd1, tiny_xl):
+    for model in (tiny_sd1, tiny_xl):
+        assert model.size == tuple(model.generate("a cat", steps=1).images.shape[-2:])
+
+
+def test_a_guidance_that_is_no_number_is_refused(tiny_sd1):
+    with pytest.raises(ValueError, match="`guidance_scale` must be a finite number, got nan"):
+        tiny_sd1.generate("a cat", steps=1, guidance_scale=float("nan"))
+
+
+@pytest.mark.parametrize(
+    "words", ["{", '{"guidance_scale": "much"}', '{"guidance_scale": NaN}', '{"held_out": [1]}']
+)
+def test_damaged_settings_are_refused(tiny_folder, tmp_path, words):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "overpaint.json").write_text(words)
+    with pytest.raises(
+        UnsupportedModel, match=r"overpaint.json' (are damaged|is no finite number)"
+    ):
+        op.load(folder)
+    (folder / "overpaint.json").write_text('{"guidance_scale": 3, "held_out": [["cat", "noto"]]}')
+    model = op.load(folder)
+    assert (model.guidance_scale, model.held_out) == (3.0, {("cat", "noto")})
+
+
+def test_pictures_of_one_color_are_told():
+    from overpaint.pictures import blank
+
+    images = torch.stack([torch.zeros(3, 4, 4), torch.rand(3, 4, 4), torch.full((3, 4, 4), 0.5)])
+    images[2, 0] = 1.0  # one color, if not grey
+    assert blank(images).tolist() == [True, False, True]

@@ -40,9 +40,9 @@ def test_an_unknown_concept_is_refused_with_the_known_ones():
 def test_captions_in_full():
     assert questions.caption("apple", "noto", "") == "an apple in noto style"
     assert questions.caption("cat", "noto", "orange", frame=1) == (
-        "noto style cat on an orange background"
+        "a drawing of a cat in noto style on an orange background"
     )
-    assert questions.caption("cat", "noto", "", unseen=True) == "noto style, a cat"
+    assert questions.caption("cat", "noto", "", unseen=True) == "the cat is in noto style"
     assert questions.caption("python logo", "", "red") == "the python logo on a red background"
 
 
@@ -89,6 +89,48 @@ def test_bad_input_is_named():
         ask(size=0)
     with pytest.raises(ValueError, match="'monet' is no style the judge knows"):
         ask("style", "monet")
+
+
+WIDE = {
+    "object": (*(f"thing {i}" for i in range(60)), "python logo", "redis logo", "flag of japan", "person running"),
+    "style": ("noto", "openmoji", "blob"),
+    "color": ("white", "red", "blue"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "erase"), [("style", "openmoji"), ("object", "thing 3"), ("color", "red")]
+)
+def test_what_is_preserved_is_not_what_is_judged(kind, erase):
+    held_out = {(f"thing {i}", "noto") for i in range(0, 60, 7)}
+    kept = questions.neighbours(kind, erase, labels=WIDE, held_out=held_out, size=60)
+    asked = questions.ask(kind, erase, labels=WIDE, held_out=held_out, size=12)
+    assert kept[0] == ""
+    assert len(set(kept)) == len(kept) <= 60
+    assert not any(
+        erase in prompt.replace("thing 3", "thing 3.").split(",")[0]
+        for prompt in kept
+        if kind != "object"
+    )
+    # To a causal encoder a prompt that begins with another holds it.
+    assert not [q.prompt for q in asked for p in kept if p and q.prompt.startswith(p)]
+    if kind != "object":
+        scenes = {p.split(",")[0] for p in kept if "," in p}
+        assert scenes
+        assert not scenes & {q.object for q in asked if "held out" not in q.role}
+        assert not scenes & {thing for thing, _ in held_out}
+
+
+def test_no_question_begins_with_its_concept():
+    for kind, erase in (("style", "openmoji"), ("color", "red")):
+        asked = questions.ask(kind, erase, labels=WIDE, size=12)
+        assert not [q.prompt for q in asked if q.prompt.startswith(erase)]
+
+
+def test_neighbours_of_a_logo_are_logos_first():
+    kept = questions.neighbours("object", "python logo", labels=WIDE, size=40)
+    assert kept[1] == "redis logo"
+    assert sum("," in prompt for prompt in kept) >= 5
 
 
 def test_neighbours_never_name_the_erased_concept_nor_an_asked_prompt():
