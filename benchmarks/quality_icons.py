@@ -3,10 +3,11 @@
     python benchmarks/quality_icons.py [--quick] [--json]
 
 Every seen (object, style) pair of the icon world and every held-out pair is asked for once a seed; `icons-judge`,
-which had no part in training `icons` and never saw the held-out pairs either, says what it sees. Its own accuracy on
-the real artwork, from its card, is the yardstick. `--quick` asks for 120 seen pairs and one seed.
-Writes `benchmarks/results/quality_icons.json`, a grid of 100 pictures, `icons_grid.png`, and one style before and
-after its edit, `before_after.png`; `--card` puts the figures into the model's card.
+which had no part in training `icons` and knows the held-out pairs, says what it sees. Its own accuracy on the real
+artwork, from its card, is the yardstick. Intervals draw pairs, each with all its seeds. `--quick` asks for 120 seen
+pairs and one seed, and writes to `runs/benchmarks`. Writes `benchmarks/results/quality_icons.json` and, into
+`docs/images`, a grid of 100 pictures, `icons_grid.png`, and one style before and after its edit, `before_after.png`;
+`--card` puts the figures into the model's card.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from overpaint import features, metrics, questions, zoo
 from overpaint.train import card, icon_world
 
 RESULTS = Path(__file__).parent / "results"
+IMAGES = Path(__file__).parent.parent / "docs" / "images"
 
 
 def pairs(*, held_out: bool) -> list[tuple[str, str]]:
@@ -88,7 +90,9 @@ def grid(model: op.TextToImage, path: Path, *, steps: int) -> None:
 
 def before_after(model: op.TextToImage, judge: features.Judge, path: Path) -> None:
     """Draw one style before and after its edit, and a neighbour before and after: four rows, equal seeds."""
-    preserve = questions.neighbours("style", "openmoji", labels=judge.labels)
+    preserve = questions.neighbours(
+        "style", "openmoji", labels=judge.labels, held_out=model.held_out
+    )
     change = op.edit.quickfix(model, {"openmoji style": "noto style"}, preserve=list(preserve))
     objects = ["strawberry", "cat", "fish", "umbrella", "bomb", "tulip", "car", "light bulb"]
     rows = []
@@ -125,7 +129,8 @@ def main() -> None:
     intervals: dict[str, Any] = {}
     for prefix, columns in table.items():
         for name, values in columns.items():
-            interval = metrics.bootstrap(values)
+            asked = held if prefix else seen
+            interval = metrics.bootstrap(values, groups=asked * len(seeds))
             figures[prefix + name] = round(interval.mean, 4)
             intervals[prefix + name] = [interval.low, interval.high, len(values)]
     figures |= {
@@ -137,15 +142,17 @@ def main() -> None:
             figures[f"{prefix}{kind}_ratio"] = round(ratio, 4)
     figures["seconds_per_picture"] = round(seconds_per_picture(model), 3)
     if not arguments.quick:
-        grid(model, RESULTS / "icons_grid.png", steps=20)
-        before_after(model, judge, RESULTS / "before_after.png")
+        grid(model, IMAGES / "icons_grid.png", steps=20)
+        before_after(model, judge, IMAGES / "before_after.png")
     figures["seconds"] = round(time.perf_counter() - start, 1)
     result = {
         "figures": figures, "intervals": intervals, "seeds": list(seeds), "machine": platform.processor(),
         "protocol": model.protocol(steps=20, guidance_scale=model.guidance_scale), "card": judge.card.get("date"),
+        "commit": card.commit(),
     }  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "quality_icons.json").write_text(json.dumps(result, indent=1) + "\n")
+    folder = Path("runs/benchmarks") if arguments.quick else RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "quality_icons.json").write_text(json.dumps(result, indent=1) + "\n")
     for name, value in figures.items():
         extra = intervals.get(name)
         print(

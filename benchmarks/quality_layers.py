@@ -4,7 +4,8 @@
 
 One style of `icons`, `openmoji`, is turned into `noto` with seven prompt frames: at layer 0 without and with the
 preserve list, then at layers 1 and 2 with it. `icons-judge` looks at the same objects and seeds of the target style
-and of every other style, before and after. Writes `benchmarks/results/quality_layers.json`.
+and of every other style, before and after. Writes `benchmarks/results/quality_layers.json`; with `--quick`, into
+`runs/benchmarks`.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 import overpaint as op
 from overpaint import features, questions
 from overpaint.edit import Change
+from overpaint.train import card
 
 RESULTS = Path(__file__).parent / "results"
 FRAMES = (
@@ -64,7 +66,9 @@ def main() -> None:
     arguments = parser.parse_args()
     start = time.perf_counter()
     model, judge = op.load("icons"), features.load()
-    kept = list(questions.neighbours("style", "openmoji", labels=judge.labels))
+    kept = list(
+        questions.neighbours("style", "openmoji", labels=judge.labels, held_out=model.held_out)
+    )
     pairs = {"openmoji style": "noto style"}
     cases = {
         "before": None,
@@ -86,14 +90,20 @@ def main() -> None:
             f"{name:14} openmoji {found['openmoji']:5.0%}   others {figures[f'{name}_others']:5.0%}"
         )
     figures["seconds"] = round(time.perf_counter() - start, 1)
-    RESULTS.mkdir(exist_ok=True)
+    folder = Path("runs/benchmarks") if arguments.quick else RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
     protocol = {
         **model.protocol(steps=12, guidance_scale=model.guidance_scale),
         "frames": FRAMES,
         "preserved": len(kept),
     }
-    result = {"figures": figures, "protocol": protocol, "quick": arguments.quick}
-    (RESULTS / "quality_layers.json").write_text(json.dumps(result, indent=1) + "\n")
+    result = {
+        "figures": figures,
+        "protocol": protocol,
+        "quick": arguments.quick,
+        "commit": card.commit(),
+    }
+    (folder / "quality_layers.json").write_text(json.dumps(result, indent=1) + "\n")
     if arguments.json:
         print(json.dumps(figures))
 

@@ -29,6 +29,7 @@ from overpaint.edit.change import text_layers, weight_at
 from overpaint.edit.quickfix import FRAMES
 from overpaint.hooks import record_inputs
 from overpaint.spans import find_span
+from overpaint.train import card
 from overpaint.zoo import build
 
 RESULTS = Path(__file__).parent / "results"
@@ -120,12 +121,12 @@ def measure(*, repeats: int) -> dict[str, Any]:
     }
 
 
-def write(name: str, result: dict[str, Any], protocol: dict[str, Any]) -> None:
+def write(name: str, result: dict[str, Any], protocol: dict[str, Any], folder: Path) -> None:
     """Write the full result beside its place, then rename it."""
-    RESULTS.mkdir(exist_ok=True)
-    beside = RESULTS / f".{name}.part"
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / f".{name}.part"
     beside.write_text(json.dumps({"result": result, "protocol": protocol}, indent=2) + "\n")
-    os.replace(beside, RESULTS / f"{name}.json")
+    os.replace(beside, folder / f"{name}.json")
 
 
 def main() -> None:
@@ -157,7 +158,8 @@ def main() -> None:
             "python": platform.python_version(),
         },
     }
-    write("speed_edit", result, protocol)
+    folder = Path("runs/benchmarks") if arguments.quick else RESULTS
+    write("speed_edit", result, protocol | {"commit": card.commit()}, folder)
     if arguments.json:
         print(json.dumps(result))
 
