@@ -47,12 +47,14 @@ def read_folder(folder: Path, *, dtype: torch.dtype) -> tuple[Any, dict[str, Any
     return pipe, _settings(folder / "overpaint.json")
 
 
-def read_hub(name: str, *, dtype: torch.dtype) -> Any:
-    """Return the pipeline `name` of the Hugging Face hub, from the local cache if it is there.
+def read_hub(name: str, *, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """Return what `read_folder` makes of the hub's pipeline `name`, from the local cache if it is there.
 
     Raises:
-        ValueError: The hub cannot be reached, or holds no such pipeline in safetensors.
+        ValueError: The hub cannot be reached, or holds nothing of that name.
+        UnsupportedModel: It holds something else than a Stable Diffusion pipeline in safetensors, or a damaged one.
     """
+    from diffusers import DiffusionPipeline
     from huggingface_hub import hf_hub_download
 
     unknown = (
@@ -60,14 +62,14 @@ def read_hub(name: str, *, dtype: torch.dtype) -> Any:
         "safetensors of that name. Check the spelling and the connection, or name a folder."
     )
     try:
-        index = Path(hf_hub_download(name, "model_index.json"))
+        kind = _kind(Path(hf_hub_download(name, "model_index.json")), source=name)
+        with _quiet():
+            folder = DiffusionPipeline.download(name, use_safetensors=True, **_WITHOUT[kind])
+    except UnsupportedModel:
+        raise
     except (OSError, ValueError) as error:
         raise ValueError(unknown) from error
-    kind = _kind(index, source=name)
-    try:
-        return _read(name, kind, dtype=dtype, variant=None, local_files_only=False)
-    except UnsupportedModel as error:
-        raise ValueError(unknown) from error
+    return read_folder(Path(folder), dtype=dtype)
 
 
 def check(pipe: Any) -> None:

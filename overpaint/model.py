@@ -330,7 +330,7 @@ def load(
     elif Path(text).suffix in (*_PICKLES, ".safetensors"):
         raise UnsupportedModel(_single_file_message(text))
     elif isinstance(source, str) and _is_hub_id(text):
-        pipe, settings = checkpoint.read_hub(text, dtype=dtype), {}
+        pipe, settings = checkpoint.read_hub(text, dtype=dtype)
     else:
         raise ValueError(
             f"unknown model {text!r}: it is neither a folder nor a name that ships with the package "

@@ -426,3 +426,33 @@ def test_pictures_of_one_color_are_told():
     images = torch.stack([torch.zeros(3, 4, 4), torch.rand(3, 4, 4), torch.full((3, 4, 4), 0.5)])
     images[2, 0] = 1.0  # one color, if not grey
     assert blank(images).tolist() == [True, False, True]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch, tiny_folder):
+    """A hub's local cache that holds `someone/tiny`, in the layout of huggingface_hub; returns its snapshot."""
+    from huggingface_hub import constants
+
+    place = tmp_path / "hub" / "models--someone--tiny"
+    snapshot = place / "snapshots" / ("a" * 40)
+    shutil.copytree(tiny_folder, snapshot)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return snapshot
+
+
+def test_a_hub_id_is_read_from_the_local_cache(hub, tiny_sd1):
+    model = op.load("someone/tiny")
+    assert model.name == "someone/tiny"
+    assert torch.equal(model.encode(["a cat"]), tiny_sd1.encode(["a cat"]))
+
+
+def test_a_damaged_model_of_the_hub_is_refused(hub):
+    weights = hub / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors.pop("conv_in.bias")
+    weights.unlink()
+    save_file(tensors, weights)
+    with pytest.raises(UnsupportedModel, match=r"1 are missing, first 'conv_in.bias'"):
+        op.load("someone/tiny")
