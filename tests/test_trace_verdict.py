@@ -238,3 +238,44 @@ def test_maps_that_share_nothing_cannot_agree(effects):
     other = Effects.of([{**r, "probe": "else"} for r in made(1)], {})
     with pytest.raises(ValueError, match="share 0 prompts and 6 states, too few to compare"):
         effects.agreement(other)
+
+
+def test_after_screening_the_correction_is_for_all_states_that_could_have_been_chosen():
+    tested = Effects.of(made(8, seeds=1), {}).test(threshold=0.5)
+    note = {"screen": {"states": 60, "drawn": LAYERS}}
+    screened = Effects.of(made(8, seeds=1), note).test(threshold=0.5)
+    plain, corrected = (v.table.to_pylist() for v in (tested, screened))
+    assert plain[STRONG]["p_holm"] == pytest.approx(6 / 256)
+    assert corrected[STRONG]["p_holm"] == pytest.approx(60 / 256)
+    assert (plain[STRONG]["causal"], corrected[STRONG]["causal"]) == (True, False)
+    assert tested.protocol["family"] == 6
+    assert tested.reason == ""
+    assert screened.protocol["family"] == 60
+    assert screened.reason == "so few prompts (8) cannot show that any of 60 states is causal"
+
+
+def test_prompts_weigh_the_same_in_mean_p_and_threshold():
+    """One prompt has three seeds and the others one: rows of the first must not count threefold."""
+    rows = [r for r in made(6, seeds=3) if r["probe"] == "probe-0" or r["seed"] == 0]
+    effects = Effects.of(rows, {})
+    strong = [r for r in rows if r["index"] == STRONG]
+    by_prompt = {
+        name: [r for r in strong if r["probe"] == name] for name in {r["probe"] for r in strong}
+    }
+    means = [np.mean([r["indirect_effect"] for r in found]) for found in by_prompt.values()]
+    found = effects.test(threshold=0.5).table.to_pylist()[STRONG]
+    assert found["mean"] == pytest.approx(np.mean(means))
+    assert (found["n"], found["prompts"]) == (8, 6)
+    assert effects.mean().to_pylist()[STRONG]["mean"] == found["mean"]
+    ends = [
+        np.mean([(r["score_clean"] + r["score_corrupted"]) / 2 for r in found])
+        for found in by_prompt.values()
+    ]
+    assert effects.half_gap() == pytest.approx(np.mean(ends))
+
+
+def test_a_score_is_not_tested_against_zero(effects):
+    with pytest.raises(
+        ValueError, match="`score_restored` cannot be tested against zero, .*: test"
+    ):
+        effects.test("score_restored")

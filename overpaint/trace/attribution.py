@@ -18,7 +18,7 @@ from overpaint import hooks
 from overpaint.model import text_features
 from overpaint.sample import denoise
 from overpaint.trace.corrupt import Corruption, noisy
-from overpaint.trace.runs import Drawing
+from overpaint.trace.runs import Drawing, finite
 
 __all__ = ["Attribution", "Objective", "Run", "choose"]
 
@@ -44,7 +44,11 @@ class Attribution:
     def of_unet(
         self, modules: Sequence[Module], batch: Sequence[Run], *, source: str, branches: str
     ) -> Tensor:
-        """Return the attribution of each module in each run, shape (S, B), float64."""
+        """Return the attribution of each module in each run, shape (S, B), float64.
+
+        Raises:
+            UnsupportedModel: One is not finite.
+        """
         model, drawing = self.drawing.model, self.drawing
         states: list[list[Tensor]] = [[] for _ in modules]
         with _frozen(model), torch.enable_grad():
@@ -62,14 +66,18 @@ class Attribution:
         found = [
             _products(*three) for three in zip(grads, sum(aims, []), sum(states, []), strict=True)
         ]
-        numbers = torch.stack(found).unflatten(0, (len(modules), -1)).sum(1)
+        numbers = _finite(torch.stack(found).unflatten(0, (len(modules), -1)).sum(1))
         if drawing.guidance_scale == 1:
             return numbers
         empty, full = numbers.chunk(2, dim=1)  # the guided batch holds the unconditional rows first
         return empty + full if branches == "both" else full
 
     def of_text(self, modules: Sequence[Module], batch: Sequence[Run]) -> Tensor:
-        """Return the attribution of each module in each run at each position, shape (S, B, L), float64."""
+        """Return the attribution of each module in each run at each position, shape (S, B, L), float64.
+
+        Raises:
+            UnsupportedModel: One is not finite.
+        """
         model = self.drawing.model
         states: list[list[Tensor]] = [[] for _ in modules]
         with _frozen(model), torch.enable_grad():
@@ -86,7 +94,7 @@ class Attribution:
             _products(*three, keep=2)
             for three in zip(grads, sum(aims, []), sum(states, []), strict=True)
         ]
-        return torch.stack(found)
+        return _finite(torch.stack(found))
 
     def _clean(self, embeds: Tensor, batch: Sequence[Run], into: "_Keep | None") -> Tensor | None:
         """Draw the clean runs without gradients, if anybody needs them; return their latents."""
@@ -162,7 +170,9 @@ class _Tail:
     def run(self, embeds: Tensor, batch: Sequence[Run], *, leaf: bool = False) -> Tensor:
         """Return the final latents; with `leaf` gradients begin at the latents of the first late step."""
         seeds = [seed for _, seed in batch]
-        latents = self.drawing.model.initial_latents(seeds)
+        latents = self.drawing.model.initial_latents(
+            seeds, steps=self.drawing.steps, scheduler=self.scheduler
+        )
 
         def cut(done: int, latents: Tensor) -> Tensor | None:
             return latents.detach().requires_grad_() if leaf and done == self.first else None
@@ -204,6 +214,11 @@ def _listeners(keep: _Keep) -> dict[Module, Callable[[Tensor], Tensor]]:
         return listen
 
     return {module: listener(into) for module, into in zip(*keep, strict=True)}
+
+
+def _finite(numbers: Tensor) -> Tensor:
+    cure = "load it in float32, lower `guidance_scale`, or take fewer of the `last` steps"
+    return finite(numbers, "attributions", cure)
 
 
 def _encode(model: Any, batch: Sequence[Run], *, corrupt: bool = False) -> Tensor:

@@ -22,10 +22,9 @@ from torch import Generator, Tensor
 from overpaint import hooks
 from overpaint.errors import UnsupportedModel
 from overpaint.spans import Span, end_of_text, find_span
+from overpaint.trace.states import ROLES
 
 __all__ = ["ROLES", "Corruption", "Prompted", "corruptions", "noisy", "places"]
-
-ROLES = ("subject", "last_subject", "after", "eos", "pad")
 
 
 class Prompted(Protocol):

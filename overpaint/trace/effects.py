@@ -12,7 +12,6 @@ prompts of its own, and the effect must be significant too.
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,7 +67,7 @@ class Effects:
 
         Args:
             value: One of `VALUES`; if `None` the indirect effect, or `embed_recovery` where no
-                pictures were drawn.
+                pictures were drawn. Prompts weigh the same, however many rows each has.
             control: Which run: the model itself, `"untrained"` or `"other span"`.
 
         Returns:
@@ -95,9 +94,7 @@ class Effects:
         if n < 1:
             raise ValueError(f"`n` must be at least 1, got {n}.")
         cells = states.cells(self.table, self.value(value), "")
-        means = {
-            state: math.fsum(v for _, v in pairs) / len(pairs) for state, pairs in cells.items()
-        }
+        means = {state: states.average(pairs) for state, pairs in cells.items()}
         best = sorted(means, key=lambda state: -means[state])
         sites = self.sites()
         return tuple(sites[name] for name in list(dict.fromkeys(s.site for s in best))[:n])
@@ -112,12 +109,12 @@ class Effects:
         were drawn, all prompts count.
 
         Args:
-            value: One of `VALUES`; by default as in `mean`.
+            value: One of `VALUES` but `"score_restored"`, whose zero means nothing; by default as in `mean`.
             alpha: Largest Holm-corrected p-value that counts as causal, in (0, 1].
             threshold: A score that the mean restored score of a causal state reaches.
 
         Raises:
-            ValueError: No such value, or `alpha` is out of range.
+            ValueError: No such value, one that cannot be tested, or `alpha` is out of range.
         """
         from overpaint.trace.verdict import judge
 
@@ -142,7 +139,7 @@ class Effects:
         return tuple(site for name, site in self.sites().items() if name in chosen)
 
     def half_gap(self) -> float:
-        """Return the score halfway between the mean corrupted and the mean clean one.
+        """Return the score halfway between the mean corrupted and the mean clean one; prompts weigh the same.
 
         Raises:
             ValueError: No pictures were drawn, so there are no scores.
@@ -151,7 +148,9 @@ class Effects:
         runs = sorted({row for row in rows if row[3] is not None})
         if not runs:
             raise ValueError("these effects hold no scores: trace again with `generate=True`.")
-        return math.fsum(clean + corrupted for *_, clean, corrupted in runs) / (2 * len(runs))
+        return states.average(
+            [(probe, (clean + corrupted) / 2) for probe, _, _, clean, corrupted in runs]
+        )
 
     def split(self, validation: int = 10) -> tuple["Effects", "Effects"]:
         """Return the effects of `validation` prompts and those of the others.
@@ -312,7 +311,8 @@ def recovery(clean: float, corrupted: float, restored: float, *, gap: float) -> 
 
 
 def _interval(pairs: Sequence[tuple[str, float]]) -> Interval:
-    return bootstrap([v for _, v in pairs], groups=[p for p, _ in pairs])
+    found = bootstrap(list(states.by_prompt(pairs).values()))
+    return Interval(found.mean, found.low, found.high, len(pairs))
 
 
 def _hash(probe: str) -> bytes:

@@ -9,12 +9,15 @@ drawn once. `direction="corrupt"` is the mirror image: one corrupted state in th
 Source: Basu et al., 2024, https://arxiv.org/abs/2310.13730, section 3.
 Deviations: two controls the paper lacks. An encoder of equal architecture and untrained weights
 shows what the architecture alone does; noise on other words shows what is not about the concept.
-The first is measured on text features, which cost no picture; the second also on pictures if asked.
+The untrained encoder gets the same draws, as strong relative to its own embeddings. The first is
+measured on text features, which cost no picture; the second also on pictures if asked.
 """
 
+import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +29,7 @@ from torch.nn import Module
 from overpaint import hooks, sites
 from overpaint.model import text_features
 from overpaint.sites import TEXT_PARTS, Site
-from overpaint.trace import shards
+from overpaint.trace import identity, shards
 from overpaint.trace.corrupt import ROLES, Corruption, Prompted, corruptions, noisy, places
 from overpaint.trace.effects import Effects
 from overpaint.trace.runs import (
@@ -34,9 +37,12 @@ from overpaint.trace.runs import (
     Drawing,
     Scorer,
     about,
+    check_seeds,
     equal_chunks,
+    finite,
     head_columns,
     head_numbers,
+    named_sites,
     on_first,
     recovered,
     seeds_of,
@@ -120,11 +126,10 @@ def text_encoder(
 
     Raises:
         ValueError: A probe or a setting is out of range, or no state is left.
-        UnsupportedModel: The latents became NaN.
+        UnsupportedModel: Text features, latents or scores became NaN.
         OSError: `folder` cannot be written.
     """
-    if not seeds:
-        raise ValueError("`seeds` is empty: give at least one.")
+    check_seeds(seeds)
     drawing = Drawing.of(
         model, score=score, steps=steps, guidance_scale=guidance_scale, solver_name=solver, direction=direction,
         minimum_gap=minimum_gap, batch_size=batch_size, memory=memory, draw=generate,
@@ -135,11 +140,17 @@ def text_encoder(
         for part, encoder in zip(TEXT_PARTS, model.text_encoders, strict=False)
         for site in sites.find_text(encoder, part)
     ]
-    single = [(site.name, (site,)) for site in found]
-    named = single if groups is None else [(n, tuple(g)) for n, g in groups.items()]
+    named = named_sites(found, groups)
+    states_of = partial(_states, named=named, positions=positions, heads=heads, only=only)
+    selected([s for c in made for s in states_of(model.text_encoders, c)], None, lambda s: s)
     fresh = [untrained(encoder) for encoder in model.text_encoders] if control else None
-    units = {probe.id: [c for c in made if c.probe.id == probe.id] for probe in probes}
+    twins, fresh_scale = _twins(model, fresh, made, noise_samples=noise_samples, sigma=sigma)
+    units = {
+        p.id: [pair for pair in zip(made, twins, strict=True) if pair[0].probe.id == p.id]
+        for p in probes
+    }
     negative = model.encode([""])
+    text_rows = 64 if memory is None else drawing.rows
     drawn_passes = ("", "other span") if draw_control else ("",)
 
     def compute(unit: str) -> list[dict[str, Any]]:
@@ -149,13 +160,15 @@ def text_encoder(
             if on_progress is not None:
                 on_progress(round(1000 * (before + share)), 1000 * len(units))
 
-        own = seeds_of(units[unit][0].probe, seeds)
+        own = seeds_of(units[unit][0][0].probe, seeds)
         turns = noise_samples * len(own) * len(drawn_passes)
         pictures, rows = _Pictures(drawing, negative, tick, turns), []
-        for corruption in units[unit]:
-            for name, encoders, corrupted in _passes(model.text_encoders, fresh, corruption):
-                states = _states(encoders, named, corrupted, positions, heads, only)
-                embeds = _encode_states(encoders, corrupted, states, direction)
+        for corruption, twin in units[unit]:
+            for name, encoders, corrupted in _passes(model.text_encoders, fresh, corruption, twin):
+                states = states_of(encoders, corrupted)
+                if not states:
+                    continue
+                embeds = _encode_states(encoders, corrupted, states, direction, text_rows)
                 measured = _rows(corrupted, states, embeds, control=name, direction=direction)
                 drawn = generate and name in drawn_passes
                 for seed in own if drawn else (None,):
@@ -167,9 +180,10 @@ def text_encoder(
         return rows
 
     protocol = drawing.protocol(
-        "text_encoder", positions=list(positions), heads=heads, sites=[name for name, _ in named],
-        control=control, draw_control=draw_control, seeds=list(seeds), noise_samples=noise_samples,
-        sigma=scale, probes=len(probes), prompts=[probe.prompt for probe in probes],
+        "text_encoder", probes, folder=folder, positions=list(positions), heads=heads,
+        sites=[name for name, _ in named], groups=identity.members(groups),
+        only=None if only is None else sorted(map(list, only)), control=control, draw_control=draw_control,
+        seeds=list(seeds), noise_samples=noise_samples, sigma=scale, sigma_untrained=fresh_scale,
     )  # fmt: skip
     return Effects.of(shards.sweep(folder, protocol, list(units), compute), protocol)
 
@@ -195,6 +209,9 @@ def encode_restored(
 
     Returns:
         Text features, shape (2 + R, L, D): clean, corrupted, one a restoration.
+
+    Raises:
+        UnsupportedModel: They are not finite.
     """
     towers = (encoders,) if isinstance(encoders, Module) else tuple(encoders)
     device = next(towers[0].parameters()).device
@@ -211,7 +228,8 @@ def encode_restored(
             stack.enter_context(hooks.patch_arguments(single))
             embeds = text_features(towers, ids)
         parts.append(embeds[: used + 2] if not parts else embeds[2 : used + 2])
-    return torch.cat(parts)
+    cure = "load it in float32, or lower `sigma`"
+    return finite(torch.cat(parts), "text features", cure, f" in {corruption.probe.prompt!r}")
 
 
 def untrained(encoder: Any, *, seed: int = 1) -> Any:
@@ -249,21 +267,47 @@ def _copiers(
 
 
 def _passes(
-    encoders: Sequence[Module], fresh: Sequence[Module] | None, corruption: Corruption
+    encoders: Sequence[Module],
+    fresh: Sequence[Module] | None,
+    corruption: Corruption,
+    twin: Corruption | None,
 ) -> list[tuple[str, Sequence[Module], Corruption]]:
     """Return the run itself and its controls: name, encoders, what is corrupted."""
     passes = [("", encoders, corruption)]
-    if fresh is not None:
+    if fresh is not None and twin is not None:
         other = corruption.elsewhere()
-        passes += [("untrained", fresh, corruption)]
+        passes += [("untrained", fresh, twin)]
         passes += [] if other is None else [("other span", encoders, other)]
     return passes
 
 
+def _twins(
+    model: Any,
+    fresh: Sequence[Module] | None,
+    made: Sequence[Corruption],
+    *,
+    noise_samples: int,
+    sigma: float | str,
+) -> tuple[Sequence[Corruption | None], float | None]:
+    """Return for each corruption the one of the untrained encoder, and the first encoder's noise.
+
+    A factor such as `"3std"` is of that encoder's own embeddings, so that relative to them the noise is as strong as in
+    the trained one, and its draws are the same.
+    """
+    if fresh is None:
+        return [None] * len(made), None
+    bare = SimpleNamespace(
+        tokenizer=model.tokenizer, tokenizers=model.tokenizers, text_encoders=fresh
+    )
+    probes = [corruption.probe for corruption in made[::noise_samples]]
+    return corruptions(bare, probes, noise_samples=noise_samples, sigma=sigma)
+
+
 def _states(
     encoders: Sequence[Module],
-    named: Sequence[tuple[str, tuple[Site, ...]]],
     corruption: Corruption,
+    *,
+    named: Sequence[tuple[str, tuple[Site, ...]]],
     positions: Sequence[str],
     heads: bool,
     only: Collection[tuple[str, str]] | None,
@@ -275,7 +319,7 @@ def _states(
         for head in head_numbers(model, chosen, heads)
         for role, position in places(corruption, positions)
     ]
-    return selected(states, only, lambda state: (state.name, state.role))
+    return [state for state in states if only is None or (state.name, state.role) in only]
 
 
 def _encode_states(
@@ -283,6 +327,7 @@ def _encode_states(
     corruption: Corruption,
     states: Sequence[State],
     direction: Direction,
+    rows: int,
 ) -> Tensor:
     model = _parts(encoders)
 
@@ -293,7 +338,7 @@ def _encode_states(
         return [(linear, [state.position], columns)]
 
     plan = [copies(state) for state in states]
-    return encode_restored(encoders, corruption, plan, direction=direction)
+    return encode_restored(encoders, corruption, plan, rows=rows, direction=direction)
 
 
 def _parts(encoders: Sequence[Module]) -> Any:
@@ -333,7 +378,7 @@ class _Pictures:
     ) -> None:
         self.drawing, self.negative, self.on_share = drawing, negative, on_share
         self.passes, self.done = passes, 0
-        self._known: dict[tuple[int, bytes], tuple[float, Tensor]] = {}
+        self._known: dict[tuple[int, str], tuple[float, Tensor]] = {}
 
     def measure(
         self, corruption: Corruption, embeds: Tensor, seed: int | None
@@ -341,7 +386,7 @@ class _Pictures:
         """Return the columns of every row of `embeds` from the third on; empty ones without a seed."""
         if seed is None:
             return [{}] * (len(embeds) - 2)
-        keys = [(seed, row.double().cpu().contiguous().numpy().tobytes()) for row in embeds]
+        keys = [(seed, _digest(row)) for row in embeds]
         first = {key: i for i, key in reversed(list(enumerate(keys))) if key not in self._known}
         new = sorted(first.items(), key=lambda item: item[1])
         chunks = list(equal_chunks(new, self.drawing.rows)) if new else []
@@ -362,3 +407,7 @@ class _Pictures:
     def _tell(self, steps: int, chunks: int) -> None:
         share = min(1.0, steps / (chunks * self.drawing.steps))
         self.on_share((self.done + share) / self.passes)
+
+
+def _digest(row: Tensor) -> str:
+    return hashlib.sha256(row.double().cpu().contiguous().numpy().tobytes()).hexdigest()

@@ -30,7 +30,7 @@ from torch.nn import Module
 from overpaint import hooks, sites
 from overpaint.errors import UnsupportedModel
 from overpaint.sites import KINDS, Kind, Site
-from overpaint.trace import shards
+from overpaint.trace import identity, shards
 from overpaint.trace.corrupt import Corruption, Prompted, corruptions
 from overpaint.trace.effects import Effects
 from overpaint.trace.encoder import encode_restored
@@ -39,19 +39,22 @@ from overpaint.trace.runs import (
     Drawing,
     Scorer,
     about,
+    check_seeds,
+    check_source,
     equal_chunks,
     head_columns,
     head_numbers,
+    named_sites,
     on_first,
     seeds_of,
     selected,
 )
+from overpaint.trace.states import WINDOWS
 
 __all__ = ["WINDOWS", "Branches", "Intervention", "Source", "restore", "unet"]
 
 Source = Literal["clean_trajectory", "same_latent"]
 Branches = Literal["both", "cond"]
-WINDOWS = {"": (0.0, 1.0), "early": (0.0, 1 / 3), "middle": (1 / 3, 2 / 3), "late": (2 / 3, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def unet(
 
     Raises:
         ValueError: A probe or a setting is out of range, or no site is left.
-        UnsupportedModel: A site's hook does not fire once a step, or the latents became NaN.
+        UnsupportedModel: A site's hook does not fire once a step, or text features, latents or scores became NaN.
         OSError: `folder` cannot be written.
     """
     _check_modes(source, branches, kinds, windows, seeds)
@@ -142,9 +145,8 @@ def unet(
         minimum_gap=minimum_gap, batch_size=batch_size, memory=memory,
     )  # fmt: skip
     made, scale = corruptions(model, probes, noise_samples=noise_samples, sigma=sigma)
-    single = [(s.name, (s,)) for s in sites.find_unet(model.unet) if s.kind in kinds]
-    named = single if groups is None else [(n, tuple(g)) for n, g in groups.items()]
-    named = selected(named, only, lambda entry: entry[0])
+    found = [site for site in sites.find_unet(model.unet) if site.kind in kinds]
+    named = selected(named_sites(found, groups), only, lambda entry: entry[0])
     plan = [
         Intervention(s, h, w, n)
         for n, s in named
@@ -170,14 +172,14 @@ def unet(
         latents = restore(
             drawing, pair, negative, plan, seed=seed, source=source, branches=branches, on_step=tick
         )
-        found = drawing.measured(drawing.scores(latents, corruption.probe), latents)
+        rows = drawing.measured(drawing.scores(latents, corruption.probe), latents)
         asked = {"seed": seed, "source": source, "branches": branches, "direction": direction}
-        return [{**_row(corruption, i), **asked, **m} for i, m in zip(plan, found, strict=True)]
+        return [{**_row(corruption, i), **asked, **m} for i, m in zip(plan, rows, strict=True)]
 
     protocol = drawing.protocol(
-        "unet", source=source, branches=branches, kinds=list(kinds), heads=heads, windows=list(windows),
-        sites=[name for name, _ in named], seeds=list(seeds), noise_samples=noise_samples, sigma=scale,
-        probes=len(probes), prompts=[probe.prompt for probe in probes],
+        "unet", probes, folder=folder, source=source, branches=branches, kinds=list(kinds), heads=heads,
+        windows=list(windows), sites=[name for name, _ in named], groups=identity.members(groups),
+        only=None if only is None else sorted(only), seeds=list(seeds), noise_samples=noise_samples, sigma=scale,
     )  # fmt: skip
     rows = shards.sweep(folder, protocol, list(units), compute)
     return Effects.of(rows, protocol)
@@ -339,10 +341,7 @@ def _size(restored: int, *, twins: bool) -> int:
 def _check_modes(
     source: str, branches: str, kinds: Sequence[str], windows: Sequence[str], seeds: Sequence[int]
 ) -> None:
-    if source not in ("clean_trajectory", "same_latent"):
-        raise ValueError(f"`source` must be 'clean_trajectory' or 'same_latent', got {source!r}.")
-    if branches not in ("both", "cond"):
-        raise ValueError(f"`branches` must be 'both' or 'cond', got {branches!r}.")
+    check_source(source, branches)
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         raise ValueError(f"`kinds` must be among {', '.join(KINDS)}, got {list(kinds)!r}.")
@@ -350,8 +349,7 @@ def _check_modes(
         raise ValueError(
             f"`windows` must be among {', '.join(map(repr, WINDOWS))}, got {list(windows)!r}."
         )
-    if not seeds:
-        raise ValueError("`seeds` is empty: give at least one.")
+    check_seeds(seeds)
 
 
 def _row(corruption: Corruption, intervention: Intervention) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def _intervals(effects: Effects, value: str) -> dict[State, tuple[float, float, 
 
 def _means(effects: Effects, value: str, control: str = "") -> dict[State, float]:
     cells = states.cells(effects.table, value, control)
-    return {s: math.fsum(number for _, number in pairs) / len(pairs) for s, pairs in cells.items()}
+    return {state: states.average(pairs) for state, pairs in cells.items()}
 
 
 def _kinds(effects: Effects, means: Mapping[State, float]) -> list[list[Site]]:

@@ -1,7 +1,6 @@
 """What the two tracers share: how pictures are drawn and scored, batches of one shape, distances."""
 
-import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,8 +12,8 @@ from overpaint import features, sites
 from overpaint.errors import UnsupportedModel
 from overpaint.sample import denoise, solver
 from overpaint.sites import Site
+from overpaint.trace import identity, proof
 from overpaint.trace import memory as memory_of
-from overpaint.trace import proof
 from overpaint.trace.effects import recovery
 
 __all__ = [
@@ -23,10 +22,13 @@ __all__ = [
     "Drawing",
     "Scorer",
     "about",
+    "check_seeds",
+    "check_source",
     "equal_chunks",
-    "fingerprint",
+    "finite",
     "head_columns",
     "head_numbers",
+    "named_sites",
     "on_first",
     "recovered",
     "seeds_of",
@@ -129,20 +131,23 @@ class Drawing:
             scheduler=self.scheduler,
             **options,
         )
-        if not torch.isfinite(latents).all():
-            raise UnsupportedModel(
-                f"the model's latents became NaN or infinite from seed {seed}: load it in float32, or lower "
-                "`guidance_scale`."
-            )
-        return latents
+        cure = "load it in float32, or lower `guidance_scale`"
+        return finite(latents, "latents", cure, f" from seed {seed}")
 
     def scores(self, latents: Tensor, probe: Any) -> list[float]:
-        """Return the score of each row's picture."""
+        """Return the score of each row's picture.
+
+        Raises:
+            UnsupportedModel: A score is not finite.
+        """
         assert self.scorer is not None
         numbers: list[float] = []
         for part in latents.split(self.decoded):
             found = self.scorer(self.model.decode(part).cpu(), [probe] * len(part))
             numbers += [float(n) for n in found]
+        finite(
+            torch.tensor(numbers), "scores", "look at what `score` makes of the model's pictures"
+        )
         return numbers
 
     def measured(self, scores: Sequence[float], latents: Tensor) -> list[dict[str, Any]]:
@@ -162,18 +167,34 @@ class Drawing:
             for effect in [number - corrupted if self.direction == "restore" else clean - number]
         ]
 
-    def protocol(self, trace: str, **more: Any) -> dict[str, Any]:
-        """Return what made the numbers, ready for JSON."""
+    def protocol(
+        self, trace: str, probes: Sequence[Any], *, folder: Any = None, **more: Any
+    ) -> dict[str, Any]:
+        """Return what made the numbers, ready for JSON.
+
+        Every weight is read for the sake of a folder alone, which must know whether it goes on with the same model.
+        """
+        marks = (
+            {
+                "weights": identity.fingerprint(self.model),
+                "scorer_weights": identity.scorer_mark(self.scorer),
+            }
+            if folder is not None
+            else {}
+        )
         return {
             **self.model.protocol(steps=self.steps, guidance_scale=self.guidance_scale),
             "scheduler": type(self.scheduler).__name__,
             "trace": trace,
             "direction": self.direction,
             "solver": self.solver,
-            "scorer": _scorer_name(self.scorer),
+            "scorer": identity.scorer_name(self.scorer),
             "minimum_gap": self.minimum_gap,
             "batch_size": self.rows,
-            "weights": fingerprint(self.model),
+            "probes": len(probes),
+            "prompts": [probe.prompt for probe in probes],
+            "asked": identity.asked(probes),
+            **marks,
             **more,
         }
 
@@ -198,16 +219,67 @@ def _fitting(model: Any, memory: float, guidance_scale: float) -> tuple[int, int
     )
 
 
-def fingerprint(model: Any) -> str:
-    """Return a short hash of samples of every weight: equal models agree, edited or retrained ones differ."""
-    digest = hashlib.sha256()
-    for part in (*model.text_encoders, model.unet, model.vae):
-        for name, weight in part.named_parameters():
-            flat = weight.detach().flatten()
-            sample = flat[:: max(1, len(flat) // 4096)].float().cpu().contiguous()
-            digest.update(name.encode())
-            digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
+def finite(values: Tensor, what: str, cure: str, where: str = "") -> Tensor:
+    """Return `values`.
+
+    Raises:
+        UnsupportedModel: One of them is not finite.
+    """
+    if not torch.isfinite(values).all():
+        raise UnsupportedModel(f"the model's {what} became NaN or infinite{where}: {cure}.")
+    return values
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Refuse a trace without any.
+
+    Raises:
+        ValueError: There are none.
+    """
+    if not seeds:
+        raise ValueError("`seeds` is empty: give at least one.")
+
+
+def check_source(source: str, branches: str) -> None:
+    """Check where restored activations come from, and in which branches of the guidance they are put.
+
+    Raises:
+        ValueError: Unknown.
+    """
+    if source not in ("clean_trajectory", "same_latent"):
+        raise ValueError(f"`source` must be 'clean_trajectory' or 'same_latent', got {source!r}.")
+    if branches not in ("both", "cond"):
+        raise ValueError(f"`branches` must be 'both' or 'cond', got {branches!r}.")
+
+
+def named_sites(
+    found: Sequence[Site], groups: Mapping[str, Sequence[Site]] | None
+) -> list[tuple[str, tuple[Site, ...]]]:
+    """Return each site under its own name or, if given, the groups.
+
+    Args:
+        found: The sites that are traced.
+        groups: Several of them together, by a name.
+
+    Raises:
+        ValueError: A group is empty, or holds a site of another part of the model.
+    """
+    if groups is None:
+        return [(site.name, (site,)) for site in found]
+    parts = {site.part for site in found}
+    for name, chosen in groups.items():
+        if not chosen:
+            raise ValueError(
+                f"the group {name!r} is empty: name at least one site, for example with `overpaint.sites.find`."
+            )
+        for site in chosen:
+            if site.part not in parts:
+                raise ValueError(
+                    f"the group {name!r} holds {site.name}, which is not a site of the part that is traced "
+                    f"({', '.join(sorted(parts))}): trace it with `trace.unet` or `trace.text_encoder`, whichever it "
+                    "belongs to."
+                )
+    return [(name, tuple(chosen)) for name, chosen in groups.items()]
 
 
 def selected(
@@ -304,11 +376,3 @@ def recovered(values: Tensor, *, direction: Direction = "restore") -> list[float
     whole = float((base - goal).norm())
     distances = (flat[2:] - goal).norm(dim=1).tolist()
     return [1 - distance / whole if whole > 0 else None for distance in distances]
-
-
-def _scorer_name(score: Scorer | None) -> str:
-    """Return what a protocol calls `score`: its owner's name, or its own."""
-    if score is None:
-        return "none"
-    owner = getattr(score, "__self__", None)
-    return str(getattr(owner, "name", None) or getattr(score, "__qualname__", type(score).__name__))

@@ -15,19 +15,20 @@ Deviations: in a diffusion model a site runs at every step; the estimate is summ
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
-
-import torch
 
 from overpaint import sites
 from overpaint.sites import KINDS, TEXT_PARTS, Kind, Site
+from overpaint.trace import memory as memory_of
+from overpaint.trace import states
 from overpaint.trace.attribution import Attribution, Objective, Run, choose
 from overpaint.trace.corrupt import ROLES, Prompted, corruptions, places
 from overpaint.trace.effects import Effects
 from overpaint.trace.lockstep import Branches, Source
-from overpaint.trace.runs import Drawing, Scorer, about
+from overpaint.trace.runs import Drawing, Scorer, about, check_seeds, check_source, seeds_of
 
-__all__ = ["agreement", "best", "noted", "text_encoder", "unet"]
+__all__ = ["best", "noted", "text_encoder", "unet"]
 
 
 def unet(
@@ -47,6 +48,7 @@ def unet(
     solver: str = "own",
     score: Scorer | None = None,
     batch_size: int = 8,
+    memory: float | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Effects:
     """Estimate the effect of every site of the UNet.
@@ -60,7 +62,7 @@ def unet(
         source: Where restored activations would come from, as in `trace.unet`.
         branches: Restored in both branches of the guidance, or in the conditional one alone.
         kinds: Which kinds of site.
-        seeds: Start noise of the pictures.
+        seeds: Start noise of the pictures; a probe that comes with a seed uses that instead.
         noise_samples: Corruptions a prompt.
         sigma: Their standard deviation, or `"3std"`: three times that of the concepts' embeddings.
         steps: Denoising steps.
@@ -68,6 +70,7 @@ def unet(
         solver: `"own"` is the model's scheduler, `"ddim"`, or `"dpm"`.
         score: From pictures and probes to scores; the shipped judge if `None`.
         batch_size: Runs (prompt, noise, seed) at a time.
+        memory: MiB for activations and the graph of the last steps; lowers `batch_size` to what fits.
         on_progress: Called with the runs done and the runs in all.
 
     Returns:
@@ -86,7 +89,12 @@ def unet(
     attribution = Attribution(drawing, last, choose(drawing, objective, probes[0]))
     modules = [site.module(model) for site in found]
     rows: list[dict[str, Any]] = []
-    for batch in _batches([(c, seed) for c in made for seed in seeds], drawing.rows, on_progress):
+    runs = [(c, seed) for c in made for seed in seeds_of(c.probe, seeds)]
+    size = _fitting(
+        attribution, runs[0], memory, batch_size,
+        lambda a, batch: a.of_unet(modules, batch, source=source, branches=branches),
+    )  # fmt: skip
+    for batch in _batches(runs, size, on_progress):
         numbers = attribution.of_unet(modules, batch, source=source, branches=branches)
         rows += [
             {**_row(site, run), "role": "", "source": source, "branches": branches, "attribution": float(numbers[s, r])}
@@ -94,9 +102,8 @@ def unet(
             for s, site in enumerate(found)
         ]  # fmt: skip
     protocol = drawing.protocol(
-        "screen.unet", last=last, objective=attribution.objective, source=source, branches=branches,
-        kinds=list(kinds), seeds=list(seeds), noise_samples=noise_samples, sigma=scale, probes=len(probes),
-        prompts=[probe.prompt for probe in probes],
+        "screen.unet", probes, last=last, objective=attribution.objective, source=source, branches=branches,
+        kinds=list(kinds), seeds=list(seeds), noise_samples=noise_samples, sigma=scale,
     )  # fmt: skip
     return Effects.of(rows, protocol)
 
@@ -116,6 +123,7 @@ def text_encoder(
     solver: str = "own",
     score: Scorer | None = None,
     batch_size: int = 8,
+    memory: float | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Effects:
     """Estimate the effect of every (sublayer, position) state of the text encoder, of both where there are two.
@@ -134,6 +142,7 @@ def text_encoder(
         solver: `"own"`, `"ddim"` or `"dpm"`.
         score: From pictures and probes to scores.
         batch_size: Runs at a time.
+        memory: MiB for activations and the graph.
         on_progress: Called with the runs done and the runs in all.
 
     Returns:
@@ -153,7 +162,11 @@ def text_encoder(
     attribution = Attribution(drawing, last, choose(drawing, objective, probes[0]))
     modules = [site.module(model) for site in found]
     rows: list[dict[str, Any]] = []
-    for batch in _batches([(c, seed) for c in made for seed in seeds], drawing.rows, on_progress):
+    runs = [(c, seed) for c in made for seed in seeds_of(c.probe, seeds)]
+    size = _fitting(
+        attribution, runs[0], memory, batch_size, lambda a, batch: a.of_text(modules, batch)
+    )
+    for batch in _batches(runs, size, on_progress):
         numbers = attribution.of_text(modules, batch)
         rows += [
             {**_row(site, run), "role": role, "position": place, "attribution": float(numbers[s, r, place])}
@@ -162,9 +175,8 @@ def text_encoder(
             for role, place in places(run[0], positions)
         ]  # fmt: skip
     protocol = drawing.protocol(
-        "screen.text_encoder", last=last, objective=attribution.objective, positions=list(positions),
-        seeds=list(seeds), noise_samples=noise_samples, sigma=scale, probes=len(probes),
-        prompts=[probe.prompt for probe in probes],
+        "screen.text_encoder", probes, last=last, objective=attribution.objective, positions=list(positions),
+        seeds=list(seeds), noise_samples=noise_samples, sigma=scale,
     )  # fmt: skip
     return Effects.of(rows, protocol)
 
@@ -192,28 +204,6 @@ def best(effects: Effects, share: float = 0.2) -> tuple[tuple[str, str], ...]:
     return tuple(ranked[: math.ceil(share * len(ranked) - 1e-9)])
 
 
-def agreement(screened: Effects, exact: Effects, *, value: str = "indirect_effect") -> float:
-    """Return Spearman's rank correlation of two maps, over the states that both have.
-
-    Args:
-        screened: Estimates, from this file.
-        exact: Effects measured with `trace.unet` or `trace.text_encoder`.
-        value: Which column of `exact`.
-
-    Returns:
-        From -1 to 1; NaN where there are fewer than three common states, or a map is flat.
-    """
-    from scipy.stats import rankdata
-
-    estimates, measured = _means(screened, "attribution"), _means(exact, value)
-    common = [state for state in estimates if state in measured]
-    maps = [[means[state] for state in common] for means in (estimates, measured)]
-    if len(common) < 3 or any(len(set(numbers)) == 1 for numbers in maps):
-        return math.nan
-    ranks = torch.tensor([rankdata(numbers).tolist() for numbers in maps], dtype=torch.float64)
-    return float(torch.corrcoef(ranks)[0, 1])
-
-
 def noted(exact: Effects, screened: Effects, *, share: float) -> Effects:
     """Return `exact` with a note in its protocol that only a share of the states was drawn, and how well chosen.
 
@@ -223,13 +213,17 @@ def noted(exact: Effects, screened: Effects, *, share: float) -> Effects:
         share: The share asked for.
 
     Returns:
-        The same table; `protocol["screen"]` holds the share, the states estimated and drawn, and `agreement`.
+        The same table; `protocol["screen"]` holds the share, the states estimated and drawn, and their rank
+        correlation (`Effects.agreement`), `None` where fewer than three states were drawn.
     """
-    correlation = agreement(screened, exact, value=exact.value())
+    drawn = _means(exact, exact.value())
+    correlation = math.nan
+    if len(drawn) >= 3:
+        correlation = screened.agreement(exact, value="attribution", other_value=exact.value()).mean
     note = {
         "share": share,
         "states": len(_means(screened, "attribution")),
-        "drawn": len(_means(exact, exact.value())),
+        "drawn": len(drawn),
         "spearman": None if math.isnan(correlation) else correlation,
         "last": screened.protocol.get("last"),
     }
@@ -246,14 +240,31 @@ def _check(
 ) -> None:
     if not found:
         raise ValueError(f"no sites are left: `kinds` must be among {', '.join(KINDS)}.")
-    if source not in ("clean_trajectory", "same_latent"):
-        raise ValueError(f"`source` must be 'clean_trajectory' or 'same_latent', got {source!r}.")
-    if branches not in ("both", "cond"):
-        raise ValueError(f"`branches` must be 'both' or 'cond', got {branches!r}.")
+    check_source(source, branches)
     if not 1 <= last <= max(steps, 1):
         raise ValueError(f"`last` must be from 1 to {steps}, the denoising steps, got {last}.")
-    if not seeds:
-        raise ValueError("`seeds` is empty: give at least one.")
+    check_seeds(seeds)
+
+
+def _fitting(
+    attribution: Attribution,
+    run: Run,
+    memory: float | None,
+    batch_size: int,
+    attribute: Callable[[Attribution, Sequence[Run]], object],
+) -> int:
+    """Return how many runs fit; what they keep depends on the last steps alone, so only these are tried.
+
+    Raises:
+        ValueError: Not even one does.
+    """
+    if memory is None:
+        return batch_size
+    short = replace(attribution, drawing=replace(attribution.drawing, steps=attribution.last))
+    fitting = memory_of.rows_that_fit(
+        lambda rows: attribute(short, [run] * rows), memory, least=1, what="screening"
+    )
+    return min(batch_size, fitting)
 
 
 def _batches(
@@ -278,9 +289,8 @@ def _row(site: Site, run: Run) -> dict[str, Any]:
 
 def _means(effects: Effects, value: str) -> dict[tuple[str, str], float]:
     """Return the mean of whole states at all steps, in the model itself, by (site, role)."""
-    found: dict[tuple[str, str], list[float]] = {}
-    for row in effects.table.to_pylist():
-        if not row["control"] and row["head"] is None and not row["window"]:
-            numbers = found.setdefault((row["site"], row["role"]), [])
-            numbers += [] if row[value] is None else [row[value]]
-    return {state: math.fsum(ns) / len(ns) for state, ns in found.items() if ns}
+    return {
+        (state.site, state.role): states.average(pairs)
+        for state, pairs in states.cells(effects.table, value).items()
+        if state.head is None and not state.window
+    }

@@ -59,17 +59,18 @@ def sign_flip(values: Array, *, draws: int = 10_000, seed: int = 0) -> Array:
     return np.where(kept.any(0), p, np.nan)
 
 
-def holm(p: Array) -> Array:
+def holm(p: Array, *, family: int | None = None) -> Array:
     """Return p-values corrected for their number, so that any false alarm has the stated chance.
 
     The k-th smallest of m is multiplied by m - k + 1, and none is below a smaller one's.
 
     Args:
         p: Shape (m,); NaN for what was not tested, which does not count.
+        family: How many there are with those that are not in `p`, which count as 1; as many as are in it if `None`.
     """
     tested = np.flatnonzero(np.isfinite(p))
     order = tested[np.argsort(p[tested], kind="stable")]
-    steps = p[order] * np.arange(len(order), 0, -1)
+    steps = p[order] * (max(len(order), family or 0) - np.arange(len(order)))
     corrected = np.full(len(p), np.nan)
     corrected[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
     return corrected

@@ -5,6 +5,7 @@ the window of steps. Nothing here depends on the order of the table's rows, but 
 sites run, which is that of their first rows.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ __all__ = [
     "VALUES",
     "WINDOWS",
     "State",
+    "average",
+    "by_prompt",
     "cells",
     "grid",
     "records",
@@ -39,7 +42,8 @@ VALUES = (
     "latent_recovery",
     "attribution",
 )
-WINDOWS = ("", "early", "middle", "late")  # "" is every step
+# Which share of the steps each window begins and ends at; "" is every step.
+WINDOWS = {"": (0.0, 1.0), "early": (0.0, 1 / 3), "middle": (1 / 3, 2 / 3), "late": (2 / 3, 1.0)}
 SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("site", "part", "kind", "path", "role", "control")]
     + [(name, pa.int64()) for name in ("index", "position", "seed", "noise")]
@@ -90,7 +94,7 @@ def cells(table: pa.Table, value: str, control: str = "") -> Cells:
     def place(state: State) -> tuple[Any, ...]:
         role = ROLES.index(state.role) if state.role in ROLES else len(ROLES)
         head = -1 if state.head is None else state.head
-        return order[state.site], head, role, state.role, WINDOWS.index(state.window)
+        return order[state.site], head, role, state.role, list(WINDOWS).index(state.window)
 
     return {state: sorted(found[state]) for state in sorted(found, key=place)}
 
@@ -106,3 +110,17 @@ def grid(found: Cells) -> tuple[list[str], list[State], Array]:
             counts[place[probe], column] += 1
     means = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
     return probes, list(found), means
+
+
+def by_prompt(pairs: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Return each prompt's mean, in the order in which prompts are met."""
+    numbers: dict[str, list[float]] = {}
+    for probe, number in pairs:
+        numbers.setdefault(probe, []).append(number)
+    return {probe: math.fsum(found) / len(found) for probe, found in numbers.items()}
+
+
+def average(pairs: Sequence[tuple[str, float]]) -> float:
+    """Return the mean over prompts of each prompt's mean: a prompt weighs the same however many rows it has."""
+    means = by_prompt(pairs).values()
+    return math.fsum(means) / len(means)

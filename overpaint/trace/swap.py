@@ -29,9 +29,18 @@ from overpaint.errors import UnsupportedModel
 from overpaint.probes import Probe
 from overpaint.sites import Site
 from overpaint.spans import find_span
+from overpaint.trace import identity
 from overpaint.trace.corrupt import Prompted
 from overpaint.trace.effects import Effects, recovery
-from overpaint.trace.runs import Drawing, Scorer, about, equal_chunks, recovered
+from overpaint.trace.runs import (
+    Drawing,
+    Scorer,
+    about,
+    check_seeds,
+    equal_chunks,
+    recovered,
+    seeds_of,
+)
 from overpaint.trace.shards import sweep
 
 __all__ = ["Pick", "Target", "draw", "pick_window", "smallest_window", "swap"]
@@ -68,7 +77,7 @@ def swap(
         window: How many consecutive layers, m.
         pick: `"min"` scores how much the pictures show of the probe's concept, which should go
             (style, objects); `"max"` how much they show of the target's, which should come (facts).
-        seeds: Start noise, equal in all rows of a prompt.
+        seeds: Start noise, equal in all rows of a prompt; a probe that comes with a seed uses that instead.
         steps: Denoising steps.
         guidance_scale: The model's own if `None`.
         solver: `"own"` is the model's scheduler, `"ddim"`, or `"dpm"`, a multistep solver.
@@ -102,7 +111,7 @@ def swap(
         minimum_gap=minimum_gap, batch_size=batch_size, memory=memory,
     )  # fmt: skip
     windows = [layers[i : i + window] for i in range(len(layers) - window + 1)]
-    runs = {f"{p.id}:{seed}": (p, aim, seed) for p, aim in pairs for seed in seeds}
+    runs = {f"{p.id}:{seed}": (p, aim, seed) for p, aim in pairs for seed in seeds_of(p, seeds)}
     negative = model.encode([""])
 
     def compute(run: str) -> list[dict[str, Any]]:
@@ -120,8 +129,9 @@ def swap(
         return [{**row, "seed": seed} for row in found]
 
     protocol = drawing.protocol(
-        "swap", window=window, pick=pick, cross_attention=[site.path for site in layers], seeds=list(seeds),
-        probes=len(probes), prompts=[p.prompt for p, _ in pairs], targets=[aim.prompt for _, aim in pairs],
+        "swap", probes, folder=folder, window=window, pick=pick, cross_attention=[site.path for site in layers],
+        seeds=list(seeds), targets=[aim.prompt for _, aim in pairs],
+        asked_of_targets=identity.asked([aim for _, aim in pairs]),
     )  # fmt: skip
     return Effects.of(sweep(folder, protocol, list(runs), compute), protocol)
 
@@ -155,7 +165,9 @@ def smallest_window(
     seeds: Sequence[int] = (0,),
     steps: int = 20,
     guidance_scale: float | None = None,
+    solver: str = "own",
     score: Scorer | None = None,
+    memory: float | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Effects:
     """Widen the window layer by layer until its best place meets `threshold`; return that trace.
@@ -169,7 +181,9 @@ def smallest_window(
         seeds: Start noise.
         steps: Denoising steps.
         guidance_scale: The model's own if `None`.
+        solver: `"own"`, `"ddim"` or `"dpm"`.
         score: From pictures and probes to scores.
+        memory: MiB for activations.
         on_progress: As in `swap`, anew for each width.
 
     Returns:
@@ -183,7 +197,7 @@ def smallest_window(
     for window in range(1, count + 1):
         effects = swap(
             model, probes, target=target, window=window, pick=pick, seeds=seeds, steps=steps,
-            guidance_scale=guidance_scale, score=score, on_progress=on_progress,
+            guidance_scale=guidance_scale, solver=solver, score=score, memory=memory, on_progress=on_progress,
         )  # fmt: skip
         best = max(_means(effects).values(), key=lambda mean: sign * mean)
         if sign * best >= sign * threshold:
@@ -282,8 +296,7 @@ def _check(
         raise ValueError(
             "`probes` is empty: give at least one, for example `probes.load('style')`."
         )
-    if not seeds:
-        raise ValueError("`seeds` is empty: give at least one.")
+    check_seeds(seeds)
     if not 1 <= window <= layers:
         raise ValueError(
             f"`window` must be from 1 to {layers}, the cross-attention layers of this model, got {window}."

@@ -39,31 +39,52 @@ class Verdict:
     Attributes:
         table: One row a state, in execution order: site, role, head, window; mean of the value
             with its 95 % bootstrap interval over prompts (low, high); `p`, one-sided, and `p_holm`,
-            corrected; `score`, the mean score with the state restored; `untrained` and `other_span`, the
-            controls' means; `trained_minus_untrained`, paired over prompts, with its interval;
+            corrected, both of that mean, in which prompts weigh the same; `score`, the mean score with the
+            state restored; `untrained` and `other_span`, the controls' means; `trained_minus_untrained`,
+            paired over prompts, with its interval;
             `causal`; n rows of so many prompts. Null is what was not measured.
         protocol: That of the effects, and: value, alpha, threshold and where it came from, states tested,
-            the smallest p-value that so many prompts allow, and what the controls measure.
+            the size of the family that Holm's correction is for, the smallest p-value that so many prompts
+            allow, and what the controls measure. After a screening the family is all states that could have
+            been chosen, for the choice has looked at them all.
     """
 
     table: pa.Table
     protocol: dict[str, Any]
+
+    @property
+    def reason(self) -> str:
+        """Why no state can be called causal, as the end of a sentence; empty where some could be."""
+        about = self.protocol
+        if about["smallest_p"] * about["family"] <= about["alpha"]:
+            return ""
+        spent = " beside those that set the threshold" if "part" in about else ""
+        return (
+            f"so few prompts ({about['prompts_tested']}{spent}) cannot show that any of {about['family']} states is "
+            "causal"
+        )
 
 
 def judge(effects: Effects, value: str, *, alpha: float, threshold: float | None) -> Verdict:
     """Return the verdict on each state of `effects`; see `Effects.test`.
 
     Raises:
-        ValueError: `alpha` is out of range.
+        ValueError: `alpha` is out of range, or the value cannot be tested.
     """
+    if value == "score_restored":
+        raise ValueError(
+            "`score_restored` cannot be tested against zero, for a score without any effect is above it: test "
+            "'indirect_effect', which holds what restoring adds."
+        )
     if not 0 < alpha <= 1:
         raise ValueError(f"`alpha` must lie above 0 and be at most 1, got {alpha!r}: say 0.05.")
     rest, limit, origin = _threshold(effects, threshold)
     found = states.cells(rest.table, value)
     probes, order, grid = states.grid(found)
-    draws = draws_for(len(order), alpha)
+    family = _family(rest.protocol, len(order))
+    draws = draws_for(family, alpha)
     p = sign_flip(grid, draws=draws)
-    corrected = holm(p)
+    corrected = holm(p, family=family)
     levels = _levels(rest)
     controls, measured = _controls(rest, value)
     rows = [
@@ -81,7 +102,7 @@ def judge(effects: Effects, value: str, *, alpha: float, threshold: float | None
     ]
     protocol = {
         **rest.protocol, "value": value, "alpha": alpha, "threshold": limit, "threshold_from": origin,
-        "states_tested": len(order), "prompts_tested": len(probes),
+        "states_tested": len(order), "family": family, "prompts_tested": len(probes),
         "smallest_p": 0.5 ** len(probes) if 2 ** len(probes) <= draws else 1 / (draws + 1),
         "controls": measured,
     }  # fmt: skip
@@ -108,9 +129,21 @@ def _is_causal(
     return level >= limit and p_holm <= alpha
 
 
+def _family(protocol: dict[str, Any], tested: int) -> int:
+    """Return how many states the correction is for: those tested, and those that screening left out.
+
+    What is left out counts as if its p-value were 1; where heads or windows were drawn of each state chosen, as many
+    of each left out count.
+    """
+    note = protocol.get("screen")
+    if note is None:
+        return tested
+    return max(tested, math.ceil(tested * note["states"] / max(1, note["drawn"])))
+
+
 def _mean(pairs: list[tuple[str, float]]) -> dict[str, Any]:
-    found = bootstrap([v for _, v in pairs], groups=[probe for probe, _ in pairs])
-    return {"mean": found.mean, "low": found.low, "high": found.high, "n": found.n}
+    found = bootstrap(list(states.by_prompt(pairs).values()))
+    return {"mean": found.mean, "low": found.low, "high": found.high, "n": len(pairs)}
 
 
 def _levels(effects: Effects) -> dict[State, float]:
@@ -121,11 +154,9 @@ def _levels(effects: Effects) -> dict[State, float]:
     effect = states.cells(effects.table, "indirect_effect")
     corrupted = states.cells(effects.table, "score_corrupted")
     shared = effect.keys() & corrupted.keys()
-    return {state: _average(effect[state]) + _average(corrupted[state]) for state in shared}
-
-
-def _average(pairs: list[tuple[str, float]]) -> float:
-    return math.fsum(number for _, number in pairs) / len(pairs)
+    return {
+        state: states.average(effect[state]) + states.average(corrupted[state]) for state in shared
+    }
 
 
 def _controls(effects: Effects, value: str) -> tuple[dict[State, dict[str, float]], dict[str, str]]:
@@ -142,7 +173,7 @@ def _controls(effects: Effects, value: str) -> tuple[dict[State, dict[str, float
             continue
         measured[column] = name
         for state, pairs in run.items():
-            found.setdefault(state, {})[column] = _average(pairs)
+            found.setdefault(state, {})[column] = states.average(pairs)
         if column == "untrained":
             for state, columns in _difference(run, states.cells(effects.table, name)).items():
                 found[state] |= columns
@@ -154,7 +185,7 @@ def _difference(untrained: Cells, trained: Cells) -> dict[State, dict[str, float
     columns = ("", "_low", "_high")
     found: dict[State, dict[str, float]] = {}
     for state in untrained.keys() & trained.keys():
-        before, after = _by_prompt(untrained[state]), _by_prompt(trained[state])
+        before, after = (states.by_prompt(run[state]) for run in (untrained, trained))
         common = sorted(before.keys() & after.keys())
         if common:
             gap = paired([before[p] for p in common], [after[p] for p in common])
@@ -162,10 +193,3 @@ def _difference(untrained: Cells, trained: Cells) -> dict[State, dict[str, float
             names = [f"trained_minus_untrained{suffix}" for suffix in columns]
             found[state] = dict(zip(names, numbers, strict=True))
     return found
-
-
-def _by_prompt(pairs: list[tuple[str, float]]) -> dict[str, float]:
-    numbers: dict[str, list[float]] = {}
-    for probe, number in pairs:
-        numbers.setdefault(probe, []).append(number)
-    return {probe: math.fsum(found) / len(found) for probe, found in numbers.items()}
