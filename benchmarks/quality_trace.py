@@ -9,11 +9,14 @@ leaves only what the prompt says). Asked of the maps:
 
   - which state is best for each attribute, and what is left of it without training;
   - is it layer 0's self-attention at the last concept token, as the paper found, by number of concept tokens;
-  - which states are causal (sign-flip test over all prompts, Holm's correction);
+  - which states are causal (sign-flip test over the prompts that did not set the threshold, Holm's correction): for
+    each attribute where its prompts are enough to show any, and over all attributes, with scores in units of the mean
+    gap between clean and corrupted, since a probability and a cosine have no common scale;
   - what the control leaves of the UNet's map;
   - how well few steps and gradient screening agree with DDIM's 50 steps and with the exact map, and what they save.
 
-The judge is `icons-judge`. Finished prompts are kept in `runs/quality_trace`, so that a run that was stopped goes on.
+The judge is `icons-judge`: the probability of the concept, but for counts, which it has no head for, the raw cosine of
+picture and prompt. Finished prompts are kept in `runs/quality_trace`, so that a run that was stopped goes on.
 The defaults take about 20 minutes on two idle cores; N prompts take N times as long. Writes
 `benchmarks/results/quality_trace.json`.
 """
@@ -24,7 +27,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,11 +43,12 @@ from overpaint import features
 from overpaint.metrics import Interval, bootstrap
 from overpaint.probes import Probe
 from overpaint.spans import find_span
-from overpaint.trace import Effects, screen
-from overpaint.trace.runs import fingerprint
+from overpaint.trace import Effects, corrupt, screen
+from overpaint.trace.identity import fingerprint
 
 RESULTS = Path(__file__).parent / "results"
 ATTRIBUTES = ("style", "object", "color", "count", "action", "fact")
+COSINE = ("count",)  # the judge has no head for it
 FIRST, MLP = ("text.0.self_attn", "last_subject"), ("text.0.mlp", "last_subject")
 BEFORE_TEXT = ("unet.resnet.0", "unet.self_attn.0")
 TRACES = ("text", "clean_trajectory", "same_latent")
@@ -121,16 +125,12 @@ def best_of(found: dict[tuple[str, str], Interval]) -> tuple[str, str]:
 def text_row(attribute: str, effects: Effects) -> Row:
     found = cells(effects)
     best = best_of(found)
-    runs = {
-        row["probe"]: (row["score_clean"], row["score_corrupted"])
-        for row in effects.table.to_pylist()
-        if row["score_clean"] is not None
-    }
-    clean, corrupted = (sum(numbers) / len(runs) for numbers in zip(*runs.values(), strict=True))
+    clean, corrupted = ends_of(effects)
     ranked = sorted(found, key=lambda state: -found[state].mean)
     return {
         "attribute": attribute,
-        "prompts": len(runs),
+        "score": "cosine" if attribute in COSINE else "probability",
+        "prompts": len(set(effects.table["probe"].to_pylist())),
         "clean": round(clean, 3),
         "corrupted": round(corrupted, 3),
         "dropped": effects.dropped,
@@ -218,75 +218,119 @@ def pooled(effects: Sequence[Effects]) -> Effects:
 
 
 def causal_rows(maps: dict[str, Maps]) -> list[Row]:
-    """Return for each map over all attributes how many states are causal, and the strongest."""
+    """Return for each map, of each attribute and of all, how many states are causal, and the strongest.
+
+    Raw scores serve for one attribute; over all, scores in units of each attribute's mean gap.
+    """
     rows: list[Row] = []
     for name in TRACES:
-        verdict = pooled([found[name] for found in maps.values()]).test("indirect_effect")
-        states = verdict.table.to_pylist()
-        hit = sorted((s for s in states if s["causal"]), key=lambda s: -s["mean"])
-        significant = [s for s in states if s["p_holm"] is not None and s["p_holm"] <= 0.05]
-        rows.append(
-            {
-                "map": name,
-                "states": len(states),
-                "prompts tested": verdict.protocol["prompts_tested"],
-                "threshold": _rounded(verdict.protocol["threshold"]),
-                "significant": len(significant),
-                "causal": len(hit),
-                "strongest": ", ".join(f"{s['site']} {s['role']}".strip() for s in hit[:4])
-                or "none",
-            }
-        )
+        rows += [_causal_row(name, attribute, m[name]) for attribute, m in maps.items()]
+        units = [scaled for m in maps.values() if (scaled := in_gaps(m[name])) is not None]
+        if units:
+            rows.append(_causal_row(name, f"all {len(units)}, in gaps", pooled(units)))
     return rows
+
+
+def _causal_row(name: str, attribute: str, effects: Effects) -> Row:
+    verdict = effects.test("indirect_effect")
+    states, about = verdict.table.to_pylist(), verdict.protocol
+    hit = sorted((s for s in states if s["causal"]), key=lambda s: -s["mean"])
+    row: Row = {
+        "map": name,
+        "attribute": attribute,
+        "states": len(states),
+        "prompts tested": about["prompts_tested"],
+        "smallest p": f"{about['smallest_p']:.2g}",
+        "threshold": _rounded(about["threshold"]),
+        "reach it": sum(s["score"] >= about["threshold"] for s in states) if about["threshold"] else None,
+    }  # fmt: skip
+    if verdict.reason:
+        return {**row, "strongest": "too few prompts to show any"}
+    strongest = ", ".join(f"{s['site']} {s['role']}".strip() for s in hit[:4])
+    significant = sum(s["p_holm"] <= about["alpha"] for s in states)
+    return {**row, "significant": significant, "causal": len(hit), "strongest": strongest or "none"}
+
+
+def in_gaps(effects: Effects) -> Effects | None:
+    """Return effects whose scores are 0 at the mean corrupted and 1 at the mean clean one; `None` without a gap."""
+    clean, corrupted = ends_of(effects)
+    gap = clean - corrupted
+    if gap <= 0.02:
+        return None
+
+    def scaled(row: Row) -> Row:
+        if row["score_clean"] is None:
+            return row
+        levels = {
+            n: (row[n] - corrupted) / gap
+            for n in ("score_clean", "score_corrupted", "score_restored")
+        }
+        return {**row, **levels, "indirect_effect": row["indirect_effect"] / gap}
+
+    return Effects.of([scaled(row) for row in effects.table.to_pylist()], effects.protocol)
+
+
+def ends_of(effects: Effects) -> tuple[float, float]:
+    """Return the mean clean and corrupted score of the runs."""
+    runs = {
+        row["probe"]: (row["score_clean"], row["score_corrupted"])
+        for row in effects.table.to_pylist()
+        if row["score_clean"] is not None
+    }
+    clean, corrupted = (sum(numbers) / len(runs) for numbers in zip(*runs.values(), strict=True))
+    return clean, corrupted
 
 
 def _rounded(number: float | None) -> float | None:
     return None if number is None else round(number, 3)
 
 
-def timed(path: Path | None, draw: Callable[[], Effects]) -> tuple[Effects, float]:
-    """Return effects and the seconds they took, from disk where they were drawn before."""
-    if path is not None and path.is_file():
-        effects = Effects.load(path)
-        return effects, effects.protocol["seconds"]
-    start = time.perf_counter()
-    effects = draw()
-    seconds = time.perf_counter() - start
-    if path is not None:
-        Effects(effects.table, {**effects.protocol, "seconds": seconds}).save(path)
-    return effects, seconds
-
-
 def solver_rows(plan: Plan) -> list[Row]:
-    """Return how well few steps agree with many, and what they save; text states at two tokens."""
+    """Return how well few steps agree with many, and what they save; text states at two tokens.
+
+    All settings take turns prompt by prompt in this process, and nothing is read from disk, so that a busy neighbour
+    slows all of them.
+    """
     probes = [
         p for a in plan.attributes[:2] for p in chosen(plan.model, a, -(-plan.solver_prompts // 2))
     ][: plan.solver_prompts]
-
-    def both(solver: str, steps: int) -> tuple[Maps, float]:
-        options = {"steps": steps, "solver": solver, "score": plan.judge.score}
-        name = f"solver-{solver}-{steps}"
-        text, text_seconds = timed(
-            plan.place(f"{name}-text.parquet"),
-            lambda: op.trace.text_encoder(
-                plan.model, probes, positions=("last_subject", "eos"), control=False, **options
-            ),
-        )
-        unet, unet_seconds = timed(
-            plan.place(f"{name}-unet.parquet"),
-            lambda: op.trace.unet(plan.model, probes, **options),
-        )
-        return {"text": text, "unet": unet}, text_seconds + unet_seconds
-
-    reference, whole = both("ddim", plan.reference)
-    rows = [{"solver": "ddim", "steps": plan.reference, "text": None, "unet": None, "saved": 1.0}]
-    for solver, steps in plan.solvers:
-        found, seconds = both(solver, steps)
-        agreed = {name: found[name].agreement(reference[name]) for name in ("text", "unet")}
-        rows.append(
-            {"solver": solver, "steps": steps, **agreed, "saved": round(whole / seconds, 2)}
-        )
+    _, sigma = corrupt.corruptions(plan.model, probes, noise_samples=1, sigma="3std")
+    settings = [("ddim", plan.reference), *plan.solvers]
+    found: dict[tuple[str, int], list[Maps]] = {setting: [] for setting in settings}
+    seconds = dict.fromkeys(settings, 0.0)
+    for probe in probes:
+        for solver, steps in settings:
+            start = time.perf_counter()
+            found[solver, steps].append(_short(plan, probe, sigma, solver, steps))
+            seconds[solver, steps] += time.perf_counter() - start
+    reference, *others = settings
+    rows = [
+        {"solver": reference[0], "steps": reference[1], "text": None, "unet": None, "saved": 1.0}
+    ]
+    for setting in others:
+        agreed = {
+            name: pooled([m[name] for m in found[setting]]).agreement(
+                pooled([m[name] for m in found[reference]])
+            )
+            for name in ("text", "unet")
+        }
+        saved = round(seconds[reference] / seconds[setting], 2)
+        rows.append({"solver": setting[0], "steps": setting[1], **agreed, "saved": saved})
     return rows
+
+
+def _short(plan: Plan, probe: Probe, sigma: float, solver: str, steps: int) -> Maps:
+    """Return the maps of one prompt, of which the text's has two roles and no controls."""
+    options: dict[str, Any] = {
+        "steps": steps, "solver": solver, "score": plan.judge.score, "sigma": sigma,
+    }  # fmt: skip
+    roles = ("last_subject", "eos")
+    return {
+        "text": op.trace.text_encoder(
+            plan.model, [probe], positions=roles, control=False, **options
+        ),
+        "unet": op.trace.unet(plan.model, [probe], **options),
+    }
 
 
 def screen_rows(plan: Plan, maps: dict[str, Maps]) -> list[Row]:
@@ -399,7 +443,7 @@ TITLES = {
     "control": "Text features recovered, trained and untrained",
     "tokens": "By number of concept tokens: share of the gap that one state restores",
     "unet": "UNet: the paper's source and the same-latent control",
-    "causal": "Causal states over all attributes (sign flips, Holm, half-gap of validation prompts)",
+    "causal": "Causal states by attribute and over all (sign flips, Holm, half-gap of validation prompts)",
     "screening": "Gradient screening against the exact map: Spearman over states",
     "solvers": "Few steps against many: Spearman of the maps, and how many times faster",
 }

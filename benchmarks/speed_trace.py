@@ -8,15 +8,16 @@ lockstep  `trace.text_encoder` and `trace.unet` as a user calls them: the states
           one corrupted row.
 naive     what public scripts do: one call of the stock diffusers pipeline a state, with explicit `prompt_embeds` and
           `latents` and a batch of three pictures (clean, corrupted, restored), hooks set by hand, decoded and scored.
-kind      a naive loop that saves what it can: the clean picture is drawn once, and calls hold two pictures (corrupted,
-          restored). For the UNet it keeps all activations of the clean run, so its memory grows with the steps.
+kind      a naive loop that saves what it can: the clean and the corrupted picture are drawn once, in one call, and each
+          further call draws one restored picture. For the UNet it keeps all activations of the clean run, so its memory
+          grows with the steps. What lockstep saves beside it is the saving of larger batches alone.
 
 All three draw with the same scheduler, steps, guidance, start noise and judge, and get two threads. They take turns, so
-that a busy neighbour slows all; the ratio is that of the medians (of an even number, the lower one). `max_difference`
-is the largest difference of any score in the maps. `memory_growth` is the peak of 10, 20 and 50 steps, largest over
-smallest, minus 1: of live tensors, counted operation by operation, and of a fresh process's resident memory; the worse
-of both. `--quick` traces two layers of the text encoder, takes fewer steps and turns, and leaves out the fresh
-processes.
+that a busy neighbour slows all; each ratio (`ratio_*` to naive, `ratio_*_kind` to kind) is that of the medians (of an
+even number, the lower one). `max_difference` is the largest difference of any score in the maps. `memory_growth` is the
+peak of 10, 20 and 50 steps, largest over smallest, minus 1: of live tensors, counted operation by operation, and of a
+fresh process's resident memory; the worse of both. `--quick` traces two layers of the text encoder, takes fewer steps
+and turns, and leaves out the fresh processes.
 Writes `benchmarks/results/speed_trace.json`.
 """
 
@@ -121,8 +122,8 @@ def naive_text(case: Case, states: Sequence[tuple[Module, int]]) -> Map:
 
 
 def kind_text(case: Case, states: Sequence[tuple[Module, int]]) -> Map:
-    (clean,) = case.scores(case.encode()[:1])
-    return [(clean, *case.scores(case.encode(state)[1:])) for state in states]
+    ends = case.scores(case.encode()[:2])
+    return [(*ends, *case.scores(case.encode(state)[2:])) for state in states]
 
 
 def naive_unet(case: Case, modules: Sequence[Module]) -> Map:
@@ -142,11 +143,11 @@ def kind_unet(case: Case, modules: Sequence[Module]) -> Map:
     embeds = case.encode()
     kept: dict[Module, list[Tensor]] = {module: [] for module in modules}
 
-    def keep(module: Module, _: Any, output: Any) -> None:
-        kept[module].append(output[0] if isinstance(output, tuple) else output)
+    def keep(module: Module, _: Any, output: Any) -> None:  # clean rows: 0 without text, 2 with it
+        kept[module].append((output[0] if isinstance(output, tuple) else output)[[0, 2]])
 
     handles = [module.register_forward_hook(keep) for module in modules]
-    (clean,) = case.scores(embeds[:1])
+    ends = case.scores(embeds[:2])
     for handle in handles:
         handle.remove()
     found: Map = []
@@ -154,11 +155,10 @@ def kind_unet(case: Case, modules: Sequence[Module]) -> Map:
         states = iter(kept[module])
 
         def restore(output: Tensor, states: Iterator[Tensor] = states) -> None:
-            state = next(states)  # of the clean run: unconditional, conditional
-            output[1], output[3] = state[0], state[1]
+            output.copy_(next(states))
 
         with hooked(module, in_place(restore)):
-            found.append((clean, *case.scores(embeds[1:])))
+            found.append((*ends, *case.scores(embeds[2:])))
     return found
 
 
