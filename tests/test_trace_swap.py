@@ -10,7 +10,7 @@ from overpaint import hooks, sites
 from overpaint.errors import UnsupportedModel
 from overpaint.probes import Probe
 from overpaint.sample import denoise
-from overpaint.trace.runs import Drawing
+from overpaint.trace.runs import Renderer
 from overpaint.trace.swap import draw, pick_window, smallest_window, swap
 
 PROBE = Probe("a", "style", "a cat in openmoji style", "openmoji style", "openmoji")
@@ -42,14 +42,14 @@ def run(tiny_double):
         batch_size=32,
         within=None,
     ):
-        drawing = Drawing.of(
+        renderer = Renderer.of(
             tiny_double, score=None, steps=steps, guidance_scale=guidance_scale, solver_name="own",
             direction="restore", minimum_gap=0, batch_size=batch_size, memory=None, draw=False,
         )  # fmt: skip
         embeds = encode(tiny_double, PROBE.prompt, target)
         with within or nullcontext():
             return draw(
-                drawing, embeds, tiny_double.encode([""]), [list(w) for w in windows], seed=0
+                renderer, embeds, tiny_double.encode([""]), [list(w) for w in windows], seed=0
             )
 
     return go
@@ -199,6 +199,7 @@ def test_the_smallest_window_that_meets_a_threshold(tiny_sd1):
     for threshold, expected in ((one - 1e-6, 1), ((one + two) / 2, 2)):
         found = smallest_window(tiny_sd1, [PROBE], threshold=threshold, **options)
         assert found.protocol["window"] == expected
+        assert found.protocol["solver"] == "own"
         assert len(pick_window(found)) == expected
 
 
@@ -303,3 +304,20 @@ def test_sdxls_layers_read_the_target_and_its_pooled_text_stays(tiny_xl):
     ).table.to_pylist()
     assert same["score_restored"] == same["score_clean"] == same["score_corrupted"]
     assert same["latent_recovery"] is None
+
+
+def test_the_smallest_window_takes_the_solver_and_the_memory(tiny_sd1):
+    options = {"target": TARGET, "steps": 1, "score": brightness, "threshold": 9.0}
+    free, tight = (
+        smallest_window(tiny_sd1, [PROBE], solver="dpm", memory=memory, **options)
+        for memory in (None, 8)
+    )
+    assert free.protocol["solver"] == "dpm"
+    assert tight.protocol["batch_size"] < free.protocol["batch_size"]
+
+
+def test_a_probe_that_comes_with_a_seed_uses_it(tiny_sd1):
+    own = Probe("a", "style", PROBE.prompt, PROBE.concept, PROBE.label, seed=7)
+    options = {"target": TARGET, "window": 16, "steps": 1, "score": brightness}
+    asked = swap(tiny_sd1, [PROBE], seeds=(7,), **options).table
+    assert swap(tiny_sd1, [own], seeds=(0, 1), **options).table.equals(asked)

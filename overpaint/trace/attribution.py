@@ -18,7 +18,7 @@ from overpaint import hooks
 from overpaint.model import text_features
 from overpaint.sample import denoise
 from overpaint.trace.corrupt import Corruption, noisy
-from overpaint.trace.runs import Drawing, finite
+from overpaint.trace.runs import Renderer, finite
 
 __all__ = ["Attribution", "Objective", "Run", "choose"]
 
@@ -31,13 +31,13 @@ class Attribution:
     """First-order effects of states on an objective.
 
     Attributes:
-        drawing: Model, scorer, steps and guidance.
+        renderer: Model, scorer, steps and guidance.
         last: Through how many of the last steps gradients go.
         objective: `"score"` is the corrupted run's score; `"latents"` minus half the squared distance of its latents
             to the clean ones.
     """
 
-    drawing: Drawing
+    renderer: Renderer
     last: int
     objective: Objective
 
@@ -49,7 +49,7 @@ class Attribution:
         Raises:
             UnsupportedModel: One is not finite.
         """
-        model, drawing = self.drawing.model, self.drawing
+        model, renderer = self.renderer.model, self.renderer
         states: list[list[Tensor]] = [[] for _ in modules]
         with _frozen(model), torch.enable_grad():
             with torch.no_grad():
@@ -58,7 +58,7 @@ class Attribution:
             aims: list[list[Tensor]] = [[] for _ in modules]
             same = source == "same_latent"
             goal = self._clean(clean, batch, None if same else (modules, aims))
-            tail = _Tail(drawing, self.last, seen, twin=(clean, (modules, aims)) if same else None)
+            tail = _Tail(renderer, self.last, seen, twin=(clean, (modules, aims)) if same else None)
             latents = tail.run(corrupted, batch, leaf=True)
             grads = torch.autograd.grad(
                 self._objective(latents, goal, batch), sum(states, []), allow_unused=True
@@ -67,7 +67,7 @@ class Attribution:
             _products(*three) for three in zip(grads, sum(aims, []), sum(states, []), strict=True)
         ]
         numbers = _finite(torch.stack(found).unflatten(0, (len(modules), -1)).sum(1))
-        if drawing.guidance_scale == 1:
+        if renderer.guidance_scale == 1:
             return numbers
         empty, full = numbers.chunk(2, dim=1)  # the guided batch holds the unconditional rows first
         return empty + full if branches == "both" else full
@@ -78,7 +78,7 @@ class Attribution:
         Raises:
             UnsupportedModel: One is not finite.
         """
-        model = self.drawing.model
+        model = self.renderer.model
         states: list[list[Tensor]] = [[] for _ in modules]
         with _frozen(model), torch.enable_grad():
             with torch.no_grad(), hooks.record(modules) as aims:
@@ -87,7 +87,7 @@ class Attribution:
                 embeds = _encode(model, batch, corrupt=True)
             goal = self._clean(clean, batch, None)
             start = embeds.detach().requires_grad_()
-            latents = _Tail(self.drawing, self.last).run(start, batch)
+            latents = _Tail(self.renderer, self.last).run(start, batch)
             (pull,) = torch.autograd.grad(self._objective(latents, goal, batch), [start])
             grads = torch.autograd.grad(embeds, sum(states, []), pull, allow_unused=True)
         found = [
@@ -101,19 +101,19 @@ class Attribution:
         if into is None and self.objective == "score":
             return None
         with torch.no_grad():
-            return _Tail(self.drawing, self.last, into).run(embeds, batch)
+            return _Tail(self.renderer, self.last, into).run(embeds, batch)
 
     def _objective(self, latents: Tensor, goal: Tensor | None, batch: Sequence[Run]) -> Tensor:
         """Return the sum of the runs' objectives; a run's states reach its own summand alone."""
         if self.objective == "score":
-            assert self.drawing.scorer is not None
-            images = _decode(self.drawing.model, latents)
-            return self.drawing.scorer(images, [corruption.probe for corruption, _ in batch]).sum()
+            assert self.renderer.scorer is not None
+            images = _decode(self.renderer.model, latents)
+            return self.renderer.scorer(images, [corruption.probe for corruption, _ in batch]).sum()
         assert goal is not None
         return -(latents - goal).square().sum() / 2
 
 
-def choose(drawing: Drawing, objective: Objective | None, probe: Any) -> Objective:
+def choose(renderer: Renderer, objective: Objective | None, probe: Any) -> Objective:
     """Return the objective to use: the score if it has a gradient, unless told otherwise.
 
     Raises:
@@ -123,11 +123,11 @@ def choose(drawing: Drawing, objective: Objective | None, probe: Any) -> Objecti
         raise ValueError(f"`objective` must be 'score', 'latents' or None, got {objective!r}.")
     if objective == "latents":
         return objective
-    with _frozen(drawing.model), torch.enable_grad():
-        images = _decode(drawing.model, drawing.model.initial_latents([0])).requires_grad_()
-        assert drawing.scorer is not None
+    with _frozen(renderer.model), torch.enable_grad():
+        images = _decode(renderer.model, renderer.model.initial_latents([0])).requires_grad_()
+        assert renderer.scorer is not None
         try:
-            differentiable = drawing.scorer(images, [probe]).requires_grad
+            differentiable = renderer.scorer(images, [probe]).requires_grad
         except RuntimeError as error:
             if "requires grad" not in str(
                 error
@@ -155,23 +155,23 @@ class _Tail:
 
     def __init__(
         self,
-        drawing: Drawing,
+        renderer: Renderer,
         last: int,
         into: _Keep | None = None,
         twin: tuple[Tensor, _Keep] | None = None,
     ) -> None:
-        self.drawing, self.into, self.twin = drawing, into, twin
-        self.scheduler: Any = drawing.scheduler
+        self.renderer, self.into, self.twin = renderer, into, twin
+        self.scheduler: Any = renderer.scheduler
         fresh: Any = type(self.scheduler).from_config(self.scheduler.config)
-        fresh.set_timesteps(drawing.steps)
+        fresh.set_timesteps(renderer.steps)
         self.first = len(fresh.timesteps) - last  # some schedulers take a step more than asked
         self.step = 0
 
     def run(self, embeds: Tensor, batch: Sequence[Run], *, leaf: bool = False) -> Tensor:
         """Return the final latents; with `leaf` gradients begin at the latents of the first late step."""
         seeds = [seed for _, seed in batch]
-        latents = self.drawing.model.initial_latents(
-            seeds, steps=self.drawing.steps, scheduler=self.scheduler
+        latents = self.renderer.model.initial_latents(
+            seeds, steps=self.renderer.steps, scheduler=self.scheduler
         )
 
         def cut(done: int, latents: Tensor) -> Tensor | None:
@@ -182,16 +182,16 @@ class _Tail:
             self,
             latents.requires_grad_() if leaf and self.first == 0 else latents,
             embeds,
-            self.drawing.model.encode([""]),
-            steps=self.drawing.steps,
-            guidance_scale=self.drawing.guidance_scale,
+            self.renderer.model.encode([""]),
+            steps=self.renderer.steps,
+            guidance_scale=self.renderer.guidance_scale,
             on_step=cut,
             generators=[Generator().manual_seed(seed + 1) for seed in seeds],
         )
 
     def noise_pred(self, latents: Tensor, t: Tensor, prompt_embeds: Tensor) -> Tensor:
         """Predict as the model does."""
-        model, late = self.drawing.model, self.step >= self.first
+        model, late = self.renderer.model, self.step >= self.first
         self.step += 1
         if not late:
             with torch.no_grad():

@@ -34,7 +34,7 @@ from overpaint.trace.corrupt import ROLES, Corruption, Prompted, corruptions, no
 from overpaint.trace.effects import Effects
 from overpaint.trace.runs import (
     Direction,
-    Drawing,
+    Renderer,
     Scorer,
     about,
     check_seeds,
@@ -130,7 +130,7 @@ def text_encoder(
         OSError: `folder` cannot be written.
     """
     check_seeds(seeds)
-    drawing = Drawing.of(
+    renderer = Renderer.of(
         model, score=score, steps=steps, guidance_scale=guidance_scale, solver_name=solver, direction=direction,
         minimum_gap=minimum_gap, batch_size=batch_size, memory=memory, draw=generate,
     )  # fmt: skip
@@ -150,7 +150,7 @@ def text_encoder(
         for p in probes
     }
     negative = model.encode([""])
-    text_rows = 64 if memory is None else drawing.rows
+    text_rows = 64 if memory is None else renderer.rows
     drawn_passes = ("", "other span") if draw_control else ("",)
 
     def compute(unit: str) -> list[dict[str, Any]]:
@@ -162,7 +162,7 @@ def text_encoder(
 
         own = seeds_of(units[unit][0][0].probe, seeds)
         turns = noise_samples * len(own) * len(drawn_passes)
-        pictures, rows = _Pictures(drawing, negative, tick, turns), []
+        pictures, rows = _Pictures(renderer, negative, tick, turns), []
         for corruption, twin in units[unit]:
             for name, encoders, corrupted in _passes(model.text_encoders, fresh, corruption, twin):
                 states = states_of(encoders, corrupted)
@@ -179,7 +179,7 @@ def text_encoder(
         tick(1.0)
         return rows
 
-    protocol = drawing.protocol(
+    protocol = renderer.protocol(
         "text_encoder", probes, folder=folder, positions=list(positions), heads=heads,
         sites=[name for name, _ in named], groups=identity.members(groups),
         only=None if only is None else sorted(map(list, only)), control=control, draw_control=draw_control,
@@ -374,9 +374,9 @@ class _Pictures:
     """Draws and scores the pictures of one prompt's text features; equal features are drawn once."""
 
     def __init__(
-        self, drawing: Drawing, negative: Tensor, on_share: Callable[[float], None], passes: int
+        self, renderer: Renderer, negative: Tensor, on_share: Callable[[float], None], passes: int
     ) -> None:
-        self.drawing, self.negative, self.on_share = drawing, negative, on_share
+        self.renderer, self.negative, self.on_share = renderer, negative, on_share
         self.passes, self.done = passes, 0
         self._known: dict[tuple[int, str], tuple[float, Tensor]] = {}
 
@@ -389,23 +389,23 @@ class _Pictures:
         keys = [(seed, _digest(row)) for row in embeds]
         first = {key: i for i, key in reversed(list(enumerate(keys))) if key not in self._known}
         new = sorted(first.items(), key=lambda item: item[1])
-        chunks = list(equal_chunks(new, self.drawing.rows)) if new else []
+        chunks = list(equal_chunks(new, self.renderer.rows)) if new else []
         for number, (chunk, used) in enumerate(chunks):
             chosen = embeds[[i for _, i in chunk]]
-            latents = self.drawing.denoise(
+            latents = self.renderer.denoise(
                 seed, len(chunk), chosen, self.negative,
-                on_step=lambda step, _, before=number: self._tell(before * self.drawing.steps + step, len(chunks)),
+                on_step=lambda step, _, before=number: self._tell(before * self.renderer.steps + step, len(chunks)),
             )[:used]  # fmt: skip
-            scores = self.drawing.scores(latents, corruption.probe)
+            scores = self.renderer.scores(latents, corruption.probe)
             for (key, _), number_, latent in zip(chunk[:used], scores, latents.cpu(), strict=True):
                 self._known[key] = number_, latent
         self.done += 1
         found = [self._known[key] for key in keys]
         latents = torch.stack([latent for _, latent in found])
-        return self.drawing.measured([score for score, _ in found], latents)
+        return self.renderer.measured([score for score, _ in found], latents)
 
     def _tell(self, steps: int, chunks: int) -> None:
-        share = min(1.0, steps / (chunks * self.drawing.steps))
+        share = min(1.0, steps / (chunks * self.renderer.steps))
         self.on_share((self.done + share) / self.passes)
 
 

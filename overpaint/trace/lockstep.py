@@ -36,7 +36,7 @@ from overpaint.trace.effects import Effects
 from overpaint.trace.encoder import encode_restored
 from overpaint.trace.runs import (
     Direction,
-    Drawing,
+    Renderer,
     Scorer,
     about,
     check_seeds,
@@ -140,7 +140,7 @@ def unet(
         OSError: `folder` cannot be written.
     """
     _check_modes(source, branches, kinds, windows, seeds)
-    drawing = Drawing.of(
+    renderer = Renderer.of(
         model, score=score, steps=steps, guidance_scale=guidance_scale, solver_name=solver, direction=direction,
         minimum_gap=minimum_gap, batch_size=batch_size, memory=memory,
     )  # fmt: skip
@@ -170,13 +170,20 @@ def unet(
 
         pair = encode_restored(model.text_encoders, corruption, [])
         latents = restore(
-            drawing, pair, negative, plan, seed=seed, source=source, branches=branches, on_step=tick
+            renderer,
+            pair,
+            negative,
+            plan,
+            seed=seed,
+            source=source,
+            branches=branches,
+            on_step=tick,
         )
-        rows = drawing.measured(drawing.scores(latents, corruption.probe), latents)
+        rows = renderer.measured(renderer.scores(latents, corruption.probe), latents)
         asked = {"seed": seed, "source": source, "branches": branches, "direction": direction}
         return [{**_row(corruption, i), **asked, **m} for i, m in zip(plan, rows, strict=True)]
 
-    protocol = drawing.protocol(
+    protocol = renderer.protocol(
         "unet", probes, folder=folder, source=source, branches=branches, kinds=list(kinds), heads=heads,
         windows=list(windows), sites=[name for name, _ in named], groups=identity.members(groups),
         only=None if only is None else sorted(only), seeds=list(seeds), noise_samples=noise_samples, sigma=scale,
@@ -186,7 +193,7 @@ def unet(
 
 
 def restore(
-    drawing: Drawing,
+    renderer: Renderer,
     prompt_embeds: Tensor,
     negative_embeds: Tensor,
     plan: Sequence[Intervention],
@@ -199,7 +206,7 @@ def restore(
     """Denoise clean, corrupted and one further row an intervention in lockstep.
 
     Args:
-        drawing: Model, steps, guidance, direction and batch.
+        renderer: Model, steps, guidance, direction and batch.
         prompt_embeds: Clean and corrupted text features, shape (2, L, D).
         negative_embeds: Text features of the empty prompt, shape (1, L, D).
         plan: What each further row takes from its source.
@@ -218,18 +225,18 @@ def restore(
     twins = source == "same_latent"
     chunks = list(
         equal_chunks(
-            list(plan), drawing.rows, rows=partial(_size, twins=twins), multiple=4, fill=Intervention(())
+            list(plan), renderer.rows, rows=partial(_size, twins=twins), multiple=4, fill=Intervention(())
         )
     )  # fmt: skip
     parts: list[Tensor] = []
     for number, (chunk, used) in enumerate(chunks):
-        batch = _Batch(drawing, chunk, twins=twins, both=branches == "both")
+        batch = _Batch(renderer, chunk, twins=twins, both=branches == "both")
 
         def tick(step: int, number: int = number) -> None:
             if on_step is not None:
                 on_step(
-                    min(number * drawing.steps + step, len(chunks) * drawing.steps),
-                    len(chunks) * drawing.steps,
+                    min(number * renderer.steps + step, len(chunks) * renderer.steps),
+                    len(chunks) * renderer.steps,
                 )
 
         latents = batch.run(prompt_embeds, negative_embeds, seed=seed, on_step=tick)
@@ -249,9 +256,9 @@ class _Batch:
     """
 
     def __init__(
-        self, drawing: Drawing, plan: Sequence[Intervention], *, twins: bool, both: bool
+        self, renderer: Renderer, plan: Sequence[Intervention], *, twins: bool, both: bool
     ) -> None:
-        self.drawing, self.plan, self.twins, self.both = drawing, plan, twins, both
+        self.renderer, self.plan, self.twins, self.both = renderer, plan, twins, both
         self.rows = _size(len(plan), twins=twins)
         self.step = 0
 
@@ -266,7 +273,7 @@ class _Batch:
         """Return the final latents without the twins."""
         count = len(self.plan)
         clean, corrupted = prompt_embeds[:1], prompt_embeds[1:]
-        restoring = self.drawing.direction == "restore"
+        restoring = self.renderer.direction == "restore"
         base, source = (corrupted, clean) if restoring else (clean, corrupted)
         embeds = [clean, corrupted, base.expand(count, -1, -1)]
         embeds += [source.expand(count, -1, -1)] if self.twins else []
@@ -278,7 +285,7 @@ class _Batch:
 
         whole, single = self._copiers()
         with hooks.patch(whole) as calls, hooks.patch_arguments(single) as head_calls:
-            latents = self.drawing.denoise(
+            latents = self.renderer.denoise(
                 seed, self.rows, torch.cat(embeds), negative_embeds, on_step=after
             )
         counts = set(calls.values()) | set(head_calls.values())
@@ -298,7 +305,7 @@ class _Batch:
 
     def _copiers(self) -> tuple[dict[Module, Any], dict[Module, Any]]:
         """Return functions that copy source rows into rows: of modules' outputs, and of heads' inputs."""
-        model = self.drawing.model
+        model = self.renderer.model
         whole: dict[Module, list[tuple[int, Intervention, slice]]] = {}
         single: dict[Module, list[tuple[int, Intervention, slice]]] = {}
         for row, intervention in enumerate(self.plan, start=2):
@@ -315,16 +322,16 @@ class _Batch:
         )
 
     def _copier(self, entries: list[tuple[int, Intervention, slice]]) -> Callable[[Tensor], Tensor]:
-        restoring = self.drawing.direction == "restore"
+        restoring = self.renderer.direction == "restore"
         # The guided batch holds the unconditional rows first, then as many conditional ones.
-        guided = self.drawing.guidance_scale != 1
+        guided = self.renderer.guidance_scale != 1
         offsets = [0] if not guided else [0, self.rows] if self.both else [self.rows]
         fixed, twin = int(not restoring), len(self.plan) if self.twins else 0
 
         def copy(output: Tensor) -> Tensor:
             changed = output.clone()
             for row, intervention, columns in entries:
-                if intervention.active(self.step, self.drawing.steps):
+                if intervention.active(self.step, self.renderer.steps):
                     into = [offset + row for offset in offsets]
                     of = [offset + (row + twin if twin else fixed) for offset in offsets]
                     changed[into, ..., columns] = output[of, ..., columns]

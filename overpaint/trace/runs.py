@@ -19,7 +19,7 @@ from overpaint.trace.effects import recovery
 __all__ = [
     "DIRECTIONS",
     "Direction",
-    "Drawing",
+    "Renderer",
     "Scorer",
     "about",
     "check_seeds",
@@ -41,7 +41,7 @@ DIRECTIONS: tuple[Direction, ...] = ("restore", "corrupt")
 
 
 @dataclass(frozen=True)
-class Drawing:
+class Renderer:
     """How rows become pictures and scores; checked once, by `of`.
 
     Attributes:
@@ -84,11 +84,11 @@ class Drawing:
         batch_size: int,
         memory: float | None,
         draw: bool = True,
-    ) -> "Drawing":
+    ) -> "Renderer":
         """Check the settings and choose the batch.
 
         Raises:
-            ValueError: A setting is out of range, or `memory` holds no batch.
+            ValueError: A setting is out of range, `memory` holds no batch, or the judge reads pictures of another size.
             UnsupportedModel: A hook would miss one of the model's sites.
         """
         if steps < 1:
@@ -103,6 +103,7 @@ class Drawing:
         scheduler = solver(model, solver_name)
         strength = model.guidance_scale if guidance_scale is None else guidance_scale
         scorer = (score or features.load().score) if draw else None
+        _check_size(model, scorer)
         rows, decoded = batch_size, batch_size
         if memory is not None and draw:
             rows, decoded = (min(n, batch_size) for n in _fitting(model, memory, strength))
@@ -197,6 +198,18 @@ class Drawing:
             **marks,
             **more,
         }
+
+
+def _check_size(model: Any, scorer: Scorer | None) -> None:
+    """Refuse a judge that reads pictures of one size only, where the model draws others."""
+    judge = getattr(scorer, "__self__", None)
+    size = getattr(judge, "size", None)
+    if size is not None and model.size != (size, size):
+        raise ValueError(
+            f"{identity.scorer_name(scorer)} reads pictures of {size}x{size} pixels, and {model.name} draws "
+            f"{model.size[1]}x{model.size[0]}: pass `score` (on the command line --scorer) for this size, for example "
+            "that of `overpaint.trace.clip.Clip`."
+        )
 
 
 def _fitting(model: Any, memory: float, guidance_scale: float) -> tuple[int, int]:

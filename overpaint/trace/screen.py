@@ -26,7 +26,7 @@ from overpaint.trace.attribution import Attribution, Objective, Run, choose
 from overpaint.trace.corrupt import ROLES, Prompted, corruptions, places
 from overpaint.trace.effects import Effects
 from overpaint.trace.lockstep import Branches, Source
-from overpaint.trace.runs import Drawing, Scorer, about, check_seeds, check_source, seeds_of
+from overpaint.trace.runs import Renderer, Scorer, about, check_seeds, check_source, seeds_of
 
 __all__ = ["best", "noted", "text_encoder", "unet"]
 
@@ -81,12 +81,12 @@ def unet(
     """
     found = [site for site in sites.find_unet(model.unet) if site.kind in kinds]
     _check(found, last, steps, seeds, source, branches)
-    drawing = Drawing.of(
+    renderer = Renderer.of(
         model, score=score, steps=steps, guidance_scale=guidance_scale, solver_name=solver, direction="restore",
         minimum_gap=0.0, batch_size=batch_size, memory=None,
     )  # fmt: skip
     made, scale = corruptions(model, probes, noise_samples=noise_samples, sigma=sigma)
-    attribution = Attribution(drawing, last, choose(drawing, objective, probes[0]))
+    attribution = Attribution(renderer, last, choose(renderer, objective, probes[0]))
     modules = [site.module(model) for site in found]
     rows: list[dict[str, Any]] = []
     runs = [(c, seed) for c in made for seed in seeds_of(c.probe, seeds)]
@@ -101,7 +101,7 @@ def unet(
             for r, run in enumerate(batch)
             for s, site in enumerate(found)
         ]  # fmt: skip
-    protocol = drawing.protocol(
+    protocol = renderer.protocol(
         "screen.unet", probes, last=last, objective=attribution.objective, source=source, branches=branches,
         kinds=list(kinds), seeds=list(seeds), noise_samples=noise_samples, sigma=scale,
     )  # fmt: skip
@@ -154,12 +154,12 @@ def text_encoder(
     parts = zip(TEXT_PARTS, model.text_encoders, strict=False)
     found = [site for part, encoder in parts for site in sites.find_text(encoder, part)]
     _check(found, last, steps, seeds, "clean_trajectory", "both")
-    drawing = Drawing.of(
+    renderer = Renderer.of(
         model, score=score, steps=steps, guidance_scale=guidance_scale, solver_name=solver, direction="restore",
         minimum_gap=0.0, batch_size=batch_size, memory=None,
     )  # fmt: skip
     made, scale = corruptions(model, probes, noise_samples=noise_samples, sigma=sigma)
-    attribution = Attribution(drawing, last, choose(drawing, objective, probes[0]))
+    attribution = Attribution(renderer, last, choose(renderer, objective, probes[0]))
     modules = [site.module(model) for site in found]
     rows: list[dict[str, Any]] = []
     runs = [(c, seed) for c in made for seed in seeds_of(c.probe, seeds)]
@@ -174,7 +174,7 @@ def text_encoder(
             for s, site in enumerate(found)
             for role, place in places(run[0], positions)
         ]  # fmt: skip
-    protocol = drawing.protocol(
+    protocol = renderer.protocol(
         "screen.text_encoder", probes, last=last, objective=attribution.objective, positions=list(positions),
         seeds=list(seeds), noise_samples=noise_samples, sigma=scale,
     )  # fmt: skip
@@ -260,7 +260,7 @@ def _fitting(
     """
     if memory is None:
         return batch_size
-    short = replace(attribution, drawing=replace(attribution.drawing, steps=attribution.last))
+    short = replace(attribution, renderer=replace(attribution.renderer, steps=attribution.last))
     fitting = memory_of.rows_that_fit(
         lambda rows: attribute(short, [run] * rows), memory, least=1, what="screening"
     )

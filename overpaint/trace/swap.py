@@ -33,7 +33,7 @@ from overpaint.trace import identity
 from overpaint.trace.corrupt import Prompted
 from overpaint.trace.effects import Effects, recovery
 from overpaint.trace.runs import (
-    Drawing,
+    Renderer,
     Scorer,
     about,
     check_seeds,
@@ -106,7 +106,7 @@ def swap(
     layers = [site for site in sites.find_unet(model.unet) if site.kind == "cross_attn"]
     _check(probes, seeds, window, pick, len(layers))
     pairs = [(probe, _aim(model, probe, target)) for probe in probes]
-    drawing = Drawing.of(
+    renderer = Renderer.of(
         model, score=score, steps=steps, guidance_scale=guidance_scale, solver_name=solver, direction="corrupt",
         minimum_gap=minimum_gap, batch_size=batch_size, memory=memory,
     )  # fmt: skip
@@ -123,12 +123,12 @@ def swap(
                 on_progress(1000 * before + int(1000 * share), 1000 * len(runs))
 
         texts = torch.cat([model.encode([asked.prompt]) for asked in (probe, aim)])
-        latents = draw(drawing, texts, negative, windows, seed=seed, on_step=tick)
-        scores = drawing.scores(latents, probe if pick == "min" else aim)
+        latents = draw(renderer, texts, negative, windows, seed=seed, on_step=tick)
+        scores = renderer.scores(latents, probe if pick == "min" else aim)
         found = _rows(probe, [w[0] for w in windows], latents, scores, pick, minimum_gap)
         return [{**row, "seed": seed} for row in found]
 
-    protocol = drawing.protocol(
+    protocol = renderer.protocol(
         "swap", probes, folder=folder, window=window, pick=pick, cross_attention=[site.path for site in layers],
         seeds=list(seeds), targets=[aim.prompt for _, aim in pairs],
         asked_of_targets=identity.asked([aim for _, aim in pairs]),
@@ -210,7 +210,7 @@ def smallest_window(
 
 
 def draw(
-    drawing: Drawing,
+    renderer: Renderer,
     prompt_embeds: Tensor,
     negative_embeds: Tensor,
     windows: Sequence[Sequence[Site]],
@@ -221,7 +221,7 @@ def draw(
     """Denoise the original prompt, the target prompt, and one row a window in lockstep.
 
     Args:
-        drawing: Model, steps, guidance and batch.
+        renderer: Model, steps, guidance and batch.
         prompt_embeds: Text features of original and target, shape (2, L, D).
         negative_embeds: Text features of the empty prompt, shape (1, L, D).
         windows: For each further row, the cross-attention sites that read the target.
@@ -237,7 +237,7 @@ def draw(
     parts: list[Tensor] = []
     original, aim = prompt_embeds[:1], prompt_embeds[1:]
     chunks = list(
-        equal_chunks(list(windows), drawing.rows, rows=lambda n: n + 2, multiple=4, fill=())
+        equal_chunks(list(windows), renderer.rows, rows=lambda n: n + 2, multiple=4, fill=())
     )
     for number, (chosen, used) in enumerate(chunks):
         rows, taken = len(chosen) + 2, 0
@@ -246,12 +246,12 @@ def draw(
             nonlocal taken
             taken = done
             if on_step is not None:
-                on_step(min(1.0, (number + done / drawing.steps) / len(chunks)))
+                on_step(min(1.0, (number + done / renderer.steps) / len(chunks)))
 
         texts = torch.cat([original, aim, original.expand(len(chosen), -1, -1)])
-        feeders = _feeders(drawing.model, chosen, rows if drawing.guidance_scale != 1 else 0)
+        feeders = _feeders(renderer.model, chosen, rows if renderer.guidance_scale != 1 else 0)
         with hooks.patch_arguments(feeders) as calls:
-            latents = drawing.denoise(seed, rows, texts, negative_embeds, on_step=after)
+            latents = renderer.denoise(seed, rows, texts, negative_embeds, on_step=after)
         if any(count != taken for count in calls.values()):
             raise UnsupportedModel(
                 f"a cross-attention layer ran {sorted(set(calls.values()))} times in {taken} steps: "

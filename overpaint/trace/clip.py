@@ -1,0 +1,84 @@
+"""A public CLIP as a scorer: the cosine of picture and prompt, for pictures of any size.
+
+It is what the paper scores with. A cosine says less than a judge's probability and has another scale, so thresholds of
+the two do not compare.
+
+Source: Hessel et al., 2021 (CLIPScore), https://arxiv.org/abs/2104.08718, without its factor 2.5 and its cut at 0;
+Radford et al., 2021, https://arxiv.org/abs/2103.00020, for how pictures are prepared.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["Clip"]
+
+
+class Clip:
+    """A CLIP model from a folder or the hub; `score` is the scorer.
+
+    Its weights are frozen; of pictures that carry a gradient the scores carry it on.
+
+    Attributes:
+        name: Where it was loaded from.
+    """
+
+    def __init__(self, source: str | Path, *, device: str | torch.device = "cpu") -> None:
+        """Load it; a hub id may reach the network.
+
+        Raises:
+            ValueError: There is no CLIP in safetensors.
+        """
+        from transformers import CLIPModel, CLIPTokenizerFast
+        from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+        self.name = str(source)
+        try:
+            model: Any
+            model, about = CLIPModel.from_pretrained(
+                source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
+            if about["missing_keys"]:  # of another architecture, or damaged: they would be random
+                raise ValueError(f"it lacks {min(about['missing_keys'])}")
+            self._tokenizer: Any = CLIPTokenizerFast.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"cannot load a CLIP from {self.name!r} ({str(error).strip().splitlines()[0]}): name a folder that "
+                "`CLIPModel.save_pretrained` wrote beside its tokenizer, or a hub id such as "
+                "'openai/clip-vit-large-patch14'."
+            ) from error
+        self._clip = model.to(device).eval().requires_grad_(False)
+        self._mean, self._std = (
+            torch.tensor(three, device=device).view(3, 1, 1)
+            for three in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        )
+
+    def score(self, images: Tensor, probes: Sequence[Any]) -> Tensor:
+        """Return the cosine of each picture with its probe's prompt, shape (N,), on the CPU.
+
+        Args:
+            images: RGB in [0, 1], shape (N, 3, H, W); made as small as the model reads them, bicubic.
+            probes: One for each picture.
+        """
+        side = int(self._clip.config.vision_config.image_size)
+        pixels = images.to(self._mean)
+        pixels = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+        seen = self._clip.vision_model(pixel_values=(pixels - self._mean) / self._std)
+        pictures = self._clip.visual_projection(seen.pooler_output)
+        return F.cosine_similarity(pictures, self._read([p.prompt for p in probes])).cpu()
+
+    @torch.no_grad()
+    def _read(self, prompts: Sequence[str]) -> Tensor:
+        """Return the features of `prompts`, shape (N, D)."""
+        limit = int(self._clip.config.text_config.max_position_embeddings)
+        tokens = self._tokenizer(
+            list(prompts), padding=True, truncation=True, max_length=limit, return_tensors="pt"
+        ).to(self._mean.device)
+        pooled = self._clip.text_model(
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
+        ).pooler_output
+        return self._clip.text_projection(pooled)

@@ -1,0 +1,108 @@
+"""A CLIP of one's own as the scorer, against CLIP's own forward pass."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from transformers import CLIPConfig, CLIPModel
+
+import overpaint as op
+from overpaint import zoo
+from overpaint.probes import Probe
+from overpaint.trace import identity
+from overpaint.trace.clip import Clip
+
+CAT = Probe("a", "object", "a cat in noto style", "cat")
+DOG = Probe("b", "count", "two dogs", "two")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random CLIP that reads pictures of 32x32 pixels, with the tokenizer of the shipped judge."""
+    from transformers import CLIPTokenizerFast
+
+    place = tmp_path_factory.mktemp("clip")
+    tokenizer = CLIPTokenizerFast.from_pretrained(zoo.folder("icons-judge"))
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    text = {
+        **small, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    vision = {**small, "image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    CLIPModel(
+        CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    ).save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    return place
+
+
+def test_it_is_the_cosine_of_clips_own_forward(folder):
+    from transformers import CLIPTokenizerFast
+
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    tokens = CLIPTokenizerFast.from_pretrained(folder)(
+        [CAT.prompt, DOG.prompt], padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        found = CLIPModel.from_pretrained(folder).eval()(
+            **tokens, pixel_values=(images - mean) / std
+        )
+    expected = F.cosine_similarity(found.image_embeds, found.text_embeds)
+    assert torch.allclose(Clip(folder).score(images, [CAT, DOG]), expected, atol=1e-6)
+
+
+def test_pictures_of_any_size_are_read_and_gradients_pass(folder):
+    clip = Clip(folder)
+    plain = torch.full((1, 3, 32, 32), 0.25)
+    large = torch.full((1, 3, 512, 512), 0.25, requires_grad=True)
+    score = clip.score(large, [CAT])
+    assert torch.allclose(score, clip.score(plain, [CAT]), atol=1e-6)
+    (grad,) = torch.autograd.grad(score.sum(), [large])
+    assert grad.abs().sum() > 0
+    assert identity.scorer_mark(clip.score) == identity.scorer_mark(Clip(folder).score) is not None
+
+
+def test_a_trace_is_scored_by_it(tiny_sd1, folder):
+    clip = Clip(folder)
+    effects = op.trace.unet(tiny_sd1, [CAT], steps=1, only=["unet.mlp.0"], score=clip.score)
+    (row,) = effects.table.to_pylist()
+    image = tiny_sd1.generate(CAT.prompt, seed=0, steps=1).images
+    assert row["score_clean"] == pytest.approx(clip.score(image, [CAT]).item(), abs=1e-5)
+    assert effects.protocol["scorer"] == str(folder)
+
+
+def test_what_is_no_clip_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"cannot load a CLIP from .*: name a folder that"):
+        Clip(tmp_path)
+    half = shutil.copytree(folder, tmp_path / "half")
+    weights = load_file(half / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, half / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"cannot load a CLIP .*it lacks visual_projection.weight"):
+        Clip(half)
+
+
+def test_a_judge_for_pictures_of_another_size_is_refused_before_any_is_drawn(tiny_sd1):
+    class Large:
+        name, size = "mine", 512
+
+        def score(self, images, probes):
+            raise AssertionError("nothing may be drawn")
+
+    height, width = tiny_sd1.size
+    message = f"mine reads pictures of 512x512 pixels, and .* draws {width}x{height}: pass `score`"
+    for trace in (op.trace.unet, op.trace.text_encoder):
+        with pytest.raises(ValueError, match=message):
+            trace(tiny_sd1, [CAT], steps=1, score=Large().score)
+    options = {"generate": False, "control": False, "positions": ("eos",)}
+    assert len(op.trace.text_encoder(tiny_sd1, [CAT], score=Large().score, **options)) == 24
