@@ -10,6 +10,7 @@ from PIL import Image
 
 from overpaint import figures
 from overpaint.figures import Bar, BarPanel, Panel
+from overpaint.report import charts
 from overpaint.trace import Effects, plot
 
 
@@ -219,3 +220,26 @@ def test_several_panels_share_their_scale():
     panels = [BarPanel("x", (("", bars[:1]),)), BarPanel("y", (("", bars[1:]),))]
     first, second = figures.bar_chart(panels, theme=figures.LIGHT).figure.axes
     assert first.get_xlim() == second.get_xlim()
+
+
+@pytest.mark.parametrize(
+    ("scorer", "kinds", "said"),
+    [
+        ("icons-judge", ("style",), "Scored by icons-judge as a probability; "),
+        (
+            "icons-judge",
+            ("count",),
+            "Scored by icons-judge as the raw cosine of picture and prompt; ",
+        ),
+        (
+            "icons-judge",
+            ("style", "count"),
+            "as a probability or, for counts and views, as the raw",
+        ),
+        ("brightness", ("style",), "Scored by brightness; "),
+    ],
+)
+def test_the_caption_says_what_the_scores_are(scorer, kinds, said):
+    rows = [r for kind in kinds for r in unet(attribute=kind)]
+    (chart,) = charts.unet_charts({"same_latent": Effects.of(rows, {"scorer": scorer})})
+    assert said in chart["caption"]

@@ -11,6 +11,7 @@ from overpaint.trace import Effects, plot
 
 __all__ = ["SOURCES", "text_charts", "unet_charts"]
 
+_JUDGE, _COSINE = "icons-judge", {"count", "viewpoint"}  # the judge, and what it has no head for
 SOURCES = {"clean_trajectory": "clean trajectory", "same_latent": "same latent (control)"}
 
 
@@ -102,11 +103,8 @@ def _causal(effects: Effects) -> str:
     about = verdict.protocol
     if about["threshold"] is None:
         return ""
-    if about["smallest_p"] * about["states_tested"] > about["alpha"]:
-        return (
-            f" So few prompts ({about['prompts_tested']} beside those that set the threshold) cannot show that any of "
-            f"{about['states_tested']} states is causal."
-        )
+    if verdict.reason:
+        return f" {verdict.reason[:1].upper()}{verdict.reason[1:]}."
     names = [
         " ".join(str(row[key]) for key in ("site", "role", "window") if row[key])
         + (f" head {row['head']}" if row["head"] is not None else "")
@@ -117,7 +115,7 @@ def _causal(effects: Effects) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return (
         f" Causal states, whose mean score reaches {about['threshold']:.2f} ({about['threshold_from']}) and whose "
-        f"effect has a Holm-corrected p of at most {about['alpha']:g} among {about['states_tested']} states over "
+        f"effect has a Holm-corrected p of at most {about['alpha']:g} among {about['family']} states over "
         f"{about['prompts_tested']} other prompts: {found}{more}."
     )
 
@@ -125,8 +123,15 @@ def _causal(effects: Effects) -> str:
 def _scale(effects: Effects) -> str:
     """Return what the scores were measured with, in a sentence."""
     about = effects.protocol
+    scorer = about.get("scorer", "the judge")
+    kinds = set(effects.table["attribute"].to_pylist())
+    units = [
+        *(["as a probability"] if kinds - _COSINE else []),
+        *(["as the raw cosine of picture and prompt"] if kinds & _COSINE else []),
+    ]
+    how = f" {' or, for counts and views, '.join(units)}" if scorer == _JUDGE else ""
     return (
-        f"Scored by {about.get('scorer', 'the judge')} as a probability; {about.get('probes', 'some')} prompts, "
+        f"Scored by {scorer}{how}; {about.get('probes', 'some')} prompts, "
         f"{about.get('steps', '?')} steps, guidance {about.get('guidance_scale', '?')}."
     )
 
