@@ -136,19 +136,18 @@ def test_not_a_number_survives(tmp_path):
 def test_killed_ten_times_at_random_moments_it_ends_in_the_same_table(tmp_path, nursery):
     plain = shards.sweep(None, PROTOCOL, UNITS, compute)
     draw = random.Random(7)
-    kills, finished = 0, set()
-    while kills < 10:
-        process = nursery.start("sweep", tmp_path, pause=0.004)
-        time.sleep(draw.uniform(0, 0.12))
-        with contextlib.suppress(ProcessLookupError):  # it may have come to its end
-            os.kill(process, signal.SIGKILL)
-        kills += nursery.finish()[1] == -signal.SIGKILL
+    for _ in range(10):
         shown = list(tmp_path.glob("*.parquet"))
-        finished.add(len(shown))
         if len(shown) > 8:  # leave the next ones something to do
             for path in shown[::2]:
                 path.unlink()
-    assert len(finished) > 3
+        process = nursery.start("sweep", tmp_path, pause=0.05)
+        for _ in range(draw.randint(1, 3)):  # at least four units are left, so it is at work
+            assert nursery.line() == "unit"
+        time.sleep(draw.uniform(0, 0.06))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+        nursery.finish()
     assert shards.sweep(tmp_path, PROTOCOL, UNITS, compute) == plain
     assert Effects.of(plain, {}).table.equals(shards.read(tmp_path).table)
 

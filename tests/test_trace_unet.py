@@ -9,7 +9,7 @@ from overpaint.errors import UnsupportedModel
 from overpaint.probes import Probe
 from overpaint.trace import corrupt, encoder, lockstep
 from overpaint.trace.lockstep import Intervention
-from overpaint.trace.runs import Drawing
+from overpaint.trace.runs import Renderer
 
 PROBE = Probe("a", "style", "a cat in openmoji style", "openmoji style")
 LAST = ("unet.resnet.21", "unet.self_attn.15", "unet.cross_attn.15", "unet.mlp.15")
@@ -36,12 +36,12 @@ def restore(
     model, clean_corrupted, negative, groups, *, steps=3, guidance_scale=7.5, rows=64, direction="restore", **options
 ):  # fmt: skip
     """Run `lockstep.restore`; a group is an intervention, or sites that one row takes whole."""
-    drawing = Drawing.of(
+    renderer = Renderer.of(
         model, score=brightness, steps=steps, guidance_scale=guidance_scale, solver_name="own", direction=direction,
         minimum_gap=0.02, batch_size=rows, memory=None,
     )  # fmt: skip
     plan = [g if isinstance(g, Intervention) else Intervention(tuple(g)) for g in groups]
-    return lockstep.restore(drawing, clean_corrupted, negative, plan, **{"seed": 0, **options})
+    return lockstep.restore(renderer, clean_corrupted, negative, plan, **{"seed": 0, **options})
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_without_guidance_there_is_one_branch(tiny_double, embeds, all_sites):
     assert not torch.equal(rows[1], rows[0])
 
 
-def test_pndm_runs_51_calls_for_50_steps(embeds, all_sites):
+def test_pndm_runs_6_calls_for_5_steps(embeds, all_sites):
     from diffusers import PNDMScheduler
 
     from overpaint.zoo import build
@@ -355,12 +355,12 @@ def test_all_heads_of_a_layer_are_the_layer(run, tiny_double, all_sites):
 
     every = [Intervention((site,), head=h) for h in range(count)]
     embeds = _embeds_of(tiny_double)
-    drawing = Drawing.of(
+    renderer = Renderer.of(
         tiny_double, score=brightness, steps=2, guidance_scale=7.5, solver_name="own", direction="restore",
         minimum_gap=0.0, batch_size=8, memory=None,
     )  # fmt: skip
     batch = lockstep._Batch(
-        drawing, [Intervention((site,)), Intervention(())], twins=False, both=True
+        renderer, [Intervention((site,)), Intervention(())], twins=False, both=True
     )
     whole = batch.run(*embeds, seed=0, on_step=lambda step: None)
     # One row that takes every head: the copiers of all heads act on row 2.
