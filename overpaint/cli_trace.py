@@ -42,7 +42,9 @@ def trace(
     concept: Annotated[
         str | None, typer.Option(help="Its words in the prompts of the CSV.")
     ] = None,
-    limit: Annotated[int, typer.Option(help="At most so many probes.")] = 8,
+    limit: Annotated[
+        int | None, typer.Option(help="At most so many probes.", show_default="8, or the whole CSV")
+    ] = None,
     source: Annotated[
         str, typer.Option(help="unet: clean_trajectory or same_latent.")
     ] = "clean_trajectory",
@@ -62,6 +64,12 @@ def trace(
     features_only: Annotated[
         bool, typer.Option("--features-only", help="text: draw no pictures.")
     ] = False,
+    scorer: Annotated[
+        str | None,
+        typer.Option(
+            help="A CLIP (folder or hub id) instead of icons-judge, for pictures of any size."
+        ),
+    ] = None,
     noise_samples: Annotated[int, typer.Option(help="Corruptions a prompt.")] = 1,
     sigma: Annotated[str, typer.Option(help="Their size: a number, or as in 3std.")] = "3std",
     solver: Annotated[str, typer.Option(help="own, ddim or dpm.")] = "own",
@@ -80,20 +88,26 @@ def trace(
     overpaint trace icons --part swap --target "noto style"
     """  # noqa: D301
     from overpaint import probes, trace
+    from overpaint.trace.clip import Clip
 
-    _check(part, screen, target)
+    _check(part, screen, target, direction)
     check_writable(out)
-    found = probes.load(kind, vocabulary=vocabulary)
-    asked = (found if prompts is None else probes.read(prompts, kind=kind, concept=concept))[:limit]
+    if prompts is None:
+        asked = probes.load(kind, vocabulary=vocabulary)[: 8 if limit is None else limit]
+    else:
+        asked = probes.read(prompts, kind=kind, concept=concept)[:limit]
     loaded = load_model(model, device)
     drawn: dict[str, Any] = {"seeds": (seed,), "steps": steps, "solver": solver}
+    if scorer is not None:
+        drawn["score"] = Clip(scorer, device=device).score
     noise: dict[str, Any] = {"noise_samples": noise_samples, "sigma": _sigma(sigma)}
     mode: dict[str, Any] = {"source": source, "branches": branches} if part == "unet" else {}
     name = {"text": "text", "unet": f"unet-{source}", "swap": "swap"}[part]
     with progress(as_json) as stage:
         estimate = None
         if screen is not None:
-            estimate = _estimate(loaded, asked, part, {**drawn, **noise, **mode}, stage)
+            settings = {**drawn, **noise, **mode, "memory": memory}
+            estimate = _estimate(loaded, asked, part, settings, stage)
             estimate.save(out / f"{name}-screen.parquet")
         shared: dict[str, Any] = {
             **drawn, "memory": memory, "folder": out / f"{name}-runs",
@@ -118,7 +132,7 @@ def trace(
     _show(effects, effects.save(out / f"{name}.parquet"), as_json=as_json)
 
 
-def _check(part: str, screen: float | None, target: str) -> None:
+def _check(part: str, screen: float | None, target: str, direction: str) -> None:
     if part not in ("text", "unet", "swap"):
         raise ValueError(f"unknown part {part!r}: choose text, unet or swap.")
     if part == "swap" and not target:
@@ -127,6 +141,11 @@ def _check(part: str, screen: float | None, target: str) -> None:
         )
     if part == "swap" and screen is not None:
         raise ValueError("--screen estimates states, and a swap has none: leave one of them out.")
+    if screen is not None and direction != "restore":
+        raise ValueError(
+            f"--screen estimates what restoring a state does, not what --direction {direction} does: leave one of them "
+            "out."
+        )
 
 
 def _sigma(text: str) -> float | str:
@@ -157,6 +176,14 @@ def _best(estimate: "Effects | None", share: float | None) -> tuple[tuple[str, s
     return None if estimate is None or share is None else screen.best(estimate, share)
 
 
+def _proxy(effects: "Effects") -> float | None:
+    """Return the rank correlation of the text features' recovery, which needs no picture, and the pictures' effects."""
+    names = ("embed_recovery", "indirect_effect")
+    if min(effects.mean(name).num_rows for name in names) < 3:
+        return None
+    return effects.agreement(effects, value=names[0], other_value=names[1]).mean
+
+
 def _show(effects: "Effects", path: Path, *, as_json: bool) -> None:
     """Print the ten best states, and where all of them are."""
     verdict = effects.test()
@@ -164,6 +191,11 @@ def _show(effects: "Effects", path: Path, *, as_json: bool) -> None:
     facts: dict[str, Any] = {"effects": str(path), "dropped": effects.dropped}
     if "screen" in effects.protocol:
         facts["screen"] = effects.protocol["screen"]
+    if (proxy := _proxy(effects)) is not None:
+        facts["spearman_features_pictures"] = proxy
+    possible = not verdict.reason
+    if not possible and verdict.protocol["value"] == "indirect_effect":
+        facts["causal"] = verdict.reason
     if as_json:
         return print_json({**facts, "threshold": verdict.protocol["threshold"], "top": rows})
     table(
@@ -172,7 +204,7 @@ def _show(effects: "Effects", path: Path, *, as_json: bool) -> None:
             (
                 r["site"], r["role"] or "all", "all" if r["head"] is None else str(r["head"]), r["window"] or "all",
                 f"{r['mean']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}", f"{r['p_holm']:.3f}",
-                {True: "yes", False: "no", None: "-"}[r["causal"]], str(r["n"]),
+                {True: "yes", False: "no", None: "-"}[r["causal"] if possible else None], str(r["n"]),
             )
             for r in rows
         ],

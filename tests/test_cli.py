@@ -88,12 +88,39 @@ def test_trace_goes_on_screens_and_draws(run, tmp_path):
     told = json.loads(out)
     assert told["screen"]["share"] == 0.05
     assert told["screen"]["drawn"] == len(told["top"]) < told["screen"]["states"] / 10
+    assert ("spearman_features_pictures" in told) == (told["screen"]["drawn"] >= 3)
     shards = {p: p.stat().st_mtime_ns for p in (tmp_path / "text-runs").glob("*.parquet")}
     code, out, _ = run(*command)
     assert code == 0
     assert str(tmp_path / "text.png") in out
     assert shards == {p: p.stat().st_mtime_ns for p in (tmp_path / "text-runs").glob("*.parquet")}
     assert "steps" in refused(run(*command[:5], 3, *command[6:], "--json"))
+
+
+def test_trace_reads_all_prompts_of_a_file_and_needs_no_probes_of_its_own(
+    run, tiny_folder, tmp_path
+):
+    """There are no viewpoint probes in the icons' words, which must not stop a file with other ones."""
+    lines = [f"{n},a cat seen from {side},{n}" for n, side in enumerate(["above", "behind"] * 5)]
+    (tmp_path / "mine.csv").write_text("\n".join(["case_number,prompt,evaluation_seed", *lines]))
+    command = (
+        "trace", tiny_folder, "--kind", "viewpoint", "--prompts", tmp_path / "mine.csv", "--concept", "cat",
+        "--features-only", "--json", "--out",
+    )  # fmt: skip
+    code, out, _ = run(*command, tmp_path / "all")
+    assert code == 0
+    assert json.loads(out)["top"][0]["prompts"] == 10
+    code, out, _ = run(*command, tmp_path / "some", "--limit", 3)
+    assert json.loads(out)["top"][0]["prompts"] == 3
+
+
+def test_trace_says_why_nothing_can_be_called_causal(run, tmp_path):
+    command = ("trace", "icons", "--part", "unet", "--limit", 2, "--steps", 1, "--out", tmp_path)
+    code, out, _ = run(*command)
+    assert code == 0
+    words = " ".join(out.split())
+    assert "so few prompts (1 beside those that set the threshold) cannot show that any of" in words
+    assert " no " not in words
 
 
 @pytest.mark.parametrize(
@@ -109,6 +136,8 @@ def test_trace_goes_on_screens_and_draws(run, tmp_path):
         (("trace", "icons", "--part", "vae"), "unknown part 'vae': choose text, unet or swap"),
         (("trace", "icons", "--part", "swap"), "a swap needs a prompt to swap in: say --target"),
         (("trace", "icons", "--part", "swap", "--target", "x", "--screen", "0.2"), "a swap has none"),
+        (("trace", "icons", "--screen", "0.2", "--direction", "corrupt"), "what restoring a state does, not what"),
+        (("trace", "icons", "--scorer", "{tmp}", "--out", "{tmp}"), "cannot load a CLIP from"),
         (("trace", "icons", "--windows", "--memory", "-3", "--json", "--part", "unet", "--out", "{tmp}"),
          "`memory` must be a positive number of MiB, got -3"),
         (("trace", "icons", "--kind", "smell", "--out", "{tmp}"), "unknown kind of probe 'smell'"),
