@@ -93,7 +93,9 @@ def before_after(model: op.TextToImage, judge: features.Judge, path: Path) -> No
     preserve = questions.neighbours(
         "style", "openmoji", labels=judge.labels, held_out=model.held_out
     )
-    change = op.edit.quickfix(model, {"openmoji style": "noto style"}, preserve=list(preserve))
+    change = op.edit.quickfix(
+        model, {"openmoji style": "noto style"}, preserve=list(preserve), preserve_weight=1.0
+    )
     objects = ["strawberry", "cat", "fish", "umbrella", "bomb", "tulip", "car", "light bulb"]
     rows = []
     for style in ("openmoji", "high contrast"):

@@ -28,6 +28,7 @@ __all__ = ["FULL", "QUICK", "Size", "run"]
 
 Progress = Callable[[int, int, str], None]  # done, in all, what
 PREFERRED = "quickfix + preserve"  # the method whose figures go into the summary
+PRESERVE_WEIGHT = 1.0  # of a preserved key: as much as an edited one
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Size:
     steps: int  # denoising steps of a judged picture
 
 
-FULL = Size(text_probes=3, unet_probes=3, trace_steps=10, questions=20, steps=12)
+FULL = Size(text_probes=3, unet_probes=3, trace_steps=10, questions=24, steps=12)
 QUICK = Size(text_probes=1, unet_probes=1, trace_steps=6, questions=4, steps=8)
 
 
@@ -111,7 +112,9 @@ def _changes(
     """Return the changes to compare, and the seconds that the preferred one took."""
     edit.quickfix(model, pairs)  # once unmeasured: the first forward pass pays for start-up
     start = time.perf_counter()
-    preferred = edit.quickfix(model, pairs, preserve=list(preserve))
+    preferred = edit.quickfix(
+        model, pairs, preserve=list(preserve), preserve_weight=PRESERVE_WEIGHT
+    )
     seconds = time.perf_counter() - start
     return {
         "quickfix": edit.quickfix(model, pairs),

@@ -139,14 +139,14 @@ def neighbours(
     *,
     labels: Mapping[str, Sequence[str]],
     held_out: Collection[tuple[str, str]] = (),
-    size: int = 80,
+    size: int = 320,
     seed: int = 1,
 ) -> tuple[str, ...]:
     """Return prompts that an edit should leave alone, for its preserve list.
 
     The empty prompt, the other concepts of the kind by name (those of the concept's family first: objects, persons,
-    flags or logos), then captions of them in a wording and with objects that `ask` never uses, so that what is
-    preserved and what is judged are neither the same prompts nor the same scenes.
+    flags or logos), then captions of them, half in a wording of their own and half in `ask`'s, all with objects that
+    `ask` never uses, so that what is preserved and what is judged are neither the same prompts nor the same scenes.
 
     Args:
         kind: Of the concept, one of `KINDS`.
@@ -166,6 +166,9 @@ def neighbours(
     ):
         named = i % 4 or kind == "object"  # every fourth names no concept of the kind
         found = _at(scene, kind, rest[i % len(rest)] if named else "", "", 0)
+        if i % 2 and kind != "object":
+            rows.append(caption(found.object, found.style, found.color, frame=i // 2))
+            continue
         style = f", {found.style} style" if found.style else ""
         background = f", {found.color} background" if found.color else ""
         rows.append(f"{found.object}{style}{background}")

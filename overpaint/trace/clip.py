@@ -33,18 +33,18 @@ class Clip:
         Raises:
             ValueError: There is no CLIP in safetensors.
         """
-        from transformers import CLIPModel, CLIPTokenizerFast
+        from transformers import CLIPModel, CLIPTokenizer
         from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
         self.name = str(source)
         try:
-            model: Any
-            model, about = CLIPModel.from_pretrained(
+            build: Any = CLIPModel  # its own types leave out the loading info
+            model, about = build.from_pretrained(
                 source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
             )
             if about["missing_keys"]:  # of another architecture, or damaged: they would be random
                 raise ValueError(f"it lacks {min(about['missing_keys'])}")
-            self._tokenizer: Any = CLIPTokenizerFast.from_pretrained(source)
+            self._tokenizer: Any = CLIPTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"cannot load a CLIP from {self.name!r} ({str(error).strip().splitlines()[0]}): name a folder that "

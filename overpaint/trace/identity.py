@@ -51,7 +51,9 @@ def asked(probes: Sequence[Any]) -> list[dict[str, Any]]:
 
 def members(groups: Mapping[str, Sequence[Site]] | None) -> dict[str, list[str]] | None:
     """Return the names of each group's sites, ready for JSON."""
-    return groups and {name: [site.name for site in chosen] for name, chosen in groups.items()}
+    if groups is None:
+        return None
+    return {name: [site.name for site in chosen] for name, chosen in groups.items()}
 
 
 def _held(owner: Any) -> Iterator[tuple[str, Tensor]]:
@@ -72,5 +74,5 @@ def _digest(tensors: Iterator[tuple[str, Tensor]]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
         if flat.numel():
-            digest.update(memoryview(flat.view(torch.uint8).numpy()))
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

@@ -122,7 +122,7 @@ def _shares(recipe: Recipe, work: Path, out: Path, *, resume: bool) -> dict[str,
 
     Which of the two a run is stays written in `work`, so that it goes on as it began.
     """
-    shares = dict(zip(("clip", "vae", "unet"), recipe.shares, strict=True))
+    shares: dict[str, float] = dict(zip(("clip", "vae", "unet"), recipe.shares, strict=True))
     start = work / "unet-start.safetensors"
     if not resume:
         start.unlink(missing_ok=True)
