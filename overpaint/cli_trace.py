@@ -84,7 +84,7 @@ def trace(
     \b
     overpaint trace icons --kind color
     overpaint trace icons --part unet --source same_latent --windows --memory 512
-    overpaint trace ./sd14 --vocabulary natural --screen 0.2 --limit 40
+    overpaint trace ./sd14 --vocabulary natural --scorer openai/clip-vit-base-patch32 --limit 40
     overpaint trace icons --part swap --target "noto style"
     """  # noqa: D301
     from overpaint import probes, trace

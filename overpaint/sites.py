@@ -23,6 +23,7 @@ __all__ = [
     "Site",
     "find",
     "find_text",
+    "find_texts",
     "find_unet",
     "get",
     "head_input",
@@ -76,12 +77,16 @@ class Site:
 
 def find(model: HasParts) -> tuple[Site, ...]:
     """Return all sites of `model` in execution order: those of each text encoder, then the UNet's."""
-    text = [
+    return (*find_texts(model.text_encoders), *find_unet(model.unet))
+
+
+def find_texts(text_encoders: Sequence[Module]) -> tuple[Site, ...]:
+    """Return the sites of all text encoders of a model, one after the other."""
+    return tuple(
         site
-        for part, encoder in zip(TEXT_PARTS, model.text_encoders, strict=False)
+        for part, encoder in zip(TEXT_PARTS, text_encoders, strict=False)
         for site in find_text(encoder, part)
-    ]
-    return (*text, *find_unet(model.unet))
+    )
 
 
 def find_text(text_encoder: Module, part: Part = "text") -> tuple[Site, ...]:

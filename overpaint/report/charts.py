@@ -92,7 +92,7 @@ def _heat_map(
 def _below(cells: list[tuple[float, str, str, str]]) -> str:
     """Return the end of the caption: how damage is drawn, if there is any."""
     least = min(cells)
-    if least[0] >= 0:
+    if least[0] > -0.005:  # nought, to the digits shown
         return "."
     return f"; what is below zero, down to {least[0]:.2f}, is drawn in blue."
 

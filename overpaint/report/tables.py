@@ -64,7 +64,7 @@ def methods(comparison: Comparison) -> Table:
         "Empty prompt moved",
     )  # fmt: skip
     caption = (
-        "Share of pictures that the judge recognises, with 95 % bootstrap intervals over n pictures; changes are "
+        "Share of pictures that the judge recognises, of n, with 95 % bootstrap intervals over scenes; changes are "
         "against the unedited model on the same prompts and seeds. A mean of 0 % or 100 % in n pictures leaves room "
         "for about 3/n."
     )

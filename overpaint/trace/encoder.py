@@ -28,7 +28,7 @@ from torch.nn import Module
 
 from overpaint import hooks, sites
 from overpaint.model import text_features
-from overpaint.sites import TEXT_PARTS, Site
+from overpaint.sites import Site
 from overpaint.trace import identity, shards
 from overpaint.trace.corrupt import ROLES, Corruption, Prompted, corruptions, noisy, places
 from overpaint.trace.effects import Effects
@@ -135,11 +135,7 @@ def text_encoder(
         minimum_gap=minimum_gap, batch_size=batch_size, memory=memory, draw=generate,
     )  # fmt: skip
     made, scale = corruptions(model, probes, noise_samples=noise_samples, sigma=sigma)
-    found = [
-        site
-        for part, encoder in zip(TEXT_PARTS, model.text_encoders, strict=False)
-        for site in sites.find_text(encoder, part)
-    ]
+    found = sites.find_texts(model.text_encoders)
     named = named_sites(found, groups)
     states_of = partial(_states, named=named, positions=positions, heads=heads, only=only)
     selected([s for c in made for s in states_of(model.text_encoders, c)], None, lambda s: s)

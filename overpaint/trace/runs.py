@@ -55,7 +55,6 @@ class Renderer:
         minimum_gap: Runs whose clean score is not this much above the corrupted one have no `recovery`.
         rows: Rows of a denoising batch, at most.
         decoded: Pictures decoded at a time, at most.
-        memory: The budget they came from, MiB; `None` for none.
     """
 
     model: Any
@@ -68,7 +67,6 @@ class Renderer:
     minimum_gap: float
     rows: int
     decoded: int
-    memory: float | None
 
     @classmethod
     def of(
@@ -108,7 +106,7 @@ class Renderer:
         if memory is not None and draw:
             rows, decoded = (min(n, batch_size) for n in _fitting(model, memory, strength))
         return cls(
-            model, scorer, steps, strength, scheduler, solver_name, direction, minimum_gap, rows, decoded, memory
+            model, scorer, steps, strength, scheduler, solver_name, direction, minimum_gap, rows, decoded
         )  # fmt: skip
 
     def denoise(

@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 from overpaint import sites
-from overpaint.sites import KINDS, TEXT_PARTS, Kind, Site
+from overpaint.sites import KINDS, Kind, Site
 from overpaint.trace import memory as memory_of
 from overpaint.trace import states
 from overpaint.trace.attribution import Attribution, Objective, Run, choose
@@ -151,8 +151,7 @@ def text_encoder(
     Raises:
         ValueError: As in `unet`.
     """
-    parts = zip(TEXT_PARTS, model.text_encoders, strict=False)
-    found = [site for part, encoder in parts for site in sites.find_text(encoder, part)]
+    found = sites.find_texts(model.text_encoders)
     _check(found, last, steps, seeds, "clean_trajectory", "both")
     renderer = Renderer.of(
         model, score=score, steps=steps, guidance_scale=guidance_scale, solver_name=solver, direction="restore",
