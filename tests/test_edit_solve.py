@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from overpaint.edit.solve import compress, contradiction, solve
+from overpaint.edit.solve import compress, contradiction, factorise, solve
 
 D_OUT, D_IN, PAIRS, RIDGE = 40, 48, 12, 0.01
 
@@ -46,7 +46,7 @@ def test_worked_by_hand():
     assert kept.delta[0, 0].item() == pytest.approx(0.5)  # residual 2 over 1 + ridge + 2
 
 
-@pytest.mark.parametrize("method", ["dual", "primal"])
+@pytest.mark.parametrize("method", ["auto", "dual", "primal"])
 @pytest.mark.parametrize("weight_of_preserve", [0.0, 0.1, 10.0])
 def test_the_gradient_vanishes_at_the_solution(problem, method, weight_of_preserve):
     k, v, w = problem["keys"], problem["targets"], problem["weight"]
@@ -192,6 +192,33 @@ def test_half_precision_inputs_are_solved_in_double(problem):
     assert torch.equal(delta(half), delta(exact))
 
 
+@pytest.mark.parametrize("kept", [0, 20])
+@pytest.mark.parametrize("method", ["auto", "dual", "primal"])
+def test_one_factorisation_serves_every_weight(problem, method, kept):
+    p, k = draw(kept, D_IN, seed=21), problem["keys"]
+    factors = factorise(k, ridge=RIDGE, gram=0.3 * p.T @ p if kept else None, method=method)
+    for seed, height in ((22, 8), (23, 40)):
+        w, v = draw(height, D_IN, seed=seed), draw(PAIRS, height, seed=seed + 10)
+        alone = solve(k, v, weight=w, ridge=RIDGE, preserve=p, preserve_weight=0.3, method=method)
+        shared = factors.solve(v - k @ w.T)
+        assert close(shared.delta, alone.delta, to=1e-12)
+        assert shared.right.data_ptr() == factors.right.data_ptr()
+        assert shared.condition_number == pytest.approx(alone.condition_number, rel=1e-9)
+
+
+@pytest.mark.parametrize("kept", [0, 20])
+def test_more_keys_than_columns_take_the_smaller_system(kept):
+    k, w, v = draw(70, D_IN, seed=24), draw(D_OUT, D_IN, seed=25), draw(70, D_OUT, seed=26)
+    p = draw(kept, D_IN, seed=27)
+    given = {"weight": w, "ridge": RIDGE, "preserve": p, "preserve_weight": 0.3}
+    small, large = solve(k, v, **given, method="auto"), solve(k, v, **given, method="dual")
+    assert (small.right.shape, large.right.shape) == ((D_IN, D_IN), (70, D_IN))
+    assert close(small.delta, large.delta, to=1e-9)
+    assert small.condition_number == pytest.approx(large.condition_number, rel=1e-9)
+    assert small.effective_rank == large.effective_rank
+    assert small.effective_rank < D_IN if kept else small.effective_rank == D_IN
+
+
 def test_compress_keeps_the_product_and_finds_the_rank(problem):
     d = draw(D_OUT, 3, seed=12) @ draw(3, D_IN, seed=13)
     wide_left, wide_right = draw(D_OUT, 60, seed=14), draw(60, D_IN, seed=15)
@@ -232,7 +259,9 @@ def test_a_negative_preserve_weight_is_refused(problem, weight):
 
 
 def test_an_unknown_solver_is_refused(problem):
-    with pytest.raises(ValueError, match="the solver must be 'dual' or 'primal', got 'qr'"):
+    with pytest.raises(
+        ValueError, match="the solver must be 'dual' or 'primal', got 'qr'. 'auto' takes"
+    ):
         solve(**problem, ridge=RIDGE, method="qr")
 
 
@@ -250,3 +279,20 @@ def test_shapes_that_disagree_are_refused(problem):
         solve(problem["targets"], problem["keys"], weight=problem["weight"], ridge=RIDGE)
     with pytest.raises(ValueError, match=r"`preserve` must be \(M, 48\), got \(2, 47\)"):
         solve(**problem, ridge=RIDGE, preserve=draw(2, 47))
+
+
+def test_what_does_not_fit_a_factorisation_is_refused(problem):
+    k = problem["keys"]
+    with pytest.raises(ValueError, match=r"gram \(3, 3\) do not fit .*`gram` \(D_in, D_in\)"):
+        factorise(k, ridge=RIDGE, gram=torch.eye(3))
+    with pytest.raises(ValueError, match="`gram` is not positive semidefinite.*compute it anew"):
+        factorise(k, ridge=RIDGE, gram=-torch.eye(D_IN))
+    with pytest.raises(ValueError, match="`gram` holds NaN or infinity"):
+        factorise(k, ridge=RIDGE, gram=torch.full((D_IN, D_IN), math.nan))
+    factors = factorise(k, ridge=RIDGE)
+    with pytest.raises(
+        ValueError, match=r"residuals \(3, 4\) do not fit 12 keys: give \(N, D_out\)"
+    ):
+        factors.solve(torch.zeros(3, 4))
+    with pytest.raises(ValueError, match="`residuals` holds NaN"):
+        factors.solve(torch.full((PAIRS, 4), math.nan))

@@ -9,21 +9,25 @@ Its solution moves :math:`W` by :math:`\Delta = R^\top (I + K A^{-1} K^\top)^{-1
 :math:`R = V - K W^\top` and the prior :math:`A = \lambda I + a P^\top P`: a product of two factors of N columns and
 rows, whatever M is. Without preserved keys it is the paper's :math:`R^\top (\lambda I + K K^\top)^{-1} K`.
 
+The targets enter by :math:`R` alone, so weights that read the same keys share everything else: `factorise` once, then
+`solve` for each weight's residuals.
+
 Source: Basu et al., 2024 (Diff-QuickFix), https://arxiv.org/abs/2310.13730, equations 8 and 9; the preserved keys are
 those of Gandikota et al., 2024 (UCE), https://arxiv.org/abs/2308.14761.
 Deviations: the dual form instead of the paper's D_in x D_in inverse, which float32 and nearly collinear keys break.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["Solution", "compress", "contradiction", "solve"]
+__all__ = ["Factors", "Solution", "compress", "contradiction", "factorise", "solve"]
 
-Method = Literal["dual", "primal"]
+Method = Literal["auto", "dual", "primal"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +35,8 @@ class Solution:
     """What moves the weight: `left @ right`, shape (D_out, D_in), and how well the problem was posed.
 
     Attributes:
-        left: Shape (D_out, N), float64.
-        right: Shape (N, D_in), float64.
+        left: Shape (D_out, R), float64; R is N, or D_in where more keys than that were solved by the primal form.
+        right: Shape (R, D_in), float64; weights that share their keys share this very tensor.
         condition_number: Of the N x N system; float64 keeps about 16 digits less its logarithm.
         effective_rank: Directions of the keys that the data, not the prior, decide.
     """
@@ -46,6 +50,48 @@ class Solution:
     def delta(self) -> Tensor:
         """The movement of the weight, shape (D_out, D_in), float64."""
         return self.left @ self.right
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    r"""What the movements of all weights with the same keys share; made by `factorise`.
+
+    Attributes:
+        keys: :math:`K`, shape (N, D_in), float64.
+        right: What every movement is a combination of the rows of, shape (R, D_in), float64.
+        system: LU factors and pivots of the N x N matrix, for the dual form; `None` for the primal.
+        condition_number: As in `Solution`.
+        effective_rank: As in `Solution`.
+    """
+
+    keys: Tensor
+    right: Tensor
+    system: tuple[Tensor, Tensor] | None
+    condition_number: float
+    effective_rank: int
+
+    def solve(self, residuals: Tensor) -> Solution:
+        r"""Movement of one weight.
+
+        Args:
+            residuals: :math:`R = V - K W^\top`, what the weight misses, shape (N, D_out).
+
+        Raises:
+            ValueError: There are not as many residuals as keys, or they are not finite.
+        """
+        if residuals.shape != (len(self.keys), residuals.shape[-1]):
+            raise ValueError(
+                f"residuals {tuple(residuals.shape)} do not fit {len(self.keys)} keys: give (N, D_out), a row a key."
+            )
+        _check_finite({"residuals": residuals})
+        residual = _exact(residuals)
+        if self.system is not None:
+            left = torch.linalg.lu_solve(*self.system, residual).T
+        elif len(self.right) == len(self.keys):
+            left = residual.T
+        else:
+            left = residual.T @ self.keys
+        return Solution(left, self.right, self.condition_number, self.effective_rank)
 
 
 def solve(
@@ -67,7 +113,7 @@ def solve(
         ridge: :math:`\lambda > 0`, in units of a key's squared norm.
         preserve: Inputs :math:`P` whose outputs should stay, shape (M, D_in).
         preserve_weight: :math:`a \ge 0`, what one preserved key counts against one edited key; 0 ignores `preserve`.
-        method: `"dual"` solves N x N; `"primal"` solves D_in x D_in, less precise when keys are nearly collinear.
+        method: As in `factorise`.
 
     Returns:
         The factors of the movement, in float64 on the CPU.
@@ -78,18 +124,39 @@ def solve(
     _check(keys, targets, weight, preserve)
     _check_knobs(ridge, preserve_weight, method)
     keys, targets, weight = (_exact(tensor) for tensor in (keys, targets, weight))
-    residual = targets - keys @ weight.T  # (N, D_out)
-    kept = None
+    gram = None
     if preserve is not None and len(preserve) and preserve_weight > 0:
         kept = _exact(preserve) * math.sqrt(preserve_weight)
-    half, right = _whiten(keys, ridge, kept)
-    gram = half.T @ half  # (N, N), K A^-1 K^T
-    condition, rank = _posed(gram)
-    if method == "primal":
-        system = keys.T @ keys + _prior(keys.shape[1], ridge, kept)
-        return Solution(residual.T, torch.linalg.solve(system, keys.T).T, condition, rank)
-    system = gram + torch.eye(len(keys), dtype=torch.float64)
-    return Solution(torch.linalg.solve(system, residual).T, right, condition, rank)
+        gram = kept.T @ kept
+    factors = factorise(keys, ridge=ridge, gram=gram, method=method)
+    return factors.solve(targets - keys @ weight.T)
+
+
+def factorise(
+    keys: Tensor, *, ridge: float, gram: Tensor | None = None, method: Method = "dual"
+) -> Factors:
+    r"""Factorise the system of `keys` and prior once, for any number of weights.
+
+    Args:
+        keys: Inputs :math:`K`, shape (N, D_in); N may be 0.
+        ridge: :math:`\lambda > 0`, in units of a key's squared norm.
+        gram: :math:`a P^\top P` of the preserved keys, shape (D_in, D_in), symmetric; `None` where there are none.
+        method: `"dual"` solves N x N; `"primal"` solves D_in x D_in, less precise when keys are nearly collinear;
+            `"auto"` takes the smaller.
+
+    Raises:
+        ValueError: A shape, a number or the method is wrong, or `gram` is not positive semidefinite.
+    """
+    _check_knobs(ridge, 0.0, method)
+    width = keys.shape[-1]
+    _check_gram(keys, gram)
+    keys = _exact(keys)
+    prior = None
+    if gram is not None:
+        prior = _exact(gram) + torch.eye(width, dtype=torch.float64) * ridge
+    if method == "dual" or (method == "auto" and len(keys) <= width):
+        return _dual(keys, ridge, prior)
+    return _primal(keys, ridge, prior)
 
 
 def contradiction(
@@ -140,26 +207,53 @@ def compress(left: Tensor, right: Tensor, *, tolerance: float = 1e-10) -> tuple[
     return (u[:, :rank] * s[:rank]).contiguous(), vh[:rank].contiguous()
 
 
-def _whiten(keys: Tensor, ridge: float, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return H (D_in, N) with H^T H = K A^-1 K^T, and K A^-1 (N, D_in)."""
-    if kept is None:
-        return keys.T / math.sqrt(ridge), keys / ridge
-    root = torch.linalg.cholesky(_prior(keys.shape[1], ridge, kept))
-    half = torch.linalg.solve_triangular(root, keys.T, upper=False)
-    return half, torch.linalg.solve_triangular(root.T, half, upper=True).T
+def _dual(keys: Tensor, ridge: float, prior: Tensor | None) -> Factors:
+    if prior is None:
+        half, right = keys.T / math.sqrt(ridge), keys / ridge
+    else:
+        root = _root(prior)
+        half = torch.linalg.solve_triangular(root, keys.T, upper=False)
+        right = torch.linalg.solve_triangular(root.T, half, upper=True).T
+    gram = half.T @ half  # (N, N), K A^-1 K^T
+    lu, pivots, _ = torch.linalg.lu_factor_ex(gram + torch.eye(len(keys), dtype=torch.float64))
+    return Factors(keys, right, (lu, pivots), *_posed(gram, len(keys)))
 
 
-def _prior(width: int, ridge: float, kept: Tensor | None) -> Tensor:
-    prior = torch.eye(width, dtype=torch.float64) * ridge
-    return prior if kept is None else prior + kept.T @ kept
+def _primal(keys: Tensor, ridge: float, prior: Tensor | None) -> Factors:
+    width = keys.shape[1]
+    gram = keys.T @ keys
+    identity = torch.eye(width, dtype=torch.float64)
+    if prior is None:
+        system, whitened = gram + ridge * identity, gram / ridge
+    else:
+        root = _root(prior)
+        half = torch.linalg.solve_triangular(root, gram, upper=False)
+        whitened = torch.linalg.solve_triangular(root, half.T, upper=False)
+        system = gram + prior
+    columns = keys.T if len(keys) <= width else identity
+    right = torch.linalg.solve(system, columns).T
+    return Factors(keys, right, None, *_posed((whitened + whitened.T) / 2, len(keys)))
 
 
-def _posed(gram: Tensor) -> tuple[float, int]:
-    """Return the condition number of I + `gram`, and how many of its directions outweigh the prior."""
-    if len(gram) == 0:
+def _root(prior: Tensor) -> Tensor:
+    root, failed = torch.linalg.cholesky_ex(prior)
+    if int(failed):
+        raise ValueError(
+            "`gram` is not positive semidefinite, so it is no Gram matrix of keys: compute it anew as a * P^T P."
+        )
+    return root
+
+
+def _posed(gram: Tensor, count: int) -> tuple[float, int]:
+    """Return the condition number of I + K A^-1 K^T, and how many of its directions outweigh the prior.
+
+    `gram` is K A^-1 K^T of `count` rows, or the D_in x D_in matrix that has the same eigenvalues but for zeros.
+    """
+    if count == 0:
         return 1.0, 0
     values = torch.linalg.eigvalsh(gram).clamp(min=0)
-    return float((1 + values[-1]) / (1 + values[0])), int((values > 1).sum())
+    least = values[-count] if count <= len(values) else 0.0
+    return float((1 + values[-1]) / (1 + least)), int((values > 1).sum())
 
 
 def _distances(rows: Tensor, others: Tensor) -> Tensor:
@@ -182,7 +276,21 @@ def _check(keys: Tensor, targets: Tensor, weight: Tensor, preserve: Tensor | Non
         )
     if preserve is not None and preserve.shape != (len(preserve), width):
         raise ValueError(f"`preserve` must be (M, {width}), got {tuple(preserve.shape)}.")
-    named = {"keys": keys, "targets": targets, "weight": weight, "preserve": preserve}
+    _check_finite({"keys": keys, "targets": targets, "weight": weight, "preserve": preserve})
+
+
+def _check_gram(keys: Tensor, gram: Tensor | None) -> None:
+    width = keys.shape[-1]
+    if keys.ndim != 2 or (gram is not None and gram.shape != (width, width)):
+        shape = None if gram is None else tuple(gram.shape)
+        raise ValueError(
+            f"keys {tuple(keys.shape)} and gram {shape} do not fit one another: keys must be (N, D_in) and `gram` "
+            "(D_in, D_in)."
+        )
+    _check_finite({"keys": keys, "gram": gram})
+
+
+def _check_finite(named: Mapping[str, Tensor | None]) -> None:
     for name, tensor in named.items():
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise ValueError(
@@ -199,5 +307,7 @@ def _check_knobs(ridge: float, preserve_weight: float, method: str) -> None:
         raise ValueError(
             f"`preserve_weight` must be 0 or more and finite, got {preserve_weight!r}. 0.1 is the usual choice."
         )
-    if method not in ("dual", "primal"):
-        raise ValueError(f"the solver must be 'dual' or 'primal', got {method!r}.")
+    if method not in ("auto", "dual", "primal"):
+        raise ValueError(
+            f"the solver must be 'dual' or 'primal', got {method!r}. 'auto' takes whichever is smaller."
+        )
