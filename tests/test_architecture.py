@@ -13,6 +13,7 @@ LEVELS = (
     (
         "figures",
         "metrics",
+        "optim",
         "questions",
         "spans",
         "pictures",

@@ -16,6 +16,7 @@ ROOMS = (
     "features",
     "metrics",
     "model",
+    "optim",
     "probes",
     "report",
     "sites",
