@@ -5,7 +5,7 @@ import torch
 
 from overpaint import demo
 from overpaint.edit import Change
-from overpaint.edit.change import fingerprint, weight_at
+from overpaint.edit.weights import fingerprint, weight_at
 
 SMALL = demo.Size(text_probes=1, unet_probes=1, trace_steps=1, questions=1, steps=1)
 

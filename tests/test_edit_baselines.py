@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from overpaint import edit
-from overpaint.edit.change import weight_at
+from overpaint.edit.weights import weight_at
 
 
 def rows(model, text):

@@ -8,12 +8,13 @@ import pickle
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from overpaint import edit
 from overpaint.edit import Change
-from overpaint.edit.change import fingerprint, weight_at
-from overpaint.edit.storage import FORMAT
+from overpaint.edit.storage import FORMAT, checksum
+from overpaint.edit.weights import fingerprint, weight_at
 from overpaint.errors import UnknownSite, UnsupportedModel
 from overpaint.model import TextToImage
 
@@ -29,6 +30,13 @@ def everything(model):
 
 def differing(before, after):
     return [name for name in before if before[name] != after[name]]
+
+
+def at(change, site):
+    """The same movement at another place."""
+    return dataclasses.replace(
+        change, movements=(dataclasses.replace(change.movements[0], site=site),)
+    )
 
 
 @pytest.fixture
@@ -199,25 +207,29 @@ def test_a_result_that_overflows_is_refused(own):
     made = edit.quickfix(own, PAIRS)
     before = everything(own)
     with pytest.raises(ValueError, match=r"gives numbers that torch\.float16 cannot hold"):
-        dataclasses.replace(made, left=made.left * 1e9).apply(own)
+        (made * 1e9).apply(own)
     assert everything(own) == before
 
 
 def test_a_change_is_frozen(change):
     with pytest.raises(dataclasses.FrozenInstanceError):
-        change.site = "text.1.self_attn.out_proj"
+        change.movements = ()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        change.movements[0].site = "text.1.self_attn.out_proj"
 
 
 @pytest.mark.parametrize(
     ("site", "message"),
     [
         ("text.12.self_attn.out_proj", "this model has text layers 0 to 11"),
+        ("text2.0.self_attn.out_proj", "unknown text encoder 'text2': this model has 'text'"),
+        ("unet.cross_attn.16.to_k", "this model has cross_attn 0 to 15"),
         ("unet.cross_attn.3", "unknown weight 'unet.cross_attn.3': edits know"),
     ],
 )
 def test_unknown_sites_are_refused(own, change, site, message):
     with pytest.raises(UnknownSite, match=message):
-        dataclasses.replace(change, site=site).apply(own)
+        at(change, site).apply(own)
 
 
 def test_an_adapter_is_refused(own, change):
@@ -243,8 +255,9 @@ def test_the_hash_sees_bytes_shape_and_dtype():
 def test_saved_and_loaded_is_the_same_change(own, change, saved):
     loaded = Change.load(saved)
     assert loaded.digest == change.digest
-    for name in ("left", "right", "keys", "targets"):
-        assert torch.equal(getattr(loaded, name), getattr(change, name))
+    for name in ("left", "right", "keys", "residuals"):
+        assert torch.equal(getattr(loaded.movements[0], name), getattr(change.movements[0], name))
+    assert loaded.movements[0].owners == change.movements[0].owners
     assert loaded.protocol == change.protocol and loaded.report == change.report
     assert (loaded.pairs, loaded.ridge, loaded.site) == (PAIRS, 0.01, SITE)
     before = everything(own)
@@ -264,7 +277,7 @@ def test_a_swap_survives_its_file(own, tmp_path):
 
 
 def test_files_are_plain_safetensors_and_nothing_is_left_beside(change, saved):
-    assert set(load_file(saved)) == {"left", "right", "keys", "targets"}
+    assert set(load_file(saved)) == {"0.left", "0.right", "0.residuals", "keys.0"}
     change.save(saved)
     assert [p.name for p in saved.parent.iterdir()] == ["change.safetensors"]
 
@@ -335,32 +348,56 @@ def test_foreign_safetensors_are_refused(tmp_path):
         Change.load(path)
 
 
-def tampered(path, *, tensors=None, **fields):
-    """Rewrite the file at `path` with other tensors or another record."""
-    from safetensors import safe_open
-
+def tampered(path, *, tensors=None, movement=None, **fields):
+    """Rewrite the file at `path` with other tensors or another record, and the checksum that fits them."""
     with safe_open(path, framework="pt") as file:
         record = json.loads(file.metadata()["change"]) | fields
         found = {name: file.get_tensor(name) for name in file.keys()} | (tensors or {})  # noqa: SIM118
-    record = {name: value for name, value in record.items() if value is not None}
-    found = {name: tensor for name, tensor in found.items() if tensor is not None}
-    save_file(found, path, metadata={"format": FORMAT, "change": json.dumps(record)})
+    if movement:
+        record["movements"][0] |= movement
+        record["movements"][0] = without_nothing(record["movements"][0])
+    record, found = without_nothing(record), without_nothing(found)
+    text = json.dumps(record)
+    metadata = {"format": FORMAT, "change": text, "sha256": checksum(text, found)}
+    save_file(found, path, metadata=metadata)
+
+
+def without_nothing(fields):
+    return {name: value for name, value in fields.items() if value is not None or name == "gram"}
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        ({"site": None}, "other fields than a change"),
-        ({"extra": 1}, "other fields than a change"),
-        ({"site": 3}, "its `site` is of the wrong type"),
-        ({"site": "unet.0"}, "its site or hash is not one that overpaint writes"),
-        ({"base_hash": "12"}, "its site or hash is not one that overpaint writes"),
-        ({"tensors": {"left": None}}, "its tensors are not those of a change"),
-        ({"tensors": {"more": torch.zeros(1)}}, "its tensors are not those of a change"),
-        ({"tensors": {"left": torch.zeros(64, 1).double()}}, "its tensors do not fit one another"),
-        ({"tensors": {"keys": torch.zeros(1, 64)}}, "its tensors do not fit one another"),
-        ({"tensors": {"right": torch.zeros(64, 64)}}, "wrong dtype"),
-        ({"tensors": {"right": torch.full((64, 64), math.nan).double()}}, "it holds NaN or infinity"),
+        ({"report": None}, "its record has other fields than a change"),
+        ({"extra": 1}, "its record has other fields than a change"),
+        ({"protocol": 3}, "its `protocol` is of the wrong type"),
+        ({"movements": []}, "its movements have other fields"),
+        ({"movements": [3]}, "its movements have other fields"),
+        ({"movement": {"site": None}}, "its movements have other fields"),
+        ({"movement": {"site": 3}}, "its `site` is of the wrong type"),
+        ({"movement": {"keys": True}}, "its `keys` is of the wrong type"),
+        ({"movement": {"keys": 1}}, "a movement names keys that it does not hold"),
+        ({"movement": {"site": "unet.0"}}, "its site or hash is not one that overpaint writes"),
+        ({"movement": {"base_hash": "12"}}, "its site or hash is not one that overpaint writes"),
+        ({"movement": {"gram": 0}}, "its tensors are not those of a change"),
+        ({"owners": [[[0, 3]]]}, "its tensors do not fit one another"),
+        ({"owners": [[[1, 291]]]}, "its owners are not concepts that it holds"),
+        ({"owners": [[[0, -291]]]}, "its owners are not concepts that it holds"),
+        ({"owners": [[[0, 291.0]]]}, "its owners are not concepts that it holds"),
+        ({"owners": [7]}, "its owners are not concepts that it holds"),
+        ({"protocol": {"pairs": ["van gogh"]}}, "its protocol is of the wrong type"),
+        ({"protocol": {"pairs": {"van gogh": 1}}}, "its protocol is of the wrong type"),
+        ({"protocol": {"preserve": "a cat"}}, "its protocol is of the wrong type"),
+        ({"protocol": {"ridge": "0.01"}}, "its protocol is of the wrong type"),
+        ({"protocol": {"strength": {"van gogh": True}}}, "its protocol is of the wrong type"),
+        ({"tensors": {"0.left": None}}, "its tensors are not those of a change"),
+        ({"tensors": {"more": torch.zeros(1, 1)}}, "its tensors are not those of a change"),
+        ({"tensors": {"more": torch.zeros(1)}}, "wrong dtype or shape"),
+        ({"tensors": {"0.left": torch.zeros(64, 1).double()}}, "its tensors do not fit one another"),
+        ({"tensors": {"keys.0": torch.zeros(1, 64)}}, "its tensors do not fit one another"),
+        ({"tensors": {"0.right": torch.zeros(64, 64).int()}}, "wrong dtype or shape"),
+        ({"tensors": {"0.right": torch.full((64, 64), math.nan).double()}}, "it holds NaN or infinity"),
     ],
 )  # fmt: skip
 def test_files_whose_content_does_not_hold_together_are_refused(saved, spoil, message):
@@ -372,6 +409,17 @@ def test_files_whose_content_does_not_hold_together_are_refused(saved, spoil, me
 
 
 def test_a_record_that_is_no_json_is_refused(saved):
-    save_file(load_file(saved), saved, metadata={"format": FORMAT, "change": "{"})
-    with pytest.raises(ValueError, match="its record is no JSON"):
+    tensors = load_file(saved)
+    for text in ("{", "[" * 100_000, '{"movements": NaN}', "9" * 5_000):
+        metadata = {"format": FORMAT, "change": text, "sha256": checksum(text, tensors)}
+        save_file(tensors, saved, metadata=metadata)
+        with pytest.raises(ValueError, match="its record is no JSON"):
+            Change.load(saved)
+
+
+def test_a_file_of_the_format_before_is_named(saved):
+    save_file(load_file(saved), saved, metadata={"format": "overpaint.change/1", "change": "{}"})
+    with pytest.raises(
+        ValueError, match=r"is of the format 'overpaint.change/1', .* make the change again"
+    ):
         Change.load(saved)

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from overpaint.edit.change import PROJECTIONS, Change, fingerprint, text_layers, weight_at
-from overpaint.edit.quickfix import FRAMES, Positions, quickfix
+from overpaint.edit.captions import Positions
+from overpaint.edit.change import Change, Movement
+from overpaint.edit.quickfix import FRAMES, quickfix
+from overpaint.edit.weights import PROJECTIONS, fingerprint, text_layers, weight_at
 from overpaint.model import TextToImage
 
 __all__ = ["random_site", "swap_embedding"]
@@ -52,16 +54,20 @@ def swap_embedding(model: TextToImage, pairs: Mapping[str, str]) -> Change:
     left[tokens, range(len(tokens))] = 1.0
     moved = [rows[token] - weight[token] for token in tokens]
     right = torch.stack(moved) if moved else weight.new_zeros(0, weight.shape[1])
-    return Change(
+    width = weight.shape[1]
+    movement = Movement(
         site=site,
         base_hash=fingerprint(parameter),
         left=left,
         right=right,
-        keys=torch.zeros(0, weight.shape[1]),
-        targets=torch.zeros(0, len(weight)),
-        protocol={"method": "swap_embedding", "model": model.name, "pairs": dict(pairs)},
-        report={"tokens": len(tokens), "rank": len(tokens), "delta_norm": float(right.norm())},
+        keys=torch.zeros(0, width),
+        residuals=torch.zeros(0, len(weight)),
+        owners=(),
+        gram=None,
     )
+    protocol = {"method": "swap_embedding", "model": model.name, "pairs": dict(pairs)}
+    report = {"tokens": len(tokens), "rank": len(tokens), "delta_norm": float(right.norm())}
+    return Change((movement,), protocol, report)
 
 
 def random_site(

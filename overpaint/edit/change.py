@@ -1,17 +1,17 @@
-"""Change: the movement of one weight, as data. Apply, revert, save, load.
+"""Change: the movement of one weight or several, as data. Apply, revert, save, load, add, scale.
 
-A change touches exactly one tensor and says by hash which bytes it was made for. What `revert` writes back are those
-very bytes, which `apply` put aside: adding and subtracting a movement would not return them, least of all in half
-precision. They are kept in a stack on the parameter they belong to: there is no global state, two wrappers of one
-pipeline agree, a copy of the model starts clean, and the bytes go when the model goes. A new process that opens a
-model saved in its edited state has no original bytes to return to: load the model that the change was made for.
+A change says by hash which bytes it was made for. What `revert` writes back are those very bytes, which `apply` put
+aside: adding and subtracting a movement would not return them, least of all in half precision. They are kept in a stack
+on the parameter they belong to: there is no global state, two wrappers of one pipeline agree, a copy of the model
+starts clean, and the bytes go when the model goes. Several weights move together or not at all. A new process that
+opens a model saved in its edited state has no original bytes to return to: load the model that the change was made for.
 """
 
 import hashlib
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from overpaint.edit import storage
-from overpaint.errors import UnknownSite, UnsupportedModel
+from overpaint.edit.solve import Solution, compress
+from overpaint.edit.weights import fingerprint, weights_at
 from overpaint.model import TextToImage
 
-__all__ = ["Change", "fingerprint", "text_layers", "weight_at"]
+__all__ = ["Change", "Movement"]
 
-PROJECTIONS = ("q", "k", "v", "out")
-_SITE = re.compile(r"text\.(\d+)\.self_attn\.(q|k|v|out)_proj|text\.token_embedding")
 _STACK = "_overpaint_applied"
 
 
 @dataclass(frozen=True)
 class _Applied:
-    """One applied change: which, the bytes it left behind, and the hash of those it made."""
+    """One applied change at one weight: which, the bytes it left behind, and the hash of those it made."""
 
     digest: str
     original: Tensor
@@ -39,18 +38,18 @@ class _Applied:
 
 
 @dataclass(frozen=True, eq=False)
-class Change:
-    """A movement `left @ right` of the weight at `site`.
+class Movement:
+    r"""A movement `left @ right` of one weight, and what it was solved from.
 
     Attributes:
-        site: The weight: `text.0.self_attn.out_proj` or `text.token_embedding`.
+        site: The weight, as `weight_at` names it.
         base_hash: `fingerprint` of the weight that the movement starts from.
-        left: Shape (D_out, R), float64; a row of zeros leaves that row of the weight alone.
-        right: Shape (R, D_in), float64.
-        keys: Inputs that were given new outputs, shape (N, D_in), float32; N is 0 where nothing was solved.
-        targets: Those outputs, shape (N, D_out), float32.
-        protocol: The arguments that made it, and of which model, ready for JSON.
-        report: What the solve measured: condition number, effective rank, residuals, seconds.
+        left: Shape (D_out, R), float16, 32 or 64; a row of zeros leaves that row of the weight alone.
+        right: Shape (R, D_in), of the same kinds.
+        keys: Inputs :math:`K` that were given new outputs, shape (N, D_in); N is 0 where nothing was solved.
+        residuals: What these outputs are more than the base weight's, :math:`V - K W^\top`, shape (N, D_out).
+        owners: Of each key, the concept it belongs to: its place among the pairs of the change.
+        gram: :math:`a P^\top P` of the preserved keys, shape (D_in, D_in); `None` if there are none, or not at hand.
     """
 
     site: str
@@ -58,14 +57,101 @@ class Change:
     left: Tensor
     right: Tensor
     keys: Tensor
-    targets: Tensor
+    residuals: Tensor
+    owners: tuple[int, ...]
+    gram: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        site: str,
+        parameter: Tensor,
+        solution: Solution,
+        keys: Tensor,
+        residuals: Tensor,
+        owners: Sequence[int],
+        gram: Tensor | None,
+    ) -> "Movement":
+        """Movement of `parameter`, whose present bytes are the base, by a solution cut to its exact rank."""
+        left, right = compress(solution.left, solution.right)
+        keys, residuals = keys.detach().cpu(), residuals.detach().cpu()
+        base = fingerprint(parameter)
+        return cls(site, base, left, right, keys, residuals, tuple(owners), gram)
+
+    @cached_property
+    def delta(self) -> Tensor:
+        """The movement of the weight, shape (D_out, D_in), float64; kept once it was asked for."""
+        return self.left.double() @ self.right.double()
+
+    def moved(self, weight: Tensor) -> Tensor:
+        """Return `weight` after the movement, on the CPU, in its dtype. Rows that do not move keep their bytes."""
+        present = weight.detach().cpu()
+        if not self.left.numel():
+            return present.clone()
+        rows = self.left.abs().amax(1) > 0
+        if bool(rows.all()):
+            shift = (
+                self.delta if "delta" in vars(self) else self.left.double() @ self.right.double()
+            )
+            return shift.add(present).to(present.dtype)
+        result = present.clone()
+        shift = self.left[rows].double() @ self.right.double()
+        result[rows] = (result[rows].double() + shift).to(result.dtype)
+        return result
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """Movements of one weight or several, made together, applied and reverted together.
+
+    `a + b` solves both jointly, in either order to the same bytes; `0.5 * a` is a dial; `a.without("snoopy")` takes one
+    concept out again. For a change of one weight, `site`, `base_hash`, `left`, `right`, `keys` and `delta` are those of
+    its movement.
+
+    Attributes:
+        movements: One for each weight, no two of the same.
+        protocol: The arguments that made it, and of which model, ready for JSON.
+        report: What the solve measured: condition number, effective rank, residuals, seconds.
+    """
+
+    movements: tuple[Movement, ...]
     protocol: Mapping[str, Any]
     report: Mapping[str, Any]
 
     @property
+    def sites(self) -> tuple[str, ...]:
+        """The weights that move."""
+        return tuple(movement.site for movement in self.movements)
+
+    @property
+    def site(self) -> str:
+        """The one weight that moves."""
+        return self._only.site
+
+    @property
+    def base_hash(self) -> str:
+        """`fingerprint` of the one weight it starts from."""
+        return self._only.base_hash
+
+    @property
+    def left(self) -> Tensor:
+        """Left factor of the one movement, shape (D_out, R)."""
+        return self._only.left
+
+    @property
+    def right(self) -> Tensor:
+        """Right factor of the one movement, shape (R, D_in)."""
+        return self._only.right
+
+    @property
+    def keys(self) -> Tensor:
+        """Keys of the one movement, shape (N, D_in)."""
+        return self._only.keys
+
+    @property
     def delta(self) -> Tensor:
-        """The movement of the weight, shape (D_out, D_in), float64."""
-        return self.left @ self.right
+        """The movement of the one weight, shape (D_out, D_in), float64."""
+        return self._only.delta
 
     @property
     def pairs(self) -> dict[str, str]:
@@ -77,180 +163,184 @@ class Change:
         """The pull towards the old weight, or `None` where nothing was solved."""
         return self.protocol.get("ridge")
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of what the change does: equal for a change and its saved copy."""
-        text = f"{self.site} {self.base_hash} {fingerprint(self.left)} {fingerprint(self.right)}"
-        return hashlib.sha256(text.encode()).hexdigest()
+        lines = [
+            f"{m.site} {m.base_hash} {fingerprint(m.left)} {fingerprint(m.right)}"
+            for m in self.movements
+        ]
+        return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
     def is_applied(self, model: TextToImage) -> bool:
-        """Whether this is the last change applied to its weight in `model`."""
-        stack = _stack(weight_at(model, self.site))
-        return bool(stack) and stack[-1].digest == self.digest
+        """Whether this is the last change applied to each of its weights in `model`."""
+        stacks = [_stack(parameter) for parameter in weights_at(model, self.sites)]
+        return all(stack and stack[-1].digest == self.digest for stack in stacks)
 
     def apply(self, model: TextToImage) -> None:
-        """Move the weight of `model`, in place: same parameter, dtype, device, `requires_grad` and tying.
+        """Move the weights of `model`, in place: same parameters, dtype, device, `requires_grad` and tying.
+
+        All of them move, or none.
 
         Raises:
-            ValueError: The weight is not the one that the change was made for, or the result overflows its dtype.
+            ValueError: A weight is not the one that the change was made for, or the result overflows its dtype.
             UnknownSite: The model has no such weight.
+            UnsupportedModel: A weight is quantised, fused, wrapped by an adapter, or not in memory.
         """
-        parameter = weight_at(model, self.site)
-        moved, record = self._prepare(parameter, model.name)
+        parameters, moved, records = self._prepare(model)
+        depths = [len(_stack(parameter)) for parameter in parameters]
         try:
-            _overwrite(parameter, moved)
-            _stack(parameter).append(record)
+            _move(parameters, moved, records)
         except BaseException:
-            _overwrite(parameter, record.original)
+            _restore(parameters, records, depths)
             raise
 
     def revert(self, model: TextToImage) -> None:
         """Put back the bytes that `apply` found, bit for bit. Changes of one weight go in the reverse order.
 
         Raises:
-            ValueError: The change is not applied, not the last one applied, or the weight was changed since.
+            ValueError: The change is not applied, not the last one applied, or a weight was changed since. Then all
+                weights stay as they are.
         """
-        parameter = weight_at(model, self.site)
-        stack = _stack(parameter)
-        if self.digest not in (applied.digest for applied in stack):
-            raise ValueError(
-                f"this change is not applied to {self.site} of {model.name!r}: there is nothing to revert. `apply` it "
-                "first, or load the model again if it was saved in its edited state."
-            )
-        if stack[-1].digest != self.digest:
-            raise ValueError(
-                f"another change was applied to {self.site} after this one: revert that one first."
-            )
-        if fingerprint(parameter) != stack[-1].result:
-            raise ValueError(
-                f"{self.site} of {model.name!r} is not as this change left it, something else wrote to it: to discard "
-                "that too, load the model again."
-            )
-        _overwrite(parameter, stack[-1].original)
-        stack.pop()
+        parameters = weights_at(model, self.sites)
+        for movement, parameter in zip(self.movements, parameters, strict=True):
+            self._check_last(movement, parameter, model.name)
+        records = [_stack(parameter)[-1] for parameter in parameters]
+        depths = [len(_stack(parameter)) - 1 for parameter in parameters]
+        try:
+            _restore(parameters, records, depths)
+        except BaseException:  # Ctrl-C between two weights: finish, so that none is left moved
+            _restore(parameters, records, depths)
+            raise
 
     @contextmanager
     def applied(self, model: TextToImage) -> Iterator[TextToImage]:
-        """Apply on entry; on exit, also by an exception or Ctrl-C, the weight returns bit for bit.
+        """Apply on entry; on exit, also by an exception or Ctrl-C, the weights return bit for bit.
 
-        Whatever was done to this weight inside the block goes with it.
+        Whatever was done to these weights inside the block goes with it.
         """
-        parameter = weight_at(model, self.site)
-        moved, record = self._prepare(parameter, model.name)
-        stack = _stack(parameter)
-        depth = len(stack)
+        parameters, moved, records = self._prepare(model)
+        depths = [len(_stack(parameter)) for parameter in parameters]
         try:
-            _overwrite(parameter, moved)
-            stack.append(record)
+            _move(parameters, moved, records)
             yield model
         finally:
-            _overwrite(parameter, record.original)
-            del stack[depth:]
+            _restore(parameters, records, depths)
 
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file; the name must end so. See `storage.write` for what it raises."""
-        tensors = {name: getattr(self, name) for name in ("left", "right", "keys", "targets")}
-        fields = ("site", "base_hash", "protocol", "report")
-        storage.write(path, tensors, {name: getattr(self, name) for name in fields})
+    def __add__(self, other: object) -> "Change":
+        """All concepts of both, solved jointly from what the two hold; see `joint.add`."""
+        from overpaint.edit import joint
+
+        return joint.add(self, other) if isinstance(other, Change) else NotImplemented
+
+    def __mul__(self, factor: object) -> "Change":
+        """The same movement, `factor` times as far: 0 does nothing, 1 is this change."""
+        from overpaint.edit import joint
+
+        if isinstance(factor, bool) or not isinstance(factor, int | float):
+            return NotImplemented
+        return joint.scale(self, float(factor))
+
+    __rmul__ = __mul__
+
+    def without(self, concept: str) -> "Change":
+        """This change less one old concept, solved again; see `joint.without`."""
+        from overpaint.edit import joint
+
+        return joint.without(self, concept)
+
+    def complete(self, model: TextToImage) -> "Change":
+        """This change with its preserve terms, which files leave out, read anew; see `joint.complete`."""
+        from overpaint.edit import joint
+
+        return joint.complete(self, model)
+
+    def save(self, path: str | Path, *, gram: bool = False) -> None:
+        """Write one safetensors file; the name must end so. See `storage.write` for what it raises.
+
+        Args:
+            path: Where.
+            gram: Write the preserve terms too, D_in x D_in numbers each. Without them a loaded change that preserves
+                prompts must read them again before it is added to another: `edit.stack` does.
+        """
+        storage.write(path, *storage.pack(self, gram=gram))
 
     @classmethod
     def load(cls, path: str | Path) -> "Change":
-        """Read what `save` wrote. The weight it belongs to is checked by `apply`.
+        """Read what `save` wrote. The weights it belongs to are checked by `apply`.
 
         Raises:
             ValueError: A pickle, a damaged or foreign file.
             OSError: The file cannot be read.
         """
         tensors, record = storage.read(path)
-        fault = _fault(tensors, record)
-        if fault:
-            raise ValueError(f"{str(path)!r} is damaged: {fault}. Copy it again, or remake it.")
-        fields: dict[str, Any] = {**record, **tensors}
-        return cls(**fields)
+        movements = [Movement(**fields) for fields in storage.unpack(path, tensors, record)]
+        return cls(tuple(movements), record["protocol"], record["report"])
 
-    def _prepare(self, parameter: nn.Parameter, name: str) -> tuple[Tensor, _Applied]:
-        """Return the moved weight and the record to keep; nothing is written yet."""
-        found = fingerprint(parameter)
-        if found != self.base_hash:
-            advice = "apply it to the model it was made for, unedited and in the same dtype"
-            if _stack(parameter):
-                advice = "revert the change applied there first, or make one change of both with `edit.stack`"
+    @property
+    def _only(self) -> Movement:
+        if len(self.movements) != 1:
             raise ValueError(
-                f"wrong base hash: {self.site} of {name!r} is {found[:12]}, the change was made for "
-                f"{self.base_hash[:12]}. To use it, {advice}."
+                f"this change moves {len(self.movements)} weights, not one: read them from `change.movements`."
             )
-        original = parameter.detach().clone()
-        moved = original.cpu()
-        rows = (
-            self.left.abs().amax(1) > 0
-            if self.left.shape[1]
-            else self.left.new_zeros(len(self.left)).bool()
-        )
-        moved = moved.clone()
-        moved[rows] = (moved[rows].double() + self.left[rows] @ self.right).to(moved.dtype)
-        if not bool(torch.isfinite(moved).all()):
+        return self.movements[0]
+
+    def _prepare(
+        self, model: TextToImage
+    ) -> tuple[list[nn.Parameter], list[Tensor], list[_Applied]]:
+        """Return the parameters, their moved values and the records to keep; nothing is written yet."""
+        parameters = weights_at(model, self.sites)
+        moved: list[Tensor] = []
+        records: list[_Applied] = []
+        for movement, parameter in zip(self.movements, parameters, strict=True):
+            _check_base(movement, parameter, model.name)
+            moved.append(_finite(movement, parameter))
+            original = parameter.detach().clone()
+            records.append(_Applied(self.digest, original, fingerprint(moved[-1])))
+        return parameters, moved, records
+
+    def _check_last(self, movement: Movement, parameter: nn.Parameter, name: str) -> None:
+        """Refuse unless this change was the last at `parameter`, and nobody wrote there since."""
+        stack, site = _stack(parameter), movement.site
+        if self.digest not in (applied.digest for applied in stack):
             raise ValueError(
-                f"applied to {self.site} the change gives numbers that {moved.dtype} cannot hold: load the model in "
-                "float32 and make it again, or raise `ridge`."
+                f"this change is not applied to {site} of {name!r}: there is nothing to revert. `apply` it first, or "
+                "load the model again if it was saved in its edited state."
             )
-        return moved, _Applied(self.digest, original, fingerprint(moved))
+        if stack[-1].digest != self.digest:
+            raise ValueError(
+                f"another change was applied to {site} after this one: revert that one first."
+            )
+        if fingerprint(parameter) != stack[-1].result:
+            raise ValueError(
+                f"{site} of {name!r} is not as this change left it, something else wrote to it: to discard that too, "
+                "load the model again."
+            )
 
 
-def weight_at(model: TextToImage, site: str) -> nn.Parameter:
-    """Return the parameter that `site` names, found by structure.
-
-    Raises:
-        UnknownSite: No such site, or not in this model.
-        UnsupportedModel: The module there is not a plain `nn.Linear`.
-    """
-    match = _SITE.fullmatch(site)
-    if match is None:
-        raise UnknownSite(
-            f"unknown weight {site!r}: edits know 'text.<layer>.self_attn.<q, k, v or out>_proj' and "
-            "'text.token_embedding'."
+def _check_base(movement: Movement, parameter: nn.Parameter, name: str) -> None:
+    found = fingerprint(parameter)
+    if found == movement.base_hash:
+        return
+    advice = "apply it to the model it was made for, unedited and in the same dtype"
+    if _stack(parameter):
+        advice = (
+            "revert the change applied there first, or make one change of both with `edit.stack`"
         )
-    if match[1] is None:
-        return model.text_encoder.get_input_embeddings().weight
-    layers = text_layers(model)
-    if int(match[1]) >= len(layers):
-        raise UnknownSite(
-            f"unknown weight {site!r}: this model has text layers 0 to {len(layers) - 1}."
+    raise ValueError(
+        f"wrong base hash: {movement.site} of {name!r} is {found[:12]}, the change was made for "
+        f"{movement.base_hash[:12]}. To use it, {advice}."
+    )
+
+
+def _finite(movement: Movement, parameter: nn.Parameter) -> Tensor:
+    moved = movement.moved(parameter)
+    if not bool(torch.isfinite(moved).all()):
+        raise ValueError(
+            f"applied to {movement.site} the change gives numbers that {moved.dtype} cannot hold: load the model in "
+            "float32 and make it again, or raise `ridge`."
         )
-    linear: Any = getattr(layers[int(match[1])].self_attn, f"{match[2]}_proj")
-    if type(linear) is not nn.Linear:
-        raise UnsupportedModel(
-            f"{site} is a {type(linear).__name__}, not a plain Linear: remove adapters and quantisation before editing."
-        )
-    weight: Any = linear.weight
-    return weight
-
-
-def text_layers(model: TextToImage) -> list[Any]:
-    """Return the text encoder's blocks in execution order: the modules that own a CLIP self-attention.
-
-    Raises:
-        UnsupportedModel: There are none.
-    """
-    layers = [
-        m
-        for m in model.text_encoder.modules()
-        if hasattr(getattr(m, "self_attn", None), "out_proj")
-    ]
-    if not layers:
-        raise UnsupportedModel(
-            f"no CLIP self-attention in the text encoder {type(model.text_encoder).__name__}: use a model with a "
-            "`CLIPTextModel`."
-        )
-    return layers
-
-
-def fingerprint(tensor: Tensor) -> str:
-    """Return the SHA-256 of dtype, shape and bytes (row by row, as in memory), in hexadecimal."""
-    content = tensor.detach().cpu().contiguous()
-    head = f"{str(content.dtype).removeprefix('torch.')} {tuple(content.shape)} "
-    digest = hashlib.sha256(head.encode())
-    digest.update(content.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return moved
 
 
 def _stack(parameter: nn.Parameter) -> list[_Applied]:
@@ -258,43 +348,23 @@ def _stack(parameter: nn.Parameter) -> list[_Applied]:
     return vars(parameter).setdefault(_STACK, [])
 
 
+def _move(
+    parameters: Sequence[nn.Parameter], moved: Sequence[Tensor], records: Sequence[_Applied]
+) -> None:
+    for parameter, value, record in zip(parameters, moved, records, strict=True):
+        _overwrite(parameter, value)
+        _stack(parameter).append(record)
+
+
+def _restore(
+    parameters: Sequence[nn.Parameter], records: Sequence[_Applied], depths: Sequence[int]
+) -> None:
+    """Write back the originals, and forget what was applied above them."""
+    for parameter, record, depth in zip(parameters, records, depths, strict=True):
+        _overwrite(parameter, record.original)
+        del _stack(parameter)[depth:]
+
+
 @torch.no_grad()
 def _overwrite(parameter: nn.Parameter, value: Tensor) -> None:
     parameter.copy_(value)
-
-
-def _fault(tensors: Mapping[str, Tensor], record: Any) -> str:
-    """Return what is wrong with the content of a file, or an empty string."""
-    fields = {"site": str, "base_hash": str, "protocol": dict, "report": dict}
-    if not isinstance(record, dict) or set(record) != set(fields):
-        return "its record has other fields than a change"
-    wrong = [name for name, kind in fields.items() if not isinstance(record[name], kind)]
-    if wrong:
-        return f"its `{wrong[0]}` is of the wrong type"
-    if not _SITE.fullmatch(record["site"]) or not re.fullmatch(
-        r"[0-9a-f]{64}", record["base_hash"]
-    ):
-        return "its site or hash is not one that overpaint writes"
-    if set(tensors) != {"left", "right", "keys", "targets"} or any(
-        t.ndim != 2 for t in tensors.values()
-    ):
-        return "its tensors are not those of a change"
-    (out, rank), (inner, width), n = (
-        tensors["left"].shape,
-        tensors["right"].shape,
-        len(tensors["keys"]),
-    )
-    shapes = (tensors["keys"].shape, tensors["targets"].shape)
-    if rank != inner or shapes != ((n, width), (n, out)):
-        return "its tensors do not fit one another"
-    wanted = {
-        "left": torch.float64,
-        "right": torch.float64,
-        "keys": torch.float32,
-        "targets": torch.float32,
-    }
-    if any(tensors[name].dtype != dtype for name, dtype in wanted.items()):
-        return "its tensors have the wrong dtype"
-    if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
-        return "it holds NaN or infinity"
-    return ""

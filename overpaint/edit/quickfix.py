@@ -9,7 +9,7 @@ outputs that include it; `subtract_bias=False` does the same). The forward stops
 in one batch. `preserve` is ours, in UCE's form; the paper has none.
 """
 
-import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -18,39 +18,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from overpaint.edit.change import PROJECTIONS, Change, fingerprint, text_layers, weight_at
-from overpaint.edit.solve import Method, Solution, compress, contradiction, solve
-from overpaint.errors import UnknownSite, UnsupportedModel
-from overpaint.hooks import record_inputs
+from overpaint.edit.captions import POSITIONS, Pair, Positions, gather, layer_inputs, plan
+from overpaint.edit.change import Change, Movement
+from overpaint.edit.solve import Method, contradiction, factorise
+from overpaint.edit.weights import PROJECTIONS, encoder_index, linear_at, text_layers, weight_at
+from overpaint.errors import UnknownSite
 from overpaint.model import TextToImage
-from overpaint.spans import end_of_text, span_at
 
-__all__ = ["FRAMES", "quickfix", "stack"]
+__all__ = ["FRAMES", "preserve_gram", "quickfix"]
 
-Positions = Literal["from_subject_to_end", "last_subject", "last_subject+eos"]
 Projection = Literal["q", "k", "v", "out"]
 FRAMES = ("", "a photo of ", "an image of ", "a picture of ")
-_POSITIONS = ("from_subject_to_end", "last_subject", "last_subject+eos")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Caption:
-    """A concept in a frame: its padded ids, shape (L,), and where the concept and the text end."""
-
-    text: str
-    ids: Tensor
-    last: int
-    eos: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Pair:
-    """One concept pair in one frame, and the positions of its keys and values."""
-
-    names: tuple[str, str]
-    old: _Caption
-    new: _Caption
-    positions: list[tuple[int, int]]
 
 
 def quickfix(
@@ -65,7 +43,8 @@ def quickfix(
     subtract_bias: bool = True,
     layer: int = 0,
     projection: Projection = "out",
-    solver: Method = "dual",
+    encoder: Literal["text", "text2"] = "text",
+    solver: Method = "auto",
 ) -> Change:
     """Change that makes the text encoder read each old concept as its new one; the model is not touched.
 
@@ -78,127 +57,87 @@ def quickfix(
         preserve_weight: What one preserved key counts against one edited key; 0 is the paper's edit.
         ridge: Pull towards the old weight, in units of a key's squared norm. Positive.
         positions: Which tokens become keys: from the concept's last token to the end of the padding (the release),
-            the last token alone (the paper's text), or it and the end of text. Keys and values are aligned by their
-            distance from the concept's last token; where the new prompt is longer its last value is repeated.
+            the last token alone (the paper's text), it and the end of text, all tokens of the concept (`"subject"`),
+            or these and everything after (`"subject_to_end"`). Keys and values are aligned by their distance from the
+            concept's last token; where one runs over the new concept's first token or the last pad, that value is
+            repeated.
         frames: Captions around the concept: put before it, or filled in where they hold `{}`.
         subtract_bias: `False` reproduces the release, whose targets include the bias.
         layer: Text layer, from 0.
         projection: Which matrix of its self-attention; `q`, `k`, `v` are solved on the layer's own inputs.
-        solver: `"dual"`, or `"primal"` as in the paper.
+        encoder: `"text2"` is the second text encoder of SDXL; an edit of one leaves the other alone.
+        solver: `"dual"`, `"primal"` as in the paper, or `"auto"`, the one that solves the smaller system.
 
     Returns:
-        The change of one weight, with condition number, effective rank and residuals in its report.
+        The change of one weight, not rounded, with condition number, effective rank and residuals in its report.
 
     Raises:
         ValueError: A concept is empty or cut off, two targets claim one key, a number is out of range or not finite.
         TypeError: A list of texts is one text.
-        UnknownSite: The model has no such layer.
-        UnsupportedModel: The text encoder's attention does not run through the projection.
+        UnknownSite: The model has no such layer or encoder.
+        UnsupportedModel: The text encoder's attention does not run through the projection, or its weight is not a plain
+            matrix in memory.
     """
     _check_texts(pairs, preserve, frames)
     _check_choices(positions, projection)
     clock = _Clock()
-    site = f"text.{layer}.self_attn.{projection}_proj"
-    linear = _linear(model, layer, projection, site)
-    plan = [
-        _pair(model, old, new, frame, positions) for old, new in pairs.items() for frame in frames
-    ]
-    ids = torch.cat(
-        [*(torch.stack([p.old.ids, p.new.ids]) for p in plan), model.tokenize(["", *preserve])]
-    )
-    _check_preserve(plan, preserve, ids[2 * len(plan) + 1 :])
-    inputs = _inputs(
-        model, linear, ids, site
-    )  # (2 P + 1 + M, L, D_in), the empty prompt for its drift
-    keys, sources = _gather(inputs, plan)
-    kept = inputs[2 * len(plan) + 1 :].flatten(0, 1)
+    site = f"{encoder}.{layer}.self_attn.{projection}_proj"
+    parameter = _weight(model, encoder, layer, site)
+    planned = plan(model, pairs, frames, positions, encoder=encoder)
+    captions = torch.cat([torch.stack([p.old.ids, p.new.ids]) for p in planned])
+    others = model.tokenize(["", *preserve], encoder=encoder_index(model, encoder))
+    _check_preserve(planned, preserve, others[1:])
+    inputs = layer_inputs(model, site, torch.cat([captions, others]))
+    keys, sources = gather(inputs, planned)
+    empty, kept = inputs[len(captions)], inputs[len(captions) + 1 :].flatten(0, 1)
     clock.tick("keys")
-    weight = linear.weight.detach().to("cpu", torch.float64)
+    weight = parameter.detach().to("cpu", torch.float64)
     targets = sources.double() @ weight.T
-    if not subtract_bias and linear.bias is not None:
-        targets += linear.bias.detach().to("cpu", torch.float64)
-    _check_targets(plan, keys, targets)
+    bias = linear_at(model, site).bias
+    if not subtract_bias and bias is not None:
+        targets += bias.detach().to("cpu", torch.float64)
+    _check_targets(planned, keys, targets)
     clock.tick("values")
-    solution = solve(
-        keys,
-        targets,
-        weight=weight,
-        ridge=ridge,
-        preserve=kept,
-        preserve_weight=preserve_weight,
-        method=solver,
-    )
-    left, right = compress(solution.left, solution.right)
+    gram = preserve_gram(kept, preserve_weight)
+    factors = factorise(keys, ridge=ridge, gram=gram, method=solver)
+    residuals = targets - keys.double() @ weight.T
+    solution = factors.solve(residuals)
+    owners = _owners(pairs, planned)
+    movement = Movement.of(site, parameter, solution, keys, residuals, owners, gram)
     clock.tick("solve")
-    delta = left @ right
-    report = _report(solution, delta, keys=keys, targets=targets, kept=kept, weight=weight)
-    empty = inputs[2 * len(plan)]
-    report |= {"rank": left.shape[1], "empty_prompt_drift": _drift(empty, delta, weight)}
+    report = _report(movement, targets=targets, kept=kept, empty=empty, weight=weight)
+    report |= {
+        "condition_number": solution.condition_number,
+        "effective_rank": solution.effective_rank,
+    }
     protocol = {
         "method": "quickfix", "model": model.name, "pairs": dict(pairs), "preserve": list(preserve),
         "preserve_weight": preserve_weight, "ridge": ridge, "positions": positions, "frames": list(frames),
-        "subtract_bias": subtract_bias, "layer": layer, "projection": projection, "solver": solver,
+        "subtract_bias": subtract_bias, "encoder": encoder, "layer": layer, "projection": projection, "solver": solver,
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }  # fmt: skip
-    base_hash = fingerprint(linear.weight)
     clock.tick("report")
-    report |= {"seconds": clock.seconds}
-    return Change(site, base_hash, left, right, keys, targets.float(), protocol, report)
+    return Change((movement,), protocol, report | {"seconds": clock.seconds})
 
 
-def stack(model: TextToImage, changes: Sequence[Change]) -> Change:
-    """One change of several: their pairs and preserved prompts, solved jointly. The order does not matter.
-
-    Applying one change after another is another, worse solution: the second forgets what the first was fitted to.
+def preserve_gram(kept: Tensor, preserve_weight: float) -> Tensor | None:
+    r"""Return :math:`a P^\top P` of the preserved keys, float64, (D_in, D_in); `None` where there is nothing to keep.
 
     Args:
-        model: The unedited model that all of them were made for.
-        changes: Made by `quickfix` with the same settings, apart from pairs and preserved prompts.
+        kept: :math:`P`, shape (M, D_in).
+        preserve_weight: :math:`a`.
 
     Raises:
-        ValueError: Settings or base weights differ, one concept has two new ones, or there is nothing to stack.
+        ValueError: The weight is negative or not finite.
     """
-    if not changes:
-        raise ValueError("nothing to stack: give at least one change.")
-    settings = [_settings(change) for change in changes]
-    if any(found != settings[0] for found in settings):
-        names = sorted(k for k in settings[0] if any(s.get(k) != settings[0][k] for s in settings))
+    if not (math.isfinite(preserve_weight) and preserve_weight >= 0):
         raise ValueError(
-            f"these changes differ in {', '.join(names)}: make them again with the same settings."
+            f"`preserve_weight` must be 0 or more and finite, got {preserve_weight!r}. 0.1 is the usual choice."
         )
-    base = fingerprint(weight_at(model, changes[0].site))
-    if any(change.base_hash != base for change in changes):
-        raise ValueError(
-            f"wrong base hash: {changes[0].site} of {model.name!r} is {base[:12]}, not the weight that these changes "
-            "were made for. Revert what is applied, or stack them on the model they were made for."
-        )
-    pairs: dict[str, str] = {}
-    for old, new in sorted(item for change in changes for item in change.pairs.items()):
-        if pairs.setdefault(old, new) != new:
-            raise ValueError(
-                f"contradictory pairs: {old!r} → {pairs[old]!r} and {old!r} → {new!r}. Keep one of them."
-            )
-    preserve = sorted({prompt for change in changes for prompt in change.protocol["preserve"]})
-    return quickfix(model, pairs, preserve=preserve, **settings[0])
-
-
-def _settings(change: Change) -> dict[str, Any]:
-    names = (
-        "preserve_weight",
-        "ridge",
-        "positions",
-        "frames",
-        "subtract_bias",
-        "layer",
-        "projection",
-        "solver",
-    )
-    if change.protocol.get("method") != "quickfix":
-        raise ValueError(
-            f"only changes made by `quickfix` can be stacked, this one is by {change.protocol.get('method')!r}: apply "
-            "it on its own."
-        )
-    return {name: change.protocol[name] for name in names}
+    if not len(kept) or preserve_weight == 0:
+        return None
+    scaled = kept.double() * math.sqrt(preserve_weight)
+    return scaled.T @ scaled
 
 
 class _Clock:
@@ -214,79 +153,37 @@ class _Clock:
         self._last = now
 
 
-def _linear(model: TextToImage, layer: int, projection: str, site: str) -> Any:
-    if layer < 0:
-        raise UnknownSite(f"`layer` must be 0 to {len(text_layers(model)) - 1}, got {layer}.")
-    if not bool(torch.isfinite(weight_at(model, site)).all()):
+def _weight(model: TextToImage, encoder: str, layer: int, site: str) -> Tensor:
+    layers = len(text_layers(model, encoder))
+    if not 0 <= layer < layers:
+        raise UnknownSite(f"`layer` must be 0 to {layers - 1}, got {layer}. Name one of those.")
+    parameter = weight_at(model, site)
+    if not bool(torch.isfinite(parameter).all()):
         raise ValueError(f"the weight at {site} holds NaN or infinity: load an undamaged model.")
-    return getattr(text_layers(model)[layer].self_attn, f"{projection}_proj")
+    return parameter
 
 
-def _pair(model: TextToImage, old: str, new: str, frame: str, positions: Positions) -> _Pair:
-    first, second = _caption(model, old, frame), _caption(model, new, frame)
-    if positions == "from_subject_to_end":
-        end = len(first.ids) - 1
-        places = [(p, min(p - first.last + second.last, end)) for p in range(first.last, end + 1)]
-    elif positions == "last_subject":
-        places = [(first.last, second.last)]
-    else:
-        places = [(first.last, second.last), (first.eos, second.eos)]
-    return _Pair((old, new), first, second, places)
-
-
-def _caption(model: TextToImage, concept: str, frame: str) -> _Caption:
-    concept = concept.strip()
-    before, _, after = frame.partition("{}")
-    text = f"{before}{concept}{after}"
-    span = span_at(model.tokenizer, text, len(before), len(before) + len(concept))
-    ids = model.tokenize([text])[0]
-    return _Caption(text, ids, span.last, end_of_text(model.tokenizer, ids))
-
-
-def _inputs(model: TextToImage, linear: Any, ids: Tensor, site: str) -> Tensor:
-    """Return what reaches `linear` for `ids` (B, L), on the CPU in float32, shape (B, L, D_in)."""
-    distinct, rows = torch.unique(ids, dim=0, return_inverse=True)
-    with torch.no_grad(), record_inputs(linear, stop=True) as inputs:
-        model.text_encoder(distinct.to(linear.weight.device))
-    if len(inputs) != 1 or inputs[0].shape[:2] != distinct.shape:
-        raise UnsupportedModel(
-            f"the text encoder did not call {site} once on the whole batch, so there is nothing to fit: use a plain "
-            "`CLIPTextModel`, neither compiled nor fused."
-        )
-    return inputs[0].cpu()[rows]
-
-
-def _gather(inputs: Tensor, plan: Sequence[_Pair]) -> tuple[Tensor, Tensor]:
-    """Return the keys (N, D_in) and, aligned with them, the inputs that the values are made of."""
-    keys = [inputs[2 * i, [key for key, _ in pair.positions]] for i, pair in enumerate(plan)]
-    sources = [
-        inputs[2 * i + 1, [value for _, value in pair.positions]] for i, pair in enumerate(plan)
-    ]
-    return torch.cat(keys), torch.cat(sources)
+def _owners(pairs: Mapping[str, str], planned: Sequence[Pair]) -> list[int]:
+    places = {old: i for i, old in enumerate(pairs)}
+    return [places[p.names[0]] for p in planned for _ in p.positions]
 
 
 def _report(
-    solution: Solution,
-    delta: Tensor,
-    *,
-    keys: Tensor,
-    targets: Tensor,
-    kept: Tensor,
-    weight: Tensor,
+    movement: Movement, *, targets: Tensor, kept: Tensor, empty: Tensor, weight: Tensor
 ) -> dict[str, Any]:
-    k = keys.double()
-    residual = targets - k @ weight.T
+    """Return how well the movement does what was asked, and what it does besides."""
     norm: Callable[[Tensor], float] = lambda t: float(torch.linalg.norm(t))  # noqa: E731
+    k, delta = movement.keys.double(), movement.delta
     return {
-        "keys": len(keys),
+        "keys": len(k),
         "preserved_keys": len(kept),
-        "condition_number": solution.condition_number,
-        "effective_rank": solution.effective_rank,
+        "rank": movement.left.shape[1],
         "delta_norm": norm(delta),
         "relative_delta_norm": norm(delta) / norm(weight),
-        "residual_before": norm(residual) / norm(targets),
-        "residual_after": norm(residual - k @ delta.T) / norm(targets),
+        "residual_before": norm(movement.residuals) / norm(targets),
+        "residual_after": norm(movement.residuals - k @ delta.T) / norm(targets),
         "preserve_drift": _drift(kept, delta, weight) if len(kept) else 0.0,
+        "empty_prompt_drift": _drift(empty, delta, weight),
     }
 
 
@@ -319,9 +216,9 @@ def _check_texts(pairs: Mapping[str, str], preserve: Sequence[str], frames: Sequ
 
 
 def _check_choices(positions: str, projection: str) -> None:
-    if positions not in _POSITIONS:
+    if positions not in POSITIONS:
         raise ValueError(
-            f"`positions` must be one of {', '.join(map(repr, _POSITIONS))}, got {positions!r}."
+            f"`positions` must be one of {', '.join(map(repr, POSITIONS))}, got {positions!r}."
         )
     if projection not in PROJECTIONS:
         raise ValueError(
@@ -329,12 +226,12 @@ def _check_choices(positions: str, projection: str) -> None:
         )
 
 
-def _check_preserve(plan: Sequence[_Pair], preserve: Sequence[str], ids: Tensor) -> None:
+def _check_preserve(planned: Sequence[Pair], preserve: Sequence[str], ids: Tensor) -> None:
     """Refuse a preserved prompt that begins as an edited caption does, up to the concept's last token.
 
     A causal encoder gives both the same key there.
     """
-    for pair in plan:
+    for pair in planned:
         begins = (ids[:, : pair.old.last + 1] == pair.old.ids[: pair.old.last + 1]).all(1)
         if pair.names[0].split() != pair.names[1].split() and bool(begins.any()):
             prompt = preserve[int(begins.nonzero()[0, 0])]
@@ -344,11 +241,11 @@ def _check_preserve(plan: Sequence[_Pair], preserve: Sequence[str], ids: Tensor)
             )
 
 
-def _check_targets(plan: Sequence[_Pair], keys: Tensor, targets: Tensor) -> None:
+def _check_targets(planned: Sequence[Pair], keys: Tensor, targets: Tensor) -> None:
     found = contradiction(keys, targets)
     if found is None:
         return
-    owners = [(pair, place) for pair in plan for place, _ in pair.positions]
+    owners = [(pair, place) for pair in planned for place, _ in pair.positions]
     (first, place), (second, _) = owners[found[0]], owners[found[1]]
     raise ValueError(
         f"contradictory pairs: {first.names[0]!r} → {first.names[1]!r} and {second.names[0]!r} → {second.names[1]!r} "
