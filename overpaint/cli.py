@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
+from overpaint.cli_export import export
 from overpaint.cli_trace import trace
 from overpaint.terminal import (
     Device,
@@ -166,6 +167,7 @@ def sites(model: Model, device: Device = "cpu", as_json: Json = False) -> None:
 
 
 app.command()(trace)
+app.command()(export)
 
 
 @app.command()
