@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import overpaint
-from overpaint import edit, zoo
+from overpaint import cli, edit, zoo
 from overpaint.edit import export
 from overpaint.edit.change import Change, Movement
 from overpaint.edit.weights import fingerprint, weight_at
@@ -373,3 +373,56 @@ def test_places_that_cannot_be_written_are_named(own, tmp_path, kind, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "c.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*arguments):
+        code = cli._run([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def saved(tiny_sd1, tmp_path):
+    path = tmp_path / "change.safetensors"
+    edit.quickfix(tiny_sd1, PAIRS).save(path)
+    return path
+
+
+def test_the_command_line_writes_what_the_functions_write(run, own, tiny_folder, saved, tmp_path):
+    change = Change.load(saved)
+    wanted = {
+        "lora": export.lora(change, tmp_path / "a.safetensors"),
+        "ldm": export.single_file(own, change, tmp_path / "b.safetensors"),
+    }
+    for form, path in wanted.items():
+        out = tmp_path / f"{form}.safetensors"
+        code, told, _ = run("export", tiny_folder, saved, "--format", form, "--out", out, "--json")
+        size = path.stat().st_size
+        assert (code, json.loads(told)) == (0, {"format": form, "written": str(out), "bytes": size})
+        assert out.read_bytes() == path.read_bytes()
+    assert (
+        run("export", tiny_folder, saved, "--format", "folder", "--out", tmp_path / "folder")[0]
+        == 0
+    )
+    found = overpaint.load(tmp_path / "folder")
+    (site,) = change.sites
+    assert torch.equal(weight_at(found, site), applied_weights(own, change)[site])
+
+
+def test_the_command_line_refuses_before_any_work(run, saved, tmp_path):
+    out = tmp_path / "out.safetensors"
+    for arguments, message in (
+        (("--format", "gguf", "--out", out), "unknown format 'gguf': choose lora, ldm or folder"),
+        ((), "Missing option '--out'"),
+    ):
+        code, told, error = run("export", "nonesuch", saved, *arguments)
+        assert (code, told) == (2, "") and message in error
+    assert run("export", "icons", tmp_path / "no.safetensors", "--out", out)[0] == 2
+    assert not out.exists()
