@@ -1,0 +1,297 @@
+r"""The key and value projections of the UNet's cross-attention, solved all at once: what UCE, TIME and LocoEdit share.
+
+Every layer reads the same text features and none of the projections has a bias. So an edit is said in features alone:
+of the keys :math:`K` make what is made of the sources :math:`S` today. The targets of a weight :math:`W` are
+:math:`S W^\top`, its residuals :math:`(S - K) W^\top`, and one factorisation of :math:`K` serves all 32 weights.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from overpaint.edit.captions import caption
+from overpaint.edit.change import Change, Movement
+from overpaint.edit.quickfix import preserve_gram
+from overpaint.edit.solve import Factors, contradiction, factorise
+from overpaint.edit.weights import weights_at
+from overpaint.errors import UnknownSite, UnsupportedModel
+from overpaint.model import TextToImage, text_features
+from overpaint.sites import Site, find_unet
+from overpaint.spans import end_of_text
+
+__all__ = ["Layer", "Projection", "Wanted", "check_pairs", "projections", "read", "rewrite", "spot"]
+
+Layer = int | str | Site
+Projection = Literal["k", "v"]
+_BATCH = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """An edit in text features.
+
+    Attributes:
+        keys: What will be read, shape (N, D), float32.
+        sources: What it should be read as, shape (N, D), float32.
+        owners: Of each key, its concept: the place among the pairs.
+        labels: Of each key, the caption and pair to name where something is wrong with it.
+        preserved: What should be read as before, shape (M, D), float32.
+        kept: The prompt of each preserved key.
+        empty: Features of the empty prompt, shape (L, D), to measure how far it drifts.
+        started: `time.perf_counter()` before the first caption was read.
+    """
+
+    keys: Tensor
+    sources: Tensor
+    owners: tuple[int, ...]
+    labels: tuple[str, ...]
+    preserved: Tensor
+    kept: tuple[str, ...]
+    empty: Tensor
+    started: float
+
+
+def projections(
+    model: TextToImage, layers: Sequence[Layer] | None, matrices: Sequence[Projection]
+) -> list[str]:
+    """Return the names of the weights: keys and values of `layers`, in execution order.
+
+    Args:
+        model: Its UNet is walked.
+        layers: Numbers of cross-attention layers, their names, or the sites that `trace.pick_window` returned; all of
+            them if `None`.
+        matrices: `"k"`, `"v"` or both.
+
+    Raises:
+        UnknownSite: A layer that the UNet does not have.
+        ValueError: No layer, or another matrix.
+    """
+    count = sum(site.kind == "cross_attn" for site in find_unet(model.unet))
+    chosen = range(count) if layers is None else sorted({_index(layer) for layer in layers})
+    wrong = [index for index in chosen if not 0 <= index < count]
+    if wrong:
+        raise UnknownSite(
+            f"unknown layer {wrong[0]}: this model has unet.cross_attn 0 to {count - 1}. Name one of those."
+        )
+    unknown = [name for name in matrices if name not in ("k", "v")]
+    if unknown or not matrices or not chosen:
+        told = f"got {unknown[0]!r}" if unknown else "got none"
+        raise ValueError(
+            f"an edit of cross-attention moves 'k', 'v' or both, in at least one layer, {told}: leave the argument out "
+            "for the usual ones."
+        )
+    return [f"unet.cross_attn.{i}.to_{name}" for i in chosen for name in ("k", "v") if name in matrices]  # fmt: skip
+
+
+def spot(model: TextToImage, concept: str, frame: str = "") -> tuple[str, int]:
+    """Return `concept` in `frame` and its last token; for no concept the last token of the frame, or begin-of-text.
+
+    Raises:
+        ValueError: The token limit cuts the concept off.
+    """
+    if concept.strip():
+        placed = caption(model, concept, frame)
+        return placed.text, placed.last
+    text = frame.replace("{}", "").strip()
+    return text, end_of_text(model.tokenizer, model.tokenize([text])[0]) - 1
+
+
+@torch.no_grad()
+def read(
+    model: TextToImage, texts: Sequence[str], *, length: int | None = None
+) -> dict[str, Tensor]:
+    """Return what cross-attention reads of each text, float32 on the CPU, shape (L, D) each.
+
+    Args:
+        model: Its text encoders are causal, so that a token's features do not depend on those after it.
+        texts: Read in batches, equal ones once.
+        length: Leave out the tokens from here on, which saves most of the time where only short captions count.
+    """
+    distinct = list(dict.fromkeys(texts))
+    ids = [model.tokenize(distinct, encoder=i)[:, :length] for i in range(len(model.text_encoders))]
+    parts: list[Tensor] = []
+    for start in range(0, len(distinct), _BATCH):
+        rows = [part[start : start + _BATCH].to(model.device) for part in ids]
+        parts.append(text_features(model.text_encoders, rows).cpu().float())
+    features = torch.cat(parts)
+    if len(ids) == 2:
+        features = features[:, :-1]  # the last row is pooled, and no layer reads it
+        if "" in distinct and model.pipe.config.get("force_zeros_for_empty_prompt", True):
+            features[distinct.index("")] = 0
+    return dict(zip(distinct, features, strict=True))
+
+
+def rewrite(
+    model: TextToImage,
+    sites: Sequence[str],
+    wanted: Wanted,
+    *,
+    ridge: float,
+    preserve_weight: float = 0.0,
+    protocol: Mapping[str, Any],
+) -> Change:
+    """Return the change of all `sites` that does what is `wanted`; the model is not touched.
+
+    Args:
+        model: Whose weights are to move.
+        sites: From `projections`.
+        wanted: Keys and sources.
+        ridge: Pull towards the old weights, in units of a key's squared norm. Positive.
+        preserve_weight: What one preserved key counts against one edited key.
+        protocol: The method and its arguments; model, ridge and versions are added.
+
+    Raises:
+        ValueError: Two pairs contradict one another, a preserved prompt is edited, or a weight is not finite.
+        UnsupportedModel: The projections do not read the text features, or are not plain matrices in memory.
+    """
+    _check_contradictions(wanted)
+    parameters = weights_at(model, sites)
+    gram = preserve_gram(wanted.preserved, preserve_weight)
+    begun = time.perf_counter()
+    factors = factorise(wanted.keys, ridge=ridge, gram=gram, method="auto")
+    shift = wanted.sources.double() - wanted.keys.double()
+    movements: list[Movement] = []
+    squares: list[dict[str, float]] = []
+    for site, parameter in zip(sites, parameters, strict=True):
+        weight = parameter.detach().to("cpu", torch.float64)
+        _check_weight(site, weight, wanted.keys.shape[1])
+        residuals = shift @ weight.T
+        solution = factors.solve(residuals)
+        movements.append(
+            Movement.of(site, parameter, solution, wanted.keys, residuals, wanted.owners, gram)
+        )
+        squares.append(_squares(movements[-1], wanted, weight))
+    done = time.perf_counter()
+    report = {
+        "seconds": {
+            "keys": round(begun - wanted.started, 6),
+            "solve": round(done - begun, 6),
+        },
+        **_report(factors, wanted, movements, squares),
+    }
+    full = {
+        **protocol,
+        "model": model.name,
+        "ridge": ridge,
+        "sites": list(sites),
+        "versions": {name: version(name) for name in ("torch", "transformers", "diffusers")},
+    }
+    return Change(tuple(movements), full, report)
+
+
+def check_pairs(pairs: Mapping[str, str], *, erase: bool = False) -> None:
+    """Refuse pairs that ask for nothing.
+
+    Args:
+        pairs: Old concept to new.
+        erase: Whether the new one may be empty.
+
+    Raises:
+        ValueError: There are none, a concept is empty, or equals its target.
+    """
+    if not pairs:
+        raise ValueError(
+            "`pairs` is empty: name at least one concept and its replacement, {'van gogh': 'painting'}."
+        )
+    for old, new in pairs.items():
+        if not old.strip() or not (erase or new.strip()):
+            role = "new" if old.strip() else "old"
+            raise ValueError(
+                f"the {role} concept of the pair {old!r} → {new!r} is empty: name it in words."
+            )
+        if old.lower().split() == new.lower().split():
+            raise ValueError(
+                f"the concept {old!r} equals its target: name another one to put in its place."
+            )
+
+
+def _index(layer: Layer) -> int:
+    if isinstance(layer, int):
+        return layer
+    name = layer.name if isinstance(layer, Site) else layer
+    number = name.removeprefix("unet.cross_attn.")
+    if number == name or not number.isdecimal():
+        raise UnknownSite(
+            f"{name!r} is no cross-attention layer: give numbers, or names like 'unet.cross_attn.8'."
+        )
+    return int(number)
+
+
+def _check_contradictions(wanted: Wanted) -> None:
+    found = contradiction(
+        torch.cat([wanted.keys, wanted.preserved]), torch.cat([wanted.sources, wanted.preserved])
+    )
+    if found is None:
+        return
+    first, second = found
+    if second >= len(wanted.keys):
+        prompt = wanted.kept[second - len(wanted.keys)]
+        raise ValueError(
+            f"the preserved prompt {prompt!r} is read as {wanted.labels[first]} is, which is edited: take it off the "
+            "`preserve` list."
+        )
+    raise ValueError(
+        f"contradictory pairs: {wanted.labels[first]} and {wanted.labels[second]} give one key two targets. Keep one "
+        "of them."
+    )
+
+
+def _check_weight(site: str, weight: Tensor, width: int) -> None:
+    if weight.shape[1] != width:
+        raise UnsupportedModel(
+            f"{site} reads {weight.shape[1]} numbers a token, the text features have {width}: this UNet changes them "
+            "on the way, so there is nothing to solve. Use a plain Stable Diffusion pipeline."
+        )
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"the weight at {site} holds NaN or infinity: load an undamaged model.")
+
+
+def _squares(movement: Movement, wanted: Wanted, weight: Tensor) -> dict[str, float]:
+    """Return squared norms that add up over weights."""
+    left, right = movement.left, movement.right
+    square = lambda t: float(t.square().sum())  # noqa: E731
+    after = movement.residuals - wanted.keys.double() @ right.T @ left.T
+    kept, empty = wanted.preserved.double(), wanted.empty.double()
+    return {
+        "delta": float(((left.T @ left) * (right @ right.T)).sum()),
+        "weight": square(weight),
+        "before": square(movement.residuals),
+        "after": square(after),
+        "target": square(wanted.sources.double() @ weight.T),
+        "kept": square(kept @ right.T @ left.T),
+        "read": square(kept @ weight.T),
+        "empty": square(empty @ right.T @ left.T),
+        "spoken": square(empty @ weight.T),
+    }
+
+
+def _report(
+    factors: Factors,
+    wanted: Wanted,
+    movements: Sequence[Movement],
+    squares: Sequence[Mapping[str, float]],
+) -> dict[str, Any]:
+    sums = {name: sum(square[name] for square in squares) for name in squares[0]}
+
+    def ratio(part: str, whole: str) -> float:
+        return (sums[part] / sums[whole]) ** 0.5 if sums[whole] > 0 else 0.0
+
+    return {
+        "weights": len(movements),
+        "keys": len(wanted.keys),
+        "preserved_keys": len(wanted.preserved),
+        "condition_number": factors.condition_number,
+        "effective_rank": factors.effective_rank,
+        "rank": max(m.left.shape[1] for m in movements),
+        "delta_norm": max(sums["delta"], 0.0) ** 0.5,
+        "relative_delta_norm": ratio("delta", "weight"),
+        "residual_before": ratio("before", "target"),
+        "residual_after": ratio("after", "target"),
+        "preserve_drift": ratio("kept", "read"),
+        "empty_prompt_drift": ratio("empty", "spoken"),
+    }
