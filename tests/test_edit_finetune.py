@@ -1,0 +1,112 @@
+"""Fine-tuning on the tiny pipeline: it learns what it says, and nothing of the model is touched meanwhile."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from overpaint import edit
+from overpaint.edit.weights import fingerprint, weight_at
+from overpaint.model import TextToImage
+
+GOGH = {"van gogh": "painting"}
+QUICK = {"frames": ("",), "pictures": 1, "picture_steps": 1, "batch_size": 2, "layers": (0, 8)}
+
+
+def bytes_of(model):
+    return {name: fingerprint(p) for name, p in model.unet.named_parameters()}
+
+
+def predicted(model, text):
+    latents = model.initial_latents([5, 6])
+    t = torch.tensor([300, 700])
+    with torch.no_grad():
+        return model.noise_pred(latents, t, model.encode([text, text]))
+
+
+def test_the_old_concept_is_denoised_more_like_the_new_one(tiny_sd1):
+    before = bytes_of(tiny_sd1)
+    change = edit.finetune(tiny_sd1, GOGH, steps=8, lr=5e-4, **{**QUICK, "layers": None})
+    assert bytes_of(tiny_sd1) == before
+    wanted, old = predicted(tiny_sd1, "painting"), predicted(tiny_sd1, "van gogh")
+    with change.applied(tiny_sd1):
+        now = predicted(tiny_sd1, "van gogh")
+    assert float((now - wanted).norm()) < 0.8 * float((old - wanted).norm())
+    assert change.report["loss_after"] < change.report["loss_before"]
+
+
+@pytest.mark.parametrize("name", ["tiny_sd1", "tiny_sd2", "tiny_xl"])
+def test_it_moves_the_weights_it_names_and_they_return(request, name):
+    model = request.getfixturevalue(name)
+    change = edit.finetune(model, GOGH, steps=1, preserve=["a dog"], **QUICK)
+    assert change.sites == tuple(f"unet.cross_attn.{i}.to_{kv}" for i in (0, 8) for kv in "kv")
+    before = bytes_of(model)
+    with change.applied(model):
+        after = bytes_of(model)
+        assert sum(before[n] != after[n] for n in before) == 4
+    assert bytes_of(model) == before
+
+
+def test_the_first_update_of_adam_and_of_diffgrad(tiny_sd1):
+    """Adam's first step is the learning rate in each coordinate, diffGrad's at least half of it and less than all."""
+    steps = {}
+    for kind in ("adam", "diffgrad"):
+        change = edit.finetune(tiny_sd1, GOGH, steps=1, lr=1e-3, optimizer=kind, **QUICK)
+        assert change.protocol["optimizer"] == kind
+        steps[kind] = change.movements[1].delta
+    assert torch.equal(steps["adam"].sign(), steps["diffgrad"].sign())
+    ratio = (steps["diffgrad"] / steps["adam"])[steps["adam"].abs() > 9e-4]
+    assert len(ratio) > 100 and float(ratio.min()) > 0.499 and float(ratio.max()) < 0.51
+
+
+def test_the_seed_decides_and_the_factors_hold_all_of_it(tiny_sd1):
+    first, again, other = (
+        edit.finetune(tiny_sd1, GOGH, steps=2, seed=seed, **QUICK) for seed in (3, 3, 4)
+    )
+    assert first.digest == again.digest != other.digest
+    for movement in first.movements:
+        out, width = weight_at(tiny_sd1, movement.site).shape
+        assert (movement.left.shape, movement.right.shape) == (
+            ((out, out), (out, width)) if out <= width else ((out, width), (width, width))
+        )
+
+
+def test_progress_is_told_and_sums_are_refused(tiny_sd1):
+    told = []
+    change = edit.finetune(
+        tiny_sd1, GOGH, steps=2, on_progress=lambda *done: told.append(done), **QUICK
+    )
+    assert told == [(1, 2), (2, 2)]
+    with pytest.raises(ValueError, match="only changes that were solved can be added"):
+        change + change
+    assert torch.equal((0.5 * change).movements[0].delta, change.movements[0].delta / 2)
+
+
+def test_training_that_diverges_is_stopped_and_leaves_no_trace(tiny_sd1):
+    own = TextToImage(copy.deepcopy(tiny_sd1.pipe), name="own")
+    before = bytes_of(own)
+    with pytest.raises(ValueError, match="training diverged at update .: lower `lr`"):
+        edit.finetune(own, GOGH, steps=5, lr=1e30, **QUICK)
+    assert bytes_of(own) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "`steps` must be positive, got 0. Leave it out"),
+        ({"lr": math.nan}, "`lr` must be positive, got nan"),
+        ({"pictures": 0}, "`pictures` must be positive"),
+        ({"optimizer": "sgd"}, "`optimizer` must be 'adam' or 'diffgrad', got 'sgd'. Leave"),
+    ],
+)
+def test_options_out_of_range_are_refused(tiny_sd1, options, message):
+    with pytest.raises(ValueError, match=message):
+        edit.finetune(tiny_sd1, GOGH, **options)
+
+
+def test_texts_in_place_of_lists_are_refused(tiny_sd1):
+    with pytest.raises(TypeError, match=r"lists of texts, .* write \['...'\]"):
+        edit.finetune(tiny_sd1, GOGH, preserve="a dog")
+    with pytest.raises(ValueError, match="'van gogh' equals its target"):
+        edit.finetune(tiny_sd1, {"van gogh": "Van Gogh"})
