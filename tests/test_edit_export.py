@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 import overpaint
 from overpaint import cli, edit, zoo
-from overpaint.edit import export
+from overpaint.edit import export, ldm
 from overpaint.edit.change import Change, Movement
 from overpaint.edit.weights import fingerprint, weight_at
 from overpaint.errors import UnsupportedModel
@@ -269,6 +270,29 @@ def test_the_single_file_of_icons_draws_its_edited_pictures(tmp_path):
     assert torch.equal(
         pixels(shown, prompts, steps=2), pixels(model, prompts, change=change, steps=2)
     )
+
+
+def test_diffusers_finds_every_weight_of_stable_diffusion_at_its_real_size(own):
+    """Four blocks in the VAE and shortcuts between widths, which the tiny model has not; 686 + 248 weights."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.loaders import single_file_utils as reader
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+        )  # fmt: skip
+    parts = SimpleNamespace(text_encoder=own.text_encoder, unet=unet, vae=vae)
+    state = ldm.state(TextToImage(parts, name="meta"))
+    for part, read, prefix, count in (
+        (unet, reader.convert_ldm_unet_checkpoint, "model.diffusion_model.", 686),
+        (vae, reader.convert_ldm_vae_checkpoint, "first_stage_model.", 248),
+    ):
+        wanted = {name: tensor.shape for name, tensor in part.state_dict().items()}
+        found = read(dict(state), part.config)
+        assert {name: tensor.shape for name, tensor in found.items()} == wanted
+        assert sum(name.startswith(prefix) for name in state) == count
 
 
 @pytest.mark.parametrize("layout", ["tiny_sd2", "tiny_xl"])
