@@ -254,7 +254,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     start = time.perf_counter()
-    result = measure(repeats=3 if arguments.quick else 9)
+    result = measure(repeats=2 if arguments.quick else 9)
     result |= against_finetune(
         pictures=8 if arguments.quick else 24, budgets=BUDGETS[:1] if arguments.quick else BUDGETS
     )
