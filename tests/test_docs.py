@@ -3,11 +3,12 @@
 import contextlib
 import os
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from overpaint import zoo
+from overpaint import cli, zoo
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -36,6 +37,17 @@ def test_the_code_of_a_page_runs(page, tmp_path):
     with contextlib.chdir(tmp_path):
         exec(compile(blocks(page), title(page), "exec"), {"__name__": "__main__"})
     assert os.getcwd() != str(tmp_path)
+
+
+def test_the_commands_of_the_guide_to_editing_run(tmp_path, capsys):
+    text = (ROOT / "docs" / "guides" / "edit.md").read_text()
+    (found,) = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    with contextlib.chdir(tmp_path):
+        for line in found.splitlines():
+            with pytest.raises(SystemExit) as left:
+                cli.main(shlex.split(line)[1:])
+            assert left.value.code == 0, f"{line}: {capsys.readouterr().err}"
+    assert {path.suffix for path in tmp_path.iterdir()} == {"", ".safetensors"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=title)
