@@ -220,23 +220,28 @@ def _loop(
             grad = grad.add(p, alpha=weight_decay)
         if p.is_complex():
             p, grad, m, v, last = (torch.view_as_real(t) for t in (p, grad, m, v, last))
-        grad = grad.to(m.dtype)
+        if grad.dtype != m.dtype:
+            grad = grad.to(m.dtype)
         m.lerp_(grad, 1 - beta1)
         v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         size, offset = _scalars(
             step, lr, beta1, beta2, eps, eps_mode, on_device=capturable or differentiable
         )
-        wide = torch.float32 if m.dtype in _HALVES else m.dtype
         if differentiable:
             root = v.sqrt() + offset  # the root is kept for its own derivative
             damped = (last - grad).abs().sigmoid() * m.clone()
+            p.add_(-size * damped / root)
+        elif m.dtype in _HALVES:
+            root = v.float().sqrt_().add_(offset)
+            damped = last.float().sub_(grad).abs_().sigmoid_().mul_(m)
+            p.add_(damped.div_(root).mul_(-size))
         else:  # the stored gradient is the scratch: it is written anew below
-            root = v.to(wide).sqrt().add_(offset)
-            damped = last.to(wide).sub_(grad).abs_().sigmoid_().mul_(m)
-        if isinstance(size, Tensor) or damped.dtype != p.dtype:
-            p.add_(damped.div_(root).mul_(-size) if not differentiable else -size * damped / root)
-        else:
-            p.addcdiv_(damped, root, value=-size)
+            root = v.sqrt().add_(offset)
+            damped = last.sub_(grad).abs_().sigmoid_().mul_(m)
+            if isinstance(size, Tensor) or m.dtype != p.dtype:
+                p.add_(damped.div_(root).mul_(-size))
+            else:
+                p.addcdiv_(damped, root, value=-size)
         last.copy_(grad)
 
 
