@@ -10,7 +10,7 @@ opens a model saved in its edited state has no original bytes to return to: load
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from overpaint.model import TextToImage
 __all__ = ["Change", "Movement"]
 
 _STACK = "_overpaint_applied"
+_BLOCK = 64  # rows
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,12 @@ class Movement:
 
     site: str
     base_hash: str
-    left: Tensor
-    right: Tensor
-    keys: Tensor
-    residuals: Tensor
-    owners: tuple[int, ...]
-    gram: Tensor | None
+    left: Tensor = field(repr=False)
+    right: Tensor = field(repr=False)
+    keys: Tensor = field(repr=False)
+    residuals: Tensor = field(repr=False)
+    owners: tuple[int, ...] = field(repr=False)
+    gram: Tensor | None = field(repr=False)
 
     @classmethod
     def of(
@@ -85,18 +86,19 @@ class Movement:
 
     def moved(self, weight: Tensor) -> Tensor:
         """Return `weight` after the movement, on the CPU, in its dtype. Rows that do not move keep their bytes."""
-        present = weight.detach().cpu()
+        result = weight.detach().cpu().clone()
         if not self.left.numel():
-            return present.clone()
+            return result
         rows = self.left.abs().amax(1) > 0
-        if bool(rows.all()):
-            shift = (
-                self.delta if "delta" in vars(self) else self.left.double() @ self.right.double()
-            )
-            return shift.add(present).to(present.dtype)
-        result = present.clone()
-        shift = self.left[rows].double() @ self.right.double()
-        result[rows] = (result[rows].double() + shift).to(result.dtype)
+        if not bool(rows.all()):
+            shift = self.left[rows].double() @ self.right.double()
+            result[rows] = (result[rows].double() + shift).to(result.dtype)
+            return result
+        shift = self.delta if "delta" in vars(self) else self.left.double() @ self.right.double()
+        for old, by in zip(result.split(_BLOCK), shift.split(_BLOCK), strict=True):
+            old.copy_(
+                by + old
+            )  # a block at a time: fresh pages for the whole in double cost more than the sum
         return result
 
 
@@ -254,6 +256,12 @@ class Change:
         from overpaint.edit import joint
 
         return joint.complete(self, model)
+
+    def compact(self, *, rank: int = 16, dtype: torch.dtype = torch.float16) -> "Change":
+        """This change cut to `rank` and rounded, for a small file; see `compact.compact`."""
+        from overpaint.edit import compact
+
+        return compact.compact(self, rank=rank, dtype=dtype)
 
     def save(self, path: str | Path, *, gram: bool = False) -> None:
         """Write one safetensors file; the name must end so. See `storage.write` for what it raises.

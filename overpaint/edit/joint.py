@@ -69,10 +69,11 @@ def scale(change: Change, factor: float) -> Change:
         raise ValueError(
             f"a change can be scaled by a finite number only, got {factor!r}: 1 is the change as it was made."
         )
+    left = float(factor != 0)  # at 0 no row moves at all
     movements = [
-        dataclasses.replace(m, left=m.left * factor, residuals=m.residuals * factor)
+        dataclasses.replace(m, left=m.left * left, right=m.right * factor, residuals=m.residuals * factor)
         for m in change.movements
-    ]
+    ]  # fmt: skip
     before = change.protocol.get("strength", {})
     strength = {old: before.get(old, 1.0) * factor for old in change.pairs}
     strength = {old: value for old, value in strength.items() if value != 1.0}
@@ -110,8 +111,8 @@ def without(change: Change, concept: str) -> Change:
         movements.append(moved)
         reports.append(told)
     protocol = {**change.protocol, "pairs": {name: pairs[name] for name in names}}
-    if "strength" in protocol:
-        kept = {old: value for old, value in protocol["strength"].items() if old != concept}
+    strength = protocol.pop("strength", {})
+    if kept := {old: value for old, value in strength.items() if old != concept}:
         protocol["strength"] = kept
     return Change(tuple(movements), protocol, _summary(reports))
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from overpaint.edit.weights import fingerprint, is_site
 
 if TYPE_CHECKING:
-    from overpaint.edit.change import Change
+    from overpaint.edit.change import Change, Movement
 
 __all__ = ["FORMAT", "checksum", "pack", "read", "unpack", "write"]
 
@@ -42,7 +42,7 @@ def pack(change: "Change", *, gram: bool) -> tuple[dict[str, Tensor], dict[str, 
     places: dict[Any, int] = {}
     movements: list[dict[str, Any]] = []
     for i, m in enumerate(change.movements):
-        tensors |= {f"{i}.left": m.left, f"{i}.right": m.right, f"{i}.residuals": m.residuals}
+        tensors |= {f"{i}.left": m.left, f"{i}.right": m.right, **_residuals(i, m)}
         place = places.setdefault((fingerprint(m.keys), m.owners), len(owners))
         if place == len(owners):
             tensors[f"keys.{place}"] = m.keys
@@ -57,6 +57,17 @@ def pack(change: "Change", *, gram: bool) -> tuple[dict[str, Tensor], dict[str, 
     return tensors, {**record, "protocol": change.protocol, "report": change.report}
 
 
+def _residuals(place: int, movement: "Movement") -> dict[str, Tensor]:
+    """Return the residuals as they are, or, for a compact movement, as combinations of the columns of `left`."""
+    left, residuals = movement.left.double(), movement.residuals.double()
+    whole = {f"{place}.residuals": movement.residuals}
+    if movement.left.dtype == torch.float64 or not residuals.numel() or left.shape[1] >= len(left):
+        return whole
+    found = torch.linalg.lstsq(left, residuals.T, driver="gelsd").solution.T.float().contiguous()
+    lost = (found.double() @ left.T - residuals).norm()
+    return {f"{place}.combinations": found} if lost <= 1e-6 * residuals.norm() else whole
+
+
 def unpack(path: str | Path, tensors: Mapping[str, Tensor], record: Any) -> list[dict[str, Any]]:
     """Return the fields of each movement of the change at `path`, checked.
 
@@ -68,9 +79,11 @@ def unpack(path: str | Path, tensors: Mapping[str, Tensor], record: Any) -> list
         _refuse(path, fault)
     fields: list[dict[str, Any]] = []
     for i, m in enumerate(record["movements"]):
-        own: dict[str, Any] = {
-            name: tensors[f"{i}.{name}"] for name in ("left", "right", "residuals")
-        }
+        own: dict[str, Any] = {name: tensors[f"{i}.{name}"] for name in ("left", "right")}
+        if _asked(i, tensors) == "combinations":
+            own["residuals"] = tensors[f"{i}.combinations"].double() @ own["left"].double().T
+        else:
+            own["residuals"] = tensors[f"{i}.residuals"]
         runs = record["owners"][m["keys"]]
         own["keys"] = tensors[f"keys.{m['keys']}"]
         own["gram"] = None if m["gram"] is None else tensors[f"gram.{m['gram']}"]
@@ -236,8 +249,8 @@ def _owner_fault(record: Mapping[str, Any]) -> str:
 def _tensor_fault(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> str:
     """Return what is wrong with the tensors of a file whose record is sound, or an empty string."""
     movements: Sequence[Any] = record["movements"]
-    parts = ("left", "right", "residuals")
-    names = {f"{i}.{part}" for i in range(len(movements)) for part in parts}
+    asked = [_asked(i, tensors) for i in range(len(movements))]
+    names = {f"{i}.{part}" for i in range(len(movements)) for part in ("left", "right", asked[i])}
     names |= {f"keys.{i}" for i in range(len(record["owners"]))}
     names |= {f"gram.{m['gram']}" for m in movements if m["gram"] is not None}
     if set(tensors) != names:
@@ -245,17 +258,22 @@ def _tensor_fault(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> s
     for i, m in enumerate(movements):
         (out, rank), (inner, width) = tensors[f"{i}.left"].shape, tensors[f"{i}.right"].shape
         n = sum(count for _, count in record["owners"][m["keys"]])
-        shapes = tensors[f"keys.{m['keys']}"].shape, tensors[f"{i}.residuals"].shape
+        wide = out if asked[i] == "residuals" else rank
+        shapes = tensors[f"keys.{m['keys']}"].shape, tensors[f"{i}.{asked[i]}"].shape
         square = None if m["gram"] is None else tensors[f"gram.{m['gram']}"].shape
         if (
             rank != inner
-            or shapes != ((n, width), (n, out))
+            or shapes != ((n, width), (n, wide))
             or square not in (None, (width, width))
         ):
             return "its tensors do not fit one another"
     if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
         return "it holds NaN or infinity"
     return ""
+
+
+def _asked(place: int, tensors: Mapping[str, Tensor]) -> str:
+    return "combinations" if f"{place}.combinations" in tensors else "residuals"
 
 
 def _is(value: Any, kind: Any) -> bool:

@@ -1,0 +1,155 @@
+"""A compact change: kilobytes, nearly the same movement, and still fit to be added."""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+
+import overpaint as op
+from overpaint import edit
+from overpaint.edit import Change
+from overpaint.edit.solve import factorise
+from overpaint.edit.weights import weight_at
+
+OPENMOJI, TWEMOJI = {"openmoji style": "noto style"}, {"twemoji style": "noto style"}
+KEPT = ["", "a cat", "a red dog in fluent style"]
+
+
+@pytest.fixture(scope="module")
+def icons():
+    return op.load("icons")
+
+
+@pytest.fixture(scope="module")
+def openmoji(icons):
+    return edit.quickfix(icons, OPENMOJI, preserve=KEPT)
+
+
+@pytest.fixture(scope="module")
+def twemoji(icons):
+    return edit.quickfix(icons, TWEMOJI, preserve=KEPT)
+
+
+def missed(change, delta):
+    """What `delta` leaves of what `change` asks for, relative."""
+    asked = change.movements[0].residuals
+    return float((asked - change.keys.double() @ delta.T).norm() / asked.norm())
+
+
+def again(change):
+    """The movement that the keys, residuals and preserve terms of a change lead to."""
+    m = change.movements[0]
+    return factorise(m.keys, ridge=change.ridge, gram=m.gram).solve(m.residuals).delta
+
+
+def test_at_full_rank_in_double_nothing_is_lost(openmoji):
+    small = openmoji.compact(rank=200, dtype=torch.float64)
+    assert small.report["compact_error"] <= 1e-7
+    assert float((again(small) - openmoji.delta).norm() / openmoji.delta.norm()) <= 1e-5
+
+
+def test_it_asks_for_what_it_does(openmoji):
+    small = openmoji.compact(rank=8)
+    assert float((again(small) - small.delta).norm() / small.delta.norm()) <= 1e-3
+    assert len(small.keys) == 12 and small.left.shape[1] == 8
+    assert {t.dtype for t in (small.left, small.right, small.keys)} == {torch.float16}
+
+
+def test_the_report_says_what_is_lost_and_a_higher_rank_loses_less(openmoji):
+    errors = []
+    for rank in (4, 16, 48):
+        small = openmoji.compact(rank=rank)
+        error = float((small.delta - openmoji.delta).norm() / openmoji.delta.norm())
+        assert small.report["compact_error"] == pytest.approx(error, rel=1e-6)
+        assert small.report["compact_residual"] == pytest.approx(missed(openmoji, small.delta))
+        assert small.report["compact_residual_before"] == pytest.approx(
+            missed(openmoji, openmoji.delta)
+        )
+        errors.append((error, small.report["compact_residual"]))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[1][1] <= 1.2 * missed(openmoji, openmoji.delta)
+
+
+def test_compact_changes_add_up_to_nearly_what_whole_ones_do(openmoji, twemoji):
+    """The naive sum of two edits that share their target's words misses nearly all of it."""
+    whole, small = openmoji + twemoji, openmoji.compact() + twemoji.compact()
+    assert missed(whole, openmoji.delta + twemoji.delta) > 0.8
+    assert missed(whole, small.delta) <= 0.1
+    assert missed(twemoji, small.without("openmoji style").delta) <= 0.1
+
+
+def test_concepts_share_the_rank_and_each_keeps_some(openmoji, twemoji):
+    both = openmoji + twemoji
+    small = both.compact(rank=32)
+    assert missed(both, small.delta) <= 2 * missed(both, both.delta)
+    assert missed(openmoji, small.without("twemoji style").delta) <= 0.1
+    assert set((both * 1.0).compact(rank=1).movements[0].owners) == {0, 1}
+
+
+def test_the_file_is_small_and_says_the_same(icons, openmoji, tmp_path):
+    small = openmoji.compact()
+    small.save(tmp_path / "c.safetensors")
+    width = weight_at(icons, small.site).shape[0]
+    assert os.path.getsize(tmp_path / "c.safetensors") <= 2 * (16 + 16 + 24) * width + 8_000
+    loaded = Change.load(tmp_path / "c.safetensors")
+    assert loaded.digest == small.digest
+    assert torch.allclose(
+        loaded.movements[0].residuals, small.movements[0].residuals, rtol=0, atol=1e-9
+    )
+    half = 0.3 * small
+    half.save(tmp_path / "half.safetensors")
+    assert os.path.getsize(tmp_path / "half.safetensors") <= 2 * 56 * width + 8_000
+    with loaded.applied(icons):
+        pass
+
+
+@pytest.mark.parametrize("preserve", [[], [f"a painting of a cat, number {i}" for i in range(200)]])
+def test_one_concept_in_stable_diffusions_size_takes_100_kilobytes(preserve, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    keys, residuals = (torch.randn(291, 768, generator=generator) for _ in range(2))
+    solution = factorise(keys, ridge=0.01).solve(residuals)
+    weight = torch.zeros(768, 768)
+    made = edit.Movement.of(
+        "text.0.self_attn.out_proj", weight, solution, keys, residuals.double(), [0] * 291, None
+    )
+    protocol = {
+        "method": "quickfix", "model": "CompVis/stable-diffusion-v1-4", "pairs": {"van gogh": "painting"},
+        "preserve": preserve, "preserve_weight": 0.0, "ridge": 0.01, "positions": "from_subject_to_end",
+        "frames": list(edit.quickfix.__globals__["FRAMES"]), "subtract_bias": True, "layer": 0, "projection": "out",
+    }  # fmt: skip
+    change = Change((made,), protocol, {"rank": 291, "seconds": {"keys": 0.123456}})
+    change.compact().save(tmp_path / "c.safetensors")
+    assert os.path.getsize(tmp_path / "c.safetensors") <= 100_000
+
+
+def test_a_swap_keeps_the_rows_that_it_leaves_alone(tiny_sd1):
+    swap = edit.swap_embedding(tiny_sd1, {"van gogh": "painting"})
+    small = swap.compact(rank=1)
+    assert small.left.shape[1] == 1 and len(small.keys) == 0
+    still = swap.left.abs().sum(1) == 0
+    before = weight_at(tiny_sd1, swap.site).detach().clone()
+    with small.applied(tiny_sd1):
+        after = weight_at(tiny_sd1, swap.site).detach()
+        assert torch.equal(after[still], before[still])
+        assert not torch.equal(after[~still], before[~still])
+
+
+def test_bad_arguments_are_named(openmoji):
+    with pytest.raises(ValueError, match="`rank` must be 1 or more, got 0. 16 is the usual"):
+        openmoji.compact(rank=0)
+    with pytest.raises(
+        ValueError, match=r"is kept as torch\.float16, .* got torch\.bfloat16: name"
+    ):
+        openmoji.compact(dtype=torch.bfloat16)
+    with pytest.raises(
+        ValueError, match=r"torch\.float16 cannot hold .* keep it in torch\.float32"
+    ):
+        (openmoji * 1e15).compact()
+    bare = dataclasses.replace(
+        openmoji, movements=(dataclasses.replace(openmoji.movements[0], gram=None),)
+    )
+    with pytest.raises(
+        ValueError, match=r"lacks their terms, .* `change\.complete\(model\)` first"
+    ):
+        bare.compact()
