@@ -29,13 +29,14 @@ _STACK = "_overpaint_applied"
 _BLOCK = 64  # rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Applied:
-    """One applied change at one weight: which, the bytes it left behind, and the hash of those it made."""
+    """One applied change at one weight: which, the bytes it found, the hash of those it made, and its other weights."""
 
     digest: str
     original: Tensor
     result: str
+    everywhere: list[tuple[nn.Parameter, "_Applied"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +220,8 @@ class Change:
     def applied(self, model: TextToImage) -> Iterator[TextToImage]:
         """Apply on entry; on exit, also by an exception or Ctrl-C, the weights return bit for bit.
 
-        Whatever was done to these weights inside the block goes with it.
+        Whatever was done to these weights inside the block goes with it; a change that was applied on top of them
+        goes from its other weights too.
         """
         parameters, moved, records = self._prepare(model)
         depths = [len(_stack(parameter)) for parameter in parameters]
@@ -300,11 +302,13 @@ class Change:
         parameters = weights_at(model, self.sites)
         moved: list[Tensor] = []
         records: list[_Applied] = []
+        everywhere: list[tuple[nn.Parameter, _Applied]] = []
         for movement, parameter in zip(self.movements, parameters, strict=True):
             _check_base(movement, parameter, model.name)
             moved.append(_finite(movement, parameter))
             original = parameter.detach().clone()
-            records.append(_Applied(self.digest, original, fingerprint(moved[-1])))
+            records.append(_Applied(self.digest, original, fingerprint(moved[-1]), everywhere))
+            everywhere.append((parameter, records[-1]))
         return parameters, moved, records
 
     def _check_last(self, movement: Movement, parameter: nn.Parameter, name: str) -> None:
@@ -367,10 +371,20 @@ def _move(
 def _restore(
     parameters: Sequence[nn.Parameter], records: Sequence[_Applied], depths: Sequence[int]
 ) -> None:
-    """Write back the originals, and forget what was applied above them."""
-    for parameter, record, depth in zip(parameters, records, depths, strict=True):
-        _overwrite(parameter, record.original)
+    """Write back the originals. What was applied on top of one of them goes too, from all the weights it moved."""
+    queue = list(zip(parameters, depths, strict=True))
+    while queue:
+        parameter, depth = queue.pop()
+        above = _stack(parameter)[depth:]
+        if not above:
+            continue
+        _overwrite(parameter, above[0].original)
         del _stack(parameter)[depth:]
+        for place, record in (pair for applied in above for pair in applied.everywhere):
+            if record in _stack(place):
+                queue.append((place, _stack(place).index(record)))
+    for parameter, record in zip(parameters, records, strict=True):
+        _overwrite(parameter, record.original)
 
 
 @torch.no_grad()

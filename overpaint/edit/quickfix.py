@@ -21,7 +21,7 @@ from torch import Tensor
 from overpaint.edit.captions import POSITIONS, Pair, Positions, gather, layer_inputs, plan
 from overpaint.edit.change import Change, Movement
 from overpaint.edit.solve import Method, contradiction, factorise
-from overpaint.edit.weights import PROJECTIONS, encoder_index, linear_at, text_layers, weight_at
+from overpaint.edit.weights import PROJECTIONS, bias_at, encoder_index, text_layers, weight_at
 from overpaint.errors import UnknownSite
 from overpaint.model import TextToImage
 
@@ -93,7 +93,7 @@ def quickfix(
     clock.tick("keys")
     weight = parameter.detach().to("cpu", torch.float64)
     targets = sources.double() @ weight.T
-    bias = linear_at(model, site).bias
+    bias = bias_at(model, site)
     if not subtract_bias and bias is not None:
         targets += bias.detach().to("cpu", torch.float64)
     _check_targets(planned, keys, targets)

@@ -106,7 +106,10 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], record: Mapping[str, 
         )
     text = json.dumps(record, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     metadata = {"format": FORMAT, "change": text, "sha256": checksum(text, tensors)}
-    content = save({name: t.contiguous() for name, t in tensors.items()}, metadata=metadata)
+    own = {
+        name: t.detach().contiguous().clone() for name, t in tensors.items()
+    }  # none a view of another
+    content = save(own, metadata=metadata)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         beside.write_bytes(content)

@@ -18,7 +18,16 @@ from overpaint.errors import UnknownSite, UnsupportedModel
 from overpaint.model import TextToImage
 from overpaint.sites import TEXT_PARTS, find_unet
 
-__all__ = ["PROJECTIONS", "fingerprint", "is_site", "linear_at", "text_layers", "weight_at", "weights_at"]  # fmt: skip
+__all__ = [
+    "PROJECTIONS",
+    "bias_at",
+    "fingerprint",
+    "is_site",
+    "linear_at",
+    "text_layers",
+    "weight_at",
+    "weights_at",
+]
 
 PROJECTIONS = ("q", "k", "v", "out")
 EMBEDDING = "text.token_embedding"
@@ -53,6 +62,12 @@ def weights_at(model: TextToImage, sites: Sequence[str]) -> list[nn.Parameter]:
 def linear_at(model: TextToImage, site: str) -> Any:
     """Return the module whose weight `site` names. Raises as `weight_at`."""
     return _modules(model, [site])[0]
+
+
+def bias_at(model: TextToImage, site: str) -> Tensor | None:
+    """Return the bias beside the weight that `site` names, or `None`. Raises as `weight_at`."""
+    module = linear_at(model, site)
+    return None if module.bias is None else _real(module, site, "bias")
 
 
 def text_layers(model: TextToImage, part: str = "text") -> list[Any]:
@@ -140,13 +155,13 @@ def _projection(attention: Any, name: str) -> Any:
     return module[0] if name == "to_out" else module
 
 
-def _real(module: Any, site: str) -> nn.Parameter:
-    """Return the weight of `module` where its numbers are."""
+def _real(module: Any, site: str, name: str = "weight") -> nn.Parameter:
+    """Return the weight or bias of `module` where its numbers are."""
     if type(module) not in (nn.Linear, nn.Embedding):
         raise UnsupportedModel(
             f"{site} is a {type(module).__name__}, not a plain Linear: remove adapters and quantisation before editing."
         )
-    weight: Any = module.weight
+    weight: Any = getattr(module, name)
     if type(weight) is not nn.Parameter or weight.dtype not in _DTYPES:
         raise UnsupportedModel(
             f"{site} holds {weight.dtype} numbers in a {type(weight).__name__}, it is quantised: load the model in "
@@ -154,15 +169,15 @@ def _real(module: Any, site: str) -> nn.Parameter:
         )
     if weight.device.type != "meta":
         return weight
-    return _offloaded(module, site)
+    return _offloaded(module, site, name)
 
 
-def _offloaded(module: Any, site: str) -> nn.Parameter:
-    """Return the tensor that accelerate keeps in place of a weight on the meta device."""
+def _offloaded(module: Any, site: str, name: str) -> nn.Parameter:
+    """Return the tensor that accelerate keeps in place of one on the meta device."""
     hook = getattr(module, "_hf_hook", None)
     kept = [h.weights_map for h in getattr(hook, "hooks", [hook]) if getattr(h, "weights_map", None)]  # fmt: skip
-    tensor: Any = kept[0]["weight"] if kept else None
-    if tensor is None or tensor.device.type == "meta" or tensor is not kept[0]["weight"]:
+    tensor: Any = kept[0][name] if kept else None
+    if tensor is None or tensor.device.type == "meta" or tensor is not kept[0][name]:
         raise UnsupportedModel(
             f"{site} is not in memory (it is on the meta device, or offloaded to disk): load the model without "
             "offloading, or with `enable_model_cpu_offload`, to edit it."

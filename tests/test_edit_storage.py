@@ -1,0 +1,170 @@
+"""The reader of change files, fuzzed: whatever is in a file, it says what is wrong and nothing else happens."""
+
+import json
+import random
+import resource
+import struct
+
+import pytest
+import torch
+
+from overpaint import edit
+from overpaint.edit import Change
+from overpaint.edit.storage import FORMAT, checksum
+
+HEADER = struct.Struct("<Q")
+
+
+@pytest.fixture(scope="module")
+def sound(tiny_sd1, tmp_path_factory):
+    """The bytes of a small file."""
+    path = tmp_path_factory.mktemp("sound") / "c.safetensors"
+    change = edit.quickfix(tiny_sd1, {"van gogh": "painting"}, preserve=[""]).compact(rank=2)
+    change.save(path, gram=True)
+    assert Change.load(path).digest == change.digest
+    return path.read_bytes()
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Read some bytes as a change."""
+
+    def read(content):
+        path = tmp_path / "c.safetensors"
+        path.write_bytes(content)
+        return Change.load(path)
+
+    return read
+
+
+def refused(load, content):
+    with pytest.raises(
+        ValueError, match=r"c\.safetensors' (is damaged|holds no change|is of the f)"
+    ):
+        load(content)
+
+
+def built(header, body=b"", length=None):
+    """A file with any header, text or not, and any length claimed for it."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return HEADER.pack(len(text) if length is None else length) + text + body
+
+
+def test_every_truncation_is_refused(load, sound):
+    cuts = {*range(0, 200), *random.Random(0).sample(range(len(sound)), 200), len(sound) - 1}
+    for cut in sorted(cuts):
+        refused(load, sound[:cut])
+    refused(load, sound + b"\0")
+
+
+def test_every_flipped_bit_is_found(load, sound):
+    rng = random.Random(0)
+    (size,) = HEADER.unpack(sound[:8])
+    places = [*range(8), *rng.sample(range(8, 8 + size), 300)]
+    places += rng.sample(range(8 + size, len(sound)), 150)
+    for place in places:
+        spoilt = bytearray(sound)
+        spoilt[place] ^= 1 << rng.randrange(8)
+        refused(load, bytes(spoilt))
+
+
+def test_random_bytes_and_swapped_blocks_are_refused(load, sound):
+    rng = random.Random(0)
+    for _ in range(100):
+        refused(load, rng.randbytes(rng.randrange(400)))
+        a, b = sorted(rng.sample(range(len(sound)), 2))
+        swapped = sound[:a] + sound[b:] + sound[a:b]
+        if swapped != sound:
+            refused(load, swapped)
+
+
+@pytest.mark.parametrize("length", [1 << 30, 1 << 40, (1 << 64) - 1, 100_000_001])
+def test_a_header_that_claims_more_than_the_file_takes_no_memory(load, sound, length):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(load, built(sound[8:], length=length))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # KiB
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "offsets", "body"),
+    [
+        ("F64", [1 << 40, 1 << 40], [0, 8], 8),
+        ("F64", [1 << 62, 4], [0, 0], 0),
+        ("F64", [0, 1 << 62], [0, 0], 0),
+        ("F64", [0, (1 << 64) - 1], [0, 0], 0),
+        ("F64", [-1, 1], [0, 8], 8),
+        ("F64", [1.0, 1], [0, 8], 8),
+        ("F64", "1", [0, 8], 8),
+        ("F64", [], [0, 8], 8),
+        ("F64", [1], [0, 8], 8),
+        ("F64", [1] * 1000, [0, 8], 8),
+        ("F64", [1, 1], [8, 0], 8),
+        ("F64", [1, 1], [0, 1 << 60], 8),
+        ("F64", [1, 1], [0, 8], 16),
+        ("I64", [1, 1], [0, 8], 8),
+        ("BOOL", [1, 8], [0, 8], 8),
+        ("BF16", [1, 4], [0, 8], 8),
+        ("F8_E4M3", [1, 8], [0, 8], 8),
+        ("F4", [1, 16], [0, 8], 8),
+        ("C64", [1, 1], [0, 8], 8),
+        ("F128", [1, 1], [0, 8], 8),
+        (7, [1, 1], [0, 8], 8),
+    ],
+)
+def test_absurd_shapes_dtypes_and_offsets_are_refused(load, dtype, shape, offsets, body):
+    entry = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+    metadata = {"format": FORMAT, "change": "{}"}
+    refused(load, built({"__metadata__": metadata, "0.left": entry}, b"\0" * body))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"", b"{", b"null", b"[]", b"7", b'"text"', b"\xff\xfe", b"[" * 100_000, b'{"a":' * 50_000,
+        {"__metadata__": 7}, {"__metadata__": {"format": 7}}, {"__metadata__": None}, {"0.left": None},
+        {"0.left": {}}, {}, {"__metadata__": {"format": FORMAT}},
+        {"__metadata__": {"format": FORMAT, "change": "{}"}},
+    ],
+)  # fmt: skip
+def test_headers_of_the_wrong_kind_are_refused(load, header):
+    refused(load, built(header))
+
+
+SHAPES = {"0.left": (4, 2), "0.right": (2, 3), "0.residuals": (1, 4), "keys.0": (1, 3)}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_records_with_a_checksum_that_fits_are_refused_or_sound(load, seed):
+    """The record is what somebody who knows the format could write: still no other error than these."""
+    from safetensors.torch import save
+
+    rng = random.Random(seed)
+    values = [None, True, 0, -1, 1, 1e308, 10**40, "", "text.0.self_attn.q_proj", "0" * 64, [], {}, [[0, 1]],
+              [[[0, 1]]], {"pairs": {"a": "b"}}, {"a": 1}, ["a"], [7], [[[0, 10**30]]]]  # fmt: skip
+    tensors = {name: torch.ones(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
+    sound = 0
+    for _ in range(60):
+        movement = {
+            "site": "text.0.self_attn.q_proj",
+            "base_hash": "0" * 64,
+            "keys": 0,
+            "gram": None,
+        }
+        record = {
+            "movements": [movement],
+            "owners": [[[0, 1]]],
+            "protocol": {"pairs": {"a": "b"}},
+            "report": {},
+        }
+        for _ in range(rng.randrange(3)):
+            place = rng.choice([record, movement, record["protocol"]])
+            if isinstance(place, dict):
+                place[rng.choice([*place, "pairs", "ridge", "preserve"])] = rng.choice(values)
+        text = json.dumps(record)
+        metadata = {"format": FORMAT, "change": text, "sha256": checksum(text, tensors)}
+        try:
+            load(save(tensors, metadata=metadata))
+            sound += 1
+        except ValueError as error:
+            assert "is damaged" in str(error)
+    assert sound < 60
