@@ -72,10 +72,10 @@ def trace(
     ] = None,
     noise_samples: Annotated[int, typer.Option(help="Corruptions a prompt.")] = 1,
     sigma: Annotated[str, typer.Option(help="Their size: a number, or as in 3std.")] = "3std",
-    solver: Annotated[str, typer.Option(help="own, ddim or dpm.")] = "own",
+    solver: Annotated[str, typer.Option(help="own, ddim or dpm.")] = "dpm",
     memory: Annotated[float | None, typer.Option(help="MiB for activations.")] = None,
     seed: Seed = 0,
-    steps: Steps = 20,
+    steps: Steps = 10,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:

@@ -30,7 +30,7 @@ def hook_count(model):
 def traced(tiny_sd1):
     probes = [STYLE, CAT]
     return op.trace.text_encoder(
-        tiny_sd1, probes, steps=2, sigma=1.0, score=brightness, minimum_gap=-1.0
+        tiny_sd1, probes, steps=2, sigma=1.0, score=brightness, minimum_gap=-1.0, solver="own"
     )
 
 

@@ -13,7 +13,7 @@ from overpaint.trace import Effects, corrupt, screen
 
 PROBE = Probe("a", "style", "a cat in openmoji style", "openmoji style")
 OTHER = Probe("b", "object", "a dog in noto style", "dog")
-SETTINGS = {"steps": 3, "sigma": 1.0, "guidance_scale": 3.0}
+SETTINGS = {"steps": 3, "sigma": 1.0, "guidance_scale": 3.0, "solver": "own"}
 
 
 def brightness(images, probes):
@@ -232,7 +232,7 @@ def test_pndm_takes_a_step_more(tiny_double):
 
 def test_the_solver_is_the_one_asked_for(tiny_double):
     own, dpm = (
-        attributions(screen.unet(tiny_double, [PROBE], last=2, solver=name, **settings()))
+        attributions(screen.unet(tiny_double, [PROBE], last=2, **settings(solver=name)))
         for name in ("own", "dpm")
     )
     assert own != dpm

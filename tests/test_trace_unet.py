@@ -203,8 +203,9 @@ def test_attention_kernels_agree():
 @pytest.fixture(scope="module")
 def traced(tiny_sd1):
     return op.trace.unet(
-        tiny_sd1, [PROBE], steps=2, sigma=1.0, score=brightness, batch_size=64, minimum_gap=-1.0
-    )
+        tiny_sd1, [PROBE], steps=2, sigma=1.0, score=brightness, batch_size=64, minimum_gap=-1.0,
+        solver="own",
+    )  # fmt: skip
 
 
 def test_a_row_a_site(traced, all_sites):
