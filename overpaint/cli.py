@@ -4,10 +4,8 @@ Exit codes: 0 done, 1 a fault of ours, 2 bad input, 130 Ctrl-C. Errors are one l
 holds one JSON object and nothing else.
 """
 
-import json
 import math
 import os
-import shutil
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -17,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
+from overpaint.cli_edit import apply, edit
 from overpaint.cli_export import export
 from overpaint.cli_trace import trace
 from overpaint.terminal import (
@@ -167,75 +166,9 @@ def sites(model: Model, device: Device = "cpu", as_json: Json = False) -> None:
 
 
 app.command()(trace)
+app.command()(edit)
+app.command()(apply)
 app.command()(export)
-
-
-@app.command()
-def edit(
-    model: Model,
-    erase: Annotated[list[str], typer.Option(help="What to paint over; may be given again.")],
-    replace: Annotated[list[str], typer.Option(help="What to put in its place, as often.")],
-    preserve: Annotated[
-        list[str] | None, typer.Option(help="A prompt to leave alone; may be given again.")
-    ] = None,
-    neighbours: Annotated[
-        bool, typer.Option(help="Preserve what the judge knows besides.")
-    ] = False,
-    preserve_weight: Annotated[float, typer.Option(help="Weight of a preserved prompt.")] = 0.1,
-    ridge: Annotated[float, typer.Option(help="Pull towards the old weight.")] = 0.01,
-    out: Annotated[Path, typer.Option(help="The change file.")] = Path("change.safetensors"),
-    device: Device = "cpu",
-    as_json: Json = False,
-) -> None:
-    """Make a change file; the model is not touched."""
-    from overpaint.edit import quickfix
-
-    if len(erase) != len(replace):
-        raise ValueError(
-            f"{len(erase)} --erase for {len(replace)} --replace: give one replacement for each concept."
-        )
-    check_writable(out.parent)
-    loaded = load_model(model, device)
-    kept = list(preserve or [])
-    for text in erase if neighbours else ():
-        kept += [p for p in _neighbours(text, loaded.held_out) if p not in kept]
-    change = quickfix(
-        loaded, dict(zip(erase, replace, strict=True)),
-        preserve=kept, preserve_weight=preserve_weight, ridge=ridge,
-    )  # fmt: skip
-    change.save(out)
-    told = {key: value for key, value in change.report.items() if isinstance(value, int | float)}
-    print_facts({"change": str(out), "site": change.site, **told}, as_json=as_json)
-
-
-@app.command()
-def apply(
-    model: Model,
-    change: Annotated[Path, typer.Argument(help="The change file.")],
-    out: Annotated[Path, typer.Option(help="A new folder for the edited model.")],
-    device: Device = "cpu",
-    as_json: Json = False,
-) -> None:
-    """Write an edited copy of a model, as a diffusers folder."""
-    from overpaint.edit import Change
-
-    if out.exists():
-        raise FileExistsError(f"{str(out)!r} exists already: name a new folder with --out.")
-    check_writable(out.parent)
-    loaded = load_model(model, device)
-    Change.load(change).apply(loaded)
-    draft = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        loaded.pipe.save_pretrained(draft)
-        settings = {
-            "guidance_scale": loaded.guidance_scale,
-            "held_out": sorted(loaded.held_out),
-        }
-        (draft / "overpaint.json").write_text(json.dumps(settings))
-        os.replace(draft, out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    print_facts({"model": str(out)}, as_json=as_json)
 
 
 @app.command()
@@ -308,15 +241,6 @@ def train(
 
 
 # --- what the verbs share ---------------------------------------------------------------------------------------------
-
-
-def _neighbours(concept: str, held_out: frozenset[tuple[str, str]]) -> tuple[str, ...]:
-    """Return what the shipped judge knows besides `concept`, as prompts."""
-    from overpaint import features, questions
-
-    labels = features.load().labels
-    kind, label = questions.concept(concept, labels)
-    return questions.neighbours(kind, label, labels=labels, held_out=held_out)
 
 
 def _print_summary(summary: Mapping[str, float], *, erase: str, replace: str, out: Path) -> None:

@@ -31,7 +31,7 @@ LEVELS = (
     ("report",),
     ("demo", "train"),
     ("terminal",),
-    ("cli_export", "cli_trace"),
+    ("cli_edit", "cli_export", "cli_trace"),
     ("cli",),
     ("__main__",),
 )

@@ -70,6 +70,52 @@ def test_edit_apply_generate_make_the_same_pictures_as_a_live_change(run, tiny_f
     assert not list(tmp_path.glob("*.part")) + list(tmp_path.glob(".*.part"))
 
 
+def test_edit_updates_takes_out_dials_and_cuts(run, tiny_folder, tmp_path):
+    """What the shell makes is what the functions make."""
+    import overpaint as op
+
+    def file(name):
+        return tmp_path / f"{name}.safetensors"
+
+    def edit(name, *arguments):
+        code, out, err = run("edit", tiny_folder, *arguments, "--out", file(name), "--json")
+        assert (code, err) == (0, "")
+        return json.loads(out), op.Change.load(file(name))
+
+    settings = ("--preserve", "", "--ridge", 0.1, "--positions", "subject")
+    _, first = edit("a", "--erase", "cat", "--replace", "dog", *settings)
+    told, both = edit(
+        "b", "--update", file("a"), "--erase", "fox", "--replace", "bear", "--strength", 0.5
+    )
+    assert told["concepts"] == ["cat → dog", "fox → bear"]
+    assert (both.ridge, both.protocol["positions"]) == (0.1, "subject")
+    model = op.load(tiny_folder)
+    fox = op.edit.quickfix(model, {"fox": "bear"}, ridge=0.1, positions="subject")
+    assert both.digest == op.edit.stack(model, [first, 0.5 * fox]).digest
+    _, alone = edit("c", "--update", file("b"), "--without", "cat", "--strength", 2)
+    assert alone.pairs == {"fox": "bear"}
+    assert "strength" not in alone.protocol
+    _, small = edit("d", "--update", file("b"), "--rank", 2)
+    assert small.left.shape[1] == 2 and file("d").stat().st_size < file("b").stat().st_size / 2
+    assert (
+        run(
+            "apply",
+            tiny_folder,
+            file("b"),
+            "--without",
+            "fox",
+            "--strength",
+            0.5,
+            "--out",
+            tmp_path / "e",
+        )[0]
+        == 0
+    )
+    edited = op.load(tmp_path / "e")
+    with (0.5 * both.complete(model).without("fox")).applied(model):
+        assert edited.encode(["a cat"]).equal(model.encode(["a cat"]))
+
+
 def test_trace_saves_what_report_draws(run, tiny_folder, tmp_path):
     code, out, _ = run(
         "trace", tiny_folder, "--features-only", "--limit", 1, "--out", tmp_path, "--json"
@@ -143,6 +189,15 @@ def test_trace_says_why_nothing_can_be_called_causal(run, tmp_path):
         (("trace", "icons", "--kind", "smell", "--out", "{tmp}"), "unknown kind of probe 'smell'"),
         (("load", "{model}", "--device", "toaster"), "cannot use device 'toaster'"),
         (("edit", "{model}", "--erase", "a", "--erase", "b", "--replace", "c"), "2 --erase for 1"),
+        (("edit", "{model}"), "nothing to edit: name a concept with --erase"),
+        (("edit", "{model}", "--erase", "a", "--replace", "b", "--without", "c"), "name the file with --update"),
+        (("edit", "{model}", "--update", "{tmp}/none.safetensors", "--out", "{tmp}/c.safetensors"), "no such change"),
+        (("edit", "{model}", "--erase", "cat", "--replace", "dog", "--encoder", "text2", "--out",
+          "{tmp}/c.safetensors"), "unknown text encoder 'text2'"),
+        (("edit", "{model}", "--erase", "cat", "--replace", "dog", "--strength", "nan", "--out",
+          "{tmp}/c.safetensors"), "can be scaled by a finite number only"),
+        (("edit", "{model}", "--erase", "cat", "--replace", "dog", "--rank", "0", "--out",
+          "{tmp}/c.safetensors"), "`rank` must be 1 or more"),
         (("edit", "{model}", "--erase", "cat", "--replace", "", "--out", "{tmp}/c.safetensors"), "empty"),
         (("edit", "{model}", "--erase", "cat", "--replace", "dog", "--ridge", "-1", "--out",
           "{tmp}/c.safetensors"), "ridge"),

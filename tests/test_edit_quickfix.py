@@ -9,7 +9,7 @@ import torch
 
 from overpaint import edit
 from overpaint.edit.solve import solve
-from overpaint.edit.weights import fingerprint, text_layers
+from overpaint.edit.weights import fingerprint, text_layers, weight_at
 from overpaint.errors import UnknownSite, UnsupportedModel
 from overpaint.hooks import record, record_inputs
 from overpaint.model import TextToImage
@@ -112,6 +112,23 @@ def test_positions_at_the_last_subject_token_and_the_end(tiny_sd1, positions, of
     assert torch.allclose(change.keys, torch.stack(wanted), atol=1e-6)
 
 
+@pytest.mark.parametrize(("positions", "count"), [("subject", 3), ("subject_to_end", 73)])
+def test_every_token_of_the_concept_is_aligned_from_its_last(tiny_sd1, positions, count):
+    """The old concept stands at 4 to 6, the new one at 4: what comes before it in the old one gets its first, too."""
+    old, new = "van gogh painting", "cat"
+    change = edit.quickfix(tiny_sd1, {old: new}, positions=positions, frames=["a photo of {}."])
+    before, after = (layer_inputs(tiny_sd1, f"a photo of {text}.") for text in (old, new))
+    assert torch.allclose(change.keys, before[4 : 4 + count], atol=1e-6)
+    sources = after[[4, 4, *range(4, 4 + count - 2)]]
+    wanted = sources.double() @ weight(tiny_sd1).detach().double().T
+    assert torch.allclose(targets_of(tiny_sd1, change), wanted, atol=1e-6)
+    longer = edit.quickfix(tiny_sd1, {new: old}, positions=positions, frames=["a photo of {}."])
+    first = (
+        before[6].double() @ weight(tiny_sd1).detach().double().T
+    )  # its last token, not its first
+    assert torch.allclose(targets_of(tiny_sd1, longer)[0], first, atol=1e-6)
+
+
 def test_padding_that_is_not_the_end_of_text_is_not_mistaken_for_it(tiny_sd2):
     change = edit.quickfix(tiny_sd2, MONET, positions="last_subject+eos", frames=[""])
     assert torch.allclose(change.keys, layer_inputs(tiny_sd2, "van gogh")[2:4], atol=1e-6)
@@ -142,10 +159,13 @@ def test_primal_and_dual_agree_on_a_model(tiny_sd1):
     assert float((dual - primal).norm() / dual.norm()) <= 1e-8
 
 
-def test_a_concept_sent_to_itself_moves_nothing(biased):
-    change = edit.quickfix(biased, {"van gogh": "van gogh"})
+def test_a_concept_sent_to_what_reads_the_same_moves_nothing(biased):
+    words = weight_at(biased, "text.token_embedding")
+    cat, dog = (biased.tokenizer(w, add_special_tokens=False).input_ids[0] for w in ("cat", "dog"))
+    words.data[cat] = words.data[dog]
+    change = edit.quickfix(biased, {"cat": "dog"})
     assert float(change.delta.norm()) <= 1e-10
-    release = edit.quickfix(biased, {"van gogh": "van gogh"}, subtract_bias=False)
+    release = edit.quickfix(biased, {"cat": "dog"}, subtract_bias=False)
     assert float(release.delta.norm()) > 0.01
 
 
@@ -252,6 +272,7 @@ def test_an_encoder_that_goes_round_the_projection_is_refused(own, monkeypatch):
         ({}, {}, "`pairs` is empty: name at least one concept"),
         ({"": "dog"}, {}, "the old concept of the pair '' → 'dog' is empty: name it"),
         ({"dog": " "}, {}, "the new concept of the pair 'dog' → ' ' is empty: name it"),
+        ({"van gogh": "Van  Gogh"}, {}, "the concept 'van gogh' equals its target: name another"),
         (MONET, {"ridge": -0.1}, r"`ridge` must be positive and finite, got -0\.1"),
         (MONET, {"ridge": math.nan}, "`ridge` must be positive and finite, got nan"),
         (MONET, {"preserve_weight": -1}, "`preserve_weight` must be 0 or more"),
@@ -334,3 +355,33 @@ def test_sdxl_is_edited_in_its_first_encoder_alone(tiny_xl):
     assert not moved[:, 32:].any()
     assert not moved[77].any()  # the pooled row is the second encoder's
     assert bytes_of(tiny_xl) == weights
+
+
+def test_sdxl_is_edited_in_its_second_encoder_alone(tiny_xl):
+    prompt = ["a house in van gogh style"]
+    before, weights = tiny_xl.encode(prompt), bytes_of(tiny_xl)
+    change = edit.quickfix(tiny_xl, MONET, encoder="text2", preserve=[""])
+    assert change.site == "text2.0.self_attn.out_proj"
+    assert change.report["residual_after"] < change.report["residual_before"]
+    with change.applied(tiny_xl):
+        moved = (tiny_xl.encode(prompt) - before)[0]
+    assert not moved[:77, :32].any()
+    assert moved[:77, 32:].abs().max() > 0.01
+    assert moved[77].any()  # the pooled row is this encoder's
+    assert bytes_of(tiny_xl) == weights
+
+
+def test_the_second_encoder_is_read_with_its_own_padding(tiny_xl):
+    """Its pad is the token of "!", not the end of text, so that its keys there are others."""
+    change = edit.quickfix(tiny_xl, MONET, encoder="text2", frames=[""])
+    linear = text_layers(tiny_xl, "text2")[0].self_attn.out_proj
+    with record_inputs(linear) as seen:
+        tiny_xl.text_encoders[1](tiny_xl.tokenize(["van gogh"], encoder=1))
+    assert torch.allclose(change.keys, seen[0][0, 2:], atol=1e-6)
+
+
+def test_a_model_without_a_second_encoder_says_so(tiny_sd1):
+    with pytest.raises(
+        UnknownSite, match="unknown text encoder 'text2': this model has 'text'. Nam"
+    ):
+        edit.quickfix(tiny_sd1, MONET, encoder="text2")

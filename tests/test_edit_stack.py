@@ -211,3 +211,19 @@ def test_a_concept_that_is_not_there_or_alone_is_not_taken_out(gogh, both):
         both.without("monet")
     with pytest.raises(ValueError, match="'van gogh' is the only concept of this change"):
         gogh.without("van gogh")
+
+
+def test_changes_of_the_cross_attention_add_up_and_are_completed_too(tiny_sd1, tmp_path):
+    options = {"preserve": ["monet", "a cat"], "frames": ["", "art by "], "layers": [0, 3]}
+    parts = [edit.uce(tiny_sd1, pairs, **options) for pairs in (GOGH, SNOOPY)]
+    joint, total = edit.uce(tiny_sd1, GOGH | SNOOPY, **options), parts[0] + parts[1]
+    assert bytes_of(total) == bytes_of(parts[1] + parts[0])
+    parts[0].save(tmp_path / "part.safetensors")
+    stacked = edit.stack(tiny_sd1, [Change.load(tmp_path / "part.safetensors"), parts[1]])
+    for made in (total, stacked):
+        assert len(made.movements) == 4
+        for a, b in zip(made.movements, joint.movements, strict=True):
+            assert a.site == b.site and near(a, b, to=1e-4)
+    alone = total.without("snoopy")
+    for a, b in zip(alone.movements, parts[0].movements, strict=True):
+        assert near(a, b, to=1e-4)

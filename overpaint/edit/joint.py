@@ -16,15 +16,17 @@ from torch import Tensor
 
 from overpaint.edit.captions import layer_inputs
 from overpaint.edit.change import Change, Movement
+from overpaint.edit.projections import read, spot
 from overpaint.edit.quickfix import preserve_gram
 from overpaint.edit.solve import Solution, compress, contradiction, factorise
-from overpaint.edit.weights import encoder_index, fingerprint, weight_at
+from overpaint.edit.weights import encoder_index, fingerprint, weights_at
 from overpaint.model import TextToImage
 
 __all__ = ["add", "complete", "scale", "stack", "without"]
 
 _AGREE = ("ridge", "positions", "subtract_bias")
 _READ_WHOLE = ("quickfix", "random_site")
+_READ_LAST = ("uce", "debias")
 
 
 def add(first: Change, second: Change) -> Change:
@@ -123,7 +125,7 @@ def complete(
     """Return `change` with its preserve terms at hand, read anew from `model`; it moves what it did before.
 
     Args:
-        change: Made by `quickfix`.
+        change: Made by `quickfix` or `uce`.
         model: The unedited model that it was made for.
         preserve: Prompts to preserve from the next solve on, instead of those of the change.
 
@@ -133,24 +135,15 @@ def complete(
     prompts = list(change.protocol.get("preserve", []) if preserve is None else preserve)
     if not prompts:
         return change
-    method = change.protocol.get("method")
-    if method not in _READ_WHOLE:
-        raise ValueError(
-            f"the preserve terms of a change made by {method!r} cannot be read again: save it with `gram=True`, or "
-            "make one change of all concepts."
-        )
+    _check_bases(change, model)
+    grams: dict[str, Tensor | None] = {}
     movements: list[Movement] = []
     for m in change.movements:
-        base = fingerprint(weight_at(model, m.site))
-        if base != m.base_hash:
-            raise ValueError(
-                f"wrong base hash: {m.site} of {model.name!r} is {base[:12]}, not the weight that the change was made "
-                "for. Revert what is applied, or use the model it was made for."
-            )
-        ids = model.tokenize(prompts, encoder=encoder_index(model, m.site.partition(".")[0]))
-        kept = layer_inputs(model, m.site, ids).flatten(0, 1)
-        gram = preserve_gram(kept, change.protocol["preserve_weight"])
-        movements.append(dataclasses.replace(m, gram=gram))
+        source = m.site if m.site.startswith("text") else "unet"  # where its keys are read
+        if source not in grams:
+            kept = _preserved_keys(model, change.protocol.get("method"), m.site, prompts)
+            grams[source] = preserve_gram(kept, change.protocol["preserve_weight"])
+        movements.append(dataclasses.replace(m, gram=grams[source]))
     protocol = {**change.protocol, "preserve": prompts}
     return Change(tuple(movements), protocol, change.report)
 
@@ -169,13 +162,7 @@ def stack(model: TextToImage, changes: Sequence[Change]) -> Change:
         raise ValueError("nothing to stack: give at least one change.")
     for change in changes:
         _check_method(change)
-        for m in change.movements:
-            base = fingerprint(weight_at(model, m.site))
-            if base != m.base_hash:
-                raise ValueError(
-                    f"wrong base hash: {m.site} of {model.name!r} is {base[:12]}, not the weight that these changes "
-                    "were made for. Revert what is applied, or stack them on the model they were made for."
-                )
+        _check_bases(change, model)
     preserve = sorted({prompt for c in changes for prompt in c.protocol.get("preserve", [])})
     weights = {c.protocol["preserve_weight"] for c in changes if _preserved(c)}
     if len(weights) > 1:
@@ -202,6 +189,31 @@ def _preserved(change: Change) -> tuple[frozenset[str], float]:
     weight = float(change.protocol.get("preserve_weight") or 0.0)
     prompts = frozenset(change.protocol.get("preserve", []))
     return (prompts, weight) if prompts and weight > 0 else (frozenset(), 0.0)
+
+
+def _preserved_keys(model: TextToImage, method: Any, site: str, prompts: Sequence[str]) -> Tensor:
+    """Return the keys (M, D_in) that a change by `method` preserves of `prompts` at a weight."""
+    if method in _READ_WHOLE:
+        ids = model.tokenize(prompts, encoder=encoder_index(model, site.partition(".")[0]))
+        return layer_inputs(model, site, ids).flatten(0, 1)
+    if method in _READ_LAST:
+        spots = [spot(model, prompt) for prompt in prompts]
+        features = read(model, [text for text, _ in spots])
+        return torch.stack([features[text][place] for text, place in spots])
+    raise ValueError(
+        f"the preserve terms of a change made by {method!r} cannot be read again: save it with `gram=True`, or make "
+        "one change of all concepts."
+    )
+
+
+def _check_bases(change: Change, model: TextToImage) -> None:
+    for m, parameter in zip(change.movements, weights_at(model, change.sites), strict=True):
+        base = fingerprint(parameter)
+        if base != m.base_hash:
+            raise ValueError(
+                f"wrong base hash: {m.site} of {model.name!r} is {base[:12]}, not the weight that the change was made "
+                "for. Revert what is applied, or use the model it was made for."
+            )
 
 
 def _check_method(change: Change) -> None:

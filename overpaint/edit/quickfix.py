@@ -72,7 +72,8 @@ def quickfix(
         The change of one weight, not rounded, with condition number, effective rank and residuals in its report.
 
     Raises:
-        ValueError: A concept is empty or cut off, two targets claim one key, a number is out of range or not finite.
+        ValueError: A concept is empty, cut off or its own target, two targets claim one key, a number is out of range
+            or not finite.
         TypeError: A list of texts is one text.
         UnknownSite: The model has no such layer or encoder.
         UnsupportedModel: The text encoder's attention does not run through the projection, or its weight is not a plain
@@ -210,6 +211,10 @@ def _check_texts(pairs: Mapping[str, str], preserve: Sequence[str], frames: Sequ
                 raise ValueError(
                     f"the {role} concept of the pair {old!r} → {new!r} is empty: name it in words."
                 )
+        if old.lower().split() == new.lower().split():
+            raise ValueError(
+                f"the concept {old!r} equals its target: name another one to put in its place."
+            )
     many = [frame for frame in frames if frame.count("{}") > 1]
     if many:
         raise ValueError(f"the frame {many[0]!r} holds the concept twice: leave one '{{}}'.")
@@ -233,7 +238,7 @@ def _check_preserve(planned: Sequence[Pair], preserve: Sequence[str], ids: Tenso
     """
     for pair in planned:
         begins = (ids[:, : pair.old.last + 1] == pair.old.ids[: pair.old.last + 1]).all(1)
-        if pair.names[0].split() != pair.names[1].split() and bool(begins.any()):
+        if bool(begins.any()):
             prompt = preserve[int(begins.nonzero()[0, 0])]
             raise ValueError(
                 f"the preserved prompt {prompt!r} begins with {pair.old.text!r}, which is edited: take it off the "
