@@ -1,17 +1,18 @@
 r"""A change cut down to kilobytes: factors of a given rank, and as few keys as lead to the same movement.
 
-Where the solve ends, each key keeps a slack :math:`\alpha = r - \Delta k`, and :math:`\Delta A = \sum_o \alpha_o^\top
-K_o` over the concepts :math:`o`, with :math:`A = \lambda I + a P^\top P`. So the movement is a sum of one part a
-concept, :math:`\Delta_o = \alpha_o^\top K_o A^{-1}`. Of their singular directions the largest remain, measured as the
-solve measures, by :math:`H = A + K^\top K`: cutting :math:`\Delta_o H^{1/2}` loses least of what was asked for.
+Of the movement :math:`\Delta` the largest singular directions remain, measured as the solve measures, by :math:`H =
+\lambda I + a P^\top P + K^\top K`: cutting :math:`\Delta H^{1/2}` loses least of what was asked for and kept.
 
-In place of a concept's keys come a few rows: those of the span of its cut :math:`\Delta_o A`, with the weight that the
-keys had there, and the largest of what the keys hold besides, which keeps other concepts from moving them. As residuals
-they have what makes the cut movement their solution. Solved again, alone or with other changes, they ask for what the
-movement does.
+Where a solve ends, :math:`\Delta A = \alpha^\top K` with :math:`A = \lambda I + a P^\top P` and the slack
+:math:`\alpha = R - K \Delta^\top` that each key keeps. So the cut movement is the solution for any keys whose span holds
+the rows of :math:`\Delta A`, if their residuals are what it makes of them and the right slack. The directions of that
+span are shared out among the concepts; each concept's rows weigh there what its keys did, and a few more hold the
+largest of what its keys are besides, so that other concepts do not move them. Solved again, alone or with other changes,
+such keys ask for what the movement does.
 
 Keeping the largest singular directions of the keys instead, so as to preserve :math:`K^\top K` and :math:`R^\top K`
-best, fails: these are what all captions share, and nearly all of the movement is elsewhere.
+best, fails: these are what all captions share, and nearly all of the movement is elsewhere. Cutting each concept's part
+of the movement on its own fails too: the parts are large and cancel.
 """
 
 import dataclasses
@@ -27,23 +28,13 @@ __all__ = ["compact"]
 _DTYPES = (torch.float16, torch.float32, torch.float64)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Part:
-    """What one concept adds to the movement, `left @ right`, and its keys (N, D_in)."""
-
-    owner: int
-    left: Tensor
-    right: Tensor
-    keys: Tensor
-
-
 def compact(change: Change, *, rank: int = 16, dtype: torch.dtype = torch.float16) -> Change:
     """Return `change` with factors of at most `rank` and half as many keys again, rounded to `dtype`.
 
     Args:
         change: Left as it is.
-        rank: For each weight, how many directions remain of all its concepts together, at least one a concept. About
-            16 for each concept.
+        rank: For each weight, how many directions remain of all its concepts together. About 16 for one concept, 8 for
+            each of many.
         dtype: `torch.float16`, or 32 or 64 to round less.
 
     Returns:
@@ -104,48 +95,19 @@ def _cut(movement: Movement, rank: int, dtype: torch.dtype, ridge: float | None)
     prior = torch.eye(movement.keys.shape[1], dtype=torch.float64) * ridge
     if movement.gram is not None:
         prior += movement.gram.double()
-    parts = _shared_out(_parts(movement, prior), rank)
-    left, right = torch.cat([p.left for p in parts], 1), torch.cat([p.right for p in parts])
-    left, right = _rounded(movement, left, right, dtype)
-    keys, owners, wanted = _pseudo_keys(parts, right.double(), prior, rank, dtype)
-    coefficients = (wanted + keys.double() @ right.double().T).float()  # (N, R)
-    residuals = coefficients.double() @ left.double().T
-    return dataclasses.replace(
-        movement, left=left, right=right, keys=keys, residuals=residuals, owners=owners
-    )
-
-
-def _parts(movement: Movement, prior: Tensor) -> list[_Part]:
-    """Return what each concept adds to the movement, in factors whose columns are the solve's own, largest first."""
-    keys, residuals = movement.keys.double(), movement.residuals.double()
-    slack = residuals - keys @ movement.right.double().T @ movement.left.double().T
-    right = torch.cholesky_solve(keys.T, torch.linalg.cholesky(prior)).T  # (N, D_in), K A^-1
+    keys = movement.keys.double()
     metric = torch.linalg.cholesky(prior + keys.T @ keys)  # H^1/2
-    owners = torch.tensor(movement.owners)
-    found: list[_Part] = []
-    for owner in sorted(set(movement.owners)):
-        own = owners == owner
-        left, rows = compress(slack[own].T, right[own] @ metric)
-        rows = torch.linalg.solve_triangular(metric, rows, upper=False, left=False)
-        found.append(_Part(owner, left, rows, keys[own]))
-    return found
-
-
-def _shared_out(parts: list[_Part], rank: int) -> list[_Part]:
-    """Return the parts cut to the `rank` largest directions among all, one each at least."""
-    sizes = [
-        (i > 0, -float(size), place)
-        for place, part in enumerate(parts)
-        for i, size in enumerate(part.left.norm(dim=0))
-    ]
-    least = sum(not later for later, *_ in sizes)
-    counts = [0] * len(parts)
-    for _, _, place in sorted(sizes)[: max(rank, least)]:
-        counts[place] += 1
-    return [
-        dataclasses.replace(part, left=part.left[:, :n], right=part.right[:n])
-        for part, n in zip(parts, counts, strict=True)
-    ]
+    left, rows = compress(movement.left.double(), movement.right.double() @ metric)
+    right = torch.linalg.solve_triangular(metric, rows[:rank], upper=False, left=False)
+    left, right = _rounded(movement, left[:, :rank], right, dtype)
+    pseudo, owners = _pseudo_keys(movement, right.double() @ prior, rank)
+    pseudo = pseudo.to(dtype)
+    slack = torch.linalg.lstsq(pseudo.double().T, (right.double() @ prior).T, driver="gelsd")
+    combined = (slack.solution + pseudo.double() @ right.double().T).float()  # (N, R)
+    residuals = combined.double() @ left.double().T
+    return dataclasses.replace(
+        movement, left=left, right=right, keys=pseudo, residuals=residuals, owners=owners
+    )
 
 
 def _rounded(
@@ -161,28 +123,27 @@ def _rounded(
     return left, right
 
 
-def _pseudo_keys(
-    parts: list[_Part], right: Tensor, prior: Tensor, rank: int, dtype: torch.dtype
-) -> tuple[Tensor, tuple[int, ...], Tensor]:
-    """Return keys (N, D_in), their owners, and coefficients (N, R) whose product with them is `right` A."""
-    keys: list[Tensor] = []
-    owners: list[int] = []
-    blocks: list[Tensor] = []
-    besides = max(1, rank // 2 // len(parts))
-    start = 0
-    for part in parts:
-        own = slice(start, start + len(part.right))
-        start += len(part.right)
-        span = torch.linalg.qr((right[own] @ prior).T).Q  # (D_in, r)
-        rest = torch.linalg.svd(part.keys - part.keys @ span @ span.T, full_matrices=False)
-        span = torch.linalg.qr(torch.cat([span, rest.Vh[:besides].T], 1)).Q
-        _, sizes, turn = torch.linalg.svd(part.keys @ span, full_matrices=False)
-        rows = (sizes.clamp(min=1e-6 * float(sizes[0]))[:, None] * (turn @ span.T)).to(dtype)
-        keys.append(rows)
-        owners += [part.owner] * len(rows)
-        aimed = (right[own] @ prior).T
-        blocks.append(torch.linalg.lstsq(rows.double().T, aimed, driver="gelsd").solution)
-    return torch.cat(keys), tuple(owners), torch.block_diag(*blocks)
+def _pseudo_keys(movement: Movement, wanted: Tensor, rank: int) -> tuple[Tensor, tuple[int, ...]]:
+    """Return keys (N, D_in) that span the rows of `wanted`, shared out among the concepts, and their owners."""
+    rest = torch.linalg.qr(wanted.T).Q  # (D_in, R), what is not shared out yet
+    concepts = sorted(set(movement.owners))
+    owners = torch.tensor(movement.owners)
+    found: list[Tensor] = []
+    owned: list[int] = []
+    for left, owner in zip(range(len(concepts), 0, -1), concepts, strict=True):
+        keys = movement.keys.double()[owners == owner]
+        share = -(-rest.shape[1] // left)
+        turn = torch.linalg.svd(keys @ rest).Vh.T  # (R, R), what the concept reads most comes first
+        span, rest = rest @ turn[:, :share], rest @ turn[:, share:]
+        besides = torch.linalg.svd(keys - keys @ span @ span.T, full_matrices=False).Vh
+        more = besides[: max(1, rank // 2 // len(concepts))].T
+        span = torch.linalg.qr(torch.cat([span, more], 1)).Q
+        _, sizes, turn = torch.linalg.svd(keys @ span)
+        least = sizes.new_full((span.shape[1],), 1e-6 * float(sizes[0]))
+        least[: len(sizes)] = sizes.clamp(min=float(least[0]))
+        found.append(least[:, None] * (turn @ span.T))
+        owned += [owner] * span.shape[1]
+    return torch.cat(found), tuple(owned)
 
 
 def _distance(movement: Movement, other: Movement | None) -> Tensor:
