@@ -4,11 +4,11 @@ Of the movement :math:`\Delta` the largest singular directions remain, measured 
 \lambda I + a P^\top P + K^\top K`: cutting :math:`\Delta H^{1/2}` loses least of what was asked for and kept.
 
 Where a solve ends, :math:`\Delta A = \alpha^\top K` with :math:`A = \lambda I + a P^\top P` and the slack
-:math:`\alpha = R - K \Delta^\top` that each key keeps. So the cut movement is the solution for any keys whose span holds
-the rows of :math:`\Delta A`, if their residuals are what it makes of them and the right slack. The directions of that
-span are shared out among the concepts; each concept's rows weigh there what its keys did, and a few more hold the
-largest of what its keys are besides, so that other concepts do not move them. Solved again, alone or with other changes,
-such keys ask for what the movement does.
+:math:`\alpha = R - K \Delta^\top` that each key keeps. So the cut movement is the solution for any keys whose span
+holds the rows of :math:`\Delta A`, if their residuals are what it makes of them and the right slack. The directions of
+that span are shared out among the concepts; each concept's rows weigh there what its keys did, and a few more hold the
+largest of what its keys are besides, so that other concepts do not move them. Solved again, alone or with other
+changes, such keys ask for what the movement does.
 
 Keeping the largest singular directions of the keys instead, so as to preserve :math:`K^\top K` and :math:`R^\top K`
 best, fails: these are what all captions share, and nearly all of the movement is elsewhere. Cutting each concept's part
