@@ -347,7 +347,8 @@ def _check_base(movement: Movement, parameter: nn.Parameter, name: str) -> None:
 
 def _finite(movement: Movement, parameter: nn.Parameter) -> Tensor:
     moved = movement.moved(parameter)
-    if not bool(torch.isfinite(moved).all()):
+    ends = torch.stack(moved.aminmax()) if moved.numel() else moved  # NaN is both least and most
+    if not bool(torch.isfinite(ends).all()):
         raise ValueError(
             f"applied to {movement.site} the change gives numbers that {moved.dtype} cannot hold: load the model in "
             "float32 and make it again, or raise `ridge`."
