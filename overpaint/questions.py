@@ -17,7 +17,18 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 
-__all__ = ["KINDS", "ROLES", "Question", "ask", "caption", "concept", "neighbours"]
+__all__ = [
+    "KINDS",
+    "ROLES",
+    "Question",
+    "ask",
+    "caption",
+    "concept",
+    "family",
+    "half",
+    "is_sign",
+    "neighbours",
+]
 
 KINDS = ("style", "object", "color")
 ROLES = ("target", "unseen", "held out", "other", "other held out", "plain")
@@ -120,9 +131,9 @@ def ask(
         raise ValueError(f"`size` must be at least 1, got {size}.")
     if erase not in labels.get(kind, ()):
         raise ValueError(f"{erase!r} is no {kind} the judge knows: name one of {labels.get(kind)}.")
-    rest = [name for name in labels[kind] if name != erase and not _is_sign(name)]
+    rest = [name for name in labels[kind] if name != erase and not is_sign(name)]
     rest = random.Random(seed).sample(rest, min(others, len(rest)))
-    scenes = list(_scenes(labels, held_out, size, seed, drawn=kind, half=0))
+    scenes = list(_scenes(labels, held_out, size, seed, drawn=kind, side=0))
     rows = [_at(scene, kind, erase, "target", i) for i, scene in enumerate(scenes)]
     rows += [_at(s, kind, erase, "unseen", i) for i, s in enumerate(scenes[: (size + 1) // 2])]
     for name in rest:
@@ -158,11 +169,11 @@ def neighbours(
     """
     rest = [name for name in labels[kind] if name != erase]
     random.Random(seed).shuffle(rest)
-    rest.sort(key=lambda name: _family(name) != _family(erase))
+    rest.sort(key=lambda name: family(name) != family(erase))
     suffix = {"style": " style", "color": " background"}.get(kind, "")
     rows = ["", *(name + suffix for name in rest[: max(size - 1 - size // 4, 0)])]
     for i, scene in enumerate(
-        _scenes(labels, held_out, max(size - len(rows), 0), seed, drawn=kind, half=1)
+        _scenes(labels, held_out, max(size - len(rows), 0), seed, drawn=kind, side=1)
     ):
         named = i % 4 or kind == "object"  # every fourth names no concept of the kind
         found = _at(scene, kind, rest[i % len(rest)] if named else "", "", 0)
@@ -182,7 +193,7 @@ def _scenes(
     seed: int,
     *,
     drawn: str,
-    half: int,
+    side: int,
 ) -> Iterator[Question]:
     """Draw scenes whose objects were trained in every style; every other one names its color.
 
@@ -190,9 +201,9 @@ def _scenes(
     """
     rng = random.Random(seed)
     styles, colors = labels.get("style", ("",)), labels.get("color", ("",))
-    things = [name for name in labels.get("object", ("thing",)) if not _is_sign(name)]
+    things = [name for name in labels.get("object", ("thing",)) if not is_sign(name)]
     seen = [o for o in things if not any((o, s) in held_out for s in styles)] or things
-    seen = [o for o in seen if _half(o) == half] or seen
+    seen = [o for o in seen if half(o) == side] or seen
     rng.shuffle(seen)
     for i, thing in enumerate(islice(cycle(seen), size)):
         color = rng.choice(colors) if i % 2 or drawn == "color" else ""
@@ -206,7 +217,7 @@ def _at(scene: Question, kind: str, name: str, role: str, frame: int) -> Questio
     elif kind == "color":
         found = replace(scene, color=name)
     else:
-        found = replace(scene, object=name, style="" if _is_sign(name) else scene.style)
+        found = replace(scene, object=name, style="" if is_sign(name) else scene.style)
     words = caption(found.object, found.style, found.color, frame=frame, unseen=role == "unseen")
     return replace(found, prompt=words, role=role)
 
@@ -230,20 +241,21 @@ def _composed(
             yield replace(found, role="held out" if name == erase else "other held out")
 
 
-def _half(name: str) -> int:
+def half(name: str) -> int:
+    """Return 0 for objects that are asked about, 1 for those on preserve lists."""
     return hashlib.sha256(name.encode()).digest()[0] % 2
 
 
-def _family(name: str) -> str:
+def family(name: str) -> str:
     """Return what a label is of: a person, a flag, a logo, or an object (or a style, or a color)."""
     if name.startswith(("person ", "flag of ")):
         return name.split()[0]
     return "logo" if name.endswith(" logo") else ""
 
 
-def _is_sign(name: str) -> bool:
+def is_sign(name: str) -> bool:
     """Persons, flags and logos: drawn in no studio's style, or in poses."""
-    return bool(_family(name))
+    return bool(family(name))
 
 
 def _a(noun: str) -> str:

@@ -1,6 +1,7 @@
 """Change what a model knows, in closed form: edits are data, applied and reverted exactly."""
 
 from overpaint.edit import export
+from overpaint.edit.auto import auto
 from overpaint.edit.baselines import random_site, swap_embedding
 from overpaint.edit.change import Change, Movement
 from overpaint.edit.finetune import finetune
@@ -13,6 +14,7 @@ from overpaint.edit.uce import debias, uce
 __all__ = [
     "Change",
     "Movement",
+    "auto",
     "debias",
     "export",
     "finetune",

@@ -1,0 +1,369 @@
+"""Does an edit erase, redirect and spare the rest, on thirty concepts of six kinds, and how many fit at once?
+
+    python benchmarks/quality_edit.py [--quick] [--json] [--size N] [--steps S]
+
+Five concepts of each kind (styles, objects, trademarks, colors, actions, facts) are edited one at a time by every
+method on `icons`, and judged by `icons-judge` on the same prompts and start noise. Asked of each method, with 95 %
+bootstrap intervals over concepts:
+
+  - target: pictures of the concept still seen as it, where the unedited model's are (`before`);
+  - redirection: seen as its replacement, beside what the unedited model reaches when asked for the replacement;
+  - others: other concepts of the kind that are no longer seen as themselves; objects, styles, colors besides;
+  - harmonic: harmonic mean of efficacy (1 - target) and specificity (share of all other labels kept).
+
+Then 1, 5, 10, 25 and 50 concepts in one solve, and the kernel distance (KID) of pictures of unrelated prompts, edited
+against unedited, beside that of two sets of seeds.
+
+What the judge asks about, and what edits are fitted to or preserve, are different objects; `auto` fills its captions
+without the words asked about. Finished concepts are kept in `runs/quality_edit`: stop it, start it again.
+Writes `benchmarks/results/quality_edit.json`.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import overpaint as op
+from overpaint import evaluate, features, questions
+from overpaint.edit import Change
+from overpaint.metrics import Interval, bootstrap
+from overpaint.scores import Comparison, Scores
+from overpaint.trace.identity import fingerprint
+
+RESULTS = Path(__file__).parent / "results"
+STEPS, SIZE = 10, 6
+CONCEPTS = {
+    "style": {
+        "openmoji style": "noto style", "high contrast style": "twemoji style", "fluent style": "blob style",
+        "blob style": "fluent style", "twemoji style": "openmoji style",
+    },
+    "object": {
+        "cat": "dog", "banana": "lemon", "rocket": "airplane", "umbrella": "balloon", "castle": "house",
+    },
+    "trademark": {
+        "apple logo": "twitter logo", "python logo": "swift logo", "facebook logo": "dropbox logo",
+        "chrome logo": "opera logo", "ubuntu logo": "vue logo",
+    },
+    "color": {
+        "red background": "blue background", "green background": "white background",
+        "yellow background": "gray background", "purple background": "orange background",
+        "pink background": "green background",
+    },
+    "action": {
+        "person running": "person walking", "person biking": "person golfing", "person surfing": "person swimming",
+        "person bowing": "person juggling", "person golfing": "person running",
+    },
+    "fact": {
+        "flag of france": "flag of italy", "flag of japan": "flag of china", "flag of canada": "flag of switzerland",
+        "flag of brazil": "flag of india", "flag of greece": "flag of finland",
+    },
+}  # fmt: skip
+MANY = (1, 5, 10, 25, 50)
+OURS = "auto"
+
+
+def methods(
+    model: op.TextToImage, known: Sequence[str], judged: Sequence[str]
+) -> dict[str, Callable[[dict[str, str]], Change]]:
+    """Return what makes a change of some pairs, by name."""
+    return {
+        OURS: lambda pairs: op.edit.auto(model, pairs, vocabulary=known, without=judged),
+        "quickfix": lambda pairs: op.edit.quickfix(model, pairs),
+        "uce": lambda pairs: op.edit.uce(model, pairs),
+        "time": lambda pairs: op.edit.time(model, pairs),
+        "loco": lambda pairs: op.edit.loco(model, pairs),
+        "swap embedding": lambda pairs: op.edit.swap_embedding(model, pairs),
+    }
+
+
+def vocabulary(labels: Mapping[str, Sequence[str]]) -> tuple[list[str], list[str]]:
+    """Return the concepts that `auto` looks after, and the objects that only the judge asks about."""
+    things = [name for name in labels["object"] if not questions.is_sign(name)]
+    asked = [name for name in things if questions.half(name) == 0]
+    known = [f"{name} style" for name in labels["style"]]
+    known += [f"{name} background" for name in labels["color"]]
+    return known + [name for name in labels["object"] if name not in asked], asked
+
+
+def judged(
+    model: op.TextToImage, judge: features.Judge, kind: str, old: str, new: str, plan: Any
+) -> Comparison:
+    """Return every method's scores on one concept, from disk if they are there."""
+    folder = plan.folder / hashlib.sha256(f"{kind} {old} {new}".encode()).hexdigest()[:12]
+    if (folder / "comparison.json").exists():
+        return Comparison.load(folder)
+    makers = methods(model, *vocabulary(judge.labels))
+    changes = {name: make({old: new}) for name, make in makers.items()}
+    found = evaluate.compare(
+        model, changes, judge=judge, size=plan.size, steps=plan.steps, seed=plan.seed, gallery=1
+    )
+    found.save(folder)
+    return found
+
+
+def reached(model: op.TextToImage, judge: features.Judge, new: str, plan: Any) -> float:
+    """Return how often the unedited model's pictures of the replacement are seen as it."""
+    kind, label = questions.concept(new, judge.labels)
+    asked = questions.ask(
+        kind, label, labels=judge.labels, held_out=model.held_out, size=plan.size, seed=plan.seed
+    )
+    asked = tuple(q for q in asked if q.role == "target")
+    verdicts = judge.predict(
+        drawn(model, [q.prompt for q in asked], [q.seed for q in asked], plan), kind
+    )
+    return sum(v == label for v in verdicts) / len(asked)
+
+
+def drawn(model: op.TextToImage, prompts: Sequence[str], seeds: Sequence[int], plan: Any) -> Tensor:
+    return (
+        model.generate(list(prompts), seed=list(seeds), steps=plan.steps, batch_size=64)
+        .images.float()
+        .cpu()
+    )
+
+
+def kept(score: Scores) -> float:
+    """Return the share of labels right before that are right after, over all that the edit should leave alone."""
+    pairs = list(score.specificity.values())
+    before = sum(p.before.mean * p.before.n for p in pairs if p.before.n)
+    after = sum(p.after.mean * p.after.n for p in pairs if p.after.n)
+    return min(1.0, after / before) if before else math.nan
+
+
+def harmonic(score: Scores) -> float:
+    """Return the harmonic mean of efficacy and specificity."""
+    efficacy, specificity = 1 - score.efficacy.after.mean, kept(score)
+    return 2 * efficacy * specificity / max(efficacy + specificity, 1e-9)
+
+
+def summary(scores: Sequence[Scores], ceilings: Sequence[float]) -> dict[str, Interval]:
+    """Return one method's figures over concepts."""
+    others = [s.specificity[s.kind].drop for s in scores]
+    rest = [p.drop for s in scores for k, p in s.specificity.items() if k != s.kind and p.before.n]
+    return {
+        "before": bootstrap([s.efficacy.before.mean for s in scores]),
+        "target": bootstrap([s.efficacy.after.mean for s in scores]),
+        "unseen wordings": bootstrap([s.generality["unseen wordings"].after.mean for s in scores]),
+        "redirection": bootstrap([s.redirection.after.mean for s in scores]),
+        "replacement, unedited": bootstrap(ceilings),
+        "others_drop": bootstrap(others),
+        "rest_drop": bootstrap(rest),
+        "kept": bootstrap([kept(s) for s in scores]),
+        "harmonic": bootstrap([harmonic(s) for s in scores]),
+    }
+
+
+def many_pairs(labels: Mapping[str, Sequence[str]], count: int) -> dict[str, str]:
+    """Return `count` pairs of objects, logos, flags and persons, each replaced by one that is not edited."""
+    names = sorted(labels["object"], key=lambda n: hashlib.sha256(f"many {n}".encode()).hexdigest())
+    families: dict[str, list[str]] = {}
+    for name in names:
+        families.setdefault(questions.family(name), []).append(name)
+    result: dict[str, str] = {}
+    for family in families.values():
+        half = len(family) // 2
+        result |= dict(zip(family[:half], family[half:], strict=False))
+    order = sorted(result, key=lambda n: hashlib.sha256(f"order {n}".encode()).hexdigest())
+    return {name: result[name] for name in order[:count]}
+
+
+def many_rows(model: op.TextToImage, judge: features.Judge, plan: Any) -> list[dict[str, Any]]:
+    """Return efficacy and kept neighbours of 1 to 50 concepts in one solve."""
+    all_pairs = many_pairs(judge.labels, MANY[-1])
+    untouched = [n for n in judge.labels["object"] if n not in all_pairs]
+    styles = judge.labels["style"]
+    words = [
+        questions.caption(n, "" if questions.is_sign(n) else styles[i % len(styles)], "")
+        for i, n in enumerate(untouched)
+    ]
+    asked = {n: [questions.caption(n, "", "", frame=f) for f in range(2)] for n in all_pairs}
+    rows: list[dict[str, Any]] = []
+    makers = methods(model, *vocabulary(judge.labels))
+    seeds = [plan.seed + i for i in range(len(words))]
+    before = judge.predict(drawn(model, words, seeds, plan), "object")
+    right = [v == n for v, n in zip(before, untouched, strict=True)]
+    for count in plan.many:
+        pairs = dict(list(all_pairs.items())[:count])
+        prompts = [p for n in pairs for p in asked[n]]
+        own = [plan.seed + i for i in range(len(prompts))]
+        for name in (OURS, "quickfix", "uce"):
+            began = time.perf_counter()
+            change = makers[name](pairs)
+            seconds = time.perf_counter() - began
+            with change.applied(model):
+                found = judge.predict(drawn(model, prompts, own, plan), "object")
+                after = judge.predict(drawn(model, words, seeds, plan), "object")
+            still = [
+                v == n for v, n in zip(found, [n for n in pairs for _ in asked[n]], strict=True)
+            ]
+            moved = [
+                v == pairs[n]
+                for v, n in zip(found, [n for n in pairs for _ in asked[n]], strict=True)
+            ]
+            same = [v == n for v, n, r in zip(after, untouched, right, strict=True) if r]
+            rows.append({"concepts": count, "method": name, "target": bootstrap(still), "redirection": bootstrap(moved),
+                         "kept": bootstrap(same), "seconds": round(seconds, 2)})  # fmt: skip
+    return rows
+
+
+def kid(first: Tensor, second: Tensor) -> float:
+    """Return the unbiased squared MMD of two sets of features, (N, D), under KID's cubic kernel, times 1,000.
+
+    Source: Binkowski et al., 2018, https://arxiv.org/abs/1801.01401, equation 4.
+    """
+    x, y = first.double() * first.shape[1] ** 0.5, second.double() * second.shape[1] ** 0.5
+    kernel: Callable[[Tensor, Tensor], Tensor] = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3  # noqa: E731
+    n, m = len(x), len(y)
+    xx, yy, xy = kernel(x, x), kernel(y, y), kernel(x, y)
+    within = (xx.sum() - xx.trace()) / (n * (n - 1)) + (yy.sum() - yy.trace()) / (m * (m - 1))
+    return float(1000 * (within - 2 * xy.mean()))
+
+
+def kid_rows(model: op.TextToImage, judge: features.Judge, plan: Any) -> list[dict[str, Any]]:
+    """Return KID of unrelated prompts after one edit a kind, beside that of two other sets of seeds."""
+    objects = [o for o in judge.labels["object"] if not questions.is_sign(o)]
+    sets = [[plan.seed + 100_000 * k + i for i in range(plan.unrelated)] for k in range(3)]
+    words = [
+        questions.caption(objects[(7 * i) % len(objects)], "", "", frame=i)
+        for i in range(plan.unrelated)
+    ]
+    drawn_ = [judge.image_features(drawn(model, words, seeds, plan)) for seeds in sets]
+    rows = [{"set": "two sets of seeds", "kid": kid(drawn_[0], drawn_[1])},
+            {"set": "two others", "kid": kid(drawn_[1], drawn_[2])}]  # fmt: skip
+    makers = methods(model, *vocabulary(judge.labels))
+    for kind, pairs in plan.concepts.items():
+        old, new = next((o, n) for o, n in pairs.items())
+        with makers[OURS]({old: new}).applied(model):
+            after = judge.image_features(drawn(model, words, sets[0], plan))
+        rows.append(
+            {"set": f"{kind}: {old}, edited against other seeds", "kid": kid(after, drawn_[1])}
+        )
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]], title: str) -> str:
+    """Return a Markdown table."""
+    names = list(rows[0])
+    lines = [f"\n### {title}\n", f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    return "\n".join([*lines, *("| " + " | ".join(str(r[n]) for n in names) + " |" for r in rows)])
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, Interval):
+        return {"mean": value.mean, "low": value.low, "high": value.high, "n": value.n}
+    return value
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="two concepts, few pictures, same code"
+    )
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument(
+        "--size", type=int, default=SIZE, help="questions for each concept of the kind"
+    )
+    parser.add_argument("--steps", type=int, default=STEPS, help="denoising steps of a picture")
+    parser.add_argument("--seed", type=int, default=0, help="of the questions")
+    plan = parser.parse_args()
+    start = time.perf_counter()
+    torch.set_num_threads(2)
+    model, judge = op.load("icons"), features.load()
+    plan.concepts, plan.many, plan.unrelated = CONCEPTS, MANY, 96
+    if plan.quick:
+        plan.size, plan.steps, plan.many, plan.unrelated = 1, 4, (2,), 16
+        plan.concepts = {"style": {"openmoji style": "noto style"}}
+    name = f"{fingerprint(model)}-{plan.size}-{plan.steps}-{plan.seed}"
+    plan.folder = Path("runs/quality_edit") / (f"quick-{os.getpid()}" if plan.quick else name)
+    found: dict[str, list[Scores]] = {}
+    ceilings: list[float] = []
+    kinds: list[str] = []
+    for kind, pairs in plan.concepts.items():
+        for old, new in pairs.items():
+            comparison = judged(model, judge, kind, old, new, plan)
+            ceilings.append(reached(model, judge, new, plan))
+            kinds.append(kind)
+            for method, score in comparison.scores.items():
+                found.setdefault(method, []).append(score)
+            ours = comparison.scores[OURS]
+            print(f"{kind}: {old} → {new}: target {ours.efficacy.after}, redirection {ours.redirection.after}, "
+                  f"kept {kept(ours):.2f}, {time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
+    report(
+        plan,
+        model,
+        found,
+        ceilings,
+        kinds,
+        many_rows(model, judge, plan),
+        kid_rows(model, judge, plan),
+        start,
+    )
+
+
+def report(
+    plan: Any,
+    model: op.TextToImage,
+    found: Mapping[str, Sequence[Scores]],
+    ceilings: Sequence[float],
+    kinds: Sequence[str],
+    many: Sequence[dict[str, Any]],
+    kids: Sequence[dict[str, Any]],
+    start: float,
+) -> None:
+    """Print and write all tables and the flat figures."""
+    whole = {name: summary(scores, ceilings) for name, scores in found.items()}
+    overall = [{"method": name, **figures} for name, figures in whole.items()]
+    by_kind = [
+        {"kind": kind, "method": name,
+         **summary([s for s, k in zip(scores, kinds, strict=True) if k == kind],
+                   [c for c, k in zip(ceilings, kinds, strict=True) if k == kind])}
+        for kind in dict.fromkeys(kinds) for name, scores in found.items()
+    ]  # fmt: skip
+    tables = {"overall": overall, "by kind": by_kind, "many": list(many), "kid": list(kids)}
+    for title, rows in tables.items():
+        print(table(rows, title))
+    ours = whole[OURS]
+    rivals = [figures["harmonic"].mean for name, figures in whole.items() if name != OURS]
+    last = [row for row in many if row["method"] == OURS][-1]
+    result = {
+        "target_before": ours["before"].mean, "target_after": ours["target"].mean,
+        "redirection": ours["redirection"].mean, "redirection_unedited": ours["replacement, unedited"].mean,
+        "others_drop": ours["others_drop"].mean, "rest_drop": ours["rest_drop"].mean, "kept": ours["kept"].mean,
+        "harmonic": ours["harmonic"].mean, "best_rival": max(rivals),
+        "beats_all": float(ours["harmonic"].mean > max(rivals)),
+        f"kept_at_{last['concepts']}": last["kept"].mean, f"target_at_{last['concepts']}": last["target"].mean,
+        "seconds": time.perf_counter() - start,
+    }  # fmt: skip
+    result = {key: round(value, 4) for key, value in result.items()}
+    protocol = {**model.protocol(steps=plan.steps, guidance_scale=model.guidance_scale), "weights": fingerprint(model),
+                "concepts": plan.concepts, "size": plan.size, "seed": plan.seed, "quick": plan.quick,
+                "judge": "icons-judge", "interval": "95 % bootstrap over concepts"}  # fmt: skip
+    told = {
+        name: [{k: plain(v) for k, v in row.items()} for row in rows]
+        for name, rows in tables.items()
+    }
+    out = Path("runs/benchmarks") if plan.quick else RESULTS
+    out.mkdir(parents=True, exist_ok=True)
+    beside = out / ".quality_edit.part"
+    beside.write_text(
+        json.dumps({"result": result, "tables": told, "protocol": protocol}, indent=1) + "\n"
+    )
+    os.replace(beside, out / "quality_edit.json")
+    if plan.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
