@@ -216,16 +216,19 @@ def many_rows(model: op.TextToImage, judge: features.Judge, plan: Any) -> list[d
 
 
 def kid(first: Tensor, second: Tensor) -> float:
-    """Return the unbiased squared MMD of two sets of features, (N, D), under KID's cubic kernel, times 1,000.
+    """Return the unbiased squared MMD of two sets of features of the same N prompts, (N, D), times 1,000.
+
+    The kernel is KID's cubic one.
 
     Source: Binkowski et al., 2018, https://arxiv.org/abs/1801.01401, equation 4.
     """
     x, y = first.double() * first.shape[1] ** 0.5, second.double() * second.shape[1] ** 0.5
     kernel: Callable[[Tensor, Tensor], Tensor] = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3  # noqa: E731
-    n, m = len(x), len(y)
+    n = len(x)
     xx, yy, xy = kernel(x, x), kernel(y, y), kernel(x, y)
-    within = (xx.sum() - xx.trace()) / (n * (n - 1)) + (yy.sum() - yy.trace()) / (m * (m - 1))
-    return float(1000 * (within - 2 * xy.mean()))
+    within = (xx.sum() - xx.trace()) / (n * (n - 1)) + (yy.sum() - yy.trace()) / (n * (n - 1))
+    across = 2 * (xy.sum() - xy.trace()) / (n * (n - 1))  # one prompt drawn twice is no fair pair
+    return float(1000 * (within - across))
 
 
 def kid_rows(model: op.TextToImage, judge: features.Judge, plan: Any) -> list[dict[str, Any]]:
@@ -277,11 +280,13 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=STEPS, help="denoising steps of a picture")
     parser.add_argument("--seed", type=int, default=0, help="of the questions")
+    parser.add_argument("--concepts", type=int, default=5, help="of each kind")
     plan = parser.parse_args()
     start = time.perf_counter()
     torch.set_num_threads(2)
     model, judge = op.load("icons"), features.load()
-    plan.concepts, plan.many, plan.unrelated = CONCEPTS, MANY, 96
+    plan.concepts = {k: dict(list(v.items())[: plan.concepts]) for k, v in CONCEPTS.items()}
+    plan.many, plan.unrelated = MANY, 96
     if plan.quick:
         plan.size, plan.steps, plan.many, plan.unrelated = 1, 4, (2,), 16
         plan.concepts = {"style": {"openmoji style": "noto style"}}

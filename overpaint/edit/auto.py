@@ -454,8 +454,8 @@ def _check_numbers(
         raise ValueError(
             f"`preserve_weight` must be 'auto' or a number from 0, got {preserve_weight!r}. 15 is usual."
         )
-    for name, number in (("bound", bound), ("allowance", allowance)):
-        if not 0 < number < math.inf:
+    for name, share in (("bound", bound), ("allowance", allowance)):
+        if not 0 < share < math.inf:
             raise ValueError(
-                f"`{name}` must be positive and finite, got {number!r}: 0.02 is two per cent."
+                f"`{name}` must be positive and finite, got {share!r}: 0.02 is two per cent."
             )
