@@ -1,11 +1,12 @@
 """The closed form: acceptance checks 25 to 36 of the specification, on plain random matrices."""
 
 import math
+import time
 
 import pytest
 import torch
 
-from overpaint.edit.solve import compress, contradiction, factorise, solve
+from overpaint.edit.solve import compress, contradiction, factorise, product, solve
 
 D_OUT, D_IN, PAIRS, RIDGE = 40, 48, 12, 0.01
 
@@ -212,7 +213,8 @@ def test_more_keys_than_columns_take_the_smaller_system(kept):
     p = draw(kept, D_IN, seed=27)
     given = {"weight": w, "ridge": RIDGE, "preserve": p, "preserve_weight": 0.3}
     small, large = solve(k, v, **given, method="auto"), solve(k, v, **given, method="dual")
-    assert (small.right.shape, large.right.shape) == ((D_IN, D_IN), (70, D_IN))
+    assert (small.right.shape, large.right.shape) == ((D_IN, D_IN), (D_IN, D_IN))
+    assert factorise(k, ridge=RIDGE).turn is not None  # 70 x 70 was asked for
     assert close(small.delta, large.delta, to=1e-9)
     assert small.condition_number == pytest.approx(large.condition_number, rel=1e-9)
     assert small.effective_rank == large.effective_rank
@@ -244,6 +246,80 @@ def test_contradictions_are_found_and_repeats_are_not(problem):
     many = draw(2000, 4, seed=19)
     many[1999] = many[1500]
     assert contradiction(many, draw(2000, 2, seed=20)) == (1500, 1999)
+
+
+def brute_force(k, v, tolerance=1e-6):
+    """The definition, pair by pair."""
+    for i in range(len(k)):
+        for j in range(i + 1, len(k)):
+            same = (k[i] - k[j]).norm() <= tolerance * max(k[i].norm(), k[j].norm())
+            if same and (v[i] - v[j]).norm() > 100 * tolerance * max(v[i].norm(), v[j].norm()):
+                return i, j
+    return None
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_contradictions_are_those_of_the_definition(seed):
+    random = torch.Generator().manual_seed(seed)
+    k, v = draw(60, 1 + seed, seed=seed), draw(60, 2, seed=seed + 100)
+    k *= 10 ** torch.randn(60, 1, generator=random)  # tolerances are relative
+    for _ in range(20):
+        to, of = torch.randint(60, (2,), generator=random).tolist()
+        by = 10 ** float(torch.randint(-8, -3, (1,), generator=random))
+        k[to] = k[of] * (1 + by * 0.3)
+        v[to] = v[of] * (1 + 100 * by * 0.3) if random.initial_seed() % 3 else v[to]
+    wanted = brute_force(k, v)
+    assert contradiction(k, v) == wanted
+    assert contradiction(k.float(), lambda rows: v[rows]) == brute_force(k.float().double(), v)
+
+
+def test_repeats_among_which_one_contradicts_another_are_told_by_the_first():
+    k, v = draw(1, 5).repeat(30, 1), draw(1, 3).repeat(30, 1)
+    assert contradiction(k, v) is None
+    v[17:] += 1.0
+    assert contradiction(k, v) == (0, 17)
+    near = torch.linspace(0, 3e-4, 30).double()[
+        :, None
+    ]  # only the ends of this row are two targets
+    assert contradiction(k, v[:1] * (1 + near)) == brute_force(k, v[:1] * (1 + near)) == (0, 10)
+
+
+@pytest.mark.parametrize("distinct", [20_000, 40, 1])
+def test_many_keys_take_no_time(distinct):
+    k, v = draw(distinct, 32).repeat(20_000 // distinct, 1), draw(distinct, 8)
+    start = time.perf_counter()
+    assert contradiction(k, lambda rows: v[rows % distinct]) is None
+    assert time.perf_counter() - start < 5.0  # all pairs would be 400 million
+    k[-1], k[distinct // 2] = k[0], k[0]
+    found = contradiction(k, lambda rows: torch.where(rows[:, None] == 19_999, v[:1] + 1.0, v[:1]))
+    assert found == (0, 19_999)
+
+
+def test_sums_are_those_of_doubles():
+    a, b = draw(9001, 70, seed=30).float(), draw(9001, 3, seed=31).half()
+    assert close(product(a), a.double().T @ a.double(), to=1e-14)
+    assert close(product(a, b), a.double().T @ b.double(), to=1e-14)
+    assert torch.equal(product(a), product(a).T) and product(a[:0]).abs().max() == 0
+
+
+@pytest.mark.parametrize("kept", [0, 20])
+def test_the_sums_say_all_where_keys_outnumber_columns(kept):
+    k, w, v = draw(70, D_IN, seed=24), draw(D_OUT, D_IN, seed=25), draw(70, D_OUT, seed=26)
+    gram = product(draw(kept, D_IN, seed=27)) if kept else None
+    r = v - k @ w.T
+    factors = factorise(k, ridge=RIDGE, gram=gram, method="auto")
+    assert close(factors.solve_sums(r.T @ k).delta, factors.solve(r).delta, to=1e-12)
+    assert close(factors.gram, k.T @ k, to=1e-12)
+    with pytest.raises(ValueError, match="12 keys of width 48 were not factorised by their sums"):
+        factorise(k[:12], ridge=RIDGE, method="auto").solve_sums(r.T @ k)
+
+
+def test_what_cannot_be_compressed_keeps_its_right_factor(problem):
+    solution = solve(**problem, ridge=RIDGE)
+    left, right = compress(solution.left, solution.right)
+    assert right.data_ptr() == solution.right.data_ptr() and torch.equal(left, solution.left)
+    spared = torch.cat([solution.left[:, :-1], solution.left[:, :1]], dim=1)  # one column twice
+    assert compress(spared, solution.right)[0].shape == (D_OUT, PAIRS - 1)
 
 
 @pytest.mark.parametrize("ridge", [0.0, -0.1, math.nan, math.inf])

@@ -10,24 +10,27 @@ Its solution moves :math:`W` by :math:`\Delta = R^\top (I + K A^{-1} K^\top)^{-1
 rows, whatever M is. Without preserved keys it is the paper's :math:`R^\top (\lambda I + K K^\top)^{-1} K`.
 
 The targets enter by :math:`R` alone, so weights that read the same keys share everything else: `factorise` once, then
-`solve` for each weight's residuals.
+`solve` for each weight's residuals. Where there are more keys than D_in, the sums :math:`K^\top K` and :math:`R^\top K`
+say all there is to know, and :math:`\Delta = R^\top K (A + K^\top K)^{-1}`.
 
 Source: Basu et al., 2024 (Diff-QuickFix), https://arxiv.org/abs/2310.13730, equations 8 and 9; the preserved keys are
 those of Gandikota et al., 2024 (UCE), https://arxiv.org/abs/2308.14761.
-Deviations: the dual form instead of the paper's D_in x D_in inverse, which float32 and nearly collinear keys break.
+Deviations: the dual form where it is the smaller; float64 sums, since float32 and nearly collinear keys break the
+paper's D_in x D_in inverse.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["Factors", "Solution", "compress", "contradiction", "factorise", "solve"]
+__all__ = ["Factors", "Solution", "compress", "contradiction", "factorise", "product", "solve"]
 
 Method = Literal["auto", "dual", "primal"]
+_ROWS = 4096  # of keys in double at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +38,8 @@ class Solution:
     """What moves the weight: `left @ right`, shape (D_out, D_in), and how well the problem was posed.
 
     Attributes:
-        left: Shape (D_out, R), float64; R is N, or D_in where more keys than that were solved by the primal form.
-        right: Shape (R, D_in), float64; weights that share their keys share this very tensor.
+        left: Shape (D_out, R), float64; R is N or D_in, the smaller of them.
+        right: Shape (R, D_in), float64, its rows orthonormal; weights that share their keys share this very tensor.
         condition_number: Of the N x N system; float64 keeps about 16 digits less its logarithm.
         effective_rank: Directions of the keys that the data, not the prior, decide.
     """
@@ -57,16 +60,22 @@ class Factors:
     r"""What the movements of all weights with the same keys share; made by `factorise`.
 
     Attributes:
-        keys: :math:`K`, shape (N, D_in), float64.
-        right: What every movement is a combination of the rows of, shape (R, D_in), float64.
-        system: LU factors and pivots of the N x N matrix, for the dual form; `None` for the primal.
+        keys: :math:`K`, shape (N, D_in).
+        right: What every movement is a combination of the rows of, shape (R, D_in), float64, orthonormal.
+        turn: Turns what is solved for N keys into such a combination, shape (N, R), float64; `None` where the sums are
+            solved for.
+        system: LU factors and pivots of the N x N matrix, for the dual form, or of the D_in x D_in matrix, for the
+            sums.
+        gram: :math:`K^\top K`, shape (D_in, D_in), float64, where the sums are solved for.
         condition_number: As in `Solution`.
         effective_rank: As in `Solution`.
     """
 
     keys: Tensor
     right: Tensor
+    turn: Tensor | None
     system: tuple[Tensor, Tensor] | None
+    gram: Tensor | None
     condition_number: float
     effective_rank: int
 
@@ -84,13 +93,30 @@ class Factors:
                 f"residuals {tuple(residuals.shape)} do not fit {len(self.keys)} keys: give (N, D_out), a row a key."
             )
         _check_finite({"residuals": residuals})
+        if self.turn is None:
+            return self.solve_sums(product(residuals, self.keys))
         residual = _exact(residuals)
         if self.system is not None:
-            left = torch.linalg.lu_solve(*self.system, residual).T
-        elif len(self.right) == len(self.keys):
-            left = residual.T
-        else:
-            left = residual.T @ self.keys
+            residual = torch.linalg.lu_solve(*self.system, residual)
+        return self._solution(residual.T @ self.turn)
+
+    def solve_sums(self, cross: Tensor) -> Solution:
+        r"""Movement of one weight, of which the residuals are known by their sums with the keys alone.
+
+        Args:
+            cross: :math:`R^\top K`, shape (D_out, D_in), float64.
+
+        Raises:
+            ValueError: There are no more keys than D_in, or the dual form was asked for: those take `solve`.
+        """
+        if self.turn is not None or self.system is None:
+            raise ValueError(
+                f"{len(self.keys)} keys of width {self.keys.shape[1]} were not factorised by their sums: call `solve` "
+                "with the residuals."
+            )
+        return self._solution(torch.linalg.lu_solve(*self.system, _exact(cross).T).T)
+
+    def _solution(self, left: Tensor) -> Solution:
         return Solution(left, self.right, self.condition_number, self.effective_rank)
 
 
@@ -126,8 +152,7 @@ def solve(
     keys, targets, weight = (_exact(tensor) for tensor in (keys, targets, weight))
     gram = None
     if preserve is not None and len(preserve) and preserve_weight > 0:
-        kept = _exact(preserve) * math.sqrt(preserve_weight)
-        gram = kept.T @ kept
+        gram = product(preserve) * preserve_weight
     factors = factorise(keys, ridge=ridge, gram=gram, method=method)
     return factors.solve(targets - keys @ weight.T)
 
@@ -150,36 +175,65 @@ def factorise(
     _check_knobs(ridge, 0.0, method)
     width = keys.shape[-1]
     _check_gram(keys, gram)
-    keys = _exact(keys)
+    keys = keys.detach().cpu()
     prior = None
     if gram is not None:
         prior = _exact(gram) + torch.eye(width, dtype=torch.float64) * ridge
     if method == "dual" or (method == "auto" and len(keys) <= width):
-        return _dual(keys, ridge, prior)
+        return _dual(_exact(keys), ridge, prior)
     return _primal(keys, ridge, prior)
 
 
+def product(a: Tensor, b: Tensor | None = None) -> Tensor:
+    """Return `a.T @ b`, or `a.T @ a` at two thirds of the price, summed up in float64, shape (D_a, D_b).
+
+    Args:
+        a: Shape (N, D_a), of any kind; no copy of it all in double is made.
+        b: Shape (N, D_b); `a` if `None`.
+    """
+    width = a.shape[1]
+    if b is not None:
+        total = torch.zeros(width, b.shape[1], dtype=torch.float64)
+        for rows, others in zip(_blocks(a), _blocks(b), strict=True):
+            total.addmm_(rows.T, others)
+        return total
+    total = torch.zeros(width, width, dtype=torch.float64)
+    step = max(64, -(-width // 4))
+    for rows in _blocks(a):
+        for first in range(0, width, step):
+            columns = slice(first, first + step)
+            total[columns, first:].addmm_(rows[:, columns].T, rows[:, first:])
+    return total.triu() + total.triu(1).T
+
+
 def contradiction(
-    keys: Tensor, targets: Tensor, *, tolerance: float = 1e-6
+    keys: Tensor, targets: Tensor | Callable[[Tensor], Tensor], *, tolerance: float = 1e-6
 ) -> tuple[int, int] | None:
     """First two rows that send one key to two targets, or `None`.
 
+    Keys are sorted along a few axes: only those near one another on all of them are compared, and of these only what
+    does not lie with its targets around one target anyway.
+
     Args:
         keys: Shape (N, D_in).
-        targets: Shape (N, D_out).
+        targets: Shape (N, D_out), or what gives them for some rows; few keys have others near.
         tolerance: Keys nearer than this, relative to their norm, are one key; targets further apart than a hundred
             times this, relative to theirs, are two targets.
     """
-    keys, targets = _exact(keys), _exact(targets)
-    for start in range(0, len(keys), 1024):
-        rows = slice(start, start + 1024)
-        same = _distances(keys[rows], keys) <= tolerance
-        apart = _distances(targets[rows], targets) > 100 * tolerance
-        found = (same & apart).nonzero()
-        if len(found):
-            first, second = sorted((int(found[0, 0]) + start, int(found[0, 1])))
-            return first, second
-    return None
+    give = targets.__getitem__ if isinstance(targets, Tensor) else targets
+    best: tuple[int, int] | None = None
+    for rows in _neighbours(keys, tolerance):
+        if best is not None and int(rows[0]) > best[0]:
+            break
+        wanted = _exact(give(rows))
+        far = (wanted - wanted[0]).norm(dim=1) * (1 + 50 * tolerance)
+        if bool((far <= 49.9 * tolerance * wanted[0].norm()).all()):
+            continue  # so no two are further apart than 100 times the tolerance
+        found = _first_clash(_exact(keys[rows]), wanted, tolerance)
+        if found is not None:
+            first, second = sorted(int(rows[place]) for place in found)
+            best = (first, second) if best is None else min(best, (first, second))
+    return best
 
 
 def compress(left: Tensor, right: Tensor, *, tolerance: float = 1e-10) -> tuple[Tensor, Tensor]:
@@ -187,24 +241,87 @@ def compress(left: Tensor, right: Tensor, *, tolerance: float = 1e-10) -> tuple[
 
     Args:
         left: Shape (D_out, R).
-        right: Shape (R, D_in).
+        right: Shape (R, D_in); if its rows are orthonormal, as those of a `Solution`, and none of them can be spared,
+            the new right factor is this very tensor.
         tolerance: Allowed relative error in the Frobenius norm.
 
     Returns:
         New factors (D_out, r) and (r, D_in) with r <= R; r is 0 where the product is 0.
     """
-    if left.shape[1] >= min(left.shape[0], right.shape[1]):
-        u, s, vh = torch.linalg.svd(left @ right, full_matrices=False)
+    if not _orthonormal(right):
+        q, r = torch.linalg.qr(right.T)
+        left, right = left @ r.T, q.T
+    if _full(left, tolerance):
+        if left.shape[1] <= left.shape[0]:
+            return left.contiguous(), right.contiguous()
+        return torch.eye(len(left), dtype=left.dtype), left @ right
+    if left.shape[0] > left.shape[1]:
+        q, r = torch.linalg.qr(left)
+        u, s, vh = torch.linalg.svd(r)
+        u = q @ u
     else:
-        q_left, r_left = torch.linalg.qr(left)
-        q_right, r_right = torch.linalg.qr(right.T)
-        u, s, vh = torch.linalg.svd(r_left @ r_right.T)
-        u, vh = q_left @ u, vh @ q_right.T
+        u, s, vh = torch.linalg.svd(left, full_matrices=False)
     tail = (
         s.square().flip(0).cumsum(0).flip(0).sqrt()
     )  # norm of what is lost by cutting before each direction
     rank = int((tail > tolerance * tail[:1]).sum())
-    return (u[:, :rank] * s[:rank]).contiguous(), vh[:rank].contiguous()
+    return (u[:, :rank] * s[:rank]).contiguous(), (vh[:rank] @ right).contiguous()
+
+
+def _orthonormal(rows: Tensor) -> bool:
+    if len(rows) > rows.shape[1]:
+        return False
+    identity = torch.eye(len(rows), dtype=rows.dtype)
+    return bool((rows @ rows.T - identity).abs().max() <= 1e-12) if len(rows) else True
+
+
+def _full(left: Tensor, tolerance: float) -> bool:
+    """Whether no direction of `left` can be spared; `False` also where that is not plain to see.
+
+    A Cholesky factorisation tells at a hundredth of the price of the singular values.
+    """
+    if not left.numel():
+        return False
+    square = left.T @ left if left.shape[1] <= left.shape[0] else left @ left.T
+    least = max(1e-14, (10 * tolerance) ** 2) * square.trace()
+    square.diagonal().sub_(least)
+    return float(least) > 0 and int(torch.linalg.cholesky_ex(square)[1]) == 0
+
+
+def _neighbours(keys: Tensor, tolerance: float) -> Iterator[Tensor]:
+    """Yield groups of rows, each in ascending order, by their first: keys of different groups are no neighbours."""
+    if len(keys) < 2:
+        return
+    width = keys.shape[1]
+    random = torch.randn(width, min(8, width), generator=torch.Generator().manual_seed(0)).double()
+    axes = torch.linalg.qr(random)[0]
+    places = torch.cat([rows @ axes for rows in _blocks(keys)])
+    largest = max(float(rows.norm(dim=1).max()) for rows in _blocks(keys))
+    near = tolerance * (1 + 1e-6) * largest  # what is near is near on every axis
+    group = torch.zeros(len(keys), dtype=torch.long)
+    for place in places.T:
+        order = place.argsort(stable=True)
+        order = order[group[order].argsort(stable=True)]
+        split = (place[order].diff() > near) | (group[order].diff() != 0)
+        group[order[1:]] = split.cumsum(0)
+        group[order[0]] = 0
+    many = torch.bincount(group)[group] > 1
+    rows = many.nonzero()[:, 0]
+    order = rows[group[rows].argsort(stable=True)]
+    sizes = torch.unique_consecutive(group[order], return_counts=True)[1]
+    groups = order.split(sizes.tolist())
+    yield from sorted(groups, key=lambda rows: int(rows[0]))
+
+
+def _first_clash(keys: Tensor, targets: Tensor, tolerance: float) -> tuple[int, int] | None:
+    for start in range(0, len(keys), 256):
+        rows = slice(start, start + 256)
+        same = _distances(keys[rows], keys) <= tolerance
+        apart = _distances(targets[rows], targets) > 100 * tolerance
+        found = (same & apart).nonzero()
+        if len(found):
+            return int(found[0, 0]) + start, int(found[0, 1])
+    return None
 
 
 def _dual(keys: Tensor, ridge: float, prior: Tensor | None) -> Factors:
@@ -216,12 +333,13 @@ def _dual(keys: Tensor, ridge: float, prior: Tensor | None) -> Factors:
         right = torch.linalg.solve_triangular(root.T, half, upper=True).T
     gram = half.T @ half  # (N, N), K A^-1 K^T
     lu, pivots, _ = torch.linalg.lu_factor_ex(gram + torch.eye(len(keys), dtype=torch.float64))
-    return Factors(keys, right, (lu, pivots), *_posed(gram, len(keys)))
+    q, r = torch.linalg.qr(right.T)
+    return Factors(keys, q.T, r.T, (lu, pivots), None, *_posed(gram, len(keys)))
 
 
 def _primal(keys: Tensor, ridge: float, prior: Tensor | None) -> Factors:
     width = keys.shape[1]
-    gram = keys.T @ keys
+    gram = product(keys)
     identity = torch.eye(width, dtype=torch.float64)
     if prior is None:
         system, whitened = gram + ridge * identity, gram / ridge
@@ -230,9 +348,12 @@ def _primal(keys: Tensor, ridge: float, prior: Tensor | None) -> Factors:
         half = torch.linalg.solve_triangular(root, gram, upper=False)
         whitened = torch.linalg.solve_triangular(root, half.T, upper=False)
         system = gram + prior
-    columns = keys.T if len(keys) <= width else identity
-    right = torch.linalg.solve(system, columns).T
-    return Factors(keys, right, None, *_posed((whitened + whitened.T) / 2, len(keys)))
+    posed = _posed((whitened + whitened.T) / 2, len(keys))
+    lu, pivots, _ = torch.linalg.lu_factor_ex(system)
+    if len(keys) > width:
+        return Factors(keys, identity, None, (lu, pivots), gram, *posed)
+    q, r = torch.linalg.qr(torch.linalg.lu_solve(lu, pivots, _exact(keys).T))
+    return Factors(keys, q.T, r.T, None, None, *posed)
 
 
 def _root(prior: Tensor) -> Tensor:
@@ -261,6 +382,11 @@ def _distances(rows: Tensor, others: Tensor) -> Tensor:
     a, b = rows.square().sum(1)[:, None], others.square().sum(1)[None]
     squared = (a + b - 2 * rows @ others.T).clamp(min=0)
     return (squared / torch.maximum(a, b).clamp(min=1e-300)).sqrt()
+
+
+def _blocks(rows: Tensor) -> Iterator[Tensor]:
+    """Yield some rows at a time, in double."""
+    return (_exact(block) for block in rows.split(_ROWS))
 
 
 def _exact(tensor: Tensor) -> Tensor:
