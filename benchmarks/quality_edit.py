@@ -33,14 +33,14 @@ import torch
 from torch import Tensor
 
 import overpaint as op
-from overpaint import evaluate, features, questions
+from overpaint import evaluate, features, questions, sample
 from overpaint.edit import Change
 from overpaint.metrics import Interval, bootstrap
 from overpaint.scores import Comparison, Scores
 from overpaint.trace.identity import fingerprint
 
 RESULTS = Path(__file__).parent / "results"
-STEPS, SIZE = 10, 6
+STEPS, SIZE = 8, 3
 CONCEPTS = {
     "style": {
         "openmoji style": "noto style", "high contrast style": "twemoji style", "fluent style": "blob style",
@@ -85,15 +85,6 @@ def methods(
     }
 
 
-def vocabulary(labels: Mapping[str, Sequence[str]]) -> tuple[list[str], list[str]]:
-    """Return the concepts that `auto` looks after, and the objects that only the judge asks about."""
-    things = [name for name in labels["object"] if not questions.is_sign(name)]
-    asked = [name for name in things if questions.half(name) == 0]
-    known = [f"{name} style" for name in labels["style"]]
-    known += [f"{name} background" for name in labels["color"]]
-    return known + [name for name in labels["object"] if name not in asked], asked
-
-
 def judged(
     model: op.TextToImage, judge: features.Judge, kind: str, old: str, new: str, plan: Any
 ) -> Comparison:
@@ -101,7 +92,7 @@ def judged(
     folder = plan.folder / hashlib.sha256(f"{kind} {old} {new}".encode()).hexdigest()[:12]
     if (folder / "comparison.json").exists():
         return Comparison.load(folder)
-    makers = methods(model, *vocabulary(judge.labels))
+    makers = methods(model, *questions.looked_after(judge.labels))
     changes = {name: make({old: new}) for name, make in makers.items()}
     found = evaluate.compare(
         model, changes, judge=judge, size=plan.size, steps=plan.steps, seed=plan.seed, gallery=1
@@ -187,7 +178,7 @@ def many_rows(model: op.TextToImage, judge: features.Judge, plan: Any) -> list[d
     ]
     asked = {n: [questions.caption(n, "", "", frame=f) for f in range(2)] for n in all_pairs}
     rows: list[dict[str, Any]] = []
-    makers = methods(model, *vocabulary(judge.labels))
+    makers = methods(model, *questions.looked_after(judge.labels))
     seeds = [plan.seed + i for i in range(len(words))]
     before = judge.predict(drawn(model, words, seeds, plan), "object")
     right = [v == n for v, n in zip(before, untouched, strict=True)]
@@ -242,7 +233,7 @@ def kid_rows(model: op.TextToImage, judge: features.Judge, plan: Any) -> list[di
     drawn_ = [judge.image_features(drawn(model, words, seeds, plan)) for seeds in sets]
     rows = [{"set": "two sets of seeds", "kid": kid(drawn_[0], drawn_[1])},
             {"set": "two others", "kid": kid(drawn_[1], drawn_[2])}]  # fmt: skip
-    makers = methods(model, *vocabulary(judge.labels))
+    makers = methods(model, *questions.looked_after(judge.labels))
     for kind, pairs in plan.concepts.items():
         old, new = next((o, n) for o, n in pairs.items())
         with makers[OURS]({old: new}).applied(model):
@@ -285,6 +276,7 @@ def main() -> None:
     start = time.perf_counter()
     torch.set_num_threads(2)
     model, judge = op.load("icons"), features.load()
+    model.pipe.scheduler = sample.solver(model, "dpm")  # few steps, close to many
     plan.concepts = {k: dict(list(v.items())[: plan.concepts]) for k, v in CONCEPTS.items()}
     plan.many, plan.unrelated = MANY, 96
     if plan.quick:

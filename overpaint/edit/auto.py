@@ -7,8 +7,8 @@ r"""Edits that choose what to preserve, and how heavily, from text alone.
 3. how far other concepts would drift is known before any picture is drawn: :math:`\|\Delta H\|^2` over the layer's
    inputs :math:`H` in captions of each, in units of the movement that the edit itself asks for. Those above `bound`
    join the preserve list and weigh four times more in each round that leaves them there. What stays above is named;
-4. the weight of the background is the heaviest that gives up at most `allowance` of the movement, measured on captions
-   that nothing was fitted to.
+4. the weight of the background is the one with the best harmonic mean of what is reached and what is spared, measured
+   on captions that nothing was fitted to.
 
 Every sum is a mean over captions, so that weights do not depend on how many there are. Only sums over keys are kept:
 memory does not grow with the captions either, and one solve is D_in x D_in.
@@ -44,6 +44,7 @@ _CHUNK = 256  # captions read at once
 _ROUNDS = 5
 _PER_CONCEPT = 8  # captions of a concept to look after
 _FRESH = 64  # captions that nothing is fitted to
+_PRICE = 5.0  # a movement of the background costs as much as so many missed ones of the concept
 _EMPTY = 0.05  # the empty prompt's share of the background: guidance reads it for every picture
 
 
@@ -143,9 +144,9 @@ def auto(
         contexts: Captions of each concept.
         background: Captions that should not move.
         bound: Largest drift of a concept, as a share of the movement that the edit asks for.
-        preserve_weight: What an average background caption counts against an average one of a concept, or `"auto"`:
-            the heaviest of `WEIGHTS` within the allowance.
-        allowance: Share of the movement that `"auto"` may give up.
+        preserve_weight: What an average background caption counts against an average one of a concept, or `"auto"`,
+            one of `WEIGHTS`.
+        allowance: Share of the movement that may be given up for concepts in danger.
         ridge: Pull towards the old weight, in units of a caption's squared keys; positive.
         layer: Text layer, from 0.
         seed: Of the captions drawn.
@@ -185,7 +186,7 @@ def auto(
     unseen = _background(reader, {**term, "background": 4 * _FRESH, "seed": seed + 1})
     weights = WEIGHTS if preserve_weight == "auto" else (float(preserve_weight),)
     scan = [_measured(fitted, fresh, w, ground, unseen, ridge) for w in weights]
-    chosen = _choice(scan, allowance)
+    chosen = _choice(scan)
     tell(2, 3, "looking after what is in danger")
     watched = [*term["concepts"], *preserve]
     grams = [reader.gram(_captions(c, other_frames)) for c in watched]
@@ -335,9 +336,14 @@ def _measured(
     }
 
 
-def _choice(scan: Sequence[Mapping[str, float]], allowance: float) -> float:
-    least = min(row["missed"] for row in scan)
-    return max(row["preserve_weight"] for row in scan if row["missed"] <= least + allowance)
+def _choice(scan: Sequence[Mapping[str, float]]) -> float:
+    """Return the weight with the best harmonic mean of what is reached and what is spared."""
+
+    def merit(row: Mapping[str, float]) -> float:
+        reached, spared = max(0.0, 1 - row["missed"]), max(0.0, 1 - _PRICE * row["drift"])
+        return 2 * reached * spared / max(reached + spared, 1e-9)
+
+    return max(scan, key=merit)["preserve_weight"]
 
 
 def _looked_after(
