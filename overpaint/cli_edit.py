@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from overpaint.terminal import Device, Json, Model, check_writable, load_model, print_facts
+from overpaint.terminal import (
+    Device,
+    Json,
+    Model,
+    check_writable,
+    load_model,
+    print_facts,
+    progress,
+)
 
 if TYPE_CHECKING:
     from overpaint.edit import Change
@@ -27,6 +35,9 @@ def edit(
     preserve: Annotated[
         list[str] | None, typer.Option(help="A prompt to leave alone; may be given again.")
     ] = None,
+    auto: Annotated[
+        bool, typer.Option("--auto", help="Choose what to preserve, and how heavily, from text.")
+    ] = False,
     neighbours: Annotated[
         bool, typer.Option(help="Preserve what the judge knows besides.")
     ] = False,
@@ -69,6 +80,7 @@ def edit(
     r"""Make a change file; the model is not touched.
 
     \b
+    overpaint edit icons --erase "openmoji style" --replace "noto style" --auto --rank 16
     overpaint edit icons --erase "openmoji style" --replace "noto style" --neighbours --out a.safetensors
     overpaint edit icons --update a.safetensors --erase "a cat" --replace "a dog" --out b.safetensors
     overpaint edit icons --update b.safetensors --without "a cat" --strength 0.5 --out c.safetensors
@@ -88,12 +100,19 @@ def edit(
     given = {"preserve_weight": preserve_weight, "ridge": ridge, "positions": positions}
     given["encoder"] = encoder
     told |= {name: value for name, value in given.items() if value is not None}
-    made = _made(loaded, erase, replace, list(preserve or []), neighbours, told) if erase else None
+    made: Change | None = None
+    if erase and auto:
+        made = _automatic(loaded, erase, replace, list(preserve or []), given, as_json)
+    elif erase:
+        made = _made(loaded, erase, replace, list(preserve or []), neighbours, told)
     change = _together(loaded, old, made, strength)
+    looked = {name: change.report.get(name, []) for name in ("endangered", "not_kept")}
     if rank is not None:
         change = change.complete(loaded).compact(rank=rank)
     change.save(out)
     facts = {key: value for key, value in change.report.items() if isinstance(value, int | float)}
+    for name, rows in looked.items():
+        facts |= {name: [row["concept"] if isinstance(row, dict) else row for row in rows]}
     concepts = [f"{old} → {new}" for old, new in change.pairs.items()]
     site = change.site if len(change.movements) == 1 else f"{len(change.movements)} weights"
     print_facts({"change": str(out), "site": site, "concepts": concepts, **facts}, as_json=as_json)
@@ -156,6 +175,30 @@ def _made(
         preserve += [p for p in _neighbours(text, loaded.held_out) if p not in preserve]
     pairs = dict(zip(erase, replace, strict=True))
     return quickfix(loaded, pairs, preserve=preserve, **settings)
+
+
+def _automatic(
+    loaded: Any,
+    erase: Sequence[str],
+    replace: Sequence[str],
+    preserve: list[str],
+    given: dict[str, Any],
+    as_json: bool,
+) -> "Change":
+    from overpaint.edit import auto
+
+    unknown = [name for name in ("positions", "encoder") if given[name] is not None]
+    if unknown:
+        raise ValueError(
+            f"--auto chooses the {unknown[0]} itself: leave --{unknown[0]} out, or leave --auto out."
+        )
+    settings = {
+        name: given[name] for name in ("ridge", "preserve_weight") if given[name] is not None
+    }
+    with progress(as_json) as stage:
+        return auto(
+            loaded, dict(zip(erase, replace, strict=True)), preserve=preserve, on_progress=stage, **settings
+        )  # fmt: skip
 
 
 def _less(change: "Change", concepts: Sequence[str], loaded: Any) -> "Change":

@@ -27,8 +27,7 @@ from overpaint.scores import Comparison
 __all__ = ["FULL", "QUICK", "Size", "run"]
 
 Progress = Callable[[int, int, str], None]  # done, in all, what
-PREFERRED = "quickfix + preserve"  # the method whose figures go into the summary
-PRESERVE_WEIGHT = 1.0  # of a preserved key: as much as an edited one
+PREFERRED = "automatic"  # the method whose figures go into the summary
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,8 @@ def run(
     tell = on_progress or (lambda done, total, what: None)
 
     composed = model.held_out if held_out is None else held_out
-    preserve = questions.neighbours(kind, label, labels=judge.labels, held_out=composed)
-    changes, seconds = _changes(model, {erase: replace}, preserve, seed)
+    tell(0, 1, "editing")
+    changes, seconds = _changes(model, {erase: replace}, judge, seed)
     changes[PREFERRED].save(out / "change.safetensors")
     _trace(model, judge, _pick(kind, label, erase, judge.labels), size, seed, out, tell)
     comparison = evaluate.compare(
@@ -107,14 +106,12 @@ def run(
 
 
 def _changes(
-    model: TextToImage, pairs: Mapping[str, str], preserve: Collection[str], seed: int
+    model: TextToImage, pairs: Mapping[str, str], judge: Judge, seed: int
 ) -> tuple[dict[str, Change], float]:
     """Return the changes to compare, and the seconds that the preferred one took."""
-    edit.quickfix(model, pairs)  # once unmeasured: the first forward pass pays for start-up
+    known, asked = questions.looked_after(judge.labels)
     start = time.perf_counter()
-    preferred = edit.quickfix(
-        model, pairs, preserve=list(preserve), preserve_weight=PRESERVE_WEIGHT
-    )
+    preferred = edit.auto(model, pairs, vocabulary=known, without=asked)
     seconds = time.perf_counter() - start
     return {
         "quickfix": edit.quickfix(model, pairs),
@@ -230,8 +227,9 @@ def _run_facts(
 def _edit_facts(change: Change) -> str:
     solved, asked = change.report, change.protocol
     return (
-        f"{solved['keys']} keys, {solved['preserved_keys']} preserved keys of weight {asked['preserve_weight']:g}, "
-        f"ridge {asked['ridge']:g}, positions {asked['positions']}"
+        f"{asked['contexts']} captions of the concept, {asked['background']} to keep of weight "
+        f"{asked['preserve_weight']:g}, {len(solved['endangered'])} endangered concepts looked after, "
+        f"{100 * solved['missed']:.0f} % of the movement given up"
     )
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "family",
     "half",
     "is_sign",
+    "looked_after",
     "neighbours",
 ]
 
@@ -184,6 +185,18 @@ def neighbours(
         background = f", {found.color} background" if found.color else ""
         rows.append(f"{found.object}{style}{background}")
     return tuple(dict.fromkeys(rows))[:size]
+
+
+def looked_after(labels: Mapping[str, Sequence[str]]) -> tuple[list[str], list[str]]:
+    """Return the concepts that an edit may look after, as in prompts, and the objects that only `ask` asks about.
+
+    Args:
+        labels: What the judge can say, by kind.
+    """
+    asked = [name for name in labels["object"] if not is_sign(name) and half(name) == 0]
+    known = [f"{name} style" for name in labels.get("style", ())]
+    known += [f"{name} background" for name in labels.get("color", ())]
+    return known + [name for name in labels["object"] if name not in asked], asked
 
 
 def _scenes(
