@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DARK", "LIGHT", "Bar", "BarPanel", "Drawing", "Panel", "Theme", "bar_chart", "heat_map",
+    "trade_off",
 ]  # fmt: skip
 
 
@@ -175,6 +176,41 @@ def bar_chart(panels: Sequence[BarPanel], *, theme: Theme, unit: str = "") -> Dr
             *axes[0].get_legend_handles_labels(), loc="outside upper left", frameon=False,
             ncols=len(panels[0].series), fontsize=8, labelcolor=theme.ink,
         )  # fmt: skip
+    return Drawing(figure)
+
+
+def trade_off(
+    points: Sequence[tuple[float, float, str]], *, chosen: int, theme: Theme, axes: tuple[str, str]
+) -> Drawing:
+    """Draw a curve of settings, cost to the right and gain upwards, and mark the chosen one.
+
+    Args:
+        points: Cost, gain and name of each setting, along the curve.
+        chosen: Which was chosen.
+        theme: Its colors.
+        axes: What cost and gain are.
+    """
+    figure = _figure(4.2, 3.0, theme)
+    axis = figure.subplots()
+    axis.set_facecolor(theme.paper)
+    costs, gains, names = zip(*points, strict=True)
+    axis.plot(costs, gains, color=theme.control, linewidth=1, zorder=1)
+    colors = [theme.hue if i == chosen else theme.cold for i in range(len(points))]
+    axis.scatter(
+        costs, gains, c=colors, s=[34 if i == chosen else 14 for i in range(len(points))], zorder=2
+    )
+    for i, (cost, gain, name) in enumerate(points):
+        axis.annotate(
+            f"{name} (chosen)" if i == chosen else name, (cost, gain), xytext=(6, -9),
+            textcoords="offset points", fontsize=7, color=colors[i],
+        )  # fmt: skip
+    axis.set_xlabel(axes[0], fontsize=7.5, color=theme.ink)
+    axis.set_ylabel(axes[1], fontsize=7.5, color=theme.ink)
+    axis.margins(0.16)
+    axis.grid(color=theme.faint, linewidth=0.5)
+    axis.set_axisbelow(True)
+    axis.tick_params(labelsize=7)
+    _plain(axis, theme)
     return Drawing(figure)
 
 

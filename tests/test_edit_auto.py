@@ -161,3 +161,14 @@ def test_bad_input_is_refused(tiny_double, pairs, options, said):
 def test_one_text_is_no_list(tiny_double):
     with pytest.raises(TypeError, match="write"):
         make(tiny_double, PAIR, preserve="monet")
+
+
+def test_the_scan_is_drawn_with_the_chosen_weight(tiny_double, change, tmp_path):
+    from overpaint.edit import plot, quickfix
+
+    drawing = plot(change, tmp_path / "scan.svg")
+    chosen = next(row for row in change.report["scan"] if row["chosen"])
+    assert f"{chosen['preserve_weight']:g} (chosen)" in drawing.svg().decode()
+    assert (tmp_path / "scan.svg").stat().st_size > 1000
+    with pytest.raises(ValueError, match="make it with `edit.auto`"):
+        plot(quickfix(tiny_double, PAIR))

@@ -7,6 +7,7 @@ from overpaint.edit.change import Change, Movement
 from overpaint.edit.finetune import finetune
 from overpaint.edit.joint import stack
 from overpaint.edit.loco import loco
+from overpaint.edit.plot import plot
 from overpaint.edit.quickfix import quickfix
 from overpaint.edit.time import time
 from overpaint.edit.uce import debias, uce
@@ -19,6 +20,7 @@ __all__ = [
     "export",
     "finetune",
     "loco",
+    "plot",
     "quickfix",
     "random_site",
     "stack",
