@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from overpaint.edit import auto as make
+from overpaint.edit import stack as op_stack
 from overpaint.edit import vocabulary
 from overpaint.edit.auto import preserve_terms
 from overpaint.edit.captions import gather, layer_inputs, pair
@@ -172,3 +173,31 @@ def test_the_scan_is_drawn_with_the_chosen_weight(tiny_double, change, tmp_path)
     assert (tmp_path / "scan.svg").stat().st_size > 1000
     with pytest.raises(ValueError, match="make it with `edit.auto`"):
         plot(quickfix(tiny_double, PAIR))
+
+
+def test_a_saved_change_is_completed_and_added_in_either_order(tiny_double, change, tmp_path):
+    other = make(tiny_double, {"monet": "dog"}, **{**SMALL, "vocabulary": ["snoopy"]})
+    change.save(tmp_path / "a.safetensors")
+    loaded = type(change).load(tmp_path / "a.safetensors")
+    assert loaded.movements[0].gram is None
+    with pytest.raises(ValueError, match="edit.stack"):
+        loaded + other
+    whole = loaded.complete(tiny_double)
+    gram = change.movements[0].gram
+    assert (whole.movements[0].gram - gram).norm() <= 1e-9 * gram.norm()
+    both = whole + other
+    assert both.digest == (other + whole).digest
+    again = both.complete(tiny_double).movements[0].gram
+    assert (again - both.movements[0].gram).norm() <= 1e-9 * again.norm()
+    assert set(both.pairs) == {"van gogh", "monet"}
+
+
+def test_stacked_changes_are_one_change_of_all_concepts(tiny_double, change):
+    other = make(tiny_double, {"monet": "dog"}, **SMALL)
+    both = {"van gogh": "painting", "monet": "dog"}
+    found = op_stack(tiny_double, [other, change])
+    assert found.digest == op_stack(tiny_double, [change, other]).digest
+    assert found.digest == make(tiny_double, dict(sorted(both.items())), **SMALL).digest
+    against = make(tiny_double, {"monet": "cat"}, **SMALL)
+    with pytest.raises(ValueError, match="contradictory"):
+        op_stack(tiny_double, [other, against])

@@ -217,14 +217,17 @@ def preserve_terms(model: TextToImage, change: Change) -> Tensor:
         UnknownSite: The model has no such layer.
     """
     reader = _Reader.of(model, change.protocol["layer"])
-    first, *concepts = change.protocol["terms"]
-    words = vocabularies.fillers(model.tokenizer, without=first["without"])
-    frames = vocabularies.frames(
-        words, size=_FRESH, seed=first["seed"] + 1, among=first["concepts"]
-    )
-    total = first["weight"] * _background(reader, first)
-    for term in concepts:
-        total += term["weight"] * reader.gram(_captions(term["concept"], frames))
+    width = reader.weight.shape[1]
+    total, frames = reader.weight.new_zeros(width, width), ()
+    for term in change.protocol["terms"]:
+        if "background" not in term:
+            total += term["weight"] * reader.gram(_captions(term["concept"], frames))
+            continue
+        words = vocabularies.fillers(model.tokenizer, without=term["without"])
+        frames = vocabularies.frames(
+            words, size=_FRESH, seed=term["seed"] + 1, among=term["concepts"]
+        )
+        total += term["weight"] * _background(reader, term)
     return total
 
 
@@ -407,7 +410,9 @@ def _report(
     delta = movement.delta
     empty = reader.gram([""])
     names = ("concept", "weight", "drift_before", "drift")
-    endangered = [dict(zip(names, row, strict=True)) for row in watched if row[1]]
+    endangered: list[dict[str, Any]] = [
+        dict(zip(names, row, strict=True)) for row in watched if row[1]
+    ]
     return {
         "keys": len(movement.keys),
         "rank": movement.left.shape[1],

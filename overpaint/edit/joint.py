@@ -7,6 +7,7 @@ change after another is another, worse solution: the second forgets what the fir
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from overpaint.edit.auto import auto, preserve_terms
 from overpaint.edit.captions import layer_inputs
 from overpaint.edit.change import Change, Movement
 from overpaint.edit.projections import read, spot
@@ -125,13 +127,15 @@ def complete(
     """Return `change` with its preserve terms at hand, read anew from `model`; it moves what it did before.
 
     Args:
-        change: Made by `quickfix` or `uce`.
+        change: Made by `quickfix`, `uce` or `auto`.
         model: The unedited model that it was made for.
         preserve: Prompts to preserve from the next solve on, instead of those of the change.
 
     Raises:
         ValueError: The model's weight is another, or the change was made in another way.
     """
+    if "terms" in change.protocol:
+        return _complete_auto(change, model)
     prompts = list(change.protocol.get("preserve", []) if preserve is None else preserve)
     if not prompts:
         return change
@@ -146,6 +150,13 @@ def complete(
         movements.append(dataclasses.replace(m, gram=grams[source]))
     protocol = {**change.protocol, "preserve": prompts}
     return Change(tuple(movements), protocol, change.report)
+
+
+def _complete_auto(change: Change, model: TextToImage) -> Change:
+    _check_bases(change, model)
+    (movement,) = change.movements
+    whole = dataclasses.replace(movement, gram=preserve_terms(model, change))
+    return dataclasses.replace(change, movements=(whole,))
 
 
 def stack(model: TextToImage, changes: Sequence[Change]) -> Change:
@@ -163,6 +174,11 @@ def stack(model: TextToImage, changes: Sequence[Change]) -> Change:
     for change in changes:
         _check_method(change)
         _check_bases(change, model)
+    automatic = ["terms" in change.protocol for change in changes]
+    if any(automatic):
+        if not all(automatic):
+            _differ("method")
+        return _stacked_auto(model, changes)
     preserve = sorted({prompt for c in changes for prompt in c.protocol.get("preserve", [])})
     weights = {c.protocol["preserve_weight"] for c in changes if _preserved(c)}
     if len(weights) > 1:
@@ -185,7 +201,12 @@ def _ridge(change: Change) -> float:
 
 
 def _preserved(change: Change) -> tuple[frozenset[str], float]:
-    """Return what a change preserves and how heavily; nothing at all if it weighs nothing."""
+    """Return what a change preserves and how heavily; nothing at all if it weighs nothing.
+
+    What `auto` preserves is told by its terms, as JSON.
+    """
+    if terms := change.protocol.get("terms"):
+        return frozenset(json.dumps(term, sort_keys=True) for term in terms), 1.0
     weight = float(change.protocol.get("preserve_weight") or 0.0)
     prompts = frozenset(change.protocol.get("preserve", []))
     return (prompts, weight) if prompts and weight > 0 else (frozenset(), 0.0)
@@ -358,8 +379,12 @@ def _joint_protocol(first: Change, second: Change, pairs: Mapping[str, str]) -> 
     """Return the settings of both; where they differ without harm, those of the first in a fixed order."""
     kept = [_preserved(change) for change in (first, second)]
     protocol = {**second.protocol, **first.protocol, "pairs": dict(pairs)}
-    protocol["preserve"] = sorted(kept[0][0] | kept[1][0])
-    protocol["preserve_weight"] = max(kept[0][1], kept[1][1])
+    if "terms" in protocol:
+        protocol["terms"] = _all_terms(first, second)
+        protocol["preserve"] = sorted({p for c in (first, second) for p in c.protocol["preserve"]})
+    else:
+        protocol["preserve"] = sorted(kept[0][0] | kept[1][0])
+        protocol["preserve_weight"] = max(kept[0][1], kept[1][1])
     frames = [change.protocol.get("frames") for change in (first, second)]
     if frames[0] != frames[1]:
         protocol["frames"] = sorted({frame for found in frames for frame in found or []})
@@ -367,3 +392,31 @@ def _joint_protocol(first: Change, second: Change, pairs: Mapping[str, str]) -> 
     if strength:
         protocol["strength"] = dict(sorted(strength.items()))
     return protocol
+
+
+def _all_terms(first: Change, second: Change) -> list[dict[str, Any]]:
+    """Return the preserve terms of two changes by `auto`, equal ones once."""
+    terms = list(first.protocol["terms"])
+    if second.protocol["terms"] != terms:
+        terms += second.protocol["terms"]
+    return terms
+
+
+def _stacked_auto(model: TextToImage, changes: Sequence[Change]) -> Change:
+    """Return one change by `auto` of all concepts: what is in danger depends on all of them."""
+    pairs: dict[str, str] = {}
+    for change in sorted(changes, key=_order):
+        for old, new in change.pairs.items():
+            if pairs.setdefault(old, new) != new:
+                targets = " and ".join(f"{old!r} → {t!r}" for t in sorted((pairs[old], new)))
+                raise ValueError(f"contradictory pairs: {targets}. Keep one of them.")
+    names = ("vocabulary", "contexts", "background", "bound", "allowance", "ridge", "layer", "seed")
+    settings = [{name: change.protocol[name] for name in names} for change in changes]
+    if unlike := [n for n in names if any(s[n] != settings[0][n] for s in settings)]:
+        _differ(", ".join(unlike))
+    if any(change.protocol.get("strength") for change in changes):
+        raise ValueError(
+            "a change by `auto` that was scaled cannot be stacked: stack the changes as they were made, then scale."
+        )
+    both = {n: sorted({t for c in changes for t in c.protocol[n]}) for n in ("preserve", "without")}
+    return auto(model, dict(sorted(pairs.items())), **both, **settings[0])
