@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from overpaint import edit
+from overpaint.edit import captions
 from overpaint.edit.solve import solve
 from overpaint.edit.weights import fingerprint, text_layers, weight_at
 from overpaint.errors import UnknownSite, UnsupportedModel
@@ -385,3 +386,59 @@ def test_a_model_without_a_second_encoder_says_so(tiny_sd1):
         UnknownSite, match="unknown text encoder 'text2': this model has 'text'. Nam"
     ):
         edit.quickfix(tiny_sd1, MONET, encoder="text2")
+
+
+@pytest.mark.parametrize(
+    "site", ["text.0.self_attn.out_proj", "text.0.self_attn.v_proj", "text.1.self_attn.out_proj"]
+)
+def test_layers_read_what_a_plain_forward_pass_reads(tiny_sd1, site):
+    """Rows are read in batches, equal ones once, and before the first attention equal tokens once."""
+    texts = [
+        f"{a} {b}" for a in ("a red", "the red", "an") for b in "abcdefghijklmnopqrstuvwxyz"
+    ] + ["a red a"]
+    ids = tiny_sd1.tokenize(texts)
+    module = getattr(text_layers(tiny_sd1)[int(site[5])].self_attn, site.rpartition(".")[2])
+    with torch.no_grad(), record_inputs(module) as seen:
+        tiny_sd1.text_encoder(ids)
+    found = captions.layer_inputs(tiny_sd1, site, ids)
+    torch.testing.assert_close(found, seen[0], rtol=1e-5, atol=1e-6)
+    features, rows = captions.read_layer(tiny_sd1, site, ids)
+    assert len(features) == len(texts) - 1 and rows[-1] == rows[0]
+
+
+def test_many_captions_are_placed_as_each_on_its_own(tiny_sd1):
+    asked = [
+        (c, f)
+        for c in ("van gogh", " dog ", "é", "a")
+        for f in ("", "a photo of ", "the {} of a dog")
+    ]
+    for whole, (concept, frame) in zip(captions.captions(tiny_sd1, asked), asked, strict=True):
+        alone = captions.caption(tiny_sd1, concept, frame)
+        assert (whole.text, whole.first, whole.last, whole.eos) == (
+            alone.text,
+            alone.first,
+            alone.last,
+            alone.eos,
+        )
+        assert torch.equal(whole.ids, alone.ids)
+    assert captions.captions(tiny_sd1, []) == []
+    with pytest.raises(ValueError, match="cut off by the limit of 77 tokens"):
+        captions.captions(tiny_sd1, [("dog", ""), ("dog", "very " * 80)])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_sums_tell_what_the_rows_do(tiny_sd1, bias):
+    """More keys than columns are solved by sums; the dual form sees each row, and so does this test."""
+    pairs = {"monet": "painting", "dog": "cat"}
+    change, rows = (
+        edit.quickfix(tiny_sd1, pairs, solver=s, subtract_bias=bias) for s in ("auto", "dual")
+    )
+    assert len(change.keys) > change.keys.shape[1]
+    assert float((change.delta - rows.delta).norm()) <= 1e-8 * float(rows.delta.norm())
+    for name in ("residual_before", "residual_after", "delta_norm", "empty_prompt_drift"):
+        assert change.report[name] == pytest.approx(rows.report[name], rel=1e-7)
+    a, b = change.movements[0], rows.movements[0]
+    assert "residuals" not in vars(a) and "residuals" in vars(b)  # not needed to apply the change
+    assert torch.equal(a.residuals, b.residuals) and a.residuals is a.residuals
+    with pytest.raises(AttributeError, match="has no attribute 'targets'"):
+        getattr(a, "targets")  # noqa: B009

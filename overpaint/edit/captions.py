@@ -1,20 +1,24 @@
 """From concepts to keys: captions, the tokens of a concept in them, and what reaches a layer there.
 
-Captions are read by one text encoder, all in one batch and no further than the layer in question.
+Captions are tokenised in one call, and read by one text encoder no further than the layer in question. Before the first
+attention a token's state depends on the token and its position alone, so there each pair of these is projected once.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear as project
+from torch.overrides import TorchFunctionMode
 
 from overpaint.edit.weights import encoder_index, linear_at, weight_at
 from overpaint.errors import UnsupportedModel
 from overpaint.hooks import record_inputs
 from overpaint.model import TextToImage
-from overpaint.spans import end_of_text, span_at
+from overpaint.spans import Span, end_of_text, span_at
 
 __all__ = [
     "POSITIONS",
@@ -22,10 +26,13 @@ __all__ = [
     "Pair",
     "Positions",
     "caption",
+    "captions",
     "gather",
     "layer_inputs",
     "pair",
+    "places",
     "plan",
+    "read_layer",
 ]
 
 Positions = Literal[
@@ -38,6 +45,7 @@ POSITIONS: tuple[Positions, ...] = (
     "subject",
     "subject_to_end",
 )
+_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -81,10 +89,12 @@ def plan(
     Raises:
         ValueError: A concept is empty or cut off.
     """
+    asked = [(old, new, frame) for old, new in pairs.items() for frame in frames]
+    distinct = list(dict.fromkeys((name, f) for old, new, f in asked for name in (old, new)))
+    placed = dict(zip(distinct, captions(model, distinct, encoder=encoder), strict=True))
     return [
-        pair(model, old, new, frame, positions, encoder=encoder)
-        for old, new in pairs.items()
-        for frame in frames
+        _aligned((old, new), placed[old, frame], placed[new, frame], positions)
+        for old, new, frame in asked
     ]
 
 
@@ -98,8 +108,11 @@ def pair(
     encoder: str = "text",
 ) -> Pair:
     """Return one pair in one frame: which token of the old caption gets what the new one has where."""
-    first = caption(model, old, frame, encoder=encoder)
-    second = caption(model, new, frame, encoder=encoder)
+    first, second = captions(model, [(old, frame), (new, frame)], encoder=encoder)
+    return _aligned((old, new), first, second, positions)
+
+
+def _aligned(names: tuple[str, str], first: Caption, second: Caption, positions: Positions) -> Pair:
     end = len(first.ids) - 1
     wanted = {
         "from_subject_to_end": range(first.last, end + 1),
@@ -109,22 +122,62 @@ def pair(
         "last_subject+eos": [first.last],
     }[positions]
     shift = second.last - first.last
-    places = [(p, min(max(p + shift, second.first), end)) for p in wanted]
+    found = [(p, min(max(p + shift, second.first), end)) for p in wanted]
     if positions == "last_subject+eos":
-        places.append((first.eos, second.eos))
-    return Pair((old, new), first, second, places)
+        found.append((first.eos, second.eos))
+    return Pair(names, first, second, found)
 
 
 def caption(model: TextToImage, concept: str, frame: str, *, encoder: str = "text") -> Caption:
     """Return `concept` in `frame`, with its place."""
+    return captions(model, [(concept, frame)], encoder=encoder)[0]
+
+
+def captions(
+    model: TextToImage, asked: Sequence[tuple[str, str]], *, encoder: str = "text"
+) -> list[Caption]:
+    """Return each concept in its frame, with its place.
+
+    Args:
+        model: Its tokenizers place the concepts.
+        asked: Concept and frame of each.
+        encoder: Whose tokenizer: `"text"` or `"text2"`.
+
+    Raises:
+        ValueError: A concept is empty or cut off.
+        UnsupportedModel: The tokenizer cannot tell the characters of its tokens.
+    """
+    if not asked:
+        return []
     index = encoder_index(model, encoder)
     tokenizer = model.tokenizers[index]
-    concept = concept.strip()
-    before, _, after = frame.partition("{}")
-    text = f"{before}{concept}{after}"
-    span = span_at(tokenizer, text, len(before), len(before) + len(concept))
-    ids = model.tokenize([text], encoder=index)[0]
-    return Caption(text, ids, span.start, span.last, end_of_text(tokenizer, ids))
+    texts: list[str] = []
+    places: list[tuple[int, int]] = []
+    for concept, frame in asked:
+        before, _, after = frame.partition("{}")
+        texts.append(f"{before}{concept.strip()}{after}")
+        places.append((len(before), len(before) + len(concept.strip())))
+    spans = _spans(tokenizer, texts, places)
+    rows = model.tokenize(texts, encoder=index)
+    return [
+        Caption(text, ids, span.start, span.last, end_of_text(tokenizer, ids))
+        for text, ids, span in zip(texts, rows, spans, strict=True)
+    ]
+
+
+def _spans(tokenizer: Any, texts: Sequence[str], places: Sequence[tuple[int, int]]) -> list[Span]:
+    """Return `span_at` of each place, from one call of the tokenizer; what it refuses is left to it."""
+    if len(texts) == 1 or not getattr(tokenizer, "is_fast", False):
+        return [span_at(tokenizer, t, *place) for t, place in zip(texts, places, strict=True)]
+    encoded = tokenizer(
+        list(texts), return_offsets_mapping=True, truncation=False, padding=False, verbose=False
+    )
+    found: list[Span] = []
+    for text, (start, end), offsets in zip(texts, places, encoded["offset_mapping"], strict=True):
+        held = [i for i, (a, b) in enumerate(offsets) if a < b and a < end and b > start]
+        fits = held and held[-1] < int(tokenizer.model_max_length) - 1
+        found.append(Span(held[0], held[-1] + 1) if fits else span_at(tokenizer, text, start, end))
+    return found
 
 
 def layer_inputs(model: TextToImage, site: str, ids: Tensor) -> Tensor:
@@ -141,17 +194,62 @@ def layer_inputs(model: TextToImage, site: str, ids: Tensor) -> Tensor:
     Raises:
         UnsupportedModel: The encoder's attention does not run through the projection.
     """
+    features, rows = read_layer(model, site, ids)
+    return features[rows]
+
+
+def read_layer(model: TextToImage, site: str, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `layer_inputs` of the distinct rows of token ids, and which of these each row is.
+
+    Args:
+        model: Read, not changed; no hook stays.
+        site: As in `layer_inputs`.
+        ids: Padded token ids, shape (B, L).
+
+    Returns:
+        Shapes (U, L, D_in), on the CPU in float32, and (B,).
+
+    Raises:
+        UnsupportedModel: As `layer_inputs`.
+    """
     linear: Any = linear_at(model, site)
     encoder = model.text_encoders[encoder_index(model, site.partition(".")[0])]
+    device, first = weight_at(model, site).device, site.split(".")[1] == "0"
     distinct, rows = torch.unique(ids, dim=0, return_inverse=True)
-    with torch.no_grad(), record_inputs(linear, stop=True) as inputs:
-        encoder(distinct.to(weight_at(model, site).device))
-    if len(inputs) != 1 or inputs[0].shape[:2] != distinct.shape:
-        raise UnsupportedModel(
-            f"the text encoder did not call {site} once on the whole batch, so there is nothing to fit: use a plain "
-            "`CLIPTextModel`, neither compiled nor fused."
-        )
-    return inputs[0].cpu()[rows]
+    read: list[Tensor] = []
+    for batch in distinct.split(_BATCH):
+        once = _EachTokenOnce(batch.to(device)) if first else nullcontext()
+        with torch.no_grad(), once, record_inputs(linear, stop=True) as inputs:
+            encoder(batch.to(device))
+        if len(inputs) != 1 or inputs[0].shape[:2] != batch.shape:
+            raise UnsupportedModel(
+                f"the text encoder did not call {site} once on the whole batch, so there is nothing to fit: use a "
+                "plain `CLIPTextModel`, neither compiled nor fused."
+            )
+        read.append(inputs[0].cpu())
+    return torch.cat(read), rows
+
+
+class _EachTokenOnce(TorchFunctionMode):
+    """Project each token of a batch once for each of its positions; only before the first attention has mixed them."""
+
+    def __init__(self, ids: Tensor) -> None:
+        super().__init__()
+        length = ids.shape[1]
+        marks = ids * length + torch.arange(length, device=ids.device)
+        distinct, place = torch.unique(marks, return_inverse=True)
+        one = torch.zeros_like(distinct)
+        one[place.flatten()] = torch.arange(marks.numel(), device=ids.device)  # any of its rows
+        self.one, self.place = one, place
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not project or not args or args[0].shape[:-1] != self.place.shape:
+            return func(*args, **kwargs)
+        few = func(args[0].flatten(0, 1).index_select(0, self.one), *args[1:], **kwargs)
+        return few.index_select(0, self.place.flatten()).unflatten(0, self.place.shape)
 
 
 def gather(inputs: Tensor, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
@@ -161,6 +259,21 @@ def gather(inputs: Tensor, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
         inputs: What reaches the layer for old and new captions in turn, shape (2 P, L, D_in); more rows are ignored.
         pairs: P of them.
     """
-    keys = [inputs[2 * i, [key for key, _ in p.positions]] for i, p in enumerate(pairs)]
-    values = [inputs[2 * i + 1, [value for _, value in p.positions]] for i, p in enumerate(pairs)]
-    return torch.cat(keys), torch.cat(values)
+    at, of = places(pairs, torch.arange(len(inputs)), inputs.shape[1])
+    flat = inputs.flatten(0, 1)
+    return flat.index_select(0, at), flat.index_select(0, of)
+
+
+def places(pairs: Sequence[Pair], rows: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Return where the keys and the inputs of the values are, counting token after token, shapes (N,).
+
+    Args:
+        pairs: P of them.
+        rows: In which row old and new captions are in turn, shape (2 P,); more are ignored.
+        length: Tokens of a row.
+    """
+    counts = torch.tensor([len(p.positions) for p in pairs])
+    both = torch.tensor([place for p in pairs for place in p.positions]).reshape(-1, 2)
+    starts = rows[: 2 * len(pairs)].reshape(-1, 2) * length
+    found = both + starts.repeat_interleave(counts, dim=0)
+    return found[:, 0], found[:, 1]

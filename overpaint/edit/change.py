@@ -8,7 +8,7 @@ opens a model saved in its edited state has no original bytes to return to: load
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -70,15 +70,30 @@ class Movement:
         parameter: Tensor,
         solution: Solution,
         keys: Tensor,
-        residuals: Tensor,
+        residuals: Tensor | Callable[[], Tensor],
         owners: Sequence[int],
         gram: Tensor | None,
     ) -> "Movement":
-        """Movement of `parameter`, whose present bytes are the base, by a solution cut to its exact rank."""
+        """Movement of `parameter`, whose present bytes are the base, by a solution cut to its exact rank.
+
+        Residuals may be given as a function: it is called when they are first asked for, and not by `apply`.
+        """
         left, right = compress(solution.left, solution.right)
-        keys, residuals = keys.detach().cpu(), residuals.detach().cpu()
-        base = fingerprint(parameter)
-        return cls(site, base, left, right, keys, residuals, tuple(owners), gram)
+        base, keys = fingerprint(parameter), keys.detach().cpu()
+        given = residuals.detach().cpu() if isinstance(residuals, Tensor) else keys[:0]
+        made = cls(site, base, left, right, keys, given, tuple(owners), gram)
+        if not isinstance(residuals, Tensor):
+            del vars(made)["residuals"]
+            vars(made)["_later"] = residuals
+        return made
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the residuals that `of` left for later; any other name there is not."""
+        if name != "residuals" or "_later" not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        vars(self)["residuals"] = vars(self)["_later"]()
+        del vars(self)["_later"]
+        return self.residuals
 
     @cached_property
     def delta(self) -> Tensor:

@@ -12,15 +12,17 @@ in one batch. `preserve` is ours, in UCE's form; the paper has none.
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
-from overpaint.edit.captions import POSITIONS, Pair, Positions, gather, layer_inputs, plan
+from overpaint.edit.captions import POSITIONS, Pair, Positions, places, plan, read_layer
 from overpaint.edit.change import Change, Movement
-from overpaint.edit.solve import Method, contradiction, factorise
+from overpaint.edit.solve import Factors, Method, Solution, contradiction, factorise, product
 from overpaint.edit.weights import PROJECTIONS, bias_at, encoder_index, text_layers, weight_at
 from overpaint.errors import UnknownSite
 from overpaint.model import TextToImage
@@ -28,6 +30,7 @@ from overpaint.model import TextToImage
 __all__ = ["FRAMES", "preserve_gram", "quickfix"]
 
 Projection = Literal["q", "k", "v", "out"]
+_ROWS = 4096  # of keys at a time
 FRAMES = ("", "a photo of ", "an image of ", "a picture of ")
 
 
@@ -85,31 +88,27 @@ def quickfix(
     site = f"{encoder}.{layer}.self_attn.{projection}_proj"
     parameter = _weight(model, encoder, layer, site)
     planned = plan(model, pairs, frames, positions, encoder=encoder)
-    captions = torch.cat([torch.stack([p.old.ids, p.new.ids]) for p in planned])
+    ids = torch.cat([torch.stack([p.old.ids, p.new.ids]) for p in planned])
     others = model.tokenize(["", *preserve], encoder=encoder_index(model, encoder))
     _check_preserve(planned, preserve, others[1:])
-    inputs = layer_inputs(model, site, torch.cat([captions, others]))
-    keys, sources = gather(inputs, planned)
-    empty, kept = inputs[len(captions)], inputs[len(captions) + 1 :].flatten(0, 1)
+    features, rows = read_layer(model, site, torch.cat([ids, others]))
+    asked = _Asked.of_layer(
+        model, site, features, *places(planned, rows, ids.shape[1]), bias=not subtract_bias
+    )
+    empty, kept = features[rows[len(ids)]], features[rows[len(ids) + 1 :]].flatten(0, 1)
     clock.tick("keys")
-    weight = parameter.detach().to("cpu", torch.float64)
-    targets = sources.double() @ weight.T
-    bias = bias_at(model, site)
-    if not subtract_bias and bias is not None:
-        targets += bias.detach().to("cpu", torch.float64)
-    _check_targets(planned, keys, targets)
+    _check_targets(planned, asked)
     clock.tick("values")
     gram = preserve_gram(kept, preserve_weight)
-    factors = factorise(keys, ridge=ridge, gram=gram, method=solver)
-    residuals = targets - keys.double() @ weight.T
-    solution = factors.solve(residuals)
+    factors = factorise(asked.keys, ridge=ridge, gram=gram, method=solver)
+    fit = asked.fit(factors)
     owners = _owners(pairs, planned)
-    movement = Movement.of(site, parameter, solution, keys, residuals, owners, gram)
+    movement = Movement.of(site, parameter, fit.solution, asked.keys, fit.residuals, owners, gram)
     clock.tick("solve")
-    report = _report(movement, targets=targets, kept=kept, empty=empty, weight=weight)
+    report = _report(movement, fit, kept=kept, empty=empty, weight=asked.weight)
     report |= {
-        "condition_number": solution.condition_number,
-        "effective_rank": solution.effective_rank,
+        "condition_number": fit.solution.condition_number,
+        "effective_rank": fit.solution.effective_rank,
     }
     protocol = {
         "method": "quickfix", "model": model.name, "pairs": dict(pairs), "preserve": list(preserve),
@@ -137,8 +136,109 @@ def preserve_gram(kept: Tensor, preserve_weight: float) -> Tensor | None:
         )
     if not len(kept) or preserve_weight == 0:
         return None
-    scaled = kept.double() * math.sqrt(preserve_weight)
-    return scaled.T @ scaled
+    return product(kept) * preserve_weight
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """How one weight moves, and the norms of what it misses at all keys before and after, and of the targets."""
+
+    solution: Solution
+    residuals: Tensor | Callable[[], Tensor]
+    before: float
+    after: float
+    target: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """Keys (N, D_in) and what the weight (D_out, D_in) is to make of them: what it makes of other inputs, plus `bias`.
+
+    These are the rows `of` of `inputs` (M, D_in); several keys may share one.
+    """
+
+    keys: Tensor
+    inputs: Tensor
+    of: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of_layer(
+        cls, model: TextToImage, site: str, features: Tensor, at: Tensor, of: Tensor, *, bias: bool
+    ) -> "_Asked":
+        weight = weight_at(model, site).detach().to("cpu", torch.float64)
+        found = bias_at(model, site) if bias else None
+        added = torch.zeros(len(weight)) if found is None else found.detach().cpu()
+        flat = features.flatten(0, 1)
+        return cls(flat.index_select(0, at), flat, of, weight, added.double())
+
+    def targets(self, rows: Tensor) -> Tensor:
+        return self.inputs[self.of[rows]].double() @ self.weight.T + self.bias
+
+    def fit(self, factors: Factors) -> _Fit:
+        """Return the movement by the factors of the keys."""
+        return (
+            self._by_rows(factors) if factors.gram is None else self._by_sums(factors.gram, factors)
+        )
+
+    def _by_rows(self, factors: Factors) -> _Fit:
+        residuals = self.residuals()
+        solution = factors.solve(residuals)
+        after = residuals - self.keys.double() @ solution.right.T @ solution.left.T
+        everything = self.targets(torch.arange(len(self.keys)))
+        return _Fit(solution, residuals, _norm(residuals), _norm(after), _norm(everything))
+
+    def _by_sums(self, gram: Tensor, factors: Factors) -> _Fit:
+        """Solve for sums over the keys, which tell all the norms too; the residuals wait until they are asked for."""
+        distinct, group = torch.unique(self.of, return_inverse=True)
+        counts = torch.bincount(group)
+        sources, weight, bias = self.inputs[distinct].double(), self.weight, self.bias
+        sums = _sums(self.keys, group)
+        mixed = sources.T @ sums  # S^T K
+        asked = mixed - gram  # (S - K)^T K
+        if float(asked.norm()) <= 1e-13 * float(gram.norm()):
+            asked.zero_()  # old and new are read alike, this is what the sums were rounded by
+        cross = weight @ asked + torch.outer(bias, sums.sum(0))  # R^T K
+        solution = factors.solve_sums(cross)
+        delta = solution.delta
+        shift = counts.double() @ sources - sums.sum(0)
+        moved = product(sources * counts.sqrt()[:, None]) - mixed - mixed.T + gram
+        before = _within(weight, moved) + float(
+            2 * bias @ weight @ shift + len(group) * bias @ bias
+        )
+        after = before - 2 * float((cross * delta).sum()) + _within(delta, gram)
+        target = before + 2 * float((cross * weight).sum()) + _within(weight, gram)
+        norms = (max(square, 0.0) ** 0.5 for square in (before, after, target))
+        return _Fit(solution, self.residuals, *norms)
+
+    def residuals(self) -> Tensor:
+        """Return what the weight misses at each key, shape (N, D_out), float64."""
+        found = torch.empty(len(self.keys), len(self.weight), dtype=torch.float64)
+        for start in range(0, len(found), _ROWS):
+            rows = slice(start, start + _ROWS)
+            shift = self.inputs[self.of[rows]].double() - self.keys[rows].double()
+            torch.addmm(self.bias, shift, self.weight.T, out=found[rows])
+        return found
+
+
+def _sums(rows: Tensor, group: Tensor) -> Tensor:
+    """Return the sum of the rows of each group, in double."""
+    order = group.argsort(stable=True)
+    sizes = torch.bincount(group)
+    total = torch.zeros(len(sizes), rows.shape[1], dtype=torch.float64)
+    for first in range(0, len(rows), _ROWS):
+        chosen = order[first : first + _ROWS]
+        own, counts = torch.unique_consecutive(group[chosen], return_counts=True)
+        part = rows.index_select(0, chosen).double()
+        total[own] += embedding_bag(
+            torch.arange(len(chosen)), part, counts.cumsum(0) - counts, mode="sum"
+        )
+    return total
+
+
+def _within(rows: Tensor, gram: Tensor) -> float:
+    return float((rows @ gram * rows).sum())
 
 
 class _Clock:
@@ -170,22 +270,25 @@ def _owners(pairs: Mapping[str, str], planned: Sequence[Pair]) -> list[int]:
 
 
 def _report(
-    movement: Movement, *, targets: Tensor, kept: Tensor, empty: Tensor, weight: Tensor
+    movement: Movement, fit: _Fit, *, kept: Tensor, empty: Tensor, weight: Tensor
 ) -> dict[str, Any]:
     """Return how well the movement does what was asked, and what it does besides."""
-    norm: Callable[[Tensor], float] = lambda t: float(torch.linalg.norm(t))  # noqa: E731
-    k, delta = movement.keys.double(), movement.delta
+    delta = movement.delta
     return {
-        "keys": len(k),
+        "keys": len(movement.keys),
         "preserved_keys": len(kept),
         "rank": movement.left.shape[1],
-        "delta_norm": norm(delta),
-        "relative_delta_norm": norm(delta) / norm(weight),
-        "residual_before": norm(movement.residuals) / norm(targets),
-        "residual_after": norm(movement.residuals - k @ delta.T) / norm(targets),
+        "delta_norm": _norm(delta),
+        "relative_delta_norm": _norm(delta) / _norm(weight),
+        "residual_before": fit.before / fit.target,
+        "residual_after": fit.after / fit.target,
         "preserve_drift": _drift(kept, delta, weight) if len(kept) else 0.0,
         "empty_prompt_drift": _drift(empty, delta, weight),
     }
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.norm(tensor))
 
 
 def _drift(inputs: Tensor, delta: Tensor, weight: Tensor) -> float:
@@ -246,8 +349,8 @@ def _check_preserve(planned: Sequence[Pair], preserve: Sequence[str], ids: Tenso
             )
 
 
-def _check_targets(planned: Sequence[Pair], keys: Tensor, targets: Tensor) -> None:
-    found = contradiction(keys, targets)
+def _check_targets(planned: Sequence[Pair], asked: _Asked) -> None:
+    found = contradiction(asked.keys, asked.targets)
     if found is None:
         return
     owners = [(pair, place) for pair in planned for place, _ in pair.positions]

@@ -21,6 +21,7 @@ paper's D_in x D_in inverse.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +32,17 @@ __all__ = ["Factors", "Solution", "compress", "contradiction", "factorise", "pro
 
 Method = Literal["auto", "dual", "primal"]
 _ROWS = 4096  # of keys in double at a time
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Factorise small matrices on one thread: more wait for one another, on a busy machine a hundred times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,6 +248,7 @@ def contradiction(
     return best
 
 
+@_one_thread()
 def compress(left: Tensor, right: Tensor, *, tolerance: float = 1e-10) -> tuple[Tensor, Tensor]:
     """Factors of least rank whose product differs from `left @ right` by at most `tolerance` of its norm.
 
@@ -296,20 +309,26 @@ def _neighbours(keys: Tensor, tolerance: float) -> Iterator[Tensor]:
     random = torch.randn(width, min(8, width), generator=torch.Generator().manual_seed(0)).double()
     axes = torch.linalg.qr(random)[0]
     places = torch.cat([rows @ axes for rows in _blocks(keys)])
-    largest = max(float(rows.norm(dim=1).max()) for rows in _blocks(keys))
-    near = tolerance * (1 + 1e-6) * largest  # what is near is near on every axis
-    group = torch.zeros(len(keys), dtype=torch.long)
+    largest = float(keys.float().norm(dim=1).max())
+    near = tolerance * (1 + 1e-3) * largest  # what is near is near on every axis
+    order = torch.arange(len(keys))
+    group = torch.zeros(
+        len(keys), dtype=torch.long
+    )  # of the rows in `order`, those of a group together
     for place in places.T:
-        order = place.argsort(stable=True)
-        order = order[group[order].argsort(stable=True)]
-        split = (place[order].diff() > near) | (group[order].diff() != 0)
-        group[order[1:]] = split.cumsum(0)
-        group[order[0]] = 0
-    many = torch.bincount(group)[group] > 1
-    rows = many.nonzero()[:, 0]
-    order = rows[group[rows].argsort(stable=True)]
-    sizes = torch.unique_consecutive(group[order], return_counts=True)[1]
-    groups = order.split(sizes.tolist())
+        sorting = place[order].argsort(stable=True)
+        sorting = sorting[group[sorting].argsort(stable=True)]
+        order, group = order[sorting], group[sorting]
+        split = (place[order].diff() > near) | (group.diff() != 0)
+        group = torch.cat([group.new_zeros(1), split.cumsum(0)])
+        many = torch.bincount(group)[group] > 1
+        order, group = order[many], group[many]
+        if not len(order):
+            return
+    sorting = order.argsort()
+    sorting = sorting[group[sorting].argsort(stable=True)]
+    sizes = torch.unique_consecutive(group, return_counts=True)[1]
+    groups = order[sorting].split(sizes.tolist())
     yield from sorted(groups, key=lambda rows: int(rows[0]))
 
 
@@ -324,6 +343,7 @@ def _first_clash(keys: Tensor, targets: Tensor, tolerance: float) -> tuple[int, 
     return None
 
 
+@_one_thread()
 def _dual(keys: Tensor, ridge: float, prior: Tensor | None) -> Factors:
     if prior is None:
         half, right = keys.T / math.sqrt(ridge), keys / ridge
@@ -338,8 +358,13 @@ def _dual(keys: Tensor, ridge: float, prior: Tensor | None) -> Factors:
 
 
 def _primal(keys: Tensor, ridge: float, prior: Tensor | None) -> Factors:
-    width = keys.shape[1]
     gram = product(keys)
+    with _one_thread():
+        return _by_columns(keys, gram, ridge, prior)
+
+
+def _by_columns(keys: Tensor, gram: Tensor, ridge: float, prior: Tensor | None) -> Factors:
+    width = keys.shape[1]
     identity = torch.eye(width, dtype=torch.float64)
     if prior is None:
         system, whitened = gram + ridge * identity, gram / ridge
@@ -418,7 +443,10 @@ def _check_gram(keys: Tensor, gram: Tensor | None) -> None:
 
 def _check_finite(named: Mapping[str, Tensor | None]) -> None:
     for name, tensor in named.items():
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+        if tensor is None or not tensor.numel():
+            continue
+        ends = torch.stack(tensor.detach().aminmax())  # NaN is both least and most
+        if not bool(torch.isfinite(ends).all()):
             raise ValueError(
                 f"`{name}` holds NaN or infinity: look for a damaged weight before editing."
             )
