@@ -87,17 +87,24 @@ def methods(
 
 def judged(
     model: op.TextToImage, judge: features.Judge, kind: str, old: str, new: str, plan: Any
-) -> Comparison:
-    """Return every method's scores on one concept, from disk if they are there."""
-    folder = plan.folder / hashlib.sha256(f"{kind} {old} {new}".encode()).hexdigest()[:12]
-    if (folder / "comparison.json").exists():
-        return Comparison.load(folder)
+) -> dict[str, Scores]:
+    """Return every method's scores on one concept, from disk where they are there.
+
+    Rivals and `auto` are kept apart, since an `auto` with other settings is another change; the pictures before are the
+    same ones, drawn twice.
+    """
     makers = methods(model, *questions.looked_after(judge.labels))
-    changes = {name: make({old: new}) for name, make in makers.items()}
-    found = evaluate.compare(
-        model, changes, judge=judge, size=plan.size, steps=plan.steps, seed=plan.seed, gallery=1
-    )
-    found.save(folder)
+    ours = makers.pop(OURS)({old: new})
+    options: dict[str, Any] = {
+        "judge": judge, "size": plan.size, "steps": plan.steps, "seed": plan.seed, "gallery": 1,
+    }  # fmt: skip
+    name = hashlib.sha256(f"{kind} {old} {new}".encode()).hexdigest()[:12]
+    found: dict[str, Scores] = {}
+    for folder in (plan.folder / f"{name}-{ours.digest[:12]}", plan.folder / name):
+        if not (folder / "comparison.json").exists():
+            changes = {n: make({old: new}) for n, make in makers.items()} if found else {OURS: ours}
+            evaluate.compare(model, changes, **options).save(folder)
+        found |= {n: s for n, s in Comparison.load(folder).scores.items() if n not in found}
     return found
 
 
@@ -289,12 +296,12 @@ def main() -> None:
     kinds: list[str] = []
     for kind, pairs in plan.concepts.items():
         for old, new in pairs.items():
-            comparison = judged(model, judge, kind, old, new, plan)
+            scores = judged(model, judge, kind, old, new, plan)
             ceilings.append(reached(model, judge, new, plan))
             kinds.append(kind)
-            for method, score in comparison.scores.items():
+            for method, score in scores.items():
                 found.setdefault(method, []).append(score)
-            ours = comparison.scores[OURS]
+            ours = scores[OURS]
             print(f"{kind}: {old} → {new}: target {ours.efficacy.after}, redirection {ours.redirection.after}, "
                   f"kept {kept(ours):.2f}, {time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
     report(

@@ -90,12 +90,8 @@ def grid(model: op.TextToImage, path: Path, *, steps: int) -> None:
 
 def before_after(model: op.TextToImage, judge: features.Judge, path: Path) -> None:
     """Draw one style before and after its edit, and a neighbour before and after: four rows, equal seeds."""
-    preserve = questions.neighbours(
-        "style", "openmoji", labels=judge.labels, held_out=model.held_out
-    )
-    change = op.edit.quickfix(
-        model, {"openmoji style": "noto style"}, preserve=list(preserve), preserve_weight=1.0
-    )
+    known, asked = questions.looked_after(judge.labels)
+    change = op.edit.auto(model, {"openmoji style": "noto style"}, vocabulary=known, without=asked)
     objects = ["strawberry", "cat", "fish", "umbrella", "bomb", "tulip", "car", "light bulb"]
     rows = []
     for style in ("openmoji", "high contrast"):

@@ -44,7 +44,7 @@ _CHUNK = 256  # captions read at once
 _ROUNDS = 5
 _PER_CONCEPT = 8  # captions of a concept to look after
 _FRESH = 64  # captions that nothing is fitted to
-_PRICE = 5.0  # a movement of the background costs as much as so many missed ones of the concept
+_PRICE = 10.0  # a movement of the background costs as much as so many missed ones of the concept
 _EMPTY = 0.05  # the empty prompt's share of the background: guidance reads it for every picture
 
 
