@@ -316,10 +316,11 @@ def test_the_sums_say_all_where_keys_outnumber_columns(kept):
 
 def test_what_cannot_be_compressed_keeps_its_right_factor(problem):
     solution = solve(**problem, ridge=RIDGE)
-    left, right = compress(solution.left, solution.right)
+    left, right = compress(solution.left, solution.right, orthonormal=solution.orthonormal)
+    assert close(right @ right.T, torch.eye(PAIRS, dtype=torch.float64), to=1e-12)
     assert right.data_ptr() == solution.right.data_ptr() and torch.equal(left, solution.left)
     spared = torch.cat([solution.left[:, :-1], solution.left[:, :1]], dim=1)  # one column twice
-    assert compress(spared, solution.right)[0].shape == (D_OUT, PAIRS - 1)
+    assert compress(spared, solution.right, orthonormal=True)[0].shape == (D_OUT, PAIRS - 1)
 
 
 @pytest.mark.parametrize("ridge", [0.0, -0.1, math.nan, math.inf])

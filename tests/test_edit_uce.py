@@ -8,7 +8,7 @@ import torch
 
 from overpaint import edit
 from overpaint.edit.projections import projections, read, spot
-from overpaint.edit.solve import solve
+from overpaint.edit.solve import factorise, solve
 from overpaint.edit.uce import ARTISTS, OBJECTS
 from overpaint.edit.weights import fingerprint, weight_at
 from overpaint.errors import UnknownSite, UnsupportedModel
@@ -264,3 +264,19 @@ def test_weights_that_cannot_be_solved_are_refused(own):
     block.to_v = torch.nn.Linear(32, damaged.shape[0], bias=False)
     with pytest.raises(UnsupportedModel, match="reads 32 numbers a token, the text features have"):
         edit.uce(own, MONET)
+
+
+def test_weights_share_what_they_have_in_common(own):
+    """All of them read the same keys: one right factor and one factorisation serve, also when solved again."""
+    change = edit.uce(own, {"dog": "cat", "monet": "painting"}, preserve=["a bird"], frames=("",))
+    assert change.report["rank"] == 2
+    for made in (
+        change,
+        change.without("dog"),
+        change + edit.uce(own, {"apple": "tree"}, preserve=["a bird"], frames=("",)),
+    ):
+        assert len({m.keys.data_ptr() for m in made.movements}) == 1
+        assert len({m.right.data_ptr() for m in made.movements}) == 1
+        for m in made.movements:
+            alone = factorise(m.keys, ridge=0.5, gram=m.gram).solve(m.residuals)
+            assert float((m.delta - alone.delta).norm()) <= 1e-10 * float(m.delta.norm())

@@ -78,7 +78,7 @@ class Movement:
 
         Residuals may be given as a function: it is called when they are first asked for, and not by `apply`.
         """
-        left, right = compress(solution.left, solution.right)
+        left, right = compress(solution.left, solution.right, orthonormal=solution.orthonormal)
         base, keys = fingerprint(parameter), keys.detach().cpu()
         given = residuals.detach().cpu() if isinstance(residuals, Tensor) else keys[:0]
         made = cls(site, base, left, right, keys, given, tuple(owners), gram)

@@ -10,6 +10,7 @@ import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from torch import Tensor
 from overpaint.edit.auto import auto, preserve_terms
 from overpaint.edit.captions import layer_inputs
 from overpaint.edit.change import Change, Movement
-from overpaint.edit.projections import read, spot
+from overpaint.edit.projections import read, spots
 from overpaint.edit.quickfix import preserve_gram
-from overpaint.edit.solve import Solution, compress, contradiction, factorise
+from overpaint.edit.solve import Factors, compress, contradiction, factorise
 from overpaint.edit.weights import encoder_index, fingerprint, weights_at
 from overpaint.model import TextToImage
 
@@ -48,6 +49,7 @@ def add(first: Change, second: Change) -> Change:
     names = [old for old, _ in pairs]
     once = _preserved(first) == _preserved(second)
     others = {m.site: m for m in second.movements}
+    shared_factors = _SharedFactors(_ridge(first))
     movements: list[Movement] = []
     reports: list[dict[str, Any]] = []
     for a in first.movements:
@@ -55,7 +57,7 @@ def add(first: Change, second: Change) -> Change:
         parts = [(first, a, frozenset[str]()), (second, b, shared)]
         keys, residuals, owners = _sorted_keys(parts, names)
         gram = _joint_gram(first, second, a, b, once=once)
-        moved, told = _solved(a, keys, residuals, owners, gram, ridge=_ridge(first))
+        moved, told = _solved(a, keys, residuals, owners, shared_factors.of(keys, gram))
         movements.append(moved)
         reports.append(told)
     _check_contradictions(movements, pairs)
@@ -107,11 +109,12 @@ def without(change: Change, concept: str) -> Change:
     _check_solved(change)
     del pairs[concept]
     names = sorted(pairs)
+    shared_factors = _SharedFactors(_ridge(change))
     movements: list[Movement] = []
     reports: list[dict[str, Any]] = []
     for m in change.movements:
         keys, residuals, owners = _sorted_keys([(change, m, frozenset({concept}))], names)
-        moved, told = _solved(m, keys, residuals, owners, m.gram, ridge=_ridge(change))
+        moved, told = _solved(m, keys, residuals, owners, shared_factors.of(keys, m.gram))
         movements.append(moved)
         reports.append(told)
     protocol = {**change.protocol, "pairs": {name: pairs[name] for name in names}}
@@ -218,9 +221,9 @@ def _preserved_keys(model: TextToImage, method: Any, site: str, prompts: Sequenc
         ids = model.tokenize(prompts, encoder=encoder_index(model, site.partition(".")[0]))
         return layer_inputs(model, site, ids).flatten(0, 1)
     if method in _READ_LAST:
-        spots = [spot(model, prompt) for prompt in prompts]
-        features = read(model, [text for text, _ in spots])
-        return torch.stack([features[text][place] for text, place in spots])
+        places = spots(model, [(prompt, "") for prompt in prompts])
+        features = read(model, [text for text, _ in places])
+        return torch.stack([features[text][place] for text, place in places])
     raise ValueError(
         f"the preserve terms of a change made by {method!r} cannot be read again: save it with `gram=True`, or make "
         "one change of all concepts."
@@ -333,26 +336,54 @@ def _joint_gram(
     return b.gram if a.gram is None else a.gram + b.gram
 
 
+@dataclass(frozen=True, eq=False)
+class _Factorised:
+    """Keys and preserve terms with their factors, and the keys times the right factor."""
+
+    keys: Tensor
+    gram: Tensor | None
+    factors: Factors
+    turned: Tensor
+
+
+class _SharedFactors:
+    """Factorisations made so far: weights that read the same keys share one."""
+
+    def __init__(self, ridge: float) -> None:
+        self._ridge = ridge
+        self._known: list[_Factorised] = []
+
+    def of(self, keys: Tensor, gram: Tensor | None) -> _Factorised:
+        for known in self._known:
+            if _same(known.keys, keys) and _same(known.gram, gram):
+                return known
+        factors = factorise(keys, ridge=self._ridge, gram=gram, method="auto")
+        self._known.append(_Factorised(keys, gram, factors, keys @ factors.right.T))
+        return self._known[-1]
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+
 def _solved(
     movement: Movement,
     keys: Tensor,
     residuals: Tensor,
     owners: Sequence[int],
-    gram: Tensor | None,
-    *,
-    ridge: float,
+    shared: _Factorised,
 ) -> tuple[Movement, dict[str, Any]]:
     """Return the movement of one weight, solved again, and what the solve measured."""
-    solution: Solution = factorise(keys, ridge=ridge, gram=gram, method="auto").solve(residuals)
-    left, right = compress(solution.left, solution.right)
+    solution = shared.factors.solve(residuals)
+    left, right = compress(solution.left, solution.right, orthonormal=solution.orthonormal)
     moved = dataclasses.replace(
-        movement, left=left, right=right, keys=keys, residuals=residuals, owners=tuple(owners), gram=gram
+        movement, left=left, right=right, keys=shared.keys, residuals=residuals, owners=tuple(owners), gram=shared.gram
     )  # fmt: skip
-    missed = float((residuals - keys @ right.T @ left.T).norm())
+    missed = float((residuals - shared.turned @ solution.left.T).norm())
     return moved, {
         "keys": len(keys),
         "rank": left.shape[1],
-        "delta_norm": float((left.T @ left @ right @ right.T).trace().clamp(min=0).sqrt()),
+        "delta_norm": float(solution.left.norm()),  # the rows of the right factor are orthonormal
         "condition_number": solution.condition_number,
         "effective_rank": solution.effective_rank,
         "residual_left": missed / max(float(residuals.norm()), 1e-300),

@@ -14,17 +14,27 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from overpaint.edit.captions import caption
+from overpaint.edit.captions import captions
 from overpaint.edit.change import Change, Movement
 from overpaint.edit.quickfix import preserve_gram
-from overpaint.edit.solve import Factors, contradiction, factorise
+from overpaint.edit.solve import Factors, Solution, contradiction, factorise
 from overpaint.edit.weights import weights_at
 from overpaint.errors import UnknownSite, UnsupportedModel
 from overpaint.model import TextToImage, text_features
 from overpaint.sites import Site, find_unet
 from overpaint.spans import end_of_text
 
-__all__ = ["Layer", "Projection", "Wanted", "check_pairs", "projections", "read", "rewrite", "spot"]
+__all__ = [
+    "Layer",
+    "Projection",
+    "Wanted",
+    "check_pairs",
+    "projections",
+    "read",
+    "rewrite",
+    "spot",
+    "spots",
+]
 
 Layer = int | str | Site
 Projection = Literal["k", "v"]
@@ -94,11 +104,26 @@ def spot(model: TextToImage, concept: str, frame: str = "") -> tuple[str, int]:
     Raises:
         ValueError: The token limit cuts the concept off.
     """
-    if concept.strip():
-        placed = caption(model, concept, frame)
-        return placed.text, placed.last
-    text = frame.replace("{}", "").strip()
-    return text, end_of_text(model.tokenizer, model.tokenize([text])[0]) - 1
+    return spots(model, [(concept, frame)])[0]
+
+
+def spots(model: TextToImage, asked: Sequence[tuple[str, str]]) -> list[tuple[str, int]]:
+    """Return `spot` of each concept and frame, tokenised in one call.
+
+    Raises:
+        ValueError: As `spot`.
+    """
+    placed = iter(captions(model, [(c, frame) for c, frame in asked if c.strip()]))
+    found: list[tuple[str, int]] = []
+    for concept, frame in asked:
+        if concept.strip():
+            one = next(placed)
+            found.append((one.text, one.last))
+        else:
+            text = frame.replace("{}", "").strip()
+            ids = model.tokenize([text])[0]
+            found.append((text, end_of_text(model.tokenizer, ids) - 1))
+    return found
 
 
 @torch.no_grad()
@@ -155,6 +180,8 @@ def rewrite(
     begun = time.perf_counter()
     factors = factorise(wanted.keys, ridge=ridge, gram=gram, method="auto")
     shift = wanted.sources.double() - wanted.keys.double()
+    read_by = (wanted.keys, wanted.preserved, wanted.empty)
+    turned = [rows.double() @ factors.right.T for rows in read_by]  # all weights share these
     movements: list[Movement] = []
     squares: list[dict[str, float]] = []
     for site, parameter in zip(sites, parameters, strict=True):
@@ -165,7 +192,7 @@ def rewrite(
         movements.append(
             Movement.of(site, parameter, solution, wanted.keys, residuals, wanted.owners, gram)
         )
-        squares.append(_squares(movements[-1], wanted, weight))
+        squares.append(_squares(solution, residuals, turned, wanted, parameter))
     done = time.perf_counter()
     report = {
         "seconds": {
@@ -251,22 +278,30 @@ def _check_weight(site: str, weight: Tensor, width: int) -> None:
         raise ValueError(f"the weight at {site} holds NaN or infinity: load an undamaged model.")
 
 
-def _squares(movement: Movement, wanted: Wanted, weight: Tensor) -> dict[str, float]:
-    """Return squared norms that add up over weights."""
-    left, right = movement.left, movement.right
-    square = lambda t: float(t.square().sum())  # noqa: E731
-    after = movement.residuals - wanted.keys.double() @ right.T @ left.T
-    kept, empty = wanted.preserved.double(), wanted.empty.double()
+def _squares(
+    solution: Solution,
+    residuals: Tensor,
+    turned: Sequence[Tensor],
+    wanted: Wanted,
+    parameter: Tensor,
+) -> dict[str, float]:
+    """Return squared norms that add up over weights.
+
+    `turned` holds keys, preserved keys and the empty prompt times the right factor that all weights share.
+    """
+    square = lambda t: float(t.norm()) ** 2  # noqa: E731
+    left, weight = solution.left, parameter.detach().cpu().float()
+    moved = [rows @ left.T for rows in turned]
     return {
-        "delta": float(((left.T @ left) * (right @ right.T)).sum()),
+        "delta": square(left),  # the rows of the right factor are orthonormal
         "weight": square(weight),
-        "before": square(movement.residuals),
-        "after": square(after),
-        "target": square(wanted.sources.double() @ weight.T),
-        "kept": square(kept @ right.T @ left.T),
-        "read": square(kept @ weight.T),
-        "empty": square(empty @ right.T @ left.T),
-        "spoken": square(empty @ weight.T),
+        "before": square(residuals),
+        "after": square(residuals - moved[0]),
+        "target": square(wanted.sources @ weight.T),
+        "kept": square(moved[1]),
+        "read": square(wanted.preserved @ weight.T),
+        "empty": square(moved[2]),
+        "spoken": square(wanted.empty @ weight.T),
     }
 
 

@@ -51,15 +51,17 @@ class Solution:
 
     Attributes:
         left: Shape (D_out, R), float64; R is N or D_in, the smaller of them.
-        right: Shape (R, D_in), float64, its rows orthonormal; weights that share their keys share this very tensor.
+        right: Shape (R, D_in), float64; weights that share their keys share this very tensor.
         condition_number: Of the N x N system; float64 keeps about 16 digits less its logarithm.
         effective_rank: Directions of the keys that the data, not the prior, decide.
+        orthonormal: Whether the rows of `right` are; `factorise` makes them so.
     """
 
     left: Tensor
     right: Tensor
     condition_number: float
     effective_rank: int
+    orthonormal: bool = False
 
     @property
     def delta(self) -> Tensor:
@@ -129,7 +131,9 @@ class Factors:
         return self._solution(torch.linalg.lu_solve(*self.system, _exact(cross).T).T)
 
     def _solution(self, left: Tensor) -> Solution:
-        return Solution(left, self.right, self.condition_number, self.effective_rank)
+        return Solution(
+            left, self.right, self.condition_number, self.effective_rank, orthonormal=True
+        )
 
 
 def solve(
@@ -249,19 +253,22 @@ def contradiction(
 
 
 @_one_thread()
-def compress(left: Tensor, right: Tensor, *, tolerance: float = 1e-10) -> tuple[Tensor, Tensor]:
+def compress(
+    left: Tensor, right: Tensor, *, orthonormal: bool = False, tolerance: float = 1e-10
+) -> tuple[Tensor, Tensor]:
     """Factors of least rank whose product differs from `left @ right` by at most `tolerance` of its norm.
 
     Args:
         left: Shape (D_out, R).
-        right: Shape (R, D_in); if its rows are orthonormal, as those of a `Solution`, and none of them can be spared,
-            the new right factor is this very tensor.
+        right: Shape (R, D_in).
+        orthonormal: Whether the rows of `right` are known to be; if none of them can be spared, the new right factor is
+            then this very tensor.
         tolerance: Allowed relative error in the Frobenius norm.
 
     Returns:
         New factors (D_out, r) and (r, D_in) with r <= R; r is 0 where the product is 0.
     """
-    if not _orthonormal(right):
+    if not orthonormal:
         q, r = torch.linalg.qr(right.T)
         left, right = left @ r.T, q.T
     if _full(left, tolerance):
@@ -279,13 +286,6 @@ def compress(left: Tensor, right: Tensor, *, tolerance: float = 1e-10) -> tuple[
     )  # norm of what is lost by cutting before each direction
     rank = int((tail > tolerance * tail[:1]).sum())
     return (u[:, :rank] * s[:rank]).contiguous(), (vh[:rank] @ right).contiguous()
-
-
-def _orthonormal(rows: Tensor) -> bool:
-    if len(rows) > rows.shape[1]:
-        return False
-    identity = torch.eye(len(rows), dtype=rows.dtype)
-    return bool((rows @ rows.T - identity).abs().max() <= 1e-12) if len(rows) else True
 
 
 def _full(left: Tensor, tolerance: float) -> bool:

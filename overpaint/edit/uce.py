@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from overpaint.edit.change import Change
-from overpaint.edit.projections import Layer, Wanted, check_pairs, projections, read, rewrite, spot
+from overpaint.edit.projections import Layer, Wanted, check_pairs, projections, read, rewrite, spots
 from overpaint.model import TextToImage
 
 __all__ = ["ARTISTS", "OBJECTS", "debias", "uce"]
@@ -155,15 +155,15 @@ def _wanted(
 ) -> Wanted:
     started = time.perf_counter()
     asked = [(i, old, new, f) for i, (old, new) in enumerate(pairs.items()) for f in frames]
-    olds = [spot(model, old, frame) for _, old, _, frame in asked]
-    news = [spot(model, new, frame) for _, _, new, frame in asked]
-    kept = [spot(model, prompt) for prompt in preserve]
+    olds = spots(model, [(old, frame) for _, old, _, frame in asked])
+    news = spots(model, [(new, frame) for _, _, new, frame in asked])
+    kept = spots(model, [(prompt, "") for prompt in preserve])
     length = max(place for _, place in [*olds, *news, *kept]) + 2  # with the end of text
     features = read(model, ["", *(text for text, _ in [*olds, *news, *kept])], length=length)
     width = features[""].shape[1]
-    pick: Callable[[Sequence[tuple[str, int]]], Tensor] = lambda spots: (  # noqa: E731
-        torch.stack([features[text][place] for text, place in spots])
-        if spots
+    pick: Callable[[Sequence[tuple[str, int]]], Tensor] = lambda places: (  # noqa: E731
+        torch.stack([features[text][place] for text, place in places])
+        if places
         else torch.zeros(0, width)
     )
     return Wanted(
@@ -187,9 +187,9 @@ def _towards(wanted: Wanted, sources: Tensor) -> Wanted:
 
 def _directions(model: TextToImage, keys: Tensor, attributes: Sequence[str]) -> Tensor:
     """Return each attribute's feature without its part along the key and as long as the key, shape (A, N, D)."""
-    spots = [spot(model, name) for name in attributes]
-    features = read(model, [text for text, _ in spots])
-    found = torch.stack([features[text][place] for text, place in spots]).double()  # (A, D)
+    places = spots(model, [(name, "") for name in attributes])
+    features = read(model, [text for text, _ in places])
+    found = torch.stack([features[text][place] for text, place in places]).double()  # (A, D)
     k = keys.double()
     along = (found @ k.T) / k.square().sum(1)  # (A, N)
     across = found[:, None] - along[..., None] * k
