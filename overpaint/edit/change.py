@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from overpaint.edit import storage
-from overpaint.edit.solve import Solution, compress
+from overpaint.edit.solve import Solution, compress, one_thread
 from overpaint.edit.weights import fingerprint, weights_at
 from overpaint.model import TextToImage
 
@@ -102,19 +102,21 @@ class Movement:
 
     def moved(self, weight: Tensor) -> Tensor:
         """Return `weight` after the movement, on the CPU, in its dtype. Rows that do not move keep their bytes."""
-        result = weight.detach().cpu().clone()
+        with one_thread():
+            result = weight.detach().cpu().clone()
         if not self.left.numel():
             return result
-        rows = self.left.abs().amax(1) > 0
+        with one_thread():
+            rows = self.left.abs().amax(1) > 0
         if not bool(rows.all()):
             shift = self.left[rows].double() @ self.right.double()
             result[rows] = (result[rows].double() + shift).to(result.dtype)
             return result
         shift = self.delta if "delta" in vars(self) else self.left.double() @ self.right.double()
-        for old, by in zip(result.split(_BLOCK), shift.split(_BLOCK), strict=True):
-            old.copy_(
-                by + old
-            )  # a block at a time: fresh pages for the whole in double cost more than the sum
+        # a block at a time: fresh pages for the whole in double cost more than the sum
+        with one_thread():
+            for old, by in zip(result.split(_BLOCK), shift.split(_BLOCK), strict=True):
+                old.copy_(by + old)
         return result
 
 
@@ -321,7 +323,8 @@ class Change:
         for movement, parameter in zip(self.movements, parameters, strict=True):
             _check_base(movement, parameter, model.name)
             moved.append(_finite(movement, parameter))
-            original = parameter.detach().clone()
+            with one_thread():
+                original = parameter.detach().clone()
             records.append(_Applied(self.digest, original, fingerprint(moved[-1]), everywhere))
             everywhere.append((parameter, records[-1]))
         return parameters, moved, records
@@ -360,10 +363,15 @@ def _check_base(movement: Movement, parameter: nn.Parameter, name: str) -> None:
     )
 
 
+@one_thread()
+def _finite_ends(moved: Tensor) -> bool:
+    ends = torch.stack(moved.aminmax()) if moved.numel() else moved  # NaN is both least and most
+    return bool(torch.isfinite(ends).all())
+
+
 def _finite(movement: Movement, parameter: nn.Parameter) -> Tensor:
     moved = movement.moved(parameter)
-    ends = torch.stack(moved.aminmax()) if moved.numel() else moved  # NaN is both least and most
-    if not bool(torch.isfinite(ends).all()):
+    if not _finite_ends(moved):
         raise ValueError(
             f"applied to {movement.site} the change gives numbers that {moved.dtype} cannot hold: load the model in "
             "float32 and make it again, or raise `ridge`."
@@ -404,5 +412,6 @@ def _restore(
 
 
 @torch.no_grad()
+@one_thread()
 def _overwrite(parameter: nn.Parameter, value: Tensor) -> None:
     parameter.copy_(value)

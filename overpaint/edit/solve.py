@@ -28,15 +28,24 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Factors", "Solution", "compress", "contradiction", "factorise", "product", "solve"]
+__all__ = [
+    "Factors",
+    "Solution",
+    "compress",
+    "contradiction",
+    "factorise",
+    "one_thread",
+    "product",
+    "solve",
+]
 
 Method = Literal["auto", "dual", "primal"]
 _ROWS = 4096  # of keys in double at a time
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Factorise small matrices on one thread: more wait for one another, on a busy machine a hundred times as long."""
+def one_thread() -> Iterator[None]:
+    """Keep torch to one thread, for small things: on a busy machine two wait for each other a hundred times as long."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -252,7 +261,7 @@ def contradiction(
     return best
 
 
-@_one_thread()
+@one_thread()
 def compress(
     left: Tensor, right: Tensor, *, orthonormal: bool = False, tolerance: float = 1e-10
 ) -> tuple[Tensor, Tensor]:
@@ -343,7 +352,7 @@ def _first_clash(keys: Tensor, targets: Tensor, tolerance: float) -> tuple[int, 
     return None
 
 
-@_one_thread()
+@one_thread()
 def _dual(keys: Tensor, ridge: float, prior: Tensor | None) -> Factors:
     if prior is None:
         half, right = keys.T / math.sqrt(ridge), keys / ridge
@@ -359,7 +368,7 @@ def _dual(keys: Tensor, ridge: float, prior: Tensor | None) -> Factors:
 
 def _primal(keys: Tensor, ridge: float, prior: Tensor | None) -> Factors:
     gram = product(keys)
-    with _one_thread():
+    with one_thread():
         return _by_columns(keys, gram, ridge, prior)
 
 
