@@ -81,8 +81,7 @@ def run(
     tell = on_progress or (lambda done, total, what: None)
 
     composed = model.held_out if held_out is None else held_out
-    tell(0, 1, "editing")
-    changes, seconds = _changes(model, {erase: replace}, judge, seed)
+    changes, seconds = _changes(model, {erase: replace}, judge, seed, tell)
     changes[PREFERRED].save(out / "change.safetensors")
     _trace(model, judge, _pick(kind, label, erase, judge.labels), size, seed, out, tell)
     comparison = evaluate.compare(
@@ -106,12 +105,15 @@ def run(
 
 
 def _changes(
-    model: TextToImage, pairs: Mapping[str, str], judge: Judge, seed: int
+    model: TextToImage, pairs: Mapping[str, str], judge: Judge, seed: int, tell: Progress
 ) -> tuple[dict[str, Change], float]:
     """Return the changes to compare, and the seconds that the preferred one took."""
     known, asked = questions.looked_after(judge.labels)
     start = time.perf_counter()
-    preferred = edit.auto(model, pairs, vocabulary=known, without=asked)
+    preferred = edit.auto(
+        model, pairs, vocabulary=known, without=asked,
+        on_progress=lambda done, total, _: tell(done, total, "editing"),
+    )  # fmt: skip
     seconds = time.perf_counter() - start
     return {
         "quickfix": edit.quickfix(model, pairs),

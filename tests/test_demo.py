@@ -78,8 +78,8 @@ def test_the_saved_change_is_the_one_that_was_judged(made, tiny_sd1):
 
 def test_every_stage_tells_how_far_it_is_and_comes_to_its_end(made):
     ends = {what: (done, total) for done, total, what in made[2]}
-    assert [w.partition(",")[0] for w in ends][:3] == [
-        "tracing the text encoder", "tracing the UNet", "tracing the UNet",
+    assert [w.partition(",")[0] for w in ends][:4] == [
+        "editing", "tracing the text encoder", "tracing the UNet", "tracing the UNet",
     ]  # fmt: skip
     assert ends["tracing the text encoder"][0] == ends["tracing the text encoder"][1]
     assert all(done <= total for done, total in ends.values())
