@@ -165,8 +165,10 @@ def kind_unet(case: Case, modules: Sequence[Module]) -> Map:
 def lockstep(case: Case, trace: str, only: Any) -> Effects:
     options = {"only": only, "steps": case.steps, "score": case.judge.score}
     if trace == "text":
-        return op.trace.text_encoder(case.model, [case.made.probe], control=False, **options)
-    return op.trace.unet(case.model, [case.made.probe], **options)
+        return op.trace.text_encoder(
+            case.model, [case.made.probe], control=False, solver="own", **options
+        )
+    return op.trace.unet(case.model, [case.made.probe], solver="own", **options)
 
 
 def scores_of(effects: Effects) -> Map:
