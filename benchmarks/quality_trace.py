@@ -18,7 +18,7 @@ leaves only what the prompt says). Asked of the maps:
 The judge is `icons-judge`: the probability of the concept, but for counts, which it has no head for, the raw cosine of
 picture and prompt. Finished prompts are kept in `runs/quality_trace`, so that a run that was stopped goes on.
 The defaults take about 20 minutes on two idle cores; N prompts take N times as long. Writes
-`benchmarks/results/quality_trace.json`.
+`benchmarks/results/quality_trace.json`; with `--quick`, into `runs/benchmarks`.
 """
 
 import argparse
@@ -482,11 +482,12 @@ def main() -> None:
         name: [{n: plain(v) for n, v in row.items()} for row in rows]
         for name, rows in tables.items()
     }
-    RESULTS.mkdir(exist_ok=True)
-    beside = RESULTS / ".quality_trace.part"
+    folder = Path("runs/benchmarks") if arguments.quick else RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / ".quality_trace.part"
     whole = {"result": result, "tables": report, "protocol": protocol}
     beside.write_text(json.dumps(whole, indent=1) + "\n")
-    os.replace(beside, RESULTS / "quality_trace.json")
+    os.replace(beside, folder / "quality_trace.json")
     if arguments.json:
         print(json.dumps(result))
 

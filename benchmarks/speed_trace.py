@@ -18,7 +18,7 @@ even number, the lower one). `max_difference` is the largest difference of any s
 peak of 10, 20 and 50 steps, largest over smallest, minus 1: of live tensors, counted operation by operation, and of a
 fresh process's resident memory; the worse of both. `--quick` traces two layers of the text encoder, takes fewer steps
 and turns, and leaves out the fresh processes.
-Writes `benchmarks/results/speed_trace.json`.
+Writes `benchmarks/results/speed_trace.json`; with `--quick`, into `runs/benchmarks`.
 """
 
 import argparse
@@ -264,12 +264,12 @@ def load(steps: int) -> Case:
     return Case(model, judge, made, steps)
 
 
-def write(name: str, result: dict[str, Any], protocol: dict[str, Any]) -> None:
+def write(folder: Path, name: str, result: dict[str, Any], protocol: dict[str, Any]) -> None:
     """Write the full result beside its place, then rename it."""
-    RESULTS.mkdir(exist_ok=True)
-    beside = RESULTS / f".{name}.part"
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / f".{name}.part"
     beside.write_text(json.dumps({"result": result, "protocol": protocol}, indent=2) + "\n")
-    os.replace(beside, RESULTS / f"{name}.json")
+    os.replace(beside, folder / f"{name}.json")
 
 
 def table(result: dict[str, Any]) -> str:
@@ -319,7 +319,8 @@ def main() -> None:
         "machine": platform.machine(),
         "load_average": os.getloadavg()[0],
     }
-    write("speed_trace", result, protocol)
+    folder = Path("runs/benchmarks") if arguments.quick else RESULTS
+    write(folder, "speed_trace", result, protocol)
     if arguments.json:
         print(json.dumps(result))
 

@@ -67,3 +67,16 @@ def tiny_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny"
     build.tiny().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line in this process: exit code, stdout, stderr."""
+    from overpaint import cli
+
+    def call(*arguments):
+        code = cli._run([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call

@@ -9,7 +9,7 @@ from overpaint.edit import auto as make
 from overpaint.edit import stack as op_stack
 from overpaint.edit import vocabulary
 from overpaint.edit.auto import preserve_terms
-from overpaint.edit.captions import gather, layer_inputs, pair
+from overpaint.edit.captions import gather, layer_inputs, plan
 from overpaint.edit.weights import weight_at
 
 SITE = "text.0.self_attn.out_proj"
@@ -24,7 +24,7 @@ def change(tiny_double):
 
 def explicit(model, old, new, frames):
     """Return keys and residuals of all captions, one row a key, each caption's weight in them."""
-    found = [pair(model, old, new, frame, "subject_to_end") for frame in frames]
+    found = plan(model, {old: new}, frames, "subject_to_end")
     keys, residuals = [], []
     weight = weight_at(model, SITE).detach().double()
     for p in found:
@@ -116,15 +116,15 @@ def test_it_is_undone_bit_for_bit(tiny_double, change):
 def test_where_a_known_concept_begins_the_edit_waits_for_the_last_token(tiny_double):
     from overpaint.edit.auto import _placed
 
-    free = _placed(tiny_double, "van gogh", "painting", "{}", [])
-    bound = _placed(tiny_double, "van gogh", "painting", "{}", ["van"])
+    (whole,) = plan(tiny_double, PAIR, ["{}"], "subject_to_end")
+    free, bound = _placed(whole, "van gogh", []), _placed(whole, "van gogh", ["van"])
     assert free.positions[0][0] == free.old.first
     assert bound.positions[0][0] == bound.old.last
     assert free.old.first < free.old.last
 
 
 def test_gather_reads_the_places_of_a_pair(tiny_double):
-    p = pair(tiny_double, "van gogh", "painting", "{}", "subject_to_end")
+    (p,) = plan(tiny_double, PAIR, ["{}"], "subject_to_end")
     h = layer_inputs(tiny_double, SITE, torch.stack([p.old.ids, p.new.ids]))
     keys, values = gather(h, [p])
     assert torch.equal(keys, h[0, [a for a, _ in p.positions]])
@@ -146,7 +146,7 @@ def test_frames_are_drawn_by_seed_and_hold_one_place(tiny_double):
     [
         ({}, {}, "name at least one concept"),
         ({"van gogh": " "}, {}, "name it in words"),
-        ({"van gogh": "van gogh"}, {}, "its own target"),
+        ({"van gogh": "van gogh"}, {}, "equals its target"),
         (PAIR, {"preserve": ["a van gogh picture"]}, "take it off the list"),
         (PAIR, {"contexts": 1}, "at least 8 captions"),
         (PAIR, {"bound": 0.0}, "positive and finite"),

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import overpaint
-from overpaint import cli, edit, zoo
+from overpaint import edit, zoo
 from overpaint.edit import export, ldm
 from overpaint.edit.change import Change, Movement
 from overpaint.edit.weights import fingerprint, weight_at
@@ -413,16 +413,6 @@ def test_places_that_cannot_be_written_are_named(own, tmp_path, kind, monkeypatc
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*arguments):
-        code = cli._run([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

@@ -83,6 +83,15 @@ def test_equal_preserve_terms_count_once_and_others_add_up(tiny_sd1, gogh, both)
     assert (gogh + one).protocol["preserve"] == sorted(KEPT)
 
 
+def test_changes_that_preserve_nothing_stack_whatever_their_method_or_weight(tiny_sd1, gogh):
+    other = [edit.loco(tiny_sd1, pairs, layers=[7]) for pairs in (GOGH, SNOOPY)]
+    assert edit.stack(tiny_sd1, other).pairs == GOGH | SNOOPY
+    plain = edit.quickfix(tiny_sd1, SNOOPY, preserve_weight=7.0)
+    assert near(
+        edit.stack(tiny_sd1, [gogh, plain]), edit.quickfix(tiny_sd1, GOGH | SNOOPY, preserve=KEPT)
+    )
+
+
 def test_a_preserved_prompt_on_both_lists_counts_once_in_a_stack(tiny_sd1, gogh):
     other = edit.quickfix(tiny_sd1, SNOOPY, preserve=["", "a dog"])
     joint = edit.quickfix(tiny_sd1, GOGH | SNOOPY, preserve=[*KEPT, "a dog"])

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from overpaint.edit import vocabulary as vocabularies
-from overpaint.edit.captions import Pair, gather, layer_inputs, pair
+from overpaint.edit.captions import Pair, check_pairs, gather, layer_inputs, plan
 from overpaint.edit.change import Change, Movement
 from overpaint.edit.solve import factorise
 from overpaint.edit.weights import weight_at
@@ -104,7 +104,10 @@ class _Reader:
         )
         for start in range(0, len(frames), _CHUNK):
             found = [
-                _placed(self.model, old, new, f, known) for f in frames[start : start + _CHUNK]
+                _placed(p, old, known)
+                for p in plan(
+                    self.model, {old: new}, frames[start : start + _CHUNK], "subject_to_end"
+                )
             ]
             ids = torch.cat([torch.stack([p.old.ids, p.new.ids]) for p in found])
             keys, sources = gather(layer_inputs(self.model, self.site, ids), found)
@@ -202,9 +205,8 @@ def auto(
         "vocabulary": vocabulary if isinstance(vocabulary, str | None) else list(vocabulary),
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }  # fmt: skip
-    report = _report(
-        reader, movement, fresh, scan, chosen, list(zip(watched, *kept.rows(), strict=True)), bound
-    )
+    danger = list(zip(watched, kept.weights, kept.before, kept.after, strict=True))
+    report = _report(reader, movement, fresh, scan, chosen, danger, bound)
     return Change(
         (movement,), protocol, report | {"seconds": {"all": round(time.perf_counter() - began, 3)}}
     )
@@ -248,7 +250,7 @@ def _others(known: Sequence[str], pairs: Mapping[str, str]) -> list[str]:
 
 
 def _background(reader: _Reader, term: Term) -> Tensor:
-    """Return the mean Gram matrix of captions that should not move: half of concepts, half of other words."""
+    """Return the mean Gram matrix of captions that should not move: three in four hold a concept."""
     words = vocabularies.fillers(reader.model.tokenizer, without=term["without"])
     rng = random.Random(term["seed"])
     slots = [
@@ -267,13 +269,12 @@ def _captions(concept: str, frames: Sequence[str]) -> list[str]:
     return [frame.replace("{}", concept) for frame in frames[:_PER_CONCEPT]]
 
 
-def _placed(model: TextToImage, old: str, new: str, frame: str, known: Sequence[str]) -> Pair:
-    """Return a pair from where the two concepts part to the end of the padding, each pad at its own place.
+def _placed(found: Pair, old: str, known: Sequence[str]) -> Pair:
+    """Return the pair from where the two concepts part to the end of the padding, each pad at its own place.
 
     Where a known concept is how the old one begins ("apple" of "apple logo"), from the old one's last token on: up to
     there a causal encoder cannot tell them apart.
     """
-    found = pair(model, old, new, frame, "subject_to_end")
     first, second = found.old, found.new
     start, end = first.first, len(first.ids) - 1
     if any(
@@ -299,9 +300,6 @@ class _Kept:
     before: list[float]
     after: list[float]
     gram: Tensor
-
-    def rows(self) -> tuple[list[float], list[float], list[float]]:
-        return self.weights, self.before, self.after
 
 
 def _delta(fitted: Sequence[_Sums], gram: Tensor, ridge: float) -> Tensor:
@@ -331,10 +329,9 @@ def _measured(
 ) -> dict[str, float]:
     """Return what a weight of the background costs and gives, on captions that nothing was fitted to."""
     delta = _delta(fitted, weight * ground, ridge)
-    missed = sum(s.missed(delta) for s in fresh) / len(fresh)
     return {
         "preserve_weight": weight,
-        "missed": missed,
+        "missed": _missed(fresh, delta),
         "drift": _drift(delta, unseen, _energy(fresh)),
     }
 
@@ -434,17 +431,8 @@ def _report(
 def _check_texts(pairs: Mapping[str, str], preserve: Sequence[str]) -> None:
     if isinstance(preserve, str):
         raise TypeError("`preserve` is a list of texts: write ['...'] around a single one.")
-    if not pairs:
-        raise ValueError(
-            "`pairs` is empty: name at least one concept and its replacement, {'van gogh': 'painting'}."
-        )
-    for old, new in pairs.items():
-        if not old.strip() or not new.strip():
-            raise ValueError(f"a concept of the pair {old!r} → {new!r} is empty: name it in words.")
-        if old.split() == new.split():
-            raise ValueError(
-                f"the concept {old!r} is its own target, there is nothing to edit: name another target."
-            )
+    check_pairs(pairs)
+    for old in pairs:
         kept = [p for p in preserve if f" {old.lower().strip()} " in f" {p.lower()} "]
         if kept:
             raise ValueError(

@@ -27,9 +27,10 @@ __all__ = [
     "Positions",
     "caption",
     "captions",
+    "check_frames",
+    "check_pairs",
     "gather",
     "layer_inputs",
-    "pair",
     "places",
     "plan",
     "read_layer",
@@ -69,6 +70,44 @@ class Pair:
     positions: list[tuple[int, int]]
 
 
+def check_pairs(pairs: Mapping[str, str], *, erase: bool = False) -> None:
+    """Refuse pairs that ask for nothing.
+
+    Args:
+        pairs: Old concept to new.
+        erase: Whether the new one may be empty.
+
+    Raises:
+        ValueError: There are none, a concept is empty, or equals its target.
+    """
+    if not pairs:
+        raise ValueError(
+            "`pairs` is empty: name at least one concept and its replacement, {'van gogh': 'painting'}."
+        )
+    for old, new in pairs.items():
+        if not old.strip() or not (erase or new.strip()):
+            role = "new" if old.strip() else "old"
+            raise ValueError(
+                f"the {role} concept of the pair {old!r} → {new!r} is empty: name it in words."
+            )
+        if old.lower().split() == new.lower().split():
+            raise ValueError(
+                f"the concept {old!r} equals its target: name another one to put in its place."
+            )
+
+
+def check_frames(frames: Sequence[str]) -> None:
+    """Refuse one text, or none, where a list of captions is wanted.
+
+    Raises:
+        TypeError: It is no list of texts, or empty.
+    """
+    if isinstance(frames, str) or not frames:
+        raise TypeError(
+            "`frames` is a list of captions, got one text or none: write [''] for the bare concept."
+        )
+
+
 def plan(
     model: TextToImage,
     pairs: Mapping[str, str],
@@ -96,20 +135,6 @@ def plan(
         _aligned((old, new), placed[old, frame], placed[new, frame], positions)
         for old, new, frame in asked
     ]
-
-
-def pair(
-    model: TextToImage,
-    old: str,
-    new: str,
-    frame: str,
-    positions: Positions,
-    *,
-    encoder: str = "text",
-) -> Pair:
-    """Return one pair in one frame: which token of the old caption gets what the new one has where."""
-    first, second = captions(model, [(old, frame), (new, frame)], encoder=encoder)
-    return _aligned((old, new), first, second, positions)
 
 
 def _aligned(names: tuple[str, str], first: Caption, second: Caption, positions: Positions) -> Pair:

@@ -22,9 +22,9 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from overpaint.edit.captions import caption
+from overpaint.edit.captions import caption, check_pairs
 from overpaint.edit.change import Change, Movement
-from overpaint.edit.projections import Layer, Projection, check_pairs, projections
+from overpaint.edit.projections import Layer, Projection, projections
 from overpaint.edit.quickfix import FRAMES
 from overpaint.edit.weights import fingerprint, weights_at
 from overpaint.errors import UnsupportedModel

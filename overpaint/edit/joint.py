@@ -183,7 +183,7 @@ def stack(model: TextToImage, changes: Sequence[Change]) -> Change:
             _differ("method")
         return _stacked_auto(model, changes)
     preserve = sorted({prompt for c in changes for prompt in c.protocol.get("preserve", [])})
-    weights = {c.protocol["preserve_weight"] for c in changes if _preserved(c)}
+    weights = {c.protocol["preserve_weight"] for c in changes if _preserved(c)[0]}
     if len(weights) > 1:
         _differ("preserve_weight")
     if weights:

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from overpaint.edit.captions import plan
+from overpaint.edit.captions import check_frames, check_pairs, plan
 from overpaint.edit.change import Change
-from overpaint.edit.projections import Layer, Wanted, check_pairs, projections, read, rewrite
+from overpaint.edit.projections import Layer, Wanted, projections, read, rewrite
 from overpaint.edit.quickfix import FRAMES
 from overpaint.model import TextToImage
 from overpaint.sites import find_unet
@@ -54,10 +54,7 @@ def loco(
         UnknownSite: The UNet has no such layer.
     """
     check_pairs(pairs)
-    if isinstance(frames, str) or not frames:
-        raise TypeError(
-            "`frames` is a list of captions, got one text or none: write [''] for the bare concept."
-        )
+    check_frames(frames)
     sites = projections(model, _middle(model, window) if layers is None else layers, ("k", "v"))
     started = time.perf_counter()
     planned = plan(model, pairs, frames, "last_subject")

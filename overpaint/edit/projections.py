@@ -28,7 +28,6 @@ __all__ = [
     "Layer",
     "Projection",
     "Wanted",
-    "check_pairs",
     "projections",
     "read",
     "rewrite",
@@ -209,32 +208,6 @@ def rewrite(
         "versions": {name: version(name) for name in ("torch", "transformers", "diffusers")},
     }
     return Change(tuple(movements), full, report)
-
-
-def check_pairs(pairs: Mapping[str, str], *, erase: bool = False) -> None:
-    """Refuse pairs that ask for nothing.
-
-    Args:
-        pairs: Old concept to new.
-        erase: Whether the new one may be empty.
-
-    Raises:
-        ValueError: There are none, a concept is empty, or equals its target.
-    """
-    if not pairs:
-        raise ValueError(
-            "`pairs` is empty: name at least one concept and its replacement, {'van gogh': 'painting'}."
-        )
-    for old, new in pairs.items():
-        if not old.strip() or not (erase or new.strip()):
-            role = "new" if old.strip() else "old"
-            raise ValueError(
-                f"the {role} concept of the pair {old!r} → {new!r} is empty: name it in words."
-            )
-        if old.lower().split() == new.lower().split():
-            raise ValueError(
-                f"the concept {old!r} equals its target: name another one to put in its place."
-            )
 
 
 def _index(layer: Layer) -> int:

@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from overpaint.edit.captions import POSITIONS, Pair, Positions, places, plan, read_layer
+from overpaint.edit.captions import (
+    POSITIONS,
+    Pair,
+    Positions,
+    check_pairs,
+    places,
+    plan,
+    read_layer,
+)
 from overpaint.edit.change import Change, Movement
 from overpaint.edit.solve import Factors, Method, Solution, contradiction, factorise, product
 from overpaint.edit.weights import PROJECTIONS, bias_at, encoder_index, text_layers, weight_at
@@ -302,22 +310,9 @@ def _check_texts(pairs: Mapping[str, str], preserve: Sequence[str], frames: Sequ
         raise TypeError(
             "`preserve` and `frames` are lists of texts: write ['...'] around a single one."
         )
-    if not pairs:
-        raise ValueError(
-            "`pairs` is empty: name at least one concept and its replacement, {'van gogh': 'painting'}."
-        )
+    check_pairs(pairs)
     if not frames:
         raise ValueError("`frames` is empty: give at least one caption; '' is the bare concept.")
-    for old, new in pairs.items():
-        for role, concept in (("old", old), ("new", new)):
-            if not concept.strip():
-                raise ValueError(
-                    f"the {role} concept of the pair {old!r} → {new!r} is empty: name it in words."
-                )
-        if old.lower().split() == new.lower().split():
-            raise ValueError(
-                f"the concept {old!r} equals its target: name another one to put in its place."
-            )
     many = [frame for frame in frames if frame.count("{}") > 1]
     if many:
         raise ValueError(f"the frame {many[0]!r} holds the concept twice: leave one '{{}}'.")

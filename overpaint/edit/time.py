@@ -14,13 +14,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from overpaint.edit.captions import Caption, caption
+from overpaint.edit.captions import Caption, caption, check_frames, check_pairs
 from overpaint.edit.change import Change
 from overpaint.edit.projections import (
     Layer,
     Projection,
     Wanted,
-    check_pairs,
     projections,
     read,
     rewrite,
@@ -60,10 +59,7 @@ def time(
         UnknownSite: The UNet has no such layer.
     """
     check_pairs(pairs)
-    if isinstance(frames, str) or not frames:
-        raise TypeError(
-            "`frames` is a list of captions, got one text or none: write [''] for the bare concept."
-        )
+    check_frames(frames)
     sites = projections(model, layers, matrices)
     started = clock.perf_counter()
     asked = [(i, old, new, f) for i, (old, new) in enumerate(pairs.items()) for f in frames]

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from overpaint.edit.captions import check_pairs
 from overpaint.edit.change import Change
-from overpaint.edit.projections import Layer, Wanted, check_pairs, projections, read, rewrite, spots
+from overpaint.edit.projections import Layer, Wanted, projections, read, rewrite, spots
 from overpaint.model import TextToImage
 
 __all__ = ["ARTISTS", "OBJECTS", "debias", "uce"]
