@@ -69,6 +69,23 @@ def tiny_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def chromium():
+    """A headless Chromium, open as long as the tests of one file: its event loop is in no other's way."""
+    import browser
+
+    with browser.launched() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def axe():
+    """The source of axe-core, for `browser.check`."""
+    import browser
+
+    return browser.axe_core()
+
+
 @pytest.fixture
 def run(capsys):
     """Run the command line in this process: exit code, stdout, stderr."""
