@@ -1,0 +1,83 @@
+r"""The friction of diffGrad and its five variants: which share of Adam's step a coordinate takes.
+
+With :math:`d = g_{t-1} - g_t`, and :math:`\mu, \nu` the mean and the standard deviation of :math:`|g_t|` over a tensor:
+
+== ============================================ ======================================================
+id :math:`\xi`                                  range
+== ============================================ ======================================================
+0  :math:`\sigma(|d|)`                          [1/2, 1); the method
+1  :math:`\sigma(d)`                            (0, 1); signed, so a coordinate can come to rest
+2  :math:`9\,\sigma(|d| / 2) - 4`               [1/2, 5)
+3  :math:`\sigma(\nu |d| - \mu)`                [:math:`\sigma(-\mu)`, 1), below one half
+4  :math:`\sigma(\nu^2 |d| - \mu)`              as 3
+5  :math:`\sigma(\sqrt\nu |d| - \mu)`           as 3
+== ============================================ ======================================================
+
+Source: Dubey et al., 2020 (diffGrad), https://arxiv.org/abs/1909.11015, equations 17 to 19 and section VII-B.
+Deviations: the paper leaves open over what :math:`\mu` and :math:`\nu` run, and which deviation is meant. Here: over
+one tensor (the whole of it where it is sharded), and the biased one. Variant 2 is read so that its range is the printed
+one.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["friction"]
+
+VARIANTS = range(6)
+
+
+def friction(change: Tensor, gradient: Tensor, dfc: int = 0) -> Tensor:
+    r"""Return the share :math:`\xi` of Adam's step that each coordinate takes.
+
+    Args:
+        change: :math:`g_{t-1} - g_t`, real, any shape.
+        gradient: :math:`g_t`, same shape; read by variants 3 to 5 alone.
+        dfc: Variant of the friction coefficient, 0 to 5.
+
+    Returns:
+        The share, shape and dtype of `change`; its range stands in the table above.
+
+    Raises:
+        ValueError: There is no such variant.
+    """
+    check_variant(dfc)
+    if dfc == 0:
+        return change.abs().sigmoid()
+    if dfc == 1:
+        return change.sigmoid()
+    if dfc == 2:
+        return 9 * (change.abs() / 2).sigmoid() - 4
+    size = gradient.abs()
+    mean = size.sum() / max(
+        1, size.numel()
+    )  # `mean` of a sharded tensor trusts that all shards are alike
+    variance = (size - mean).square().sum() / max(1, size.numel())
+    factor = variance ** {3: 0.5, 4: 1.0, 5: 0.25}[dfc]
+    return (factor * change.abs() - mean).sigmoid()
+
+
+def damped(
+    previous: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor] | None, dfc: int
+) -> list[Tensor]:
+    """Return friction, times `exp_avgs` if given; the result may stand in the memory of `previous`."""
+    if dfc == 0:
+        torch._foreach_sub_(previous, grads)
+        torch._foreach_abs_(previous)
+        torch._foreach_sigmoid_(previous)
+        found = previous
+    else:
+        found = [friction(p - g, g, dfc) for p, g in zip(previous, grads, strict=True)]
+    if exp_avgs is not None:
+        torch._foreach_mul_(found, exp_avgs)
+    return found
+
+
+def check_variant(dfc: Any) -> None:
+    """Raise a ValueError unless `dfc` names a variant."""
+    if isinstance(dfc, bool) or dfc not in VARIANTS:
+        raise ValueError(
+            f"`dfc` must be a variant from 0 to 5, got {dfc!r}. Leave it out for the paper's friction, 0."
+        )

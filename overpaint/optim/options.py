@@ -1,0 +1,85 @@
+"""What DiffGrad accepts: number by number as torch's Adam, with a way out in each message."""
+
+from typing import Any
+
+from torch import Tensor
+
+from overpaint.optim.friction import check_variant
+
+__all__ = ["check_capturable", "check_options"]
+
+_CAPTURABLE = ("cuda", "xpu", "hpu", "xla")
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Check the options of one group.
+
+    Raises:
+        ValueError: One is out of range, or two contradict each other.
+        RuntimeError: `fused` contradicts `foreach` or `differentiable`, as in torch's Adam.
+    """
+    _check_rate(options)
+    for name in ("lr", "eps", "weight_decay"):
+        if not options[name] >= 0:
+            raise ValueError(f"`{name}` must be 0 or more, got {options[name]!r}. Check the call.")
+    betas = options["betas"]
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(
+            f"`betas` must be two numbers in [0, 1), got {betas!r}. (0.9, 0.999) is usual."
+        )
+    check_variant(options["dfc"])
+    if options["eps_mode"] not in ("paper", "official"):
+        raise ValueError(
+            f"`eps_mode` must be 'paper' or 'official', got {options['eps_mode']!r}. Leave it out for the paper's."
+        )
+    dtype = options["state_dtype"]
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"`state_dtype` must be a floating-point dtype, got {dtype}. Try float32.")
+    _check_paths(options)
+
+
+def _check_rate(options: dict[str, Any]) -> None:
+    lr = options["lr"]
+    if not isinstance(lr, Tensor):
+        return
+    if lr.numel() != 1:
+        raise ValueError(
+            f"`lr` must be a number or a tensor of one element, got shape {tuple(lr.shape)}: give groups their own."
+        )
+    if options["foreach"] and not options["capturable"]:
+        raise ValueError(
+            "`lr` is a tensor, which `foreach=True` takes with `capturable=True` only: give a number, or leave "
+            "`foreach` out."
+        )
+
+
+def _check_paths(options: dict[str, Any]) -> None:
+    if options["fused"] and options["foreach"]:
+        raise RuntimeError(
+            "`fused` and `foreach` exclude each other: a step takes one path. Leave `foreach` out."
+        )
+    if options["fused"] and options["differentiable"]:
+        raise RuntimeError(
+            "`fused` and `differentiable` exclude each other: autograd does not go through the kernel. Leave `fused` "
+            "out."
+        )
+    if options["foreach"] and options["differentiable"]:
+        raise ValueError(
+            "`foreach` and `differentiable` exclude each other: autograd does not go through lists. Leave `foreach` "
+            "out."
+        )
+    if options["fused"] and options["capturable"] and options["eps_mode"] == "official":
+        raise ValueError(
+            "`eps_mode='official'` with `fused=True` reads the step count, which `capturable=True` forbids: use "
+            "`foreach=True`, or the paper's `eps_mode`."
+        )
+
+
+def check_capturable(params: list[Tensor], steps: list[Tensor]) -> None:
+    """Raise a RuntimeError unless a graph can hold the step of these parameters."""
+    pairs = zip(params, steps, strict=True)
+    if not all(p.device.type in _CAPTURABLE and p.device == s.device for p, s in pairs):
+        raise RuntimeError(
+            f"`capturable=True` needs parameters and step counts on one of {', '.join(_CAPTURABLE)}: move the model "
+            "there, or leave it out."
+        )
