@@ -1,0 +1,148 @@
+"""Evaluation sets: each form of the field read from a file of that form, row by row."""
+
+import pytest
+
+from overpaint import probes
+from overpaint.probes import Case
+
+TIMED = """old,new,positive1,gt1,positive2,gt2,negative1,gn1
+A tree,A blue tree,A tall tree,A tall blue tree,"Trees, far off","Blue trees, far off",A bush,A blue bush
+A cup,A glass cup,A cup of tea,A glass cup of tea,,,A pot,A glass pot
+"""
+ROAD = """prompt,old,new,positive1,positive_old1,positive_new1,negative1,negative_new1
+The mayor,Ann,Bob,The mayor at work,Ann at work,Bob at work,The baker,Bob
+"""
+UCE = """,case_number,prompt,evaluation_seed,artist
+0,0,Boats by Ada Ray,12,Ada Ray
+1,1,"Rain, by Kim Lo",7.0,Kim Lo
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(name, text, encoding="utf-8"):
+        (tmp_path / name).write_bytes(text.encode(encoding))
+        return tmp_path / name
+
+    return write
+
+
+def test_prompts_by_the_line_are_judged_by_what_is_depicted(file):
+    path = file("x_eval.txt", "a snoopy in the rain\r\n\r\n  A dog\nSnoopys\n")
+    found = probes.read_set(path, erase="Snoopy", replace="dog")
+    old, new = "A photo depicts Snoopy", "A photo depicts dog"
+    assert found.cases == (
+        Case("a snoopy in the rain", "target", old, new, "Snoopy"),
+        Case("A dog", "other", "A dog"),
+        Case("Snoopys", "other", "Snoopys"),
+    )
+    assert (found.form, found.erase, found.replace) == ("ablation", "Snoopy", "dog")
+    style = probes.read_set(file("y.txt", "a lake by monet"), erase="monet", kind="style").cases[0]
+    assert (style.old, style.new) == ("A photo depicts monet style", "")
+
+
+def test_rows_of_esd_and_uce_carry_their_seeds_and_artists(file):
+    found = probes.read_set(file("uce.csv", UCE), erase="ada ray", replace="an oak")
+    assert found.cases == (
+        Case("Boats by Ada Ray", "target", "Boats by Ada Ray", "Boats by an oak", "Ada Ray", 12),
+        Case("Rain, by Kim Lo", "other", "Rain, by Kim Lo", "Rain, by an oak", "Kim Lo", 7),
+    )
+    bare = probes.read_set(
+        file("b.csv", "prompt\nan  old cat\na dog\n"), erase="old cat", replace="owl"
+    )
+    assert [(c.role, c.new, c.seed) for c in bare.cases] == [
+        ("target", "an owl", None),
+        ("other", "", None),
+    ]
+
+
+def test_an_edit_a_row_as_timed(file):
+    path = file("timed.csv", TIMED, encoding="utf-8-sig")
+    found = probes.read_set(path, erase="a TREE")
+    assert (found.form, found.erase, found.replace) == ("timed", "A tree", "A blue tree")
+    assert found.name == "timed.csv: A tree"
+    assert found.cases == (
+        Case("A tree", "target", "A tree", "A blue tree", "A tree"),
+        Case("A tall tree", "general", "A tall tree", "A tall blue tree"),
+        Case("Trees, far off", "general", "Trees, far off", "Blue trees, far off"),
+        Case("A bush", "other", "A bush", "A blue bush"),
+    )
+    assert [c.role for c in probes.read_set(path, erase="cup").cases] == [
+        "target",
+        "general",
+        "other",
+    ]
+
+
+def test_an_edit_a_row_as_road(file):
+    found = probes.read_set(file("road.csv", ROAD), erase="Ann")
+    assert found.form == "road"
+    assert found.cases == (
+        Case("The mayor", "target", "Ann", "Bob", "Ann"),
+        Case("The mayor at work", "general", "Ann at work", "Bob at work"),
+        Case("The baker", "other", "The baker", "Bob"),
+    )
+
+
+def test_our_own_tables_fill_their_slots_and_leave_the_concept_out_of_the_others(file):
+    found = probes.own("style", "openmoji style", "noto style")
+    assert found.cases[0] == Case(
+        "an apple in openmoji style", "target", "an apple in openmoji style",
+        "an apple in noto style", "openmoji style",
+    )  # fmt: skip
+    roles = [c.role for c in found.cases]
+    assert [roles.count(role) for role in ("target", "general", "other")] == [16, 16, 40]
+    assert not any("openmoji" in c.prompt for c in found.cases if c.role == "other")
+    assert {c.new == "" for c in found.cases if c.concept == "noto style"} == {True}
+    for vocabulary in probes.VOCABULARIES:
+        for kind in ("style", "object"):
+            cases = probes.own(kind, "cat", "owl", vocabulary=vocabulary).cases
+            assert len({c.prompt for c in cases}) == len(cases)
+            assert not any("{" in c.prompt + c.new or "(n)" in c.prompt + c.new for c in cases)
+    table = 'target = ["a(n) {concept} {where}"]\nothers = []\n[slots]\nwhere = ["here", "there"]\n'
+    mine = probes.read_set(file("t.toml", table), erase="owl", replace="cat")
+    assert [(c.prompt, c.new) for c in mine.cases] == [
+        ("an owl here", "a cat here"),
+        ("an owl there", "a cat there"),
+    ]
+
+
+def test_a_thinned_set_keeps_a_few_of_each_role_evenly_spaced():
+    found = probes.own("style", "openmoji style").thinned(2)
+    assert [c.role for c in found.cases] == ["target"] * 2 + ["general"] * 2 + ["other"] * 2
+    assert [c.concept for c in found.cases[4:]] == ["noto style", "blob style"]
+    whole = probes.own("style", "openmoji style")
+    assert whole.thinned(999) == whole
+    with pytest.raises(ValueError, match="`size` must be at least 1, got 0"):
+        whole.thinned(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "name\nx\n", "cannot tell the form of 'a.csv': give a .txt"),
+        ("a.json", "{}", "cannot tell the form of 'a.json'"),
+        ("a.txt", "\n", "holds no prompts"),
+        ("a.csv", "prompt,evaluation_seed\na cat,x\n", "line 2: `evaluation_seed` 'x' is no whole"),
+        ("a.csv", "prompt\na cat, or two\n", "line 2: 2 fields under 1 columns; put a text"),
+        ("a.csv", 'prompt\n"a cat\n', "close every quote"),
+        ("a.csv", "case_number,prompt\n1,\n", "line 2: the prompt is empty"),
+        ("a.csv", TIMED, "holds 0 edits of 'cat', not one: .* holds 'A tree', 'A cup'"),
+        ("a.toml", "target = 3", "is no table of cases"),
+        ("a.toml", 'target = ["{x}"]\nothers = []', "is no table of cases .'x'"),
+    ],
+)
+def test_a_file_of_no_form_is_named(file, name, text, message):
+    with pytest.raises(ValueError, match=message):
+        probes.read_set(file(name, text), erase="cat")
+
+
+def test_other_bad_input_is_named(file, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no evaluation set at .*nowhere.csv"):
+        probes.read_set(tmp_path / "nowhere.csv", erase="cat")
+    with pytest.raises(ValueError, match="is not UTF-8 text"):
+        probes.read_set(file("a.txt", "é", encoding="latin-1"), erase="cat")
+    with pytest.raises(ValueError, match="unknown form of evaluation set 'coco': choose one of"):
+        probes.read_set(file("b.txt", "a cat"), erase="cat", form="coco")
+    with pytest.raises(ValueError, match="no evaluation set of ours for 'icons' 'fact'"):
+        probes.own("fact", "japan")
