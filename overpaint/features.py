@@ -106,6 +106,12 @@ class Judge:
         """Return unit CLIP features of `images`, (B, 3, 64, 64) in [0, 1]; shape (B, D)."""
         return F.normalize(self._embed(images), dim=1).cpu()
 
+    def layers(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return what each layer of the image tower makes of `images`, (B, 3, 64, 64) in [0, 1]; each (B, P, D)."""
+        pixels = images.to(self._device, torch.float32) * 2 - 1
+        seen = self._clip.vision_model(pixel_values=pixels, output_hidden_states=True)
+        return tuple(layer.cpu() for layer in seen.hidden_states[1:])
+
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Return unit CLIP features of `prompts`, shape (N, D)."""

@@ -110,7 +110,7 @@ def test_our_own_tables_fill_their_slots_and_leave_the_concept_out_of_the_others
 def test_a_thinned_set_keeps_a_few_of_each_role_evenly_spaced():
     found = probes.own("style", "openmoji style").thinned(2)
     assert [c.role for c in found.cases] == ["target"] * 2 + ["general"] * 2 + ["other"] * 2
-    assert [c.concept for c in found.cases[4:]] == ["noto style", "blob style"]
+    assert [c.concept for c in found.cases[4:]] == ["noto style", "fluent style"]
     whole = probes.own("style", "openmoji style")
     assert whole.thinned(999) == whole
     with pytest.raises(ValueError, match="`size` must be at least 1, got 0"):

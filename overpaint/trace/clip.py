@@ -64,16 +64,28 @@ class Clip:
             images: RGB in [0, 1], shape (N, 3, H, W); made as small as the model reads them, bicubic.
             probes: One for each picture.
         """
+        pictures = self.image_features(images)
+        return F.cosine_similarity(pictures, self.text_features([p.prompt for p in probes]))
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Return the unit features of `images` (B, 3, H, W) in [0, 1], on the CPU, shape (B, D)."""
+        pooled = self._clip.vision_model(pixel_values=self._pixels(images)).pooler_output
+        return F.normalize(self._clip.visual_projection(pooled), dim=1).cpu()
+
+    def layers(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return what each layer of the image tower makes of `images`, on the CPU, each of shape (B, P, D)."""
+        seen = self._clip.vision_model(pixel_values=self._pixels(images), output_hidden_states=True)
+        return tuple(layer.cpu() for layer in seen.hidden_states[1:])
+
+    def _pixels(self, images: Tensor) -> Tensor:
         side = int(self._clip.config.vision_config.image_size)
         pixels = images.to(self._mean)
         pixels = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
-        seen = self._clip.vision_model(pixel_values=(pixels - self._mean) / self._std)
-        pictures = self._clip.visual_projection(seen.pooler_output)
-        return F.cosine_similarity(pictures, self._read([p.prompt for p in probes])).cpu()
+        return (pixels - self._mean) / self._std
 
     @torch.no_grad()
-    def _read(self, prompts: Sequence[str]) -> Tensor:
-        """Return the features of `prompts`, shape (N, D)."""
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """Return the unit features of `prompts`, cut to the model's limit, on the CPU, shape (N, D)."""
         limit = int(self._clip.config.text_config.max_position_embeddings)
         tokens = self._tokenizer(
             list(prompts), padding=True, truncation=True, max_length=limit, return_tensors="pt"
@@ -81,4 +93,4 @@ class Clip:
         pooled = self._clip.text_model(
             input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
         ).pooler_output
-        return self._clip.text_projection(pooled)
+        return F.normalize(self._clip.text_projection(pooled), dim=1).cpu()
