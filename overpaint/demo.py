@@ -90,6 +90,10 @@ def run(
         on_progress=lambda done, total, name: tell(done, total, f"judging, {name}"),
     )  # fmt: skip
     comparison.save(out)
+    asked = questions.ask(
+        kind, label, labels=judge.labels, held_out=composed, size=size.questions, seed=seed
+    )
+    report.drift.save(report.drift.predict(model, changes, asked, kind=kind), out)
     summary = _summary(comparison, judge)
     summary |= {"edit_seconds": seconds, "seconds": time.perf_counter() - began}
     _write_json(
@@ -204,6 +208,7 @@ def _run_facts(
     judged = comparison.scores[PREFERRED].protocol
     return {
         "title": f"{erase} → {replace}",
+        "method": PREFERRED,
         "lead": f"What became of “{erase}” in the text-to-image model {model.name} after one closed-form change of one "
         f"matrix of its text encoder, {change.site}: where the model keeps it, what the edit did, and what it cost.",
         "commands": [

@@ -6,7 +6,7 @@ below, at equal strength for equal size; grey is for controls, and hatching says
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "DARK", "LIGHT", "Bar", "BarPanel", "Drawing", "Panel", "Theme", "bar_chart", "heat_map",
-    "trade_off",
+    "DARK", "LIGHT", "Bar", "BarPanel", "Drawing", "Panel", "Point", "Theme", "bar_chart", "heat_map",
+    "scatter", "trade_off",
 ]  # fmt: skip
 
 
@@ -67,6 +67,17 @@ class BarPanel:
 
     title: str
     series: tuple[tuple[str, tuple[Bar, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a scatter: where it lies, the interval of `y`, and its name."""
+
+    x: float
+    y: float
+    low: float
+    high: float
+    label: str
 
 
 @dataclass(frozen=True)
@@ -211,6 +222,41 @@ def trade_off(
     axis.set_axisbelow(True)
     axis.tick_params(labelsize=7)
     _plain(axis, theme)
+    return Drawing(figure)
+
+
+def scatter(
+    series: Mapping[str, Sequence[Point]], *, theme: Theme, axes: tuple[str, str]
+) -> Drawing:
+    """Draw points with their vertical intervals; the first series is in the hue, each has a mark of its own.
+
+    Args:
+        series: By the name in the legend; at most five.
+        theme: Its colors.
+        axes: What lies to the right and what upwards.
+    """
+    figure = _figure(5.8, 3.9, theme)
+    axis = figure.subplots()
+    axis.set_facecolor(theme.paper)
+    colors = (theme.hue, theme.cold, theme.ink, theme.control, theme.control)
+    for (name, points), color, mark in zip(series.items(), colors, "osD^v", strict=False):
+        x, y = ([getattr(p, at) for p in points] for at in "xy")
+        errors = [[max(p.y - p.low, 0) for p in points], [max(p.high - p.y, 0) for p in points]]
+        axis.errorbar(
+            x, y, yerr=np.nan_to_num(errors), fmt=mark, label=name, color=color, markersize=5,
+            elinewidth=0.8, alpha=0.9, markeredgewidth=0,
+        )  # fmt: skip
+    axis.axhline(0, color=theme.ink, linewidth=0.8, zorder=0)
+    axis.set_xlabel(axes[0], fontsize=8, color=theme.ink)
+    axis.set_ylabel(axes[1], fontsize=8, color=theme.ink)
+    axis.set_xlim(left=min(0.0, axis.get_xlim()[0]))
+    axis.grid(color=theme.faint, linewidth=0.5)
+    axis.set_axisbelow(True)
+    axis.tick_params(labelsize=7)
+    _plain(axis, theme)
+    figure.legend(
+        loc="outside upper left", frameon=False, ncols=4, fontsize=8, labelcolor=theme.ink
+    )
     return Drawing(figure)
 
 

@@ -41,8 +41,8 @@ def made(tiny_sd1, tmp_path_factory):
 def test_the_folder_holds_the_page_the_figures_and_the_data(made):
     out, _, _ = made
     assert sorted(p.name for p in out.iterdir()) == [
-        "change.safetensors", "comparison.json", "gallery.safetensors", "report.html", "run.json",
-        "summary.json", "text.parquet", "unet-clean_trajectory.parquet", "unet-same_latent.parquet",
+        "change.safetensors", "comparison.json", "drift.json", "gallery.safetensors", "report.html", "report.json",
+        "run.json", "summary.json", "text.parquet", "unet-clean_trajectory.parquet", "unet-same_latent.parquet",
     ]  # fmt: skip
     text = (out / "report.html").read_text()
     for part in (
@@ -50,6 +50,7 @@ def test_the_folder_holds_the_page_the_figures_and_the_data(made):
         "Where the UNet",
         "Before and after",
         "What the edit did",
+        "Predicted against measured",
     ):
         assert part in text
 

@@ -1,26 +1,32 @@
-"""One self-contained HTML page from a folder of saved results.
+"""One self-contained HTML page from a folder of saved results, and the same as JSON beside it.
 
 The folder may hold, each with a part of the page: `text.parquet` (effects in the text encoder, with controls),
 `unet-clean_trajectory.parquet` and `unet-same_latent.parquet`, `comparison.json` with `gallery.safetensors`,
-`summary.json` (flat figures) and `run.json` (commands and protocol). Nothing is measured here.
+`drift.json` (drift that text predicts), `change.safetensors`, `summary.json` (flat figures) and `run.json` (commands
+and protocol). Nothing is measured here. The page fetches nothing: its policy forbids it, and any script but its own.
 """
 
+import base64
+import hashlib
 import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
-from overpaint.report import charts, scenes, tables
-from overpaint.scores import Comparison
+from overpaint.report import charts, data, drift, scenes, tables
+from overpaint.scores import Comparison, Scores
 from overpaint.trace import Effects
 
-__all__ = ["write"]
+__all__ = ["drift", "write"]
+
+_NO_EDIT = "no edit"
 
 
 def write(folder: str | Path, *, out: str | Path | None = None) -> Path:
-    """Write the page of the results in `folder` and return its path.
+    """Write the page of the results in `folder` and return its path; `report.json` goes beside it.
 
     Args:
         folder: Holds saved results, see above.
@@ -32,31 +38,28 @@ def write(folder: str | Path, *, out: str | Path | None = None) -> Path:
     """
     source = Path(folder)
     page = source / "report.html" if out is None else Path(out)
-    parts = _parts(source)
-    run = _json(source / "run.json")
-    html = _template().render(
-        title=run.get("title", "overpaint: results"),
-        lead=run.get("lead", "Figures and tables from saved results."),
-        tiles=_tiles(_json(source / "summary.json")),
-        commands=run.get("commands", [f"overpaint report {source}"]),
-        facts=list(run.get("protocol", {}).items()),
+    run, summary = _json(source / "run.json"), _json(source / "summary.json")
+    parts = _parts(source, run)
+    chosen: Scores | None = parts.pop("chosen")
+    seconds: Any = summary.get("edit_seconds")
+    words = {
+        "title": run.get("title") or _title(chosen),
+        "lead": run.get("lead", "Figures and tables from saved results."),
+        "commands": run.get("commands", [f"overpaint report {quote(str(source))}"]),
+        "facts": list(run.get("protocol", {}).items()),
+        "tiles": tables.tiles(chosen, float(seconds) if _is_number(seconds) else None),
         **parts,
-    )
-    draft = page.with_name(page.name + ".part")
-    draft.write_text(html, encoding="utf-8")
-    os.replace(draft, page)
+    }
+    beside = page.with_suffix(".json")
+    _write(page, _render(words, beside.name))
+    _write(beside, data.as_json(words, summary, source))
     return page
 
 
-def _parts(source: Path) -> dict[str, Any]:
+def _parts(source: Path, run: Mapping[str, Any]) -> dict[str, Any]:
     """Read what the folder holds and return the parts of the page."""
-    parts: dict[str, Any] = {
-        "text": None,
-        "unet": None,
-        "scenes": None,
-        "tables": None,
-        "reading": "",
-    }
+    names = ("text", "unet", "scenes", "tables", "foretold", "chosen")
+    parts: dict[str, Any] = dict.fromkeys(names) | {"reading": "", "best": "", "methods": []}
     if (source / "text.parquet").is_file():
         parts["text"] = charts.text_charts(Effects.load(source / "text.parquet"))
     paths = {name: source / f"unet-{name}.parquet" for name in charts.SOURCES}
@@ -65,14 +68,10 @@ def _parts(source: Path) -> dict[str, Any]:
         parts["unet"] = charts.unet_charts(found)
     if (source / "comparison.json").is_file():
         comparison = Comparison.load(source)
-        parts["scenes"] = scenes.scenes(comparison)
-        parts["tables"] = [
-            tables.methods(comparison),
-            tables.others(comparison),
-            tables.baseline(comparison),
-        ]
-        parts["reading"] = tables.reading(comparison)
-    if not any(parts.values()):
+        best = _best(comparison, str(run.get("method", "")))
+        parts |= _judged(comparison, best)
+        parts["foretold"] = charts.foretold(comparison, drift.load(source), source, best=best)
+    if not any(parts[name] for name in ("text", "unet", "scenes", "tables")):
         raise FileNotFoundError(
             f"{str(source)!r} holds no result: name a folder that `overpaint demo --out` or `overpaint trace --out` "
             "wrote."
@@ -80,11 +79,56 @@ def _parts(source: Path) -> dict[str, Any]:
     return parts
 
 
-def _template() -> Any:
-    from jinja2 import Environment, StrictUndefined
+def _judged(comparison: Comparison, best: str) -> dict[str, Any]:
+    """Return the parts of the page that a comparison gives."""
+    return {
+        "scenes": scenes.scenes(comparison),
+        "tables": [
+            tables.methods(comparison, best),
+            tables.others(comparison),
+            tables.baseline(comparison),
+        ],
+        "reading": tables.reading(comparison),
+        "chosen": comparison.scores.get(best),
+        "best": best,
+        "methods": scenes.methods(comparison)[1:],
+    }
 
-    text = Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8")
-    return Environment(autoescape=True, undefined=StrictUndefined).from_string(text)
+
+def _best(comparison: Comparison, named: str) -> str:
+    """Return the method that the page is about: the named one, or the first that edits."""
+    edits = [name for name in comparison.scores if name != _NO_EDIT]
+    return named if named in edits else next(iter(edits), "")
+
+
+def _title(chosen: Scores | None) -> str:
+    if chosen is None:
+        return "overpaint: results"
+    return (
+        f"{chosen.erase} → {chosen.replace}" if chosen.replace else f"{chosen.erase}, painted over"
+    )
+
+
+def _render(words: Mapping[str, Any], beside: str) -> str:
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    here = Path(__file__).parent
+    style, script, text = (
+        (here / name).read_text(encoding="utf-8")
+        for name in ("page.css", "page.js", "page.html.jinja")
+    )
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(text)
+    return template.render(
+        **words, data=beside, style=Markup(style), script=Markup(script), digest=f"sha256-{digest}"
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -96,20 +140,6 @@ def _json(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{str(path)!r} is damaged: it is no JSON object. Make it again."
         ) from error
-
-
-def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the headline figures, name and text, of those that were measured."""
-    wanted = (
-        ("Target recognised before", "target_before", tables.percent),
-        ("Target recognised after", "target_after", tables.percent),
-        ("Other concepts lost", "others_drop", tables.points),
-        ("Objects lost", "objects_drop", tables.points),
-        ("The edit took", "edit_seconds", lambda s: f"{s:.2f} s"),
-    )
-    return [
-        (name, text(summary[key])) for name, key, text in wanted if _is_number(summary.get(key))
-    ]
 
 
 def _is_number(value: object) -> bool:

@@ -3,13 +3,19 @@
 import base64
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from overpaint import figures
-from overpaint.figures import Drawing, Panel, Theme
+from overpaint import edit, figures
+from overpaint.edit import Change
+from overpaint.figures import Drawing, Panel, Point, Theme
+from overpaint.report import drift, tables
+from overpaint.report.tables import signed
+from overpaint.scores import Comparison
 from overpaint.trace import Effects, plot
 
-__all__ = ["SOURCES", "text_charts", "unet_charts"]
+__all__ = ["SOURCES", "foretold", "text_charts", "unet_charts"]
 
 _JUDGE, _COSINE = "icons-judge", {"count", "viewpoint"}  # the judge, and what it has no head for
 SOURCES = {"clean_trajectory": "clean trajectory", "same_latent": "same latent (control)"}
@@ -48,6 +54,68 @@ def unet_charts(effects: Mapping[str, Effects]) -> list[dict[str, Any]]:
             caption = f"Single heads, {SOURCES[source]}. {_scale(one)}"
             found.append(_heat_map(one, one.value(), caption, panels))
     return found
+
+
+def foretold(
+    comparison: Comparison, predicted: drift.Predicted, folder: Path, *, best: str
+) -> dict[str, Any] | None:
+    """Return what was known before any picture: charts, tables and points of drift; `None` if nothing is saved.
+
+    Args:
+        comparison: What the judge saw.
+        predicted: Drift by method and concept.
+        folder: May hold the preferred change, `change.safetensors`.
+        best: The preferred method, drawn in the hue.
+    """
+    found = drift.points(comparison, predicted)
+    series = {name: found[name] for name in sorted(found, key=lambda name: name != best)}
+    shown = [_scatter(comparison, series)] if series else []
+    path = folder / "change.safetensors"
+    report = Change.load(path).report if path.is_file() else {}
+    if report.get("scan"):
+        shown.append(_scan(Change.load(path)))
+    danger = tables.endangered(report)
+    rows = [{"method": name, **asdict(point)} for name, ps in series.items() for point in ps]
+    if not shown and danger is None:
+        return None
+    return {"charts": shown, "tables": [danger] if danger else [], "points": rows}
+
+
+def _scatter(comparison: Comparison, series: Mapping[str, Sequence[Point]]) -> dict[str, Any]:
+    kind = next(iter(comparison.scores.values())).kind
+    order = drift.rank_correlation(series)
+    points = [point for found in series.values() for point in found]
+    told = f" Their rank correlation is {signed(order, 2)}." if math.isfinite(order) else ""
+    axes = (
+        "predicted: share of the text features that moves",
+        "measured: points that the judge lost",
+    )
+    worst = max(points, key=lambda point: point.y)
+    return {
+        "chart": _both(lambda theme: figures.scatter(series, theme=theme, axes=axes)),
+        "alt": f"Scatter of {len(points)} points, predicted drift against measured loss.{told} The largest loss, "
+        f"{worst.y:.0f} points, is of {worst.label} at a predicted drift of {worst.x:.2f}.",
+        "caption": f"Predicted against measured: one point for each other {kind} under each method. To the right, how "
+        "far its prompts' text features move, in units of their distance from the empty prompt, which is known before "
+        f"any picture is drawn; upwards, how many points of recognition it lost, with 95 % intervals.{told} Points of "
+        "one method share prompts and seeds, so they are not independent.",
+    }
+
+
+def _scan(change: Change) -> dict[str, Any]:
+    scan = change.report["scan"]
+    chosen = next(row for row in scan if row["chosen"])
+    said = (
+        f"weight {chosen['preserve_weight']:g}, where {100 * (1 - chosen['missed']):.0f} % of the movement asked for "
+        f"is reached and other captions drift by {100 * chosen['drift']:.1f} %"
+    )
+    return {
+        "chart": _both(lambda theme: edit.plot(change, theme=theme)),
+        "alt": f"Curve of {len(scan)} preserve weights, cost against gain. The chosen one is {said}.",
+        "narrow": True,
+        "caption": f"How the edit was balanced, from text alone: each point is a weight of what should stay. Chosen: "
+        f"{said}, both on captions that nothing was fitted to.",
+    }
 
 
 def _bar_chart(effects: Mapping[str, Effects]) -> dict[str, Any]:

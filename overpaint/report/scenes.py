@@ -11,7 +11,7 @@ from torch import Tensor
 from overpaint.questions import Question
 from overpaint.scores import Comparison
 
-__all__ = ["scenes"]
+__all__ = ["methods", "scenes"]
 
 
 def scenes(comparison: Comparison) -> list[dict[str, Any]]:
@@ -20,15 +20,19 @@ def scenes(comparison: Comparison) -> list[dict[str, Any]]:
     found: dict[int, list[int]] = {}
     for i, question in enumerate(comparison.questions):
         found.setdefault(question.seed, []).append(i)
-    methods = ["before", *(name for name in comparison.scores if name != "no edit")]
     return [
         {
             "title": _title(comparison.questions[shown[0]], kind),
             "columns": _columns(comparison, shown),
-            "rows": [_row(comparison, name, shown) for name in methods],
+            "rows": [_row(comparison, name, shown) for name in methods(comparison)],
         }
         for shown in found.values()
     ]
+
+
+def methods(comparison: Comparison) -> list[str]:
+    """Return the rows of each grid: `before`, then every method that edits."""
+    return ["before", *(name for name in comparison.scores if name != "no edit")]
 
 
 def _columns(comparison: Comparison, shown: Sequence[int]) -> list[dict[str, Any]]:

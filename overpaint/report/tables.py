@@ -1,48 +1,136 @@
 """The tables of the page: what each method did, with intervals and the number of pictures beside every mean."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from overpaint.metrics import Interval
-from overpaint.scores import Comparison, Paired
+from overpaint.scores import Comparison, Paired, Scores
 
-__all__ = ["Cell", "Table", "baseline", "methods", "others", "percent", "points", "reading"]
+__all__ = [
+    "Cell", "Table", "Tile", "baseline", "endangered", "methods", "others", "percent", "points",
+    "reading", "signed", "tiles",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell: its text, and a smaller note below."""
+    """A table cell: its text, a smaller note below, and the interval that both tell, if any.
+
+    Attributes:
+        text: The mean, as it is read.
+        note: Interval and number, as they are read.
+        interval: The same as numbers: shares from 0 to 1, or changes of shares from -1 to 1 if `signed`.
+        signed: Whether the interval is of a change.
+    """
 
     text: str
     note: str = ""
+    interval: Interval | None = None
+    signed: bool = False
+
+    @property
+    def track(self) -> tuple[float, float, float] | None:
+        """Where the interval lies on a line from 0 to 1, or -1 to 1: its left margin, dot and right margin in %."""
+        if self.interval is None:
+            return None
+        start, length = (-1, 2) if self.signed else (0, 1)
+        low, dot, high = (
+            round(100 * min(max((v - start) / length, 0), 1), 2)
+            for v in (self.interval.low, self.interval.mean, self.interval.high)
+        )
+        return low, dot, round(100 - high, 2)
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table: its name and caption, its heads, and rows that begin with a name."""
+    """A table: its name and caption, its heads, rows that begin with a name, and the row to mark."""
 
     name: str
     caption: str
     heads: tuple[str, ...]
     rows: tuple[tuple[str | Cell, ...], ...]
+    best: str = ""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A headline figure: its name, its text, and what stands below."""
+
+    name: str
+    text: str
+    note: str = ""
+
+
+def tiles(found: Scores | None, edit_seconds: float | None) -> list[Tile]:
+    """Return the headline figures of one method, with intervals, and how long the edit took; each if known."""
+    shown: list[Tile] = []
+    if found is not None:
+        for name, pair in (
+            (f"Still recognised as {found.erase}", found.efficacy),
+            (f"Now seen as {found.replace or 'the replacement'}", found.redirection),
+        ):
+            if pair.after.n and pair.before.n:
+                cell = _share(pair.after)
+                note = f"before {percent(pair.before.mean)}; 95\N{NO-BREAK SPACE}% interval {cell.note}"
+                shown.append(Tile(name, cell.text, note))
+        lost = {"object": "Objects lost", found.kind: f"Other {found.kind}s lost"}
+        for kind, name in reversed(lost.items()):
+            pair = found.specificity.get(kind)
+            if pair is not None and pair.change.n:
+                low, high = (signed(-100 * v, 0) for v in (pair.change.high, pair.change.low))
+                note = f"95\N{NO-BREAK SPACE}% interval {low} to {high}, n\N{NO-BREAK SPACE}{pair.change.n}"
+                shown.append(Tile(name, points(pair.drop), note))
+    if edit_seconds is not None:
+        shown.append(Tile("The edit took", f"{edit_seconds:.2f} s", "no picture drawn for it"))
+    return shown
+
+
+def endangered(report: Mapping[str, Any]) -> Table | None:
+    """Return what an automatic edit looked after, most endangered first; `None` if it looked after nothing.
+
+    Args:
+        report: Of the change.
+    """
+    found = report.get("endangered") or []
+    rows = tuple(
+        (
+            str(row["concept"]),
+            *(Cell(f"{100 * row[key]:.1f} %") for key in ("drift_before", "drift")),
+            Cell(f"{row['weight']:g}"),
+        )
+        for row in found[:20]
+        if isinstance(row, Mapping)
+    )
+    if not rows:
+        return None
+    more = f" The {len(rows)} worst of {len(found)} are shown." if len(found) > len(rows) else ""
+    caption = (
+        "Concepts that the edit would have moved too far, and how far it moves them now that it looks after them: the "
+        f"squared movement of a caption, as a share of the movement that the edit asks for.{more}"
+    )
+    return Table(
+        "Concepts in danger", caption, ("Concept", "Drift unguarded", "Drift", "Weight"), rows
+    )
 
 
 def _share(found: Interval) -> Cell:
     if found.n == 0:
         return Cell("–")
-    return Cell(
-        percent(found.mean), f"{100 * found.low:.0f} to {100 * found.high:.0f}, n {found.n}"
-    )
+    note = f"{100 * found.low:.0f} to {100 * found.high:.0f}, n\N{NO-BREAK SPACE}{found.n}"
+    return Cell(percent(found.mean), note, found)
 
 
 def _change(found: Paired) -> Cell:
     if found.change.n == 0:
         return Cell("–")
-    mean, low, high = (100 * v for v in (found.change.mean, found.change.low, found.change.high))
-    return Cell(f"{mean:+.1f}", f"{low:+.1f} to {high:+.1f}, n {found.change.n}")
+    low, high = (signed(100 * v, 0) for v in (found.change.low, found.change.high))
+    note = f"{low} to {high}, n\N{NO-BREAK SPACE}{found.change.n}"
+    return Cell(signed(100 * found.change.mean), note, found.change, signed=True)
 
 
-def methods(comparison: Comparison) -> Table:
-    """Return one row a method: target, replacement, generality, specificity, drift."""
+def methods(comparison: Comparison, best: str = "") -> Table:
+    """Return one row a method: target, replacement, generality, specificity, drift; the row `best` is marked."""
     first = next(iter(comparison.scores.values()))
     kinds = [k for k in first.specificity if k != first.kind]
     rows = [
@@ -68,7 +156,7 @@ def methods(comparison: Comparison) -> Table:
         "against the unedited model on the same prompts and seeds. A mean of 0 % or 100 % in n pictures leaves room "
         "for about 3/n."
     )
-    return Table("Methods compared", caption, heads, tuple(rows))
+    return Table("Methods compared", caption, heads, tuple(rows), best)
 
 
 def others(comparison: Comparison) -> Table:
@@ -119,6 +207,12 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
+def signed(number: float, digits: int = 1) -> str:
+    """Write a number with its sign, a true minus; nothing before what rounds to nought."""
+    found = f"{round(number, digits) + 0.0:+.{digits}f}"
+    return found.replace("-", "\N{MINUS SIGN}") if float(found) else found[1:]
+
+
 def points(share: float) -> str:
     """Write a loss as percentage points; what rose has a minus."""
-    return f"{round(100 * share, 1) + 0.0:.1f} points"
+    return f"{signed(100 * share).removeprefix('+')} points"
