@@ -1,5 +1,6 @@
 """The three ways to take a step: one tensor at a time, lists of tensors, and torch's fused Adam kernel."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -12,6 +13,9 @@ from overpaint.optim.friction import damped, friction
 __all__ = ["Batch", "Scaling", "step_fused", "step_lists", "step_loop"]
 
 _HALVES = (torch.float16, torch.bfloat16)
+# Numbers that a CPU works on at once: scratch of this size stays in the cache and is not fetched anew from the system
+# at every step, as that of a large tensor is; many times smaller, and threads would wait for each other.
+_PIECE = 2**19
 Options = dict[str, Any]  # of a group
 
 
@@ -37,6 +41,25 @@ class Batch:
         return [
             Batch(*map(_real, cast(list[list[Tensor]], lists))) for lists, _ in grouped.values()
         ]
+
+    def pieces(self, options: Options) -> "Iterator[Batch]":
+        """Yield the batch in pieces: large tensors in flat parts, small ones together; for elementwise work."""
+        first = self.params[0]
+        plain = first.is_cpu and type(first) in (Tensor, torch.nn.Parameter)
+        fits = sum(map(Tensor.numel, self.params)) <= _PIECE
+        if fits or not plain or options["dfc"] != 0 or torch.compiler.is_compiling():
+            yield self
+            return
+        rows: list[tuple[Tensor, ...]] = []
+        size = 0
+        for row in zip(*self.lists, strict=True):
+            for part in _parts(row) if row[0].numel() > _PIECE else (row,):
+                if rows and size + part[0].numel() > _PIECE:
+                    yield Batch(*map(list, zip(*rows, strict=True)))
+                    rows, size = [], 0
+                rows.append(part)
+                size += part[0].numel()
+        yield Batch(*map(list, zip(*rows, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -95,13 +118,14 @@ def _step_one(
 def step_lists(batch: Batch, options: Options) -> None:
     """Update lists of tensors, an operation at a time for all of them; the same bits as the loop."""
     for part in batch.alike():
-        _step_alike(part, options)
+        _count(part.steps)
+        for piece in part.pieces(options):
+            _step_alike(piece, options)
 
 
 def _step_alike(batch: Batch, options: Options) -> None:
     beta1, beta2 = options["betas"]
     params, exp_avgs, exp_avg_sqs = batch.params, batch.exp_avgs, batch.exp_avg_sqs
-    _count(batch.steps)
     grads = _decayed(batch, batch.grads, options)
     torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
     torch._foreach_mul_(exp_avg_sqs, beta2)
@@ -128,17 +152,22 @@ def step_fused(batch: Batch, options: Options, scaling: Scaling) -> None:
     for the device to say so.
     """
     for part in batch.alike():
-        _step_kernel(part, options, scaling)
+        device = part.params[0].device
+        scale, found = (
+            None if t is None else t.to(device) for t in (scaling.grad_scale, scaling.found_inf)
+        )
+        _count(part.steps)
+        for piece in part.pieces(options):
+            _step_kernel(piece, options, Scaling(scale, found))
+        if found is not None:
+            torch._foreach_sub_(part.steps, [found] * len(part.steps))
 
 
 def _step_kernel(batch: Batch, options: Options, scaling: Scaling) -> None:
     params, previous = batch.params, batch.previous
     grads, found = batch.grads, scaling.found_inf
     if scaling.grad_scale is not None:
-        grads = list(torch._foreach_div(grads, scaling.grad_scale.to(params[0].device)))
-    if found is not None:
-        found = found.to(params[0].device)
-    _count(batch.steps)
+        grads = list(torch._foreach_div(grads, scaling.grad_scale))
     grads = _decayed(batch, grads, options, skip=found)
     if found is not None:  # as if the last gradient had come again
         pairs = zip(previous, grads, strict=True)
@@ -153,20 +182,21 @@ def _step_kernel(batch: Batch, options: Options, scaling: Scaling) -> None:
         torch._foreach_mul_(xi, moves)
         torch._foreach_add_(params, xi)
     _store(previous, grads)
-    if found is not None:
-        torch._foreach_sub_(batch.steps, [found] * len(batch.steps))
 
 
 def _moves(
     batch: Batch, grads: list[Tensor], options: Options, found: Tensor | None
 ) -> list[Tensor]:
     """Return Adam's step for each parameter, and update the moments."""
-    moves = [torch.zeros_like(m) for m in batch.exp_avgs]
-    # The kernel goes through memory in order: a gradient laid out otherwise would be read at the wrong places.
-    grads = [
-        grad if grad.stride() == m.stride() else torch.empty_like(m).copy_(grad)
-        for grad, m in zip(grads, batch.exp_avgs, strict=True)
-    ]
+    moves = list(
+        torch._foreach_mul(batch.exp_avgs, 0.0)
+    )  # one call, where `zeros_like` is one each
+    if not all(map(Tensor.is_contiguous, [*grads, *moves])):
+        # The kernel goes through memory in order: a gradient laid out otherwise would be read at the wrong places.
+        grads = [
+            grad if grad.stride() == m.stride() else torch.empty_like(m).copy_(grad)
+            for grad, m in zip(grads, batch.exp_avgs, strict=True)
+        ]
     beta1, beta2 = options["betas"]
     lists = [moves, grads, batch.exp_avgs, batch.exp_avg_sqs, batch.steps]
     for rows, eps in _by_epsilon(batch.steps, options):
@@ -258,8 +288,18 @@ def _store(previous: list[Tensor], grads: list[Tensor]) -> None:
             last.copy_(grad)
 
 
+def _parts(row: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
+    """Yield a parameter, its gradient and its buffers in flat parts, each with the one step count."""
+    *tensors, step = row
+    if not all(t.is_contiguous() for t in tensors):
+        yield row
+        return
+    for part in zip(*(t.view(-1).split(_PIECE) for t in tensors), strict=True):
+        yield (*part, step)
+
+
 def _real(tensors: list[Tensor]) -> list[Tensor]:
-    return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+    return [torch.view_as_real(t) for t in tensors] if tensors[0].is_complex() else tensors
 
 
 def _as(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
