@@ -17,6 +17,7 @@ from typer.exceptions import TyperException
 
 from overpaint.cli_edit import apply, edit
 from overpaint.cli_export import export
+from overpaint.cli_studio import studio
 from overpaint.cli_trace import trace
 from overpaint.terminal import (
     Device,
@@ -169,6 +170,7 @@ app.command()(trace)
 app.command()(edit)
 app.command()(apply)
 app.command()(export)
+app.command()(studio)
 
 
 @app.command()
@@ -200,13 +202,25 @@ def evaluate(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Holds saved results.")],
+    card: Annotated[
+        Path | None,
+        typer.Option(help="An edited model's folder: put the judge's figures on its card too."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Draw the page again from saved results."""
+    r"""Draw the page again from saved results; the same as JSON lies beside it.
+
+    \b
+    overpaint report runs/demo
+    overpaint report runs/demo --card runs/edited
+    """
     from overpaint import report as pages
 
     check_writable(folder, make=False)
-    print_facts({"report": str(pages.write(folder))}, as_json=as_json)
+    made = {"report": str(pages.write(folder))}
+    if card is not None:
+        made["card"] = str(pages.to_card(folder, card))
+    print_facts(made, as_json=as_json)
 
 
 @app.command()

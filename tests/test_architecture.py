@@ -29,9 +29,9 @@ LEVELS = (
     ("trace", "edit"),
     ("evaluate",),
     ("report",),
-    ("demo", "train"),
+    ("demo", "studio", "train"),
     ("terminal",),
-    ("cli_edit", "cli_export", "cli_trace"),
+    ("cli_edit", "cli_export", "cli_studio", "cli_trace"),
     ("cli",),
     ("__main__",),
 )

@@ -1,0 +1,131 @@
+r"""What a change will do to other concepts, from text alone: told at once, before any picture is drawn.
+
+For each known concept, and for the erased ones, the inputs :math:`H` of the moved layer are read in a few plain
+captions. The drift of a concept is :math:`\|\Delta H\|^2 / \|\Delta H_{old}\|^2`: how far its captions move, as a share
+of how far those of the erased concept do. Concepts of 5 % and more are marked as endangered.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from overpaint.edit import Change, Movement
+from overpaint.edit.captions import layer_inputs
+from overpaint.edit.vocabulary import concepts
+from overpaint.edit.weights import weight_at
+from overpaint.model import TextToImage
+from overpaint.studio.private import private
+
+__all__ = ["Collateral", "Drift", "collateral"]
+
+_FRAMES = ("{}", "a picture of {}", "an apple, {}")
+ENDANGERED = 0.05
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far a concept's captions move, as a share of the erased concept's; 0 for not at all.
+
+    `kept` says that the edit itself looked after it.
+    """
+
+    concept: str
+    share: float
+    kept: bool = False
+
+    @property
+    def endangered(self) -> bool:
+        """Whether it moves so far that pictures are likely to show it."""
+        return self.share >= ENDANGERED
+
+
+@dataclass(frozen=True)
+class Collateral:
+    """What a change is expected to do.
+
+    Attributes:
+        drifts: Of the known concepts, the largest first; empty where it cannot be told from text.
+        reached: Share of the wanted movement that the solve reports, if it does.
+        empty: Movement of the empty prompt, relative to its own size, if reported; guidance reads it for every picture.
+        rank: Of the largest movement.
+        size: Of the movement, relative to the weight it is added to, if reported.
+        reason: Why no drift can be told, if it cannot.
+    """
+
+    drifts: tuple[Drift, ...]
+    reached: float | None
+    empty: float | None
+    rank: int
+    size: float | None
+    reason: str = ""
+
+    @property
+    def endangered(self) -> tuple[Drift, ...]:
+        """The concepts that are likely to suffer."""
+        return tuple(drift for drift in self.drifts if drift.endangered)
+
+
+def collateral(
+    model: TextToImage, change: Change, *, vocabulary: Sequence[str] | None = None
+) -> Collateral:
+    """Predict what `change` does to concepts that it does not name.
+
+    Args:
+        model: The unedited model.
+        change: Of one weight of a text encoder's attention; of others the report alone is told.
+        vocabulary: Concepts to look at; the shipped list for the model if `None`.
+    """
+    moved = [m for m in change.movements if m.site.startswith("text") and "self_attn" in m.site]
+    drifts: tuple[Drift, ...] = ()
+    reason = ""
+    if len(moved) == len(change.movements) == 1 and change.pairs:
+        known = (
+            concepts("icons" if model.name == "icons" else "natural")
+            if vocabulary is None
+            else vocabulary
+        )
+        drifts = _drifts(private(model), change, moved[0], known)
+    else:
+        reason = "it moves other weights than one of the text encoder's attention"
+    told = change.report
+    missed = _number(told.get("missed"))
+    before, after = _number(told.get("residual_before")), _number(told.get("residual_after"))
+    if missed is None and before and after is not None:
+        missed = (after / before) ** 2
+    return Collateral(
+        drifts,
+        None if missed is None else max(0.0, 1 - missed),
+        _number(told.get("empty_prompt_drift")),
+        max(m.left.shape[1] for m in change.movements),
+        _number(told.get("relative_delta_norm")),
+        reason,
+    )
+
+
+def _drifts(
+    model: TextToImage, change: Change, movement: Movement, known: Sequence[str]
+) -> tuple[Drift, ...]:
+    olds = [f" {' '.join(old.lower().split())} " for old in change.pairs]
+    others = [c for c in known if not any(old in f" {c.lower()} " for old in olds)]
+    weight_at(model, movement.site)  # refuses a model that has no such place, by name
+    asked = [*change.pairs, *others]
+    captions = [frame.replace("{}", concept) for concept in asked for frame in _FRAMES]
+    encoder = 1 if movement.site.startswith("text2") else 0
+    inputs = layer_inputs(model, movement.site, model.tokenize(captions, encoder=encoder))
+    moves = (inputs.double() @ movement.right.double().T @ movement.left.double().T).square()
+    means = moves.sum((1, 2)).view(len(asked), len(_FRAMES)).mean(1).tolist()
+    own = sum(means[: len(olds)]) / len(olds)
+    named: Any = change.report.get("endangered") or []
+    kept = {row.get("concept") for row in named if isinstance(row, dict)}
+    kept |= {str(text) for text in change.protocol.get("preserve", [])}
+    found = [
+        Drift(concept, mean / own if own else 0.0, concept in kept)
+        for concept, mean in zip(others, means[len(olds) :], strict=True)
+    ]
+    return tuple(sorted(found, key=lambda drift: -drift.share))
+
+
+def _number(value: Any) -> float | None:
+    """Return a number of a report, if it is one; a file may hold anything there."""
+    whole = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if whole else None

@@ -1,0 +1,257 @@
+"""The studio without its page: models, sessions, and what each button does, as iterators over progress and results.
+
+Each method that takes long yields `Progress`, then a `Part` for all that is finished on the way, and `Done` at the end.
+It can be closed at any time; a session is never left half changed.
+"""
+
+import secrets
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from overpaint import features
+from overpaint.edit import Change
+from overpaint.features import Judge
+from overpaint.model import TextToImage, load
+from overpaint.studio import files, work
+from overpaint.studio.collateral import Collateral, collateral
+from overpaint.studio.session import Bench, Coat, Session
+from overpaint.studio.turns import Done, Part, Progress, Tell, Turns, watch
+from overpaint.studio.work import Drawn, Map, Question
+
+__all__ = ["AFTER", "BEFORE", "SESSIONS", "Studio", "Told"]
+
+Told = Iterator[Progress | Part | Done]
+BEFORE, AFTER = "before", "after"
+SESSIONS = 200  # open at once
+
+
+class Studio:
+    """Models that all share and nobody writes to, and a session for each user.
+
+    Attributes:
+        models: The names that can be chosen, the first by default.
+        folder: Holds a folder for each session's downloads; emptied by `close`.
+        turns: Who computes.
+    """
+
+    def __init__(self, models: Sequence[str], folder: Path, *, device: str = "cpu") -> None:
+        if not models:
+            raise ValueError("no model to show: name at least one, for example icons.")
+        self.models = tuple(dict.fromkeys(models))
+        self.folder = folder
+        self.turns = Turns()
+        self._device = device
+        self._loaded: dict[str, TextToImage] = {}
+        self._judges: dict[str, Judge | None] = {}
+        self._sessions: dict[str, Session] = {}
+        self._lock = threading.Lock()
+
+    # --- sessions -----------------------------------------------------------------------------------------------------
+
+    def open(self) -> str:
+        """Begin a session and return its key, which cannot be guessed; of too many the oldest idle one goes."""
+        key = secrets.token_urlsafe(16)
+        idle = [old for old, session in list(self._sessions.items()) if not session.busy]
+        if len(self._sessions) >= SESSIONS and idle:
+            self.close(idle[0])
+        with self._lock:
+            self._sessions[key] = Session(self.models[0])
+        return key
+
+    def holds(self, key: str) -> bool:
+        """Whether a session of this key is open."""
+        return key in self._sessions
+
+    def session(self, key: str | None) -> Session:
+        """Return a session.
+
+        Raises:
+            ValueError: It ended.
+        """
+        found = self._sessions.get(key or "")
+        if found is None:
+            raise ValueError("this session has ended: load the page again. Downloads are yours.")
+        return found
+
+    def close(self, key: str | None) -> None:
+        """End a session: its work stops, its files go. One that has ended already is fine."""
+        with self._lock:
+            session = self._sessions.pop(key or "", None)
+        if session is not None and key:
+            session.stop()
+            shutil.rmtree(self.folder / key, ignore_errors=True)
+
+    def __len__(self) -> int:
+        """How many sessions are open."""
+        return len(self._sessions)
+
+    def choose(self, key: str, model: str) -> None:
+        """Start anew on another model.
+
+        Raises:
+            ValueError: It is not one of those that the studio was opened with.
+        """
+        if model not in self.models:
+            raise ValueError(
+                f"unknown model {model!r}: choose one of {', '.join(self.models)}, or open the studio with it."
+            )
+        session = self.session(key)
+        with session.working():
+            if model != session.model:
+                with self._lock:
+                    self._sessions[key] = Session(model)
+
+    # --- where is it? -------------------------------------------------------------------------------------------------
+
+    def trace(self, key: str, question: Question, *, pictures: bool = False) -> Told:
+        """Trace the text encoder; `Done` holds a `Map`. With `pictures` a judge looks at the picture of each state."""
+        session = self.session(key)
+
+        def run(tell: Tell) -> Map:
+            model = self._model(session, tell)
+            judge = self._judge(model) if pictures else None
+            session.found = work.trace_text(model, question, tell, judge=judge)
+            return session.found
+
+        return self._watch(session, run)
+
+    def restore(self, key: str, row: int, column: int) -> Told:
+        """Draw what one cell of the last map stands for; `Done` holds three `Picture`s."""
+        session = self.session(key)
+        found = session.found
+        if found is None:
+            raise ValueError("there is no map yet: press Trace first, then click one of its cells.")
+
+        def run(tell: Tell) -> tuple[work.Picture, ...]:
+            return work.restore(self._model(session, tell), found, row, column, tell)
+
+        return self._watch(session, run)
+
+    # --- paint over it ------------------------------------------------------------------------------------------------
+
+    def paint(
+        self, key: str, question: Question, new: str, *, method: str = "auto", preserve: Sequence[str] = ()
+    ) -> Told:  # fmt: skip
+        """Lay a coat over the question's concept; `Part`s are the `Collateral` and pictures as they finish."""
+        session = self.session(key)
+
+        def run(tell: Tell) -> Drawn:
+            model = self._model(session, tell)
+            old = question.concept
+            change = work.make(model, old, new, tell, method=method, preserve=preserve)
+            bench = _with_coat(model, session.bench, Coat(f"{old} → {new}", change), tell)
+            predicted = collateral(model, _joint(bench))
+            session.put(bench)
+            tell.show(predicted)
+            return self._drawn(session, model, question, tell)
+
+        return self._watch(session, run)
+
+    def add(self, key: str, path: str | Path) -> Told:
+        """Open a change file or a picture of the studio; `Done` holds a `Collateral`, a `Question`, or a text.
+
+        A change that cannot be solved together with the coats is put on the shelf, to compare; the text says why.
+        """
+        session, name = self.session(key), files.shown_name(path)
+
+        def run(tell: Tell) -> Collateral | Question | str:
+            if name.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".gif")):
+                return files.read_picture(path)
+            model = self._model(session, tell)
+            change = files.read_change(path, model)
+            session.shelf[name] = change
+            try:
+                pairs = ", ".join(f"{old} → {new}" for old, new in change.pairs.items())
+                bench = _with_coat(model, session.bench, Coat(pairs or name, change), tell)
+            except ValueError as error:
+                return f"{name} can be compared, but not laid over the other coats: {error}"
+            session.put(bench)
+            return collateral(model, _joint(bench))
+
+        return self._watch(session, run)
+
+    def draw(self, key: str, question: Question) -> Told:
+        """Draw before and after with what lies on the model; `Part`s and `Done` hold a `Drawn`."""
+        session = self.session(key)
+
+        def run(tell: Tell) -> Drawn:
+            return self._drawn(session, self._model(session, tell), question, tell)
+
+        return self._watch(session, run)
+
+    def predict(self, key: str) -> Told:
+        """Predict what the coats do to other concepts; `Done` holds a `Collateral`, or `None` without coats."""
+        session = self.session(key)
+
+        def run(tell: Tell) -> Collateral | None:
+            joint = session.bench.joint
+            return None if joint is None else collateral(self._model(session, tell), joint)
+
+        return self._watch(session, run)
+
+    def compare(self, key: str, question: Question, first: str, second: str) -> Told:
+        """Draw two of `Session.versions` at equal seeds; `Part`s and `Done` hold a `Drawn`."""
+        session = self.session(key)
+        versions = session.versions()
+        for name in (first, second):
+            if name not in versions:
+                raise ValueError(f"there is no {name!r} any more: choose again what to compare.")
+
+        def run(tell: Tell) -> Drawn:
+            model = self._model(session, tell)
+            chosen = [(name, versions[name]) for name in (first, second)]
+            return work.draw(model, question, chosen, tell, show=tell.show, known=session.pictures)
+
+        return self._watch(session, run)
+
+    def download(self, key: str) -> Path | None:
+        """Write the change that is applied, as dialled, and return its path; `None` if there is none."""
+        session = self.session(key)
+        change = session.bench.change
+        if change is None:
+            return None
+        name = " and ".join(f"no {old}" for old in change.pairs) or "change"
+        return files.write_change(change, self.folder / str(key), name)
+
+    # --- what they share ----------------------------------------------------------------------------------------------
+
+    def _watch(self, session: Session, run: Any) -> Told:
+        with session.working() as stop:
+            yield from watch(self.turns, stop, run)
+
+    def _drawn(self, session: Session, model: TextToImage, question: Question, tell: Tell) -> Drawn:
+        session.question = question
+        versions: list[tuple[str, Change | None]] = [(BEFORE, None)]
+        if session.bench.change is not None:
+            versions.append((AFTER, session.bench.change))
+        return work.draw(model, question, versions, tell, show=tell.show, known=session.pictures)
+
+    def _model(self, session: Session, tell: Tell) -> TextToImage:
+        """Return the session's model; loaded once, inside a turn."""
+        name = session.model
+        if name not in self._loaded:
+            tell(0, 1, f"loading {name}")
+            if name not in self._loaded:  # others may have loaded it while this one gave way
+                self._loaded[name] = load(name, device=self._device)
+        return self._loaded[name]
+
+    def _judge(self, model: TextToImage) -> Judge | None:
+        """Return the shipped judge where it can read the model's pictures."""
+        if model.name not in self._judges:
+            judge = features.load(device=self._device)
+            fits = model.size == (judge.size, judge.size)
+            self._judges[model.name] = judge if fits else None
+        return self._judges[model.name]
+
+
+def _with_coat(model: TextToImage, bench: Bench, coat: Coat, tell: Tell) -> Bench:
+    coats = (*bench.coats, coat)
+    return Bench(coats, work.combine(model, [c.change for c in coats], tell))
+
+
+def _joint(bench: Bench) -> Change:
+    assert bench.joint is not None
+    return bench.joint

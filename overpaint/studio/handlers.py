@@ -1,0 +1,241 @@
+"""What each control of the page does: values in, and updates out by the name of the part of the page they belong to.
+
+No handler raises: what went wrong is said in the page, in the status line. Updates are plain values, HTML or choices.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from overpaint.studio import pages
+from overpaint.studio.collateral import Collateral
+from overpaint.studio.desk import Studio, Told
+from overpaint.studio.session import Session
+from overpaint.studio.turns import Done, Part, Progress, Stopped
+from overpaint.studio.work import Drawn, Map, Question
+
+__all__ = [
+    "Choices", "Setting", "Update", "Value", "add", "bench", "choose", "compare", "dial", "draw", "paint", "question",
+    "restore", "stop", "trace", "undo",
+]  # fmt: skip
+
+Update = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """New choices of a control, and which of them is chosen."""
+
+    names: tuple[str, ...]
+    value: str
+
+
+@dataclass(frozen=True)
+class Value:
+    """A control's value, and whether it can be used."""
+
+    value: Any
+    usable: bool = True
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the controls of the question hold; `pictures` seeds from `seed` on."""
+
+    prompt: str
+    concept: str
+    seed: float
+    pictures: float
+    steps: float
+
+
+def question(setting: Setting) -> Question:
+    """Return the question of the controls.
+
+    Raises:
+        ValueError: A number is none, or out of range.
+    """
+    try:
+        seed, count, steps = int(setting.seed), int(setting.pictures), int(setting.steps)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            "seed, pictures and steps must be whole numbers: fill in what is empty."
+        ) from error
+    seeds = tuple(seed + i for i in range(min(count, 9)))
+    return Question(setting.prompt or "", setting.concept or "", seeds, steps)
+
+
+def bench(studio: Studio, key: str) -> Update:
+    """Return all that shows what lies on the model."""
+    session = studio.session(key)
+    names = tuple(session.versions())
+    path = studio.download(key)
+    return {
+        "coats": pages.coats(session.bench),
+        "strength": Value(session.bench.strength, bool(session.bench.coats)),
+        "undo": Value(None, session.can_undo),
+        "download": Value(path, path is not None),
+        "first": Choices(names, names[0]),
+        "second": Choices(names, names[-1]),
+    }
+
+
+def trace(studio: Studio, key: str, setting: Setting, pictures: bool) -> Iterator[Update]:
+    """Draw the map; the pictures of an older one go."""
+
+    def show(found: Map) -> Update:
+        return {"map": pages.heat_map(found), "restored": ""}
+
+    yield from _shown(lambda: studio.trace(key, question(setting), pictures=pictures), show)
+
+
+def restore(studio: Studio, key: str, cell: str) -> Iterator[Update]:
+    """Draw what a cell of the map stands for; `cell` is `"row,column"`, as the page sends it."""
+
+    def begin() -> Told:
+        row, column = _cell(cell)
+        return studio.restore(key, row, column)
+
+    def show(found: Any) -> Update:
+        session = studio.session(key)
+        assert session.found is not None
+        return {
+            "restored": pages.restored(found),
+            "map": pages.heat_map(session.found, _cell(cell)),
+        }
+
+    yield from _shown(begin, show)
+
+
+def paint(
+    studio: Studio, key: str, setting: Setting, new: str, method: str, preserve: str
+) -> Iterator[Update]:
+    """Lay a coat: the forecast at once, then pictures as they finish."""
+    kept = [line.strip() for line in (preserve or "").splitlines() if line.strip()]
+
+    def show(found: Collateral | Drawn) -> Update:
+        if isinstance(found, Drawn):
+            return {"drawn": pages.grid(found)}
+        return {"forecast": pages.forecast(found), "drawn": "", **bench(studio, key)}
+
+    yield from _shown(
+        lambda: studio.paint(key, question(setting), new or "", method=method, preserve=kept), show
+    )
+
+
+def draw(studio: Studio, key: str, setting: Setting) -> Iterator[Update]:
+    """Draw before and after anew."""
+    yield from _shown(lambda: studio.draw(key, question(setting)), _grid("drawn"))
+
+
+def dial(studio: Studio, key: str, setting: Setting, strength: float) -> Iterator[Update]:
+    """Go further or less far, and draw."""
+    yield from _moved(studio, key, setting, lambda session: session.dial(float(strength)))
+
+
+def undo(studio: Studio, key: str, setting: Setting) -> Iterator[Update]:
+    """Go one step back, and draw."""
+    yield from _moved(studio, key, setting, lambda session: session.undo())
+
+
+def choose(studio: Studio, key: str, model: str) -> Iterator[Update]:
+    """Start anew on another model."""
+    try:
+        studio.choose(key, model)
+        cleared = dict.fromkeys(("map", "restored", "drawn", "forecast", "compared", "facts"), "")
+        yield {**cleared, **bench(studio, key), "status": pages.note(f"{model} is on the easel.")}
+    except ValueError as error:
+        yield {"status": pages.alert(str(error))}
+
+
+def add(studio: Studio, key: str, path: str | None, setting: Setting) -> Iterator[Update]:
+    """Open a file: a change becomes a coat, a picture of the studio gives its question back."""
+    if not path:
+        return
+
+    def show(found: Collateral | Question | str) -> Update:
+        if isinstance(found, Question):
+            return {
+                "prompt": found.prompt, "concept": found.concept, "seed": found.seeds[0],
+                "pictures": len(found.seeds), "steps": found.steps,
+                "status": pages.note("The picture's prompt and settings are back: draw it again."),
+            }  # fmt: skip
+        said = found if isinstance(found, str) else "The change lies on the model: draw to see it."
+        forecast = {} if isinstance(found, str) else {"forecast": pages.forecast(found)}
+        return {**bench(studio, key), **forecast, "status": pages.note(said)}
+
+    yield from _shown(lambda: studio.add(key, path), show)
+
+
+def compare(
+    studio: Studio, key: str, setting: Setting, first: str, second: str
+) -> Iterator[Update]:
+    """Draw two versions at equal seeds, and say what they are."""
+
+    def begin() -> Told:
+        return studio.compare(key, question(setting), first, second)
+
+    versions = studio.session(key).versions()
+    chosen = {name: versions[name] for name in (first, second) if name in versions}
+    yield {"facts": pages.facts(chosen)}
+    yield from _shown(begin, _grid("compared"))
+
+
+def stop(studio: Studio, key: str) -> Update:
+    """Ask the work under way to stop."""
+    running = studio.session(key).stop()
+    return {"status": pages.note("Stopping after this step." if running else "Nothing runs.")}
+
+
+def _moved(
+    studio: Studio, key: str, setting: Setting, move: Callable[[Session], None]
+) -> Iterator[Update]:
+    """Move the bench, show it, predict, and draw."""
+    try:
+        session = studio.session(key)
+        with session.working():
+            move(session)
+    except ValueError as error:
+        yield {"status": pages.alert(str(error))}
+        return
+    yield bench(studio, key)
+    yield from _shown(
+        lambda: studio.predict(key), lambda found: {"forecast": pages.forecast(found)}
+    )
+    yield from _shown(lambda: studio.draw(key, question(setting)), _grid("drawn"))
+
+
+def _grid(part: str) -> Callable[[Drawn], Update]:
+    return lambda found: {part: pages.grid(found)}
+
+
+def _shown(begin: Callable[[], Told], show: Callable[[Any], Update]) -> Iterator[Update]:
+    """Yield the updates of a piece of work, its progress and its end; says what went wrong."""
+    try:
+        with closing(begin()) as told:  # type: ignore[type-var]
+            for item in told:
+                if isinstance(item, Progress):
+                    yield {"status": pages.progress(item)}
+                elif isinstance(item, Part):
+                    yield show(item.value)
+                elif isinstance(item, Done):
+                    yield {"status": "", **show(item.value)}
+    except Stopped:
+        yield {"status": pages.note("Stopped. What was finished before is kept.")}
+    except (ValueError, OSError) as error:
+        yield {"status": pages.alert(str(error))}
+    except Exception as error:  # a fault of ours: said in the page, and the studio goes on
+        yield {"status": pages.alert(f"a fault of overpaint: {type(error).__name__}: {error}")}
+
+
+def _cell(text: str) -> tuple[int, int]:
+    """Return row and column of `"3,5"`.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    parts: Sequence[str] = str(text).split(",")
+    if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
+        raise ValueError("that is no cell of the map: click one of its numbers.")
+    return int(parts[0][:6]), int(parts[1][:6])
