@@ -19,7 +19,7 @@ from torch import Tensor
 from overpaint.metrics import Interval
 from overpaint.questions import Question
 
-__all__ = ["Comparison", "Paired", "Scores"]
+__all__ = ["Comparison", "Paired", "Scores", "flipped", "without_nan"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,26 @@ class Scores:
     empty_drift: float
     protocol: Mapping[str, Any] = field(default_factory=dict)
 
+    def aliases(self) -> dict[str, Interval]:
+        """Return the same shares under the names of UnlearnCanvas and EasyEdit, with their intervals.
+
+        `UA` (unlearning accuracy): target pictures not recognised as the concept. `IRA` and `CRA` (in-domain and
+        cross-domain retain accuracy): other pictures recognised for what they name, of the concept's own kind and of
+        the other (objects for a style, styles for all else). `reliability` is UA, `generality` the same in unseen
+        wordings, `locality` is IRA.
+
+        Source: Zhang et al., 2024 (UnlearnCanvas), https://arxiv.org/abs/2402.11846; Wang et al., 2023 (EasyEdit),
+        https://arxiv.org/abs/2308.07269. Deviations: EasyEdit's locality asks for the same answer as before the edit,
+        this one for the right answer.
+        """
+        across = "object" if self.kind == "style" else "style"
+        unlearned, kept = flipped(self.efficacy.after), self.specificity[self.kind].after
+        found = {"UA": unlearned, "IRA": kept}
+        if across in self.specificity:
+            found["CRA"] = self.specificity[across].after
+        wordings = flipped(self.generality["unseen wordings"].after)
+        return found | {"reliability": unlearned, "generality": wordings, "locality": kept}
+
     def flat(self) -> dict[str, float]:
         """Return the means under flat names: `target_before`, `target_after`, `others_drop`, ..."""
         worst = max((p.drop for p in self.others.values()), default=math.nan)
@@ -81,6 +101,11 @@ class Scores:
             **{f"{k}s_drop": p.drop for k, p in self.specificity.items() if k != self.kind},
             "empty_drift": self.empty_drift,
         }
+
+
+def flipped(share: Interval) -> Interval:
+    """Return the share of the others: one less the share, its bounds changing places."""
+    return Interval(1 - share.mean, 1 - share.high, 1 - share.low, share.n)
 
 
 @dataclass(frozen=True)
@@ -114,7 +139,7 @@ class Comparison:
             "questions": [asdict(q) for q in self.questions],
         }
         draft = out / "comparison.json.part"
-        draft.write_text(json.dumps(_without_nan(words), indent=1, allow_nan=False))
+        draft.write_text(json.dumps(without_nan(words), indent=1, allow_nan=False))
         os.replace(draft, out / "comparison.json")
         draft = out / "gallery.safetensors.part"
         save_file({name: rows.contiguous().clone() for name, rows in self.pictures.items()}, draft)
@@ -173,10 +198,10 @@ def _interval(words: Mapping[str, Any]) -> Interval:
     return Interval(*(math.nan if b is None else float(b) for b in bounds), n=int(words["n"]))
 
 
-def _without_nan(words: Any) -> Any:
-    """Write a missing number as null: JSON knows no NaN."""
+def without_nan(words: Any) -> Any:
+    """Return `words` with null for a missing number: JSON knows no NaN."""
     if isinstance(words, dict):
-        return {key: _without_nan(value) for key, value in words.items()}
-    if isinstance(words, list):
-        return [_without_nan(value) for value in words]
+        return {key: without_nan(value) for key, value in words.items()}
+    if isinstance(words, list | tuple):
+        return [without_nan(value) for value in words]
     return None if isinstance(words, float) and math.isnan(words) else words

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from overpaint import edit, evaluate, questions
+from overpaint.evaluate.judged import _Tally
 from overpaint.metrics import Interval
 from overpaint.scores import Comparison, Paired, Scores
 
@@ -95,7 +96,7 @@ def test_shares_worked_by_hand():
     after = {"style": ["noto", "blob", "blob", "noto", "blob", "noto"],
              "object": ["cat", "dog", "cat", "bird", "dog", "bird"],
              "color": ["red"] * 6}  # fmt: skip
-    tally = evaluate._Tally(asked, before, "style", "blob", "noto")
+    tally = _Tally(asked, before, "style", "blob", "noto")
     scores = tally.scores("x", after, drift=0.0, protocol={})
     assert (scores.efficacy.before.mean, scores.efficacy.after.mean) == (1, 0.5)
     assert (scores.redirection.before.mean, scores.redirection.after.mean) == (0, 0.5)
@@ -151,3 +152,21 @@ def test_score_is_a_comparison_of_one(tiny_sd1, swap):
     alone = evaluate.score(tiny_sd1, swap, judge=Eyes(), size=3, steps=2, batch_size=4)
     assert isinstance(alone, Scores)
     assert alone.efficacy == compare(tiny_sd1, {"x": swap}).scores["x"].efficacy
+
+
+def test_the_names_of_unlearncanvas_and_easyedit_are_the_same_shares():
+    def share(mean, low, high):
+        return Paired(Interval(0, 0, 0, 8), Interval(mean, low, high, 8), Interval(0, 0, 0, 8))
+
+    scores = Scores(
+        "x", "style", "blob", "noto",
+        efficacy=share(0.25, 0.125, 0.5), redirection=share(0.5, 0, 1),
+        generality={"unseen wordings": share(0.5, 0.25, 0.75)},
+        others={}, specificity={"style": share(0.75, 0.5, 1), "object": share(0.875, 0.5, 1)},
+        empty_drift=0.0,
+    )  # fmt: skip
+    found = scores.aliases()
+    assert found["UA"] == found["reliability"] == Interval(0.75, 0.5, 0.875, 8)
+    assert found["IRA"] == found["locality"] == Interval(0.75, 0.5, 1, 8)
+    assert found["CRA"] == Interval(0.875, 0.5, 1, 8)
+    assert found["generality"] == Interval(0.5, 0.25, 0.75, 8)

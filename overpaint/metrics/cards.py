@@ -107,9 +107,11 @@ _CARDS = (
     MetricCard(
         "kid",
         "about 0 and up; below 0 by chance where sets are equal; the unit is that of the features",
-        "near the KID of two sets of seeds of the unedited model (`kid_seeds`), on prompts that should stay",
+        "near the KID of two sets of seeds of the unedited model, which stands under `before`, on prompts that should "
+        "stay",
         "unbiased squared maximum mean discrepancy under the kernel (x·y / D + 1) cubed, of the edited model's "
-        "pictures and the unedited model's from other seeds; interval by drawing prompts",
+        "pictures and the unedited model's from other seeds; unit features are first made as long as the root of D, so "
+        "that the kernel is (cos + 1) cubed; interval by drawing prompts",
         _IMAGES,
         "Bińkowski et al., 2018, https://arxiv.org/abs/1801.01401",
         "Depends on the features: figures on `icons-judge`, on a CLIP and on Inception are three scales. Pictures of "

@@ -23,13 +23,14 @@ from torch import Tensor
 
 from overpaint import features, metrics, questions
 from overpaint.edit import Change
+from overpaint.evaluate.measured import empty_drift
 from overpaint.metrics import Interval
 from overpaint.model import TextToImage
 from overpaint.pictures import blank
 from overpaint.questions import Question
 from overpaint.scores import Comparison, Paired, Scores
 
-__all__ = ["Classifier", "Comparison", "Paired", "Scores", "compare", "score"]
+__all__ = ["Classifier", "compare", "score"]
 
 Progress = Callable[[int, int, str], None]  # pictures made, pictures in all, the method at work
 
@@ -127,7 +128,7 @@ def compare(
         name: tally.scores(
             name,
             run.verdicts,
-            drift=_empty_drift(model, changes[name]),
+            drift=empty_drift(model, changes[name]),
             protocol={**protocol, "blank_pictures": run.blank},
         )
         for name, run in runs.items()
@@ -261,17 +262,6 @@ class _Tally:
             metrics.bootstrap(after, groups=scenes),
             metrics.paired(before, after, groups=scenes),
         )
-
-
-def _empty_drift(model: TextToImage, change: Change | None) -> float:
-    """Relative movement of the empty prompt's features under `change`."""
-    if change is None:
-        return 0.0
-    before = model.encode([""])
-    with change.applied(model):
-        after = model.encode([""])
-    length = float(before.norm())  # SDXL's empty prompt is zeros
-    return float((after - before).norm()) / length if length else 0.0
 
 
 def _check_size(model: TextToImage, judge: Classifier) -> None:

@@ -1,0 +1,190 @@
+"""Measures on an evaluation set, against the same pictures drawn and scored by hand; a tiny model, a random CLIP."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from overpaint import edit, evaluate, metrics
+from overpaint.metrics import Interval
+from overpaint.probes import Case, EvaluationSet
+
+LABELS = {"object": ("cat", "dog"), "style": ("noto", "blob"), "color": ("red", "blue")}
+CASES = EvaluationSet(
+    "mine", "table", "blob style", "noto style",
+    (
+        Case("a cat in blob style", "target", "a cat in blob style", "a cat in noto style", "blob style", 5),
+        Case("a dog in blob style", "target", "a dog in blob style", "", "blob style"),
+        Case("a dog", "other", "a dog", "a cat", "dog", 7),
+        Case("a bird", "other", "a bird", "", "bird", 8),
+    ),
+)  # fmt: skip
+
+
+class Eyes:
+    """Features are eight patches of the picture, and of a text numbers made from its letters."""
+
+    name = "eight patches"
+    labels = LABELS
+
+    def image_features(self, images):
+        cells = torch.nn.functional.adaptive_avg_pool2d(images, (2, 4)).mean(1).flatten(1)
+        return torch.nn.functional.normalize(cells - cells.mean(1, keepdim=True), dim=1)
+
+    def text_features(self, prompts):
+        rows = [torch.tensor([hash_(p, k) for k in range(8)]) for p in prompts]
+        return torch.nn.functional.normalize(torch.stack(rows), dim=1)
+
+    def layers(self, images):
+        return (images.flatten(2).transpose(1, 2),)
+
+    def classify(self, images, kind):
+        mean = images.mean((1, 2, 3)) * 1000
+        return torch.stack([(mean * (k + 1)).frac() for k in range(len(LABELS[kind]))], 1)
+
+
+def hash_(text, k):
+    return math.sin(sum((i + 1) * ord(c) for i, c in enumerate(text)) * (k + 1))
+
+
+@pytest.fixture(scope="module")
+def swap(tiny_sd1):
+    return edit.swap_embedding(tiny_sd1, {"blob style": "noto style"})
+
+
+@pytest.fixture(scope="module")
+def found(tiny_sd1, swap):
+    return evaluate.measure(
+        tiny_sd1, swap, CASES, eyes=Eyes(), only=evaluate.METRICS, repeats=2, steps=2, batch_size=3
+    )
+
+
+@pytest.fixture(scope="module")
+def drawn(tiny_sd1, swap):
+    """The target's pictures drawn by hand: before, after, and before from the other seeds."""
+    prompts = ["a cat in blob style"] * 2 + ["a dog in blob style"] * 2
+    seeds = [5, 10005, 1, 10001]
+    before = tiny_sd1.generate(prompts, seed=seeds, steps=2).images
+    with swap.applied(tiny_sd1):
+        after = tiny_sd1.generate(prompts, seed=seeds, steps=2).images
+    again = tiny_sd1.generate(prompts, seed=[s + 1_000_000 for s in seeds], steps=2).images
+    return prompts, before, after, again
+
+
+def test_scores_are_those_of_the_same_pictures_scored_by_hand(found, drawn):
+    prompts, before, after, _ = drawn
+    eyes = Eyes()
+    said = eyes.text_features(prompts)
+    for name, images in (("before", before), ("after", after)):
+        cosine = metrics.clip_score(eyes.image_features(images), said)
+        row = getattr(found.row("target", "clip_cosine"), name)
+        assert row.mean == pytest.approx(cosine.mean().item(), abs=1e-5)
+        assert row.n == 4
+        texts = eyes.text_features([CASES.cases[0].old]), eyes.text_features([CASES.cases[0].new])
+        near = metrics.clip_accuracy(
+            eyes.image_features(images[:2]), *(t.expand(2, -1) for t in texts)
+        )
+        accuracy = getattr(found.row("target", "clip_accuracy"), name)
+        assert (accuracy.mean, accuracy.n) == (near.float().mean().item(), 2)
+        judged = eyes.classify(images, "style").argmax(1) == 1
+        assert getattr(found.row("target", "judge_accuracy"), name).mean == judged.float().mean()
+    row = found.row("target", "clip_cosine")
+    assert row.change.mean == pytest.approx(row.after.mean - row.before.mean, abs=1e-6)
+    assert found.row("target", "clip_score_100").after.mean == pytest.approx(100 * row.after.mean)
+
+
+def test_distances_are_those_of_the_same_pictures(found, drawn):
+    prompts, before, after, again = drawn
+    assert found.row("target", "psnr").after.mean == pytest.approx(
+        metrics.psnr(before, after).mean().item(), abs=1e-3
+    )
+    assert found.row("target", "ssim").after.mean == pytest.approx(
+        metrics.ssim(before, after).mean().item(), abs=1e-4
+    )
+    layers = (Eyes().layers(x) for x in (before, after))
+    assert found.row("target", "perceptual").after.mean == pytest.approx(
+        metrics.perceptual(*layers).mean().item(), abs=1e-5
+    )
+    features = [8**0.5 * Eyes().image_features(x) for x in (before, after, again)]
+    row = found.row("target", "kid")
+    for name, one in (("before", features[0]), ("after", features[1])):
+        expected = metrics.kid(one, features[2], groups=(prompts, prompts))
+        assert getattr(row, name).mean == pytest.approx(expected.value, abs=1e-4)
+    test = metrics.kid_test(features[1], features[2], groups=(prompts, prompts))
+    assert found.row("target", "kid_p").after.mean == pytest.approx(test.p, abs=0.05)
+    fid = metrics.fid(features[1] / 8**0.5, features[2] / 8**0.5).value
+    assert found.row("target", "fid").after.mean == pytest.approx(fid, abs=1e-4)
+
+
+def test_no_edit_moves_nothing(tiny_sd1, swap):
+    same = evaluate.measure(tiny_sd1, 0 * swap, CASES, eyes=Eyes(), only=evaluate.METRICS, steps=2)
+    for row in same.rows:
+        if row.change.n:
+            assert row.change.mean == 0
+        if row.metric in ("kid", "kid_p", "fid"):
+            assert row.before == row.after or math.isnan(row.after.high)
+            assert row.before.mean == row.after.mean
+    assert same.row("other", "psnr").after.mean == 100
+    assert same.row("other", "perceptual").after.mean == 0
+    assert same.row("model", "empty_drift").after.mean == 0
+
+
+def test_a_metric_counts_only_the_cases_that_it_can_tell(found):
+    assert (
+        found.row("other", "clip_accuracy").after.n == 2
+    )  # of the dog alone: a bird has no second text
+    assert found.row("other", "judge_accuracy").after.n == 2  # the judge knows no bird
+    assert found.row("other", "clip_cosine").after.n == 4
+    assert found.protocol["features"] == "eight patches"
+    assert (found.protocol["cases"], found.protocol["repeats"]) == (4, 2)
+
+
+def test_flat_names_and_aliases(found):
+    flat = found.flat()
+    assert flat["target_clip_cosine_before"] == found.row("target", "clip_cosine").before.mean
+    assert "target_psnr_before" not in flat
+    assert flat["empty_drift_after"] == found.row("model", "empty_drift").after.mean
+    target = found.row("target", "clip_accuracy").after
+    assert found.aliases()["reliability"] == Interval(
+        1 - target.mean, 1 - target.high, 1 - target.low, 2
+    )
+    assert flat["locality"] == found.row("other", "clip_accuracy").after.mean
+    assert "generality" not in flat
+
+
+def test_measures_are_written_as_json_without_nan(found, tmp_path):
+    path = found.save(tmp_path / "new")
+    words = json.loads(path.read_text(), parse_constant=lambda text: pytest.fail(text))
+    assert words["set"] == "mine"
+    assert len(words["rows"]) == len(found.rows)
+    assert [p.name for p in path.parent.iterdir()] == ["measures.json"]
+
+
+def test_progress_counts_every_picture_of_the_runs_that_are_needed(tiny_sd1, swap):
+    told = []
+    options = {"eyes": Eyes(), "steps": 1, "batch_size": 3}
+    evaluate.measure(
+        tiny_sd1, swap, CASES, only=["psnr"], on_progress=lambda *at: told.append(at), **options
+    )
+    assert told == [(3, 8, "before"), (4, 8, "before"), (7, 8, "after"), (8, 8, "after")]
+
+
+def test_bad_input_is_named(tiny_sd1, swap, found):
+    class Clip(Eyes):
+        labels = None
+        size = 512
+
+    def run(**options):
+        return evaluate.measure(tiny_sd1, swap, CASES, steps=1, **{"eyes": Eyes(), **options})
+
+    with pytest.raises(ValueError, match="unknown metric 'lpips': choose one of clip_cosine"):
+        run(only=["lpips"])
+    with pytest.raises(ValueError, match="is a CLIP without labels, so it cannot tell"):
+        run(only=["judge_accuracy"], eyes=Clip())
+    with pytest.raises(ValueError, match=r"reads pictures of 512x512 pixels, .*name a CLIP"):
+        run(eyes=Clip())
+    with pytest.raises(ValueError, match="`repeats` must be at least 1, got 0: say how many"):
+        run(repeats=0)
+    with pytest.raises(ValueError, match="'kid' of 'general' was not measured: there are target "):
+        found.row("general", "kid")
