@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
-from overpaint.edit import ldm
+from overpaint.edit import card, ldm
 from overpaint.edit.change import Change, Movement
 from overpaint.edit.solve import compress
 from overpaint.errors import UnsupportedModel
@@ -90,7 +90,7 @@ def single_file(model: TextToImage, change: Change, path: str | Path) -> Path:
 
 
 def folder(model: TextToImage, change: Change, path: str | Path) -> Path:
-    """Write the edited model as a diffusers folder, which `overpaint.load` and `from_pretrained` read.
+    """Write the edited model as a diffusers folder, which `overpaint.load` and `from_pretrained` read, with its card.
 
     Args:
         model: Unedited, or with `change` applied last.
@@ -116,6 +116,7 @@ def folder(model: TextToImage, change: Change, path: str | Path) -> Path:
     with _edited(model, change), _beside(target) as draft:
         model.pipe.save_pretrained(draft, safe_serialization=True)
         (draft / "overpaint.json").write_text(json.dumps(settings))
+        card.write(draft, change, model=model.name)
     return target
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from overpaint.report import charts, data, drift, scenes, tables
+from overpaint.report import card, charts, data, drift, scenes, tables
 from overpaint.scores import Comparison, Scores
 from overpaint.trace import Effects
 
-__all__ = ["drift", "write"]
+__all__ = ["drift", "to_card", "write"]
 
 _NO_EDIT = "no edit"
 
@@ -54,6 +54,27 @@ def write(folder: str | Path, *, out: str | Path | None = None) -> Path:
     _write(page, _render(words, beside.name))
     _write(beside, data.as_json(words, summary, source))
     return page
+
+
+def to_card(folder: str | Path, model: str | Path) -> Path:
+    """Put what the judge saw on the model card of an edited model, and return the card's path.
+
+    Args:
+        folder: Holds a saved comparison.
+        model: Folder of the edited model, as `overpaint apply` wrote it.
+
+    Raises:
+        FileNotFoundError: There is no comparison, or no card.
+        ValueError: The comparison or the card is damaged.
+    """
+    source = Path(folder)
+    if not (source / "comparison.json").is_file():
+        raise FileNotFoundError(
+            f"{str(source)!r} holds nothing that a judge saw: name a folder that `overpaint demo --out` or "
+            "`overpaint evaluate --out` wrote."
+        )
+    method = str(_json(source / "run.json").get("method", ""))
+    return card.add_scores(model, Comparison.load(source), method=method)
 
 
 def _parts(source: Path, run: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,196 @@
+"""The model card of an edited model: `README.md` as the Hugging Face hub reads it, with its YAML head.
+
+It says what was changed, by which method and settings, what to expect and what not, how to load it and how to check
+it. All of it is read off the change; what a judge saw is added by `overpaint report --card`. Texts of a user, as the
+names of concepts, are shown and never read as Markdown or HTML.
+"""
+
+import html
+import os
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from overpaint.edit.change import Change
+
+__all__ = ["NAME", "plain", "text", "write"]
+
+NAME = "README.md"
+_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+_SOURCES = {
+    "auto": ("Overpaint's automatic edit, after Diff-QuickFix", "https://arxiv.org/abs/2310.13730"),
+    "quickfix": ("Diff-QuickFix (Basu et al., 2024)", "https://arxiv.org/abs/2310.13730"),
+    "uce": ("Unified Concept Editing (Gandikota et al., 2024)", "https://arxiv.org/abs/2308.14761"),
+    "debias": ("Unified Concept Editing (Gandikota et al., 2024)", "https://arxiv.org/abs/2308.14761"),
+    "time": ("TIME (Orgad et al., 2023)", "https://arxiv.org/abs/2303.08084"),
+    "loco": ("LocoEdit (Basu et al., 2024)", "https://arxiv.org/abs/2405.01008"),
+}  # fmt: skip
+_SETTINGS = (
+    "layer", "positions", "ridge", "preserve_weight", "strength", "contexts", "background", "bound", "steps", "seed",
+)  # fmt: skip
+
+
+def write(folder: str | Path, change: Change, *, model: str) -> Path:
+    """Write the card into `folder`, beside and then renamed, and return its path.
+
+    Args:
+        folder: Of the edited model.
+        change: What was applied.
+        model: Name, folder or hub id of the model that it was applied to.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    path = Path(folder) / NAME
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text(change, model=model), encoding="utf-8")
+    os.replace(beside, path)
+    return path
+
+
+def text(change: Change, *, model: str) -> str:
+    """Return the card.
+
+    Args:
+        change: What was applied.
+        model: Name, folder or hub id of the model that it was applied to.
+    """
+    from huggingface_hub import ModelCardData
+
+    hub = _HUB.fullmatch(model) is not None and not Path(model).exists()
+    base = model if hub else Path(model).name  # no folder of the owner's on a card that goes public
+    head = ModelCardData(
+        base_model=base if hub else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        license="other",
+        license_name="as-the-base-model",
+        tags=["overpaint", "model-editing", "concept-editing"],
+    ).to_yaml()
+    parts = (
+        f"# {_title(change, base)}",
+        _lead(change, base),
+        _changed(change),
+        _expected(change.report),
+        _limits(),
+        _use(),
+        _made(change, base),
+    )
+    return f"---\n{head}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def plain(words: object) -> str:
+    """Return a text on one line that Markdown and HTML show as it is."""
+    line = html.escape(" ".join(str(words).split()), quote=False)
+    return re.sub(r"([\\`*_{}\[\]|#!~$])", r"\\\1", line)
+
+
+def _title(change: Change, base: str) -> str:
+    pairs = [f"{plain(old)} → {plain(new or '(nothing)')}" for old, new in change.pairs.items()]
+    said = "; ".join(pairs[:3]) + (f" and {len(pairs) - 3} more" if len(pairs) > 3 else "")
+    return f"{plain(base)}, edited: {said}" if said else f"{plain(base)}, edited"
+
+
+def _lead(change: Change, base: str) -> str:
+    weights = "one weight" if len(change.movements) == 1 else f"{len(change.movements)} weights"
+    how = _method(change.protocol)
+    return (
+        f"This is the text-to-image model {plain(base)} with {weights} moved so that it reads some concepts as others. "
+        f"Nothing else of it differs. The movement was made by {how}."
+    )
+
+
+def _method(protocol: Mapping[str, Any]) -> str:
+    name = str(protocol.get("method", "an edit"))
+    if name not in _SOURCES:
+        return plain(name)
+    said, link = _SOURCES[name]
+    return f"[{said}]({link})"
+
+
+def _changed(change: Change) -> str:
+    concepts = _table(
+        ("Concept", "Read as"),
+        [(plain(old), plain(new or "(nothing)")) for old, new in change.pairs.items()],
+    )
+    weights = _table(
+        ("Weight", "Rank of the movement", "Bytes it was made for (SHA-256)"),
+        [
+            (f"`{m.site}`", str(m.left.shape[1]), f"`{m.base_hash[:16]}…`")
+            for m in change.movements[:64]
+        ],
+    )
+    return "\n\n".join(part for part in ("## What was changed", concepts, weights) if part)
+
+
+def _expected(report: Mapping[str, Any]) -> str:
+    """Return what the solve foretold, from text alone."""
+    rows: list[str] = []
+    if (missed := report.get("missed")) is not None:
+        rows.append(f"{100 * (1 - missed):.0f} % of the movement that was asked for is reached.")
+    if (drift := report.get("empty_prompt_drift")) is not None:
+        rows.append(
+            f"The empty prompt, which guidance reads for every picture, moves by {100 * drift:.1f} %."
+        )
+    if endangered := [_name(row) for row in report.get("endangered") or []]:
+        rows.append(f"Looked after, as they were in danger: {_listed(endangered)}.")
+    if lost := [_name(row) for row in report.get("not_kept") or []]:
+        rows.append(f"**Not kept**, expect these to change too: {_listed(lost)}.")
+    if not rows:
+        rows.append(
+            "The edit reports nothing about other concepts: look at pictures before you use it."
+        )
+    foot = "These figures are told from text alone, before any picture was drawn."
+    return "\n".join(["## What to expect", "", *(f"- {row}" for row in rows), "", foot])
+
+
+def _limits() -> str:
+    return """## What it is not
+
+- It is no guard against those who try: a concept that is no longer drawn for its name may come back for another
+  wording, a picture prompt or an adversarial prompt.
+- Whether pictures changed as wanted was not looked at for this card, unless a section *What a judge saw* says so.
+- The unedited model cannot be had back from these weights: keep it, and the change file.
+- The terms of the base model apply."""
+
+
+def _use() -> str:
+    return """## Use
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")
+pipe("a prompt").images[0].save("picture.png")
+```"""
+
+
+def _made(change: Change, base: str) -> str:
+    kept = [(k, change.protocol[k]) for k in _SETTINGS if change.protocol.get(k) is not None]
+    said = ", ".join(f"{k} {v}" for k, v in kept if isinstance(v, str | int | float))
+    rows = [
+        ("Base model", plain(base)),
+        ("Method", plain(change.protocol.get("method", "–"))),
+        *([("Settings", plain(said))] if said else []),
+        ("Change (SHA-256)", f"`{change.digest}`"),
+        ("Made with", f"overpaint {version('overpaint')}"),
+    ]
+    return "## How it was made\n\n" + _table(("", ""), rows)
+
+
+def _name(row: object) -> str:
+    return str(row["concept"]) if isinstance(row, Mapping) else str(row)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(plain(name) for name in names[:20]) + more
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

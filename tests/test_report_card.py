@@ -1,0 +1,103 @@
+"""The model card of an edited model: read back with the hub's own reader, and with hostile names on it."""
+
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+from test_report import scores
+
+import overpaint
+from overpaint import edit, report
+from overpaint.edit import card, export
+from overpaint.report.card import add_scores
+from overpaint.scores import Comparison
+
+EVIL = "<script>alert(1)</script> | `x` **b**\n## What a judge saw"
+
+
+@pytest.fixture(scope="module")
+def change(tiny_sd1):
+    return edit.quickfix(tiny_sd1, {"van gogh": "painting"})
+
+
+@pytest.fixture
+def comparison():
+    found = {"no edit": scores("no edit", 0.9), "change": scores("change", 0.02)}
+    return Comparison(found, {}, (), {})
+
+
+def test_an_exported_folder_has_a_card_that_the_hub_reads(tiny_sd1, change, tmp_path):
+    folder = export.folder(tiny_sd1, change, tmp_path / "out")
+    found = ModelCard.load(folder / "README.md")
+    assert found.data.library_name == "diffusers"
+    assert found.data.pipeline_tag == "text-to-image"
+    assert found.data.base_model is None  # a live pipeline has no place on the hub
+    for said in (
+        "edited: van gogh → painting",
+        "| van gogh | painting |",
+        f"`{change.site}`",
+        change.digest,
+        "Diff-QuickFix (Basu et al., 2024)",
+        "no guard against those who try",
+    ):
+        assert said in found.text
+    overpaint.load(str(folder))  # the card is in no loader's way
+
+
+def test_a_hub_id_is_the_base_model_and_a_folder_is_not_told(change, tmp_path):
+    assert ModelCard(card.text(change, model="owner/name")).data.base_model == "owner/name"
+    private = card.text(change, model=str(tmp_path / "secret"))
+    assert ModelCard(private).data.base_model is None
+    assert str(tmp_path) not in private
+    assert "# secret, edited: van gogh" in private
+
+
+def test_names_are_shown_and_never_read_as_markdown_or_html(change, tmp_path):
+    protocol = {**change.protocol, "pairs": {EVIL: EVIL}, "method": EVIL}
+    report_ = {**change.report, "not_kept": [EVIL], "endangered": [{"concept": EVIL}]}
+    hostile = type(change)(change.movements, protocol, report_)
+    text = card.write(tmp_path, hostile, model="a/<b>\n---").read_text()
+    assert "<script" not in text
+    assert not re.search(r"^## What a judge saw", text, re.MULTILINE)
+    assert r"&lt;script&gt;alert(1)&lt;/script&gt; \| \`x\` \*\*b\*\* \#\# What a judge saw" in text
+    assert text.count("\n---\n") == 1
+    assert ModelCard(text).data.license == "other"
+
+
+def test_what_a_judge_saw_goes_on_the_card_once(change, comparison, tmp_path):
+    card.write(tmp_path, change, model="icons")
+    before = (tmp_path / "README.md").read_text()
+    once = add_scores(tmp_path, comparison).read_text()
+    assert add_scores(tmp_path, comparison).read_text() == once
+    found = ModelCard(once)
+    values = {r.metric_name: r.metric_value for r in found.data.eval_results}
+    assert values["target_recognised"] == 0.02
+    assert values["style_kept"] == 0.91
+    assert "held_out_pairs_recognised" not in values  # no picture of them
+    assert "| recognised as openmoji | 90 % (85 to 95) | 2 % (-3 to 7) | 20 |" in found.text
+    kept = re.sub(r"## What a judge saw\n.*?(?=## )", "", found.text, flags=re.DOTALL)
+    assert kept.strip() == ModelCard(before).text.strip()
+
+
+def test_the_command_line_puts_figures_on_a_card(run, change, comparison, tmp_path):
+    results, model = tmp_path / "results", tmp_path / "model"
+    model.mkdir()
+    card.write(model, change, model="icons")
+    comparison.save(results)
+    code, told, complaint = run("report", results, "--card", model, "--json")
+    assert code == 0, complaint
+    assert str(model / "README.md") in told
+    assert "## What a judge saw" in (model / "README.md").read_text()
+
+
+def test_a_missing_card_method_or_judgement_is_refused(change, comparison, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no README.md: name a folder that"):
+        add_scores(tmp_path, comparison)
+    card.write(tmp_path, change, model="icons")
+    with pytest.raises(ValueError, match="no method 'other': choose one of change, or judge"):
+        add_scores(tmp_path, comparison, method="other")
+    with pytest.raises(FileNotFoundError, match="nothing that a judge saw: name a folder"):
+        report.to_card(tmp_path, tmp_path)
+    (tmp_path / "README.md").write_text("---\n- a list\n---\n")
+    with pytest.raises(ValueError, match="is no card's .*: write the model again with"):
+        add_scores(tmp_path, comparison)
