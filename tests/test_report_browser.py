@@ -1,0 +1,157 @@
+"""The report as a reader meets it in Chromium: wide, narrow, light, dark, by keyboard, on paper, under attack."""
+
+import io
+import json
+
+import browser
+import pytest
+import torch
+from PIL import Image
+from test_report import effect, scores, share
+
+from overpaint import report
+from overpaint.questions import Question
+from overpaint.report import drift
+from overpaint.scores import Comparison
+from overpaint.trace.effects import Effects
+
+EVIL = '"><script>document.title="owned"</script><img src=x onerror=document.title="owned">'
+STYLES = ("openmoji", "noto", "blob", "high contrast", "twemoji", "fluent")
+METHODS = ("no edit", "quickfix", "automatic")
+SIZES = [(width, dark) for width in (1280, 390) for dark in (False, True)]
+
+
+def filled(folder, *, evil=""):
+    """Save a small result of every kind into `folder`; `evil` goes wherever a user's text goes."""
+    asked = tuple(
+        Question(f"a {o} in {s} style{evil}", seed, "target", o + evil, s)
+        for seed, o in enumerate(("cat", "apple"))
+        for s in STYLES
+    )
+    # one color a method, so that a screenshot tells which is shown
+    colors = {
+        "before": (255, 0, 0),
+        "no edit": (255, 0, 0),
+        "quickfix": (0, 255, 0),
+        "automatic": (0, 0, 255),
+    }
+    pictures = {
+        name + (evil if name == "quickfix" else ""): torch.tensor(rgb, dtype=torch.uint8)
+        .view(1, 3, 1, 1).expand(len(asked), 3, 16, 16).contiguous()
+        for name, rgb in colors.items()
+    }  # fmt: skip
+    names = [name + (evil if name == "quickfix" else "") for name in METHODS]
+    found = {n: scores(n, after) for n, after in zip(names, (0.9, 0.3, 0.02), strict=True)}
+    baseline = {"style": share(0.9, 0).before, "style held out": share(0.7, 0).before}
+    Comparison(found, baseline, asked, pictures).save(folder)
+    predicted = {name: {"noto": 0.1 * i, "blob": 0.2 * i} for i, name in enumerate(names)}
+    drift.save(predicted, folder)
+    rows = [effect(f"text.{n}.mlp", "text", "mlp", n, "eos", 0.5 / (1 + n)) for n in range(2)]
+    about = {"scorer": f"eyes{evil}", "probes": 1, "steps": 2}
+    Effects.of(rows, about).save(folder / "text.parquet")
+    run = {
+        "title": f"cat → dog{evil}",
+        "method": "automatic",
+        "lead": f"What became of it.{evil}",
+        "commands": [f"overpaint demo --erase '{evil}' --out {'x' * 300}"],
+        "protocol": {f"Model{evil}": f"a/very/long/{'path/' * 40}{evil}"},
+    }
+    (folder / "run.json").write_text(json.dumps(run))
+    (folder / "summary.json").write_text(json.dumps({"edit_seconds": 0.4}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    return report.write(filled(tmp_path_factory.mktemp("report")))
+
+
+@pytest.mark.parametrize(("width", "dark"), SIZES)
+def test_the_report_is_whole_and_accessible(chromium, axe, page, width, dark):
+    with browser.visit(chromium, page, width=width, dark=dark) as seen:
+        browser.check(seen, axe)
+        assert seen.requests == []
+        paper = seen.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert paper == ("rgb(24, 27, 34)" if dark else "rgb(255, 255, 255)")
+        shown = seen.page.locator(".chart img:visible")
+        assert {shown.nth(i).get_attribute("class") for i in range(shown.count())} == {
+            "on-dark" if dark else "on-light"
+        }
+
+
+def middle(seen, share):
+    """Return the color of the first before-and-after picture at `share` of its width, away from its line."""
+    shot = seen.page.locator(".pair").first.screenshot()
+    image = Image.open(io.BytesIO(shot)).convert("RGB")
+    return image.getpixel((int(share * image.width), image.height // 2))
+
+
+def test_the_slider_is_reached_by_keyboard_and_uncovers_before_or_after(chromium, page):
+    with browser.visit(chromium, page) as seen:
+        assert (middle(seen, 0.3), middle(seen, 0.7)) == ((255, 0, 0), (0, 0, 255))
+        slider = seen.page.get_by_role("slider")
+        for _ in range(20):
+            seen.page.keyboard.press("Tab")
+            if slider.evaluate("e => e === document.activeElement"):
+                break
+        seen.page.keyboard.press("Home")
+        assert (middle(seen, 0.3), middle(seen, 0.7)) == ((0, 0, 255), (0, 0, 255))
+        assert slider.get_attribute("aria-valuetext") == "0 % before, 100 % after"
+        seen.page.keyboard.press("End")
+        assert (middle(seen, 0.3), middle(seen, 0.7)) == ((255, 0, 0), (255, 0, 0))
+        seen.page.get_by_role("combobox").select_option("quickfix")
+        seen.page.keyboard.press("Shift+Tab")
+        slider.fill("20")
+        assert (middle(seen, 0.1), middle(seen, 0.7)) == ((255, 0, 0), (0, 255, 0))
+
+
+def test_the_theme_can_be_chosen_against_the_system(chromium, axe, page):
+    with browser.visit(chromium, page) as seen:
+        for name, paper in (("Dark", "rgb(24, 27, 34)"), ("Light", "rgb(255, 255, 255)")):
+            seen.page.get_by_role("button", name=name).click()
+            found = seen.page.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert found == paper
+            browser.check(seen, axe)
+        seen.page.emulate_media(color_scheme="dark")
+        assert seen.page.locator(".on-dark:visible").count() == 0
+        seen.page.get_by_role("button", name="Auto").click()
+        assert seen.page.locator(".on-light:visible").count() == 0
+
+
+def test_paper_is_light_and_shows_no_controls(chromium, page):
+    with browser.visit(chromium, page, width=720, dark=True) as seen:
+        seen.page.emulate_media(media="print")
+        assert seen.page.locator(".theme:visible, .wipe:visible, .on-dark:visible").count() == 0
+        assert seen.page.locator(".scene img:visible").count() == 2 * 6 * 3
+        browser.check_width(seen.page)
+        assert seen.page.pdf()[:5] == b"%PDF-"
+
+
+def test_without_scripts_every_picture_and_figure_is_there(chromium, page):
+    with browser.visit(chromium, page, java_script_enabled=False) as seen:
+        assert seen.page.locator(".theme:visible, .wipe:visible").count() == 0
+        assert seen.page.locator(".scene img:visible").count() == 2 * 6 * 3
+
+
+def test_tags_in_prompts_names_and_files_are_shown_and_do_nothing(chromium, axe, tmp_path):
+    folder = tmp_path / "<script>document.title='owned'<"
+    folder.mkdir()
+    written = report.write(filled(folder, evil=EVIL))
+    assert "<script>document" not in written.read_text()
+    with browser.visit(chromium, written, width=390) as seen:
+        browser.check(seen, axe)
+        assert seen.page.title() == f"cat → dog{EVIL}"
+        assert seen.page.locator("script").count() == 1
+        assert seen.page.locator("img[src=x]").count() == 0
+        assert EVIL in seen.page.locator("h1").inner_text()
+        assert EVIL in seen.page.locator("pre").inner_text()
+        assert seen.requests == []
+
+
+def test_the_policy_stops_a_script_that_escaping_let_through(chromium, page, tmp_path):
+    torn = tmp_path / "torn.html"
+    text = page.read_text().replace("</main>", "<script>document.title='owned'</script></main>", 1)
+    torn.write_text(text)
+    with browser.visit(chromium, torn) as seen:
+        assert seen.page.title() == "cat → dog"
+        assert any("Content Security Policy" in error for error in seen.errors)
