@@ -71,7 +71,7 @@ def build(studio: Studio) -> gr.Blocks:
             with gr.Column(scale=3, min_width=280, elem_id="op-side"):
                 parts = _question(studio) | _coats()
             with gr.Column(scale=8, min_width=320):
-                with gr.Row(equal_height=True):
+                with gr.Row(elem_id="op-bar"):
                     parts["status"] = gr.HTML(elem_id="op-status")
                     parts["stop"] = gr.Button("Stop", size="md", elem_id="op-stop")
                 with gr.Tabs():
