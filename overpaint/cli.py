@@ -16,6 +16,7 @@ import typer
 from typer.exceptions import TyperException
 
 from overpaint.cli_edit import apply, edit
+from overpaint.cli_evaluate import evaluate
 from overpaint.cli_export import export
 from overpaint.cli_studio import studio
 from overpaint.cli_trace import trace
@@ -171,32 +172,7 @@ app.command()(edit)
 app.command()(apply)
 app.command()(export)
 app.command()(studio)
-
-
-@app.command()
-def evaluate(
-    model: Model,
-    change: Annotated[Path, typer.Argument(help="The change file.")],
-    out: Annotated[Path, typer.Option(help="Folder for the scores.")] = Path("runs/evaluation"),
-    size: Annotated[int, typer.Option(help="Questions for each concept.")] = 40,
-    seed: Seed = 0,
-    steps: Steps = 16,
-    device: Device = "cpu",
-    as_json: Json = False,
-) -> None:
-    """Judge a change by the pictures of `icons-judge`; `overpaint report` draws the result."""
-    from overpaint.edit import Change
-    from overpaint.evaluate import compare
-
-    check_writable(out)
-    loaded, found = load_model(model, device), Change.load(change)
-    with progress(as_json) as stage:
-        comparison = compare(
-            loaded, {"no edit": None, "change": found}, size=size, steps=steps, seed=seed,
-            on_progress=lambda done, total, _: stage(done, total, "judging"),
-        )  # fmt: skip
-    comparison.save(out)
-    print_facts({**comparison.scores["change"].flat(), "scores": str(out)}, as_json=as_json)
+app.command()(evaluate)
 
 
 @app.command()

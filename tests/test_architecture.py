@@ -28,10 +28,11 @@ LEVELS = (
     ("hooks",),
     ("trace", "edit"),
     ("evaluate",),
+    ("attack",),
     ("report",),
     ("demo", "studio", "train"),
     ("terminal",),
-    ("cli_edit", "cli_export", "cli_studio", "cli_trace"),
+    ("cli_edit", "cli_evaluate", "cli_export", "cli_studio", "cli_trace"),
     ("cli",),
     ("__main__",),
 )

@@ -1,7 +1,7 @@
 """What did the change do? Judged by labels on questions of ours, or measured on an evaluation set of anyone's."""
 
 from overpaint.evaluate.judged import Classifier, compare, score
-from overpaint.evaluate.measured import METRICS, Eyes, measure
+from overpaint.evaluate.measured import METRICS, Eyes, check_eyes, measure
 from overpaint.evaluate.measures import Measure, Measures
 from overpaint.scores import Comparison, Paired, Scores
 
@@ -14,6 +14,7 @@ __all__ = [
     "Measures",
     "Paired",
     "Scores",
+    "check_eyes",
     "compare",
     "measure",
     "score",

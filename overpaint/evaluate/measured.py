@@ -21,7 +21,7 @@ from overpaint.metrics import Interval
 from overpaint.model import TextToImage
 from overpaint.probes import Case, EvaluationSet
 
-__all__ = ["METRICS", "Eyes", "empty_drift", "measure"]
+__all__ = ["METRICS", "Eyes", "check_eyes", "empty_drift", "measure"]
 
 METRICS = (
     *metrics.CLIP_SCALES, "clip_accuracy", "judge_accuracy", "kid", "kid_p", "fid", "psnr", "ssim", "perceptual",
@@ -90,7 +90,11 @@ def measure(
     """
     began = time.perf_counter()
     chosen = _chosen(only, eyes)
-    _check(model, eyes, repeats)
+    check_eyes(model, eyes)
+    if repeats < 1:
+        raise ValueError(
+            f"`repeats` must be at least 1, got {repeats}: say how many pictures of each case."
+        )
     asked = [case for case in cases.cases for _ in range(repeats)]
     seeds = [
         (seed + i if case.seed is None else case.seed) + _REPEAT * r
@@ -341,11 +345,12 @@ def _chosen(only: Collection[str] | None, eyes: Eyes) -> tuple[str, ...]:
     return tuple(m for m in METRICS if m in only)
 
 
-def _check(model: TextToImage, eyes: Eyes, repeats: int) -> None:
-    if repeats < 1:
-        raise ValueError(
-            f"`repeats` must be at least 1, got {repeats}: say how many pictures of each case."
-        )
+def check_eyes(model: TextToImage, eyes: Eyes) -> None:
+    """Refuse eyes that read pictures of another size than `model` draws; a CLIP reads any.
+
+    Raises:
+        ValueError: They do.
+    """
     wanted = getattr(eyes, "size", None)
     if wanted is not None and model.size != (wanted, wanted):
         raise ValueError(
