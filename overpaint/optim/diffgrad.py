@@ -173,9 +173,11 @@ def _update(batch: Batch, group: dict[str, Any], scaling: Scaling) -> None:
         foreach = prefers_lists(batch.params) and (fixed_rate or group["capturable"])
     if group["capturable"] and not torch.compiler.is_compiling():
         check_capturable(batch.params, batch.steps)
-    if group["fused"]:
+    # Compilers cannot trace torch's kernel, and fuse the lists themselves; with scaling they must fail, not forget it.
+    traced = torch.compiler.is_compiling() and scaling.found_inf is None
+    if group["fused"] and not traced:
         step_fused(batch, group, scaling)
-    elif foreach:
+    elif foreach or group["fused"]:
         step_lists(batch, group)
     else:
         step_loop(batch, group)

@@ -94,7 +94,7 @@ def _step_one(
         grad = grad.to(m.dtype)
     m.lerp_(grad, 1 - beta1)
     v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    size, offset = _scalars(step if _on_device(options) else step.item(), options)
+    size, offset = _scalars(step.double() if _on_device(options) else step.item(), options)
     if options["differentiable"]:
         root = v.sqrt() + offset  # the root is kept for its own derivative
         p.add_(-size * friction(last - grad, grad, dfc) * m.clone() / root)
@@ -173,10 +173,9 @@ def _step_kernel(batch: Batch, options: Options, scaling: Scaling) -> None:
         pairs = zip(previous, grads, strict=True)
         grads = [torch.where(found.bool(), last, grad) for last, grad in pairs]
     moves = _moves(batch, grads, options, found)
-    kept = moves[0].dtype
-    wide = torch.float32 if kept in _HALVES else kept
+    wide = moves[0].dtype
     xi = damped(_as(previous, wide), _as(grads, wide), None, options["dfc"])
-    if kept == params[0].dtype == wide:
+    if wide == params[0].dtype:
         torch._foreach_addcmul_(params, xi, moves)
     else:
         torch._foreach_mul_(xi, moves)
@@ -187,24 +186,31 @@ def _step_kernel(batch: Batch, options: Options, scaling: Scaling) -> None:
 def _moves(
     batch: Batch, grads: list[Tensor], options: Options, found: Tensor | None
 ) -> list[Tensor]:
-    """Return Adam's step for each parameter, and update the moments."""
-    moves = list(
-        torch._foreach_mul(batch.exp_avgs, 0.0)
-    )  # one call, where `zeros_like` is one each
+    """Return Adam's step for each parameter, and update the moments; at least in float32, so as to round once."""
+    kept = batch.exp_avgs[0].dtype
+    wide = torch.float32 if kept in _HALVES else kept
+    exp_avgs, exp_avg_sqs = _as(batch.exp_avgs, wide), _as(batch.exp_avg_sqs, wide)
+    grads = _as(grads, wide)
+    moves = [torch.zeros_like(m) for m in exp_avgs]
     if not all(map(Tensor.is_contiguous, [*grads, *moves])):
         # The kernel goes through memory in order: a gradient laid out otherwise would be read at the wrong places.
         grads = [
             grad if grad.stride() == m.stride() else torch.empty_like(m).copy_(grad)
-            for grad, m in zip(grads, batch.exp_avgs, strict=True)
+            for grad, m in zip(grads, exp_avgs, strict=True)
         ]
-    beta1, beta2 = options["betas"]
-    lists = [moves, grads, batch.exp_avgs, batch.exp_avg_sqs, batch.steps]
+    (beta1, beta2), lr = options["betas"], options["lr"]
+    if isinstance(lr, Tensor) and not lr.is_cpu:
+        lr = lr.to(moves[0].device)
+    lists = [moves, grads, exp_avgs, exp_avg_sqs, batch.steps]
     for rows, eps in _by_epsilon(batch.steps, options):
         part = lists if rows is None else [[whole[i] for i in rows] for whole in lists]
         torch._fused_adam_(
-            part[0], part[1], part[2], part[3], [], part[4], lr=options["lr"], beta1=beta1, beta2=beta2,
+            part[0], part[1], part[2], part[3], [], part[4], lr=lr, beta1=beta1, beta2=beta2,
             weight_decay=0.0, eps=eps, amsgrad=False, maximize=False, grad_scale=None, found_inf=found,
         )  # fmt: skip
+    if wide != kept:
+        _store(batch.exp_avgs, exp_avgs)
+        _store(batch.exp_avg_sqs, exp_avg_sqs)
     return moves
 
 
@@ -258,6 +264,7 @@ def _scalar_lists(steps: list[Tensor], options: Options) -> tuple[Any, Any]:
         found = {t: _scalars(t, options) for t in set(counts)}
         return [-found[t][0] for t in counts], [found[t][1] for t in counts]
     beta1, beta2 = options["betas"]
+    steps = [step.double() for step in steps]  # in float32 the first corrections have four digits
     roots = torch._foreach_pow(beta2, steps)
     sizes = torch._foreach_pow(beta1, steps)
     torch._foreach_sub_(roots, 1)
