@@ -235,7 +235,7 @@ def scatter(
         theme: Its colors.
         axes: What lies to the right and what upwards.
     """
-    figure = _figure(5.8, 3.9, theme)
+    figure = _figure(4.8, 3.5, theme)
     axis = figure.subplots()
     axis.set_facecolor(theme.paper)
     colors = (theme.hue, theme.cold, theme.ink, theme.control, theme.control)
@@ -247,15 +247,21 @@ def scatter(
             elinewidth=0.8, alpha=0.9, markeredgewidth=0,
         )  # fmt: skip
     axis.axhline(0, color=theme.ink, linewidth=0.8, zorder=0)
-    axis.set_xlabel(axes[0], fontsize=8, color=theme.ink)
-    axis.set_ylabel(axes[1], fontsize=8, color=theme.ink)
+    axis.set_xlabel(axes[0], fontsize=7.5, color=theme.ink)
+    axis.set_ylabel(axes[1], fontsize=7.5, color=theme.ink)
     axis.set_xlim(left=min(0.0, axis.get_xlim()[0]))
     axis.grid(color=theme.faint, linewidth=0.5)
     axis.set_axisbelow(True)
     axis.tick_params(labelsize=7)
     _plain(axis, theme)
     figure.legend(
-        loc="outside upper left", frameon=False, ncols=4, fontsize=8, labelcolor=theme.ink
+        loc="outside upper left",
+        frameon=False,
+        ncols=4,
+        fontsize=7.5,
+        labelcolor=theme.ink,
+        handletextpad=0.2,
+        columnspacing=1.2,
     )
     return Drawing(figure)
 

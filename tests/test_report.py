@@ -1,4 +1,5 @@
 import base64
+import hashlib
 import io
 import json
 import re
@@ -234,3 +235,21 @@ def test_an_image_on_the_page_is_the_picture_that_was_kept(comparison, folder):
     pixels = Image.open(io.BytesIO(base64.b64decode(src.partition(",")[2])))
     kept = comparison.pictures["quickfix <plain>"][4]
     assert pixels.getpixel((2, 5)) == tuple(kept[:, 5, 2].tolist())
+
+
+def test_the_same_lies_beside_the_page_as_json(folder):
+    page = report.write(folder)
+    words = json.loads((folder / "report.json").read_text())
+    assert words["title"] == "a & b"
+    assert words["commands"] == ["overpaint demo"]
+    row = words["tables"][0]["rows"][1]
+    assert row["Method"] == "quickfix <plain>"
+    assert row["Still openmoji"] == {
+        "mean": 0.02, "low": pytest.approx(-0.03), "high": pytest.approx(0.07), "n": 20,
+    }  # fmt: skip
+    assert {one["alt"] for one in words["figures"]} <= {
+        i["alt"] for i in Page(page.read_text()).images
+    }
+    digest = hashlib.sha256((folder / "comparison.json").read_bytes()).hexdigest()
+    assert words["sha256"]["comparison.json"] == digest
+    assert "report.json" not in words["sha256"]

@@ -2,8 +2,9 @@
 
 The folder may hold, each with a part of the page: `text.parquet` (effects in the text encoder, with controls),
 `unet-clean_trajectory.parquet` and `unet-same_latent.parquet`, `comparison.json` with `gallery.safetensors`,
-`drift.json` (drift that text predicts), `change.safetensors`, `summary.json` (flat figures) and `run.json` (commands
-and protocol). Nothing is measured here. The page fetches nothing: its policy forbids it, and any script but its own.
+`measures.json` (an evaluation set), `drift.json` (drift that text predicts), `change.safetensors`, `summary.json` (flat
+figures) and `run.json` (commands and protocol). Nothing is measured here. The page fetches nothing: its policy forbids
+it, and any script but its own.
 """
 
 import base64
@@ -16,7 +17,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from overpaint.report import card, charts, data, drift, scenes, tables
+from overpaint.report import card, charts, data, drift, measured, scenes, tables
 from overpaint.scores import Comparison, Scores
 from overpaint.trace import Effects
 
@@ -41,12 +42,15 @@ def write(folder: str | Path, *, out: str | Path | None = None) -> Path:
     run, summary = _json(source / "run.json"), _json(source / "summary.json")
     parts = _parts(source, run)
     chosen: Scores | None = parts.pop("chosen")
+    found: measured.Measured | None = parts["measured"]
     seconds: Any = summary.get("edit_seconds")
     words = {
-        "title": run.get("title") or _title(chosen),
+        "title": run.get("title")
+        or _title(chosen)
+        or (found.title if found else "overpaint: results"),
         "lead": run.get("lead", "Figures and tables from saved results."),
         "commands": run.get("commands", [f"overpaint report {quote(str(source))}"]),
-        "facts": list(run.get("protocol", {}).items()),
+        "facts": _facts(run, chosen, found),
         "tiles": tables.tiles(chosen, float(seconds) if _is_number(seconds) else None),
         **parts,
     }
@@ -79,7 +83,7 @@ def to_card(folder: str | Path, model: str | Path) -> Path:
 
 def _parts(source: Path, run: Mapping[str, Any]) -> dict[str, Any]:
     """Read what the folder holds and return the parts of the page."""
-    names = ("text", "unet", "scenes", "tables", "foretold", "chosen")
+    names = ("text", "unet", "scenes", "tables", "measured", "foretold", "chosen")
     parts: dict[str, Any] = dict.fromkeys(names) | {"reading": "", "best": "", "methods": []}
     if (source / "text.parquet").is_file():
         parts["text"] = charts.text_charts(Effects.load(source / "text.parquet"))
@@ -92,7 +96,8 @@ def _parts(source: Path, run: Mapping[str, Any]) -> dict[str, Any]:
         best = _best(comparison, str(run.get("method", "")))
         parts |= _judged(comparison, best)
         parts["foretold"] = charts.foretold(comparison, drift.load(source), source, best=best)
-    if not any(parts[name] for name in ("text", "unet", "scenes", "tables")):
+    parts["measured"] = measured.load(source)
+    if not any(parts[name] for name in ("text", "unet", "tables", "measured")):
         raise FileNotFoundError(
             f"{str(source)!r} holds no result: name a folder that `overpaint demo --out` or `overpaint trace --out` "
             "wrote."
@@ -122,9 +127,22 @@ def _best(comparison: Comparison, named: str) -> str:
     return named if named in edits else next(iter(edits), "")
 
 
+def _facts(
+    run: Mapping[str, Any], chosen: Scores | None, found: measured.Measured | None
+) -> list[tuple[str, Any]]:
+    """Return the protocol: what the run says of itself, or what its figures say."""
+    if run.get("protocol"):
+        return list(run["protocol"].items())
+    told = {**(found.protocol if found else {}), **(chosen.protocol if chosen else {})}
+    kept = {k: v for k, v in told.items() if isinstance(v, str | int | float) and v != ""}
+    if isinstance(versions := told.get("versions"), Mapping):
+        kept["versions"] = ", ".join(f"{name} {number}" for name, number in versions.items())
+    return [(name.replace("_", " ").capitalize(), value) for name, value in kept.items()]
+
+
 def _title(chosen: Scores | None) -> str:
     if chosen is None:
-        return "overpaint: results"
+        return ""
     return (
         f"{chosen.erase} → {chosen.replace}" if chosen.replace else f"{chosen.erase}, painted over"
     )

@@ -93,6 +93,7 @@ def _scatter(comparison: Comparison, series: Mapping[str, Sequence[Point]]) -> d
     worst = max(points, key=lambda point: point.y)
     return {
         "chart": _both(lambda theme: figures.scatter(series, theme=theme, axes=axes)),
+        "width": 34.75,
         "alt": f"Scatter of {len(points)} points, predicted drift against measured loss.{told} The largest loss, "
         f"{worst.y:.0f} points, is of {worst.label} at a predicted drift of {worst.x:.2f}.",
         "caption": f"Predicted against measured: one point for each other {kind} under each method. To the right, how "
@@ -112,7 +113,7 @@ def _scan(change: Change) -> dict[str, Any]:
     return {
         "chart": _both(lambda theme: edit.plot(change, theme=theme)),
         "alt": f"Curve of {len(scan)} preserve weights, cost against gain. The chosen one is {said}.",
-        "narrow": True,
+        "width": 30.5,  # rem; 42 for a drawing of full width
         "caption": f"How the edit was balanced, from text alone: each point is a weight of what should stay. Chosen: "
         f"{said}, both on captions that nothing was fitted to.",
     }

@@ -23,13 +23,14 @@ def as_json(words: Mapping[str, Any], summary: Mapping[str, Any], source: Path) 
         source: The folder of the results.
     """
     foretold = words["foretold"] or {"charts": [], "tables": [], "points": []}
+    measured = words["measured"].tables if words["measured"] else ()
     figures = [*foretold["charts"], *(words["text"] or []), *(words["unet"] or [])]
     content = {
         "title": words["title"],
         "lead": words["lead"],
         "method": words["best"],
         "summary": dict(summary),
-        "tables": [_table(t) for t in (*(words["tables"] or []), *foretold["tables"])],
+        "tables": [_table(t) for t in (*(words["tables"] or []), *measured, *foretold["tables"])],
         "figures": [{"alt": one["alt"], "caption": one["caption"]} for one in figures],
         "drift": foretold["points"],
         "pictures": [

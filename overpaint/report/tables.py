@@ -22,17 +22,19 @@ class Cell:
         note: Interval and number, as they are read.
         interval: The same as numbers: shares from 0 to 1, or changes of shares from -1 to 1 if `signed`.
         signed: Whether the interval is of a change.
+        drawn: Whether the interval is drawn on a line.
     """
 
     text: str
     note: str = ""
     interval: Interval | None = None
     signed: bool = False
+    drawn: bool = True
 
     @property
     def track(self) -> tuple[float, float, float] | None:
         """Where the interval lies on a line from 0 to 1, or -1 to 1: its left margin, dot and right margin in %."""
-        if self.interval is None:
+        if self.interval is None or not self.drawn:
             return None
         start, length = (-1, 2) if self.signed else (0, 1)
         low, dot, high = (
@@ -44,13 +46,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: its name and caption, its heads, rows that begin with a name, and the row to mark."""
+    """A table: its name and caption, heads, rows that begin with a name, the row to mark, and if it is of words."""
 
     name: str
     caption: str
     heads: tuple[str, ...]
     rows: tuple[tuple[str | Cell, ...], ...]
     best: str = ""
+    words: bool = False
 
 
 @dataclass(frozen=True)

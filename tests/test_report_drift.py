@@ -1,0 +1,107 @@
+"""Drift that text predicts, and figures of an evaluation set: by hand, by law, and damaged."""
+
+import json
+import math
+
+import pytest
+import torch
+from test_report import scores
+
+from overpaint import edit, report
+from overpaint.evaluate import Measure, Measures
+from overpaint.figures import Point
+from overpaint.metrics import Interval
+from overpaint.questions import Question
+from overpaint.report import drift, measured
+from overpaint.scores import Comparison
+
+NONE = Interval(math.nan, math.nan, math.nan, 0)
+
+
+@pytest.fixture(scope="module")
+def change(tiny_sd1):
+    return edit.quickfix(tiny_sd1, {"van gogh": "painting"})
+
+
+def asked(*pairs):
+    return tuple(
+        Question(prompt, 0, role, "cat", style)
+        for role, style, prompt in (*pairs, ("target", "van gogh", "a cat, van gogh"))
+    )
+
+
+def test_predicted_drift_is_the_movement_in_units_of_what_the_prompt_says(tiny_sd1, change):
+    texts = ("a cat, monet", "a dog, monet")
+    questions = asked(("other", "monet", texts[0]), ("other held out", "monet", texts[1]))
+    found = drift.predict(tiny_sd1, {"one": change}, questions, kind="style")
+    before = [tiny_sd1.encode([t])[0].double() for t in (*texts, "")]
+    with change.applied(tiny_sd1):
+        after = [tiny_sd1.encode([t])[0].double() for t in texts]
+    moved = sum(float((a - b).square().sum()) for a, b in zip(after, before, strict=False))
+    told = sum(float((b - before[2]).square().sum()) for b in before[:2])
+    assert found == {"one": {"monet": pytest.approx(math.sqrt(moved / told), rel=1e-4)}}
+    assert found["one"]["monet"] > 0
+
+
+def test_a_change_that_does_nothing_drifts_nothing_and_the_model_is_left_alone(tiny_sd1, change):
+    before = tiny_sd1.encode(["a cat, monet"])
+    changes = {"no edit": None, "none": change * 0.0, "half": change * 0.5, "whole": change}
+    found = drift.predict(tiny_sd1, changes, asked(("other", "x", "a cat, monet")), kind="style")
+    assert list(found) == ["none", "half", "whole"]
+    assert found["none"]["x"] == 0
+    assert 0 < found["half"]["x"] < found["whole"]["x"]
+    assert torch.equal(tiny_sd1.encode(["a cat, monet"]), before)
+
+
+def test_changes_of_the_unet_are_left_out_as_text_says_nothing_of_them(tiny_sd1):
+    unet = edit.uce(tiny_sd1, {"van gogh": "painting"})
+    assert all(site.startswith("unet") for site in unet.sites)
+    assert drift.predict(tiny_sd1, {"uce": unet}, asked(("other", "x", "a")), kind="style") == {}
+
+
+def test_points_pair_what_was_predicted_with_what_was_lost():
+    comparison = Comparison({"a": scores("a", 0.02)}, {}, (), {})
+    found = drift.points(comparison, {"a": {"noto": 0.3, "unknown": 1}, "gone": {"noto": 1}})
+    (point,) = found["a"]
+    assert list(found) == ["a"]
+    assert (point.x, point.label) == (0.3, "noto")
+    assert (point.y, point.low, point.high) == pytest.approx((2, -3, 7))  # 90 % fell to 88 %
+
+
+def test_the_rank_correlation_is_one_for_what_grows_together_and_none_where_nothing_differs():
+    rows = [Point(x, x**3, 0, 0, "") for x in (0.1, 0.5, 0.2)]
+    assert drift.rank_correlation({"a": rows[:2], "b": rows[2:]}) == pytest.approx(1)
+    assert drift.rank_correlation({"a": [Point(-p.x, p.y, 0, 0, "") for p in rows]}) < -0.99
+    assert math.isnan(drift.rank_correlation({"a": [Point(0, 1, 0, 0, "")] * 3}))
+
+
+def test_drift_comes_back_from_its_file_and_a_damaged_file_is_refused(tmp_path):
+    assert drift.load(tmp_path) == {}
+    drift.save({"a": {"noto": 0.25}}, tmp_path)
+    assert drift.load(tmp_path) == {"a": {"noto": 0.25}}
+    (tmp_path / drift.FILE).write_text('{"predicted": {"a": 3}}')
+    with pytest.raises(ValueError, match=r"drift.json' is damaged .*: .* or delete it"):
+        drift.load(tmp_path)
+
+
+def test_an_evaluation_set_is_shown_with_the_meaning_of_each_metric(tmp_path):
+    rows = (
+        Measure("target", "clip_accuracy", Interval(0.9, 0.8, 1, 20), Interval(0.1, 0, 0.2, 20),
+                Interval(-0.8, -0.9, -0.7, 20)),
+        Measure("other", "psnr", NONE, Interval(24.13, 24.13, 24.13, 1), NONE),
+    )  # fmt: skip
+    Measures("my <set>", "old", "new", rows, {"seed": 3, "versions": {"torch": "2"}}).save(tmp_path)
+    page = report.write(tmp_path)
+    text = page.read_text()
+    assert "<h1>old → new</h1>" in text
+    assert "Measured on my &lt;set&gt;" in text
+    assert "−0.800<small>−0.900 to −0.700, n\N{NO-BREAK SPACE}20</small>" in text
+    assert "24.1<small>n\N{NO-BREAK SPACE}1</small>" in text
+    assert "What each metric means" in text
+    assert "<dt>Versions</dt><dd>torch 2</dd>" in text
+    words = json.loads(page.with_suffix(".json").read_text())
+    first = words["tables"][0]["rows"][0]
+    assert first["Change"] == {"mean": -0.8, "low": -0.9, "high": -0.7, "n": 20}
+    (tmp_path / measured.FILE).write_text("{}")
+    with pytest.raises(ValueError, match=r"measures.json' is damaged .*: Make it again|evaluate"):
+        report.write(tmp_path)
