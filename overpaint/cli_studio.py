@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from overpaint.terminal import Device
+from overpaint.terminal import Device, load_model
 
 __all__ = ["studio"]
 
@@ -47,7 +47,8 @@ def studio(
     check_port(host, port)
     chosen = models or ["icons"]
     check_models(chosen)
-    with open_studio(chosen, host=host, port=port, auth=entry, device=device) as (_, address):
+    place = {"host": host, "port": port, "auth": entry, "device": device}
+    with open_studio(chosen, loader=load_model, **place) as (_, address):
         sys.stdout.write(f"the studio is open at {address} (Ctrl-C ends it)\n")
         sys.stdout.flush()
         threading.Event().wait()

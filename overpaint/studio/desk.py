@@ -7,7 +7,7 @@ It can be closed at any time; a session is never left half changed.
 import secrets
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,20 @@ class Studio:
         turns: Who computes.
     """
 
-    def __init__(self, models: Sequence[str], folder: Path, *, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        models: Sequence[str],
+        folder: Path,
+        *,
+        device: str = "cpu",
+        loader: Callable[..., TextToImage] = load,
+    ) -> None:
         if not models:
             raise ValueError("no model to show: name at least one, for example icons.")
         self.models = tuple(dict.fromkeys(models))
         self.folder = folder
         self.turns = Turns()
-        self._device = device
+        self._device, self._load = device, loader
         self._loaded: dict[str, TextToImage] = {}
         self._judges: dict[str, Judge | None] = {}
         self._sessions: dict[str, Session] = {}
@@ -235,7 +242,7 @@ class Studio:
         if name not in self._loaded:
             tell(0, 1, f"loading {name}")
             if name not in self._loaded:  # others may have loaded it while this one gave way
-                self._loaded[name] = load(name, device=self._device)
+                self._loaded[name] = self._load(name, device=self._device)
         return self._loaded[name]
 
     def _judge(self, model: TextToImage) -> Judge | None:

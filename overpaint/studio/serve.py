@@ -5,13 +5,14 @@ import os
 import re
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from overpaint import zoo
 from overpaint.errors import MissingExtra
+from overpaint.model import TextToImage, load
 from overpaint.studio.desk import Studio
 from overpaint.studio.files import LARGEST
 
@@ -96,6 +97,7 @@ def open_studio(
     port: int = 7860,
     auth: tuple[str, str] | None = None,
     device: str = "cpu",
+    loader: Callable[..., TextToImage] = load,
 ) -> Iterator[tuple[Studio, str]]:
     """Show the studio inside the block; the value is the studio and its address.
 
@@ -107,7 +109,7 @@ def open_studio(
     with tempfile.TemporaryDirectory(prefix="overpaint-studio-") as folder:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "uploads")
-        studio = Studio(models, Path(folder) / "downloads", device=device)
+        studio = Studio(models, Path(folder) / "downloads", device=device, loader=loader)
         page = _page(studio)
         app, address, _ = page.launch(**_settings(host, port, auth, studio))
         try:
