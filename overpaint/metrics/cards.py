@@ -111,7 +111,7 @@ _CARDS = (
         "stay",
         "unbiased squared maximum mean discrepancy under the kernel (x·y / D + 1) cubed, of the edited model's "
         "pictures and the unedited model's from other seeds; unit features are first made as long as the root of D, so "
-        "that the kernel is (cos + 1) cubed; interval by drawing prompts",
+        "that the kernel is (cos + 1) cubed; pictures of one prompt are not compared; interval by drawing prompts",
         _IMAGES,
         "Bińkowski et al., 2018, https://arxiv.org/abs/1801.01401",
         "Depends on the features: figures on `icons-judge`, on a CLIP and on Inception are three scales. Pictures of "

@@ -5,12 +5,15 @@ Rows of features, one a picture, shape (n, D), from any named extractor; a dista
 Every figure of KID is one quadratic form in weights on the pictures. With the kernel :math:`k(x, y) = (x^\top y / D +
 1)^3` and weights :math:`a, b \ge 0` of disjoint support,
 
-.. math:: \frac{\sum_{i \ne j} a_i a_j k_{ij}}{\sum_{i \ne j} a_i a_j} + \frac{\sum_{i \ne j} b_i b_j k_{ij}}
-    {\sum_{i \ne j} b_i b_j} - 2 \frac{\sum_{ij} a_i b_j k_{ij}}{\sum_{ij} a_i b_j}
+.. math:: \frac{\sum a_i a_j k_{ij}}{\sum a_i a_j} + \frac{\sum b_i b_j k_{ij}}{\sum b_i b_j}
+    - 2 \frac{\sum a_i b_j k_{ij}}{\sum a_i b_j},
 
-is the unbiased estimate for weights of 0 and 1 (all pictures, a subset, a shuffled split), and its bootstrap for counts
-of drawing with replacement: a picture is never compared with its own copy, which would add a bias. The kernel is made
-in blocks and never held whole.
+each sum over pairs of pictures of *different groups*, is the unbiased estimate for weights of 0 and 1 (all pictures, a
+subset, a shuffled split), and its bootstrap for counts of drawing with replacement. Without groups every picture is its
+own: it is not compared with itself, nor with its own copy in a resample. Where two sets draw the same prompts, pictures
+of one prompt are near whichever set they come from; they meet in the mixed sum more often than in the two others, and
+the plain estimate comes out far below zero. With prompts as groups they meet in none. The kernel is made in blocks and
+never held whole.
 
 Source: Bińkowski et al., 2018 (KID), https://arxiv.org/abs/1801.01401, section 4; Gretton et al., 2012, JMLR 13, lemma
 6 (the estimate) and section 5 (its test by shuffling); Heusel et al., 2017 (FID), https://arxiv.org/abs/1706.08500.
@@ -103,7 +106,8 @@ def kid(
         subsets: Drawn where `subset_size` is given: the value is their mean.
         subset_size: Pictures of each set in a subset; by default one estimate from all pictures, which has the same
             mean and the least spread.
-        groups: The prompt of each picture, of both sets: then prompts are drawn, in both sets the same.
+        groups: The prompt of each picture, of both sets, wherever both drew the same prompts: then pictures of one
+            prompt are not compared, and the interval draws prompts, in both sets the same.
         confidence: Of the interval, in (0, 1).
         resamples: Bootstrap draws; 0 for no interval.
         seed: Of subsets and draws.
@@ -125,8 +129,15 @@ def kid(
     rng = np.random.default_rng(seed)
     ones = [np.ones((len(a), 1)), np.ones((len(b), 1))]
     parts = [_subsets(rng, len(x), size, subsets) for x in (a, b)] if subset_size else ones
-    drawn = _draws(rng, len(a), len(b), groups, resamples)
-    found = _mmd(a, b, *(np.hstack(pair) for pair in zip(parts, drawn, strict=True)))
+    keys = _keys(groups, len(a), len(b))
+    drawn = _draws(rng, len(a), len(b), None if groups is None else keys, resamples)
+    weights = [np.hstack(pair) for pair in zip(parts, drawn, strict=True)]
+    found = _forms(
+        np.concatenate([a, b]),
+        np.concatenate([weights[0], np.zeros((len(b), weights[0].shape[1]))]),
+        np.concatenate([np.zeros((len(a), weights[1].shape[1])), weights[1]]),
+        keys,
+    )
     estimates, spread = found[: parts[0].shape[1]], found[parts[0].shape[1] :]
     tail = 50 * (1 - confidence)
     low, high = (
@@ -175,12 +186,13 @@ def kid_test(
             f"`alpha` must lie between 0 and 1 and `permutations` be at least 1 / alpha, got {alpha!r} and "
             f"{permutations}: say 0.05 and 1000."
         )
-    keys = _keys(groups, len(a), len(b)) if groups is not None else np.zeros(len(a) + len(b), int)
+    keys = _keys(groups, len(a), len(b))
+    within = keys if groups is not None else np.zeros_like(keys)
     rng = np.random.default_rng(seed)
     first = np.arange(len(keys)) < len(a)
-    splits = np.stack([first, *(_shuffled(rng, first, keys) for _ in range(permutations))], 1)
+    splits = np.stack([first, *(_shuffled(rng, first, within) for _ in range(permutations))], 1)
     pooled = np.concatenate([a, b])
-    found = _forms(pooled, splits.astype(np.float64), (~splits).astype(np.float64))
+    found = _forms(pooled, splits.astype(np.float64), (~splits).astype(np.float64), keys)
     slack = 1e-12 * max(
         1.0, float(np.abs(found).max())
     )  # a split equal to this one counts as equal
@@ -216,25 +228,28 @@ def fid(features_a: Any, features_b: Any) -> Distance:
     return Distance(float(apart @ apart) + traces - 2 * shared, nan, nan, len(a), len(b))
 
 
-def _mmd(a: Array, b: Array, weights_a: Array, weights_b: Array) -> Array:
-    """Return the estimate for each column of the weights (n_a, R) and (n_b, R), shape (R,)."""
-    none_a, none_b = np.zeros_like(weights_a), np.zeros_like(weights_b)
-    pooled = np.concatenate([a, b])
-    return _forms(pooled, np.concatenate([weights_a, none_b]), np.concatenate([none_a, weights_b]))
-
-
-def _forms(pooled: Array, a: Array, b: Array) -> Array:
+def _forms(pooled: Array, a: Array, b: Array, keys: NDArray[Any]) -> Array:
     """Return the module's quadratic form in `a` and `b`, both (n, R) and nowhere both positive, shape (R,)."""
     sums = np.zeros((3, a.shape[1]))
     for start in range(0, len(pooled), _BLOCK):
         rows = slice(start, start + _BLOCK)
         kernel = (pooled[rows] @ pooled.T / pooled.shape[1] + 1) ** 3
-        own = np.arange(len(kernel))
-        kernel[own, start + own] = 0  # no picture is compared with itself
+        kernel[keys[rows, None] == keys] = 0
         to_a, to_b = kernel @ a, kernel @ b
         sums += ((a[rows] * to_a).sum(0), (b[rows] * to_b).sum(0), (a[rows] * to_b).sum(0))
-    pairs = [w.sum(0) ** 2 - (w * w).sum(0) for w in (a, b)]
-    return sums[0] / pairs[0] + sums[1] / pairs[1] - 2 * sums[2] / (a.sum(0) * b.sum(0))
+    a_group, b_group = _by_group(a, keys), _by_group(b, keys)
+    pairs = [
+        x.sum(0) * y.sum(0) - (x * y).sum(0)
+        for x, y in ((a_group, a_group), (b_group, b_group), (a_group, b_group))
+    ]
+    return sums[0] / pairs[0] + sums[1] / pairs[1] - 2 * sums[2] / pairs[2]
+
+
+def _by_group(weights: Array, keys: NDArray[Any]) -> Array:
+    """Return the sums of `weights` (n, R) over each group, shape (G, R)."""
+    sums = np.zeros((int(keys.max()) + 1, weights.shape[1]))
+    np.add.at(sums, keys, weights)
+    return sums
 
 
 def _subsets(rng: np.random.Generator, n: int, size: int, count: int) -> Array:
@@ -244,16 +259,20 @@ def _subsets(rng: np.random.Generator, n: int, size: int, count: int) -> Array:
 
 
 def _draws(
-    rng: np.random.Generator, n_a: int, n_b: int, groups: Groups | None, resamples: int
+    rng: np.random.Generator, n_a: int, n_b: int, keys: NDArray[Any] | None, resamples: int
 ) -> tuple[Array, Array]:
-    """Return how often each picture is drawn in each resample, shapes (n_a, R) and (n_b, R)."""
-    if groups is None:
-        counts = [rng.multinomial(n, [1 / n] * n, size=resamples).T for n in (n_a, n_b)]
-        return _usable(counts[0]), _usable(counts[1])
-    keys = _keys(groups, n_a, n_b)
+    """Return how often each picture is drawn in each resample, shapes (n_a, R) and (n_b, R); with `keys` by group."""
+    if keys is None:
+        a, b = (_usable(rng.multinomial(n, [1 / n] * n, size=resamples).T) for n in (n_a, n_b))
+        return a, b
     number = int(keys.max()) + 1
-    counts = rng.multinomial(number, [1 / number] * number, size=resamples).T[keys]
-    return _usable(counts[:n_a]), _usable(counts[n_a:])
+    counts = rng.multinomial(number, [1 / number] * number, size=resamples).T
+    for own in (keys[:n_a], keys[n_a:]):  # a draw needs two groups that each set has
+        present = np.zeros(number, bool)
+        present[own] = True
+        counts = np.where((counts[present] > 0).sum(0) < 2, 1, counts)
+    drawn = counts[keys].astype(np.float64)
+    return drawn[:n_a], drawn[n_a:]
 
 
 def _usable(counts: NDArray[Any]) -> Array:
@@ -273,12 +292,19 @@ def _shuffled(
     return mixed
 
 
-def _keys(groups: Groups, n_a: int, n_b: int) -> NDArray[Any]:
+def _keys(groups: Groups | None, n_a: int, n_b: int) -> NDArray[Any]:
     """Return the number of each picture's group, those of the first set before those of the second."""
+    if groups is None:
+        return np.arange(n_a + n_b)
     if len(groups) != 2 or (len(groups[0]), len(groups[1])) != (n_a, n_b):
         raise ValueError(
             f"`groups` must name the prompt of each picture, of {n_a} and of {n_b}, got "
             f"{', '.join(str(len(g)) for g in groups)}: give one list for each set."
+        )
+    if min(len(set(names)) for names in groups) < 2:
+        raise ValueError(
+            "`groups` must name at least two prompts in each set, for pictures of one are not compared: draw more "
+            "prompts, or leave `groups` out."
         )
     place = {key: i for i, key in enumerate(dict.fromkeys([*groups[0], *groups[1]]))}
     return np.array([place[key] for key in (*groups[0], *groups[1])])
