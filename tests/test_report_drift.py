@@ -8,6 +8,7 @@ import torch
 from test_report import scores
 
 from overpaint import edit, report
+from overpaint.attack import Attack, Attempt
 from overpaint.evaluate import Measure, Measures
 from overpaint.figures import Point
 from overpaint.metrics import Interval
@@ -104,4 +105,26 @@ def test_an_evaluation_set_is_shown_with_the_meaning_of_each_metric(tmp_path):
     assert first["Change"] == {"mean": -0.8, "low": -0.9, "high": -0.7, "n": 20}
     (tmp_path / measured.FILE).write_text("{}")
     with pytest.raises(ValueError, match=r"measures.json' is damaged .*: Make it again|evaluate"):
+        report.write(tmp_path)
+
+
+def test_ways_back_are_told_with_what_they_gave_from_other_seeds(tmp_path):
+    def interval(mean):
+        return Interval(mean, mean - 0.05, mean + 0.05, 12)
+
+    plain = Attempt("plain", "as they are", interval(0.1))
+    back = Attempt("paraphrase", "old <b>", interval(0.9), interval(0.5))
+    ends = (interval(0.9), interval(0.1), interval(0.0))
+    Attack("old", *ends, (back, plain), {"score": "share of old"}).save(tmp_path)
+    text = report.write(tmp_path).read_text()
+    said = "Of 2 ways of asking the best, paraphrase “old &lt;b&gt;”, brought old back, 50 % of what the edit took."
+    assert said in text
+    assert "0.50<small>0.45 to 0.55, n\N{NO-BREAK SPACE}12</small>" in text
+    assert "0.90<small>0.85 to 0.95" in text  # the unedited model
+    assert text.count("0.90<small>") == 1  # what the search itself scored is not shown
+    weak = Attempt("paraphrase", "old <b>", interval(0.9), interval(0.12))
+    Attack("old", *ends, (weak, plain), {"score": "share of old"}).save(tmp_path)
+    assert "The search was short: it shows no robustness." in report.write(tmp_path).read_text()
+    (tmp_path / "attack.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"attack.json' is damaged .*: .* Make it again with"):
         report.write(tmp_path)

@@ -2,9 +2,9 @@
 
 The folder may hold, each with a part of the page: `text.parquet` (effects in the text encoder, with controls),
 `unet-clean_trajectory.parquet` and `unet-same_latent.parquet`, `comparison.json` with `gallery.safetensors`,
-`measures.json` (an evaluation set), `drift.json` (drift that text predicts), `change.safetensors`, `summary.json` (flat
-figures) and `run.json` (commands and protocol). Nothing is measured here. The page fetches nothing: its policy forbids
-it, and any script but its own.
+`measures.json` (an evaluation set), `attack.json` (ways back), `drift.json` (drift that text predicts),
+`change.safetensors`, `summary.json` (flat figures) and `run.json` (commands and protocol). Nothing is measured here.
+The page fetches nothing: its policy forbids it, and any script but its own.
 """
 
 import base64
@@ -17,7 +17,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from overpaint.report import card, charts, data, drift, measured, scenes, tables
+from overpaint.report import attacked, card, charts, data, drift, measured, scenes, tables
 from overpaint.scores import Comparison, Scores
 from overpaint.trace import Effects
 
@@ -83,7 +83,7 @@ def to_card(folder: str | Path, model: str | Path) -> Path:
 
 def _parts(source: Path, run: Mapping[str, Any]) -> dict[str, Any]:
     """Read what the folder holds and return the parts of the page."""
-    names = ("text", "unet", "scenes", "tables", "measured", "foretold", "chosen")
+    names = ("text", "unet", "scenes", "tables", "measured", "attacked", "foretold", "chosen")
     parts: dict[str, Any] = dict.fromkeys(names) | {"reading": "", "best": "", "methods": []}
     if (source / "text.parquet").is_file():
         parts["text"] = charts.text_charts(Effects.load(source / "text.parquet"))
@@ -97,10 +97,11 @@ def _parts(source: Path, run: Mapping[str, Any]) -> dict[str, Any]:
         parts |= _judged(comparison, best)
         parts["foretold"] = charts.foretold(comparison, drift.load(source), source, best=best)
     parts["measured"] = measured.load(source)
-    if not any(parts[name] for name in ("text", "unet", "tables", "measured")):
+    parts["attacked"] = attacked.load(source)
+    if not any(parts[name] for name in ("text", "unet", "tables", "measured", "attacked")):
         raise FileNotFoundError(
-            f"{str(source)!r} holds no result: name a folder that `overpaint demo --out` or `overpaint trace --out` "
-            "wrote."
+            f"{str(source)!r} holds no result: name a folder that `overpaint demo`, `trace` or `evaluate` wrote with "
+            "--out."
         )
     return parts
 

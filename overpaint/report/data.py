@@ -23,7 +23,8 @@ def as_json(words: Mapping[str, Any], summary: Mapping[str, Any], source: Path) 
         source: The folder of the results.
     """
     foretold = words["foretold"] or {"charts": [], "tables": [], "points": []}
-    measured = words["measured"].tables if words["measured"] else ()
+    measured = [*words["measured"].tables] if words["measured"] else []
+    measured += [words["attacked"].table] if words["attacked"] else []
     figures = [*foretold["charts"], *(words["text"] or []), *(words["unet"] or [])]
     content = {
         "title": words["title"],
