@@ -140,7 +140,8 @@ def _settings(host: str, port: int, auth: tuple[str, str] | None, studio: Studio
         "prevent_thread_lock": True, "show_error": False, "footer_links": [], "run_history": False,
         "allowed_paths": [str(studio.folder)], "max_file_size": LARGEST, "max_threads": 128,
         "enable_monitoring": False, "ssr_mode": False, "pwa": False, "mcp_server": False, "num_workers": 0,
-        "theme": theme(), "css_paths": CSS,
+        "theme": theme(),
+        "head": f"<style>{CSS.read_text(encoding='utf-8')}</style>",  # as it is: `css_paths` would rescope it
         "app_kwargs": {"middleware": [Middleware(_Guard)], "docs_url": None, "redoc_url": None, "openapi_url": None},
     }  # fmt: skip
 
