@@ -209,8 +209,9 @@ def _run_facts(
     return {
         "title": f"{erase} → {replace}",
         "method": PREFERRED,
-        "lead": f"What became of “{erase}” in the text-to-image model {model.name} after one closed-form change of one "
-        f"matrix of its text encoder, {change.site}: where the model keeps it, what the edit did, and what it cost.",
+        "lead": f"What became of “{erase}” in the text-to-image model {model.name} after one closed-form change of "
+        f"its text encoder, at {' and '.join(change.sites)}: where the model keeps it, what the edit did, and what it "
+        "cost.",
         "commands": [
             f"overpaint demo --model {name} {flags}{device} --out {folder}",
             f"overpaint apply {name} {quote(str(out / 'change.safetensors'))} --out runs/edited",
