@@ -39,7 +39,7 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     name="overpaint",
     help="Find where an image model keeps what it knows, and paint over it.",
-    add_completion=False,
+    add_completion=True,
     no_args_is_help=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -93,7 +93,12 @@ def demo(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Trace, edit, judge and report: the whole loop on the shipped model."""
+    """Trace, edit, judge and report: the whole loop on the shipped model.
+
+    \b
+    overpaint demo --out runs/demo
+    overpaint demo --out runs/fluent --erase "fluent style" --replace "twemoji style" --quick
+    """  # noqa: D301
     from overpaint import demo as whole
 
     check_writable(out)
@@ -111,7 +116,12 @@ def demo(
 
 @app.command()
 def load(model: Model, device: Device = "cpu", as_json: Json = False) -> None:
-    """Say what a model is made of."""
+    """Say what a model is made of.
+
+    \b
+    overpaint load icons
+    overpaint load ./sd14 --json
+    """  # noqa: D301
     loaded = load_model(model, device)
     parts = {
         name: type(part).__name__
@@ -139,7 +149,12 @@ def generate(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Draw pictures."""
+    """Draw pictures.
+
+    \b
+    overpaint generate icons "an apple in noto style" "a cat in twemoji style" --seed 3
+    overpaint generate icons "an apple in openmoji style" --change change.safetensors --out after
+    """  # noqa: D301
     from overpaint.edit import Change
 
     check_writable(out)
@@ -157,7 +172,12 @@ def generate(
 
 @app.command()
 def sites(model: Model, device: Device = "cpu", as_json: Json = False) -> None:
-    """List the places that can be traced, in the order they run."""
+    """List the places that can be traced, in the order they run.
+
+    \b
+    overpaint sites icons
+    overpaint sites icons --json
+    """  # noqa: D301
     from overpaint.sites import find
 
     found = find(load_model(model, device))
@@ -184,12 +204,12 @@ def report(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    r"""Draw the page again from saved results; the same as JSON lies beside it.
+    """Draw the page again from saved results; the same as JSON lies beside it.
 
     \b
     overpaint report runs/demo
     overpaint report runs/demo --card runs/edited
-    """
+    """  # noqa: D301
     from overpaint import report as pages
 
     check_writable(folder, make=False)
@@ -209,7 +229,12 @@ def train(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Train a zoo model from public icon artwork; fetches it with npm on the first run."""
+    """Train a zoo model from public icon artwork; fetches it with npm on the first run.
+
+    \b
+    overpaint train icons --minutes 150
+    overpaint train icons-judge --minutes 30 --no-resume
+    """  # noqa: D301
     from overpaint.train import icons, judge
 
     recipes: dict[str, Any] = {

@@ -26,13 +26,13 @@ def export(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    r"""Write a change for other tools: as a LoRA, or the whole edited model.
+    """Write a change for other tools: as a LoRA, or the whole edited model.
 
     \b
     overpaint export icons change.safetensors --out lora.safetensors
     overpaint export icons change.safetensors --format ldm --out edited.safetensors
     overpaint export icons change.safetensors --format folder --out edited
-    """
+    """  # noqa: D301
     from overpaint.edit import Change
     from overpaint.edit import export as write
 

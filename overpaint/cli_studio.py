@@ -34,13 +34,13 @@ def studio(
     ] = False,
     device: Device = "cpu",
 ) -> None:
-    r"""Trace, paint over and compare in a browser, until Ctrl-C; needs overpaint[studio].
+    """Trace, paint over and compare in a browser, until Ctrl-C; needs overpaint[studio].
 
     \b
     overpaint studio
     overpaint studio icons ./sd14 --port 8000
     OVERPAINT_AUTH=ada:secret overpaint studio --host 0.0.0.0
-    """
+    """  # noqa: D301
     from overpaint.studio.serve import check_access, check_models, check_port, open_studio
 
     entry = check_access(host, auth, no_auth=no_auth)
