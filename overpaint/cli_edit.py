@@ -77,14 +77,14 @@ def edit(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    r"""Make a change file; the model is not touched.
+    """Make a change file; the model is not touched.
 
     \b
     overpaint edit icons --erase "openmoji style" --replace "noto style" --auto --rank 16
     overpaint edit icons --erase "openmoji style" --replace "noto style" --neighbours --out a.safetensors
     overpaint edit icons --update a.safetensors --erase "a cat" --replace "a dog" --out b.safetensors
     overpaint edit icons --update b.safetensors --without "a cat" --strength 0.5 --out c.safetensors
-    """
+    """  # noqa: D301
     from overpaint.edit import Change
 
     erase, replace = list(erase or []), list(replace or [])
@@ -131,7 +131,12 @@ def apply(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Write an edited copy of a model, as a diffusers folder."""
+    """Write an edited copy of a model, as a diffusers folder.
+
+    \b
+    overpaint apply icons change.safetensors --out edited
+    overpaint apply icons change.safetensors --strength 0.5 --without "a cat" --out half
+    """  # noqa: D301
     from overpaint.edit import Change, export
 
     if out.exists():

@@ -67,7 +67,7 @@ def evaluate(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    r"""Judge a change: by labels (`overpaint report` draws the result), or by any metric on an evaluation set.
+    """Judge a change: by labels (`overpaint report` draws the result), or by any metric on an evaluation set.
 
     \b
     overpaint evaluate icons change.safetensors
@@ -75,7 +75,7 @@ def evaluate(
     overpaint evaluate MODEL change.safetensors --set prompts.csv --clip openai/clip-vit-base-patch32
     overpaint evaluate icons change.safetensors --set icons --attack
     overpaint evaluate --explain kid
-    """
+    """  # noqa: D301
     if explain is not None:
         return _explain(explain, as_json)
     if model is None or change is None:
