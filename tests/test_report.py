@@ -253,3 +253,18 @@ def test_the_same_lies_beside_the_page_as_json(folder):
     digest = hashlib.sha256((folder / "comparison.json").read_bytes()).hexdigest()
     assert words["sha256"]["comparison.json"] == digest
     assert "report.json" not in words["sha256"]
+
+
+def test_the_page_is_about_the_method_that_the_run_or_its_summary_names(comparison, tmp_path):
+    found = {**comparison.scores, "second": scores("second", 0.5)}
+    Comparison(found, {}, (), {}).save(tmp_path)
+
+    def method():
+        report.write(tmp_path)
+        return json.loads((tmp_path / "report.json").read_text())["method"]
+
+    assert method() == "quickfix <plain>"
+    (tmp_path / "summary.json").write_text(json.dumps({"target_after": 0.5, "unseen_after": 0.5}))
+    assert method() == "second"
+    (tmp_path / "run.json").write_text(json.dumps({"method": "quickfix <plain>"}))
+    assert method() == "quickfix <plain>"

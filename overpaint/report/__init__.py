@@ -40,7 +40,7 @@ def write(folder: str | Path, *, out: str | Path | None = None) -> Path:
     source = Path(folder)
     page = source / "report.html" if out is None else Path(out)
     run, summary = _json(source / "run.json"), _json(source / "summary.json")
-    parts = _parts(source, run)
+    parts = _parts(source, run, summary)
     chosen: Scores | None = parts.pop("chosen")
     found: measured.Measured | None = parts["measured"]
     seconds: Any = summary.get("edit_seconds")
@@ -81,7 +81,7 @@ def to_card(folder: str | Path, model: str | Path) -> Path:
     return card.add_scores(model, Comparison.load(source), method=method)
 
 
-def _parts(source: Path, run: Mapping[str, Any]) -> dict[str, Any]:
+def _parts(source: Path, run: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
     """Read what the folder holds and return the parts of the page."""
     names = ("text", "unet", "scenes", "tables", "measured", "attacked", "foretold", "chosen")
     parts: dict[str, Any] = dict.fromkeys(names) | {"reading": "", "best": "", "methods": []}
@@ -93,7 +93,7 @@ def _parts(source: Path, run: Mapping[str, Any]) -> dict[str, Any]:
         parts["unet"] = charts.unet_charts(found)
     if (source / "comparison.json").is_file():
         comparison = Comparison.load(source)
-        best = _best(comparison, str(run.get("method", "")))
+        best = _best(comparison, str(run.get("method", "")), summary)
         parts |= _judged(comparison, best)
         parts["foretold"] = charts.foretold(comparison, drift.load(source), source, best=best)
     parts["measured"] = measured.load(source)
@@ -122,10 +122,20 @@ def _judged(comparison: Comparison, best: str) -> dict[str, Any]:
     }
 
 
-def _best(comparison: Comparison, named: str) -> str:
-    """Return the method that the page is about: the named one, or the first that edits."""
+def _best(comparison: Comparison, named: str, summary: Mapping[str, Any]) -> str:
+    """Return the method that the page is about: the named one, the one that the summary is of, or the first edit."""
     edits = [name for name in comparison.scores if name != _NO_EDIT]
-    return named if named in edits else next(iter(edits), "")
+    if named in edits:
+        return named
+
+    def is_told(found: Scores) -> bool:
+        flat = {
+            k: v for k, v in found.flat().items() if _is_number(summary.get(k)) and _is_number(v)
+        }
+        return bool(flat) and all(abs(summary[k] - v) < 1e-4 for k, v in flat.items())
+
+    told = [name for name in edits if is_told(comparison.scores[name])]
+    return next(iter([*told, *edits]), "")
 
 
 def _facts(
