@@ -49,6 +49,17 @@ def test_at_full_rank_in_double_nothing_is_lost(openmoji):
     assert float((again(small) - openmoji.delta).norm() / openmoji.delta.norm()) <= 1e-5
 
 
+def test_a_movement_of_full_rank_is_cut_to_its_largest_directions(tiny_sd1):
+    site = "text.0.self_attn.q_proj"
+    delta = torch.randn(*weight_at(tiny_sd1, site).shape, dtype=torch.float64)
+    none = torch.zeros(0, delta.shape[1]), torch.zeros(0, len(delta)), (), None
+    movement = edit.Movement(site, "base", torch.eye(len(delta)).double(), delta, *none)
+    cut = Change((movement,), {}, {}).compact(rank=5, dtype=torch.float64)
+    sizes = torch.linalg.svdvals(delta)
+    best = float(sizes[5:].norm() / sizes.norm())  # Eckart and Young
+    assert cut.report["compact_error"] == pytest.approx(best, rel=1e-9)
+
+
 def test_it_asks_for_what_it_does(openmoji):
     small = openmoji.compact(rank=8)
     assert float((again(small) - small.delta).norm() / small.delta.norm()) <= 1e-3

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from overpaint.edit.change import Change, Movement
-from overpaint.edit.solve import compress
 
 __all__ = ["compact"]
 
@@ -52,8 +51,9 @@ def compact(change: Change, *, rank: int = 16, dtype: torch.dtype = torch.float1
         raise ValueError(
             f"a change is kept as torch.float16, torch.float32 or torch.float64, got {dtype!r}: name one of them."
         )
-    kept = change.protocol.get("preserve") and change.protocol.get("preserve_weight")
-    if kept and any(m.gram is None and len(m.keys) for m in change.movements):
+    named = change.protocol.get("preserve") and change.protocol.get("preserve_weight")
+    kept, repaired = named or change.protocol.get("terms"), change.protocol.get("repair")
+    if kept and any(m.gram is None and (repaired or len(m.keys)) for m in change.movements):
         raise ValueError(
             "this change preserves prompts but lacks their terms, which are not saved unless asked for: use "
             "`change.complete(model)` first."
@@ -87,19 +87,20 @@ def _missed(asked: Movement, moved: Movement) -> float:
 
 def _cut(movement: Movement, rank: int, dtype: torch.dtype, ridge: float | None) -> Movement:
     """Return one movement cut and rounded, with the keys and residuals that lead to it."""
-    if ridge is None or not len(movement.keys):
-        left, right = compress(movement.left.double(), movement.right.double())
-        left, right = _rounded(movement, left[:, :rank], right[:rank], dtype)
+    if ridge is None or (movement.gram is None and not len(movement.keys)):
+        left, right = _rounded(movement, *_principal(movement.left, movement.right, rank), dtype)
         left[movement.left.abs().sum(1) == 0] = 0.0
         return dataclasses.replace(movement, left=left, right=right)
-    prior = torch.eye(movement.keys.shape[1], dtype=torch.float64) * ridge
+    prior = torch.eye(movement.right.shape[1], dtype=torch.float64) * ridge
     if movement.gram is not None:
         prior += movement.gram.double()
     keys = movement.keys.double()
     metric = torch.linalg.cholesky(prior + keys.T @ keys)  # H^1/2
-    left, rows = compress(movement.left.double(), movement.right.double() @ metric)
-    right = torch.linalg.solve_triangular(metric, rows[:rank], upper=False, left=False)
-    left, right = _rounded(movement, left[:, :rank], right, dtype)
+    left, rows = _principal(movement.left, movement.right.double() @ metric, rank)
+    right = torch.linalg.solve_triangular(metric, rows, upper=False, left=False)
+    left, right = _rounded(movement, left, right, dtype)
+    if not len(keys):  # a repair
+        return dataclasses.replace(movement, left=left, right=right)
     pseudo, owners = _pseudo_keys(movement, right.double() @ prior, rank)
     pseudo = pseudo.to(dtype)
     slack = torch.linalg.lstsq(pseudo.double().T, (right.double() @ prior).T, driver="gelsd")
@@ -108,6 +109,15 @@ def _cut(movement: Movement, rank: int, dtype: torch.dtype, ridge: float | None)
     return dataclasses.replace(
         movement, left=left, right=right, keys=pseudo, residuals=residuals, owners=owners
     )
+
+
+def _principal(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return factors (D_out, R) and (R, D_in) of the best approximation of `left @ right` of rank R <= `rank`."""
+    outer, first = torch.linalg.qr(left.double())
+    inner, second = torch.linalg.qr(right.double().T)
+    u, sizes, vh = torch.linalg.svd(first @ second.T)
+    kept = min(rank, int((sizes > 1e-12 * sizes[:1]).sum()))
+    return outer @ u[:, :kept] * sizes[:kept], vh[:kept] @ inner.T
 
 
 def _rounded(
