@@ -208,11 +208,9 @@ def _automatic(
 
 def _less(change: "Change", concepts: Sequence[str], loaded: Any) -> "Change":
     """Return `change` without `concepts`, its preserve terms read again where that takes them."""
-    if concepts:
-        change = change.complete(loaded)
-    for concept in concepts:
-        change = change.without(concept)
-    return change
+    from overpaint.edit import stack
+
+    return stack(loaded, [change], without=concepts) if concepts else change
 
 
 def _together(

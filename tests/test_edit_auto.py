@@ -13,7 +13,12 @@ from overpaint.edit.captions import gather, layer_inputs, plan
 from overpaint.edit.weights import weight_at
 
 SITE = "text.0.self_attn.out_proj"
-SMALL = {"contexts": 24, "background": 32, "vocabulary": ["monet", "snoopy", "van dyck"]}
+SMALL = {
+    "repair": False,
+    "contexts": 24,
+    "background": 32,
+    "vocabulary": ["monet", "snoopy", "van dyck"],
+}
 PAIR = {"van gogh": "painting"}
 
 

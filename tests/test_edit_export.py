@@ -160,7 +160,9 @@ def test_what_a_lora_cannot_hold_is_named(own, tiny_xl, tmp_path):
 
 
 @needs_peft
-@pytest.mark.parametrize("sites", [TEXT_SITES, UNET_SITES, TEXT_SITES[:1] + UNET_SITES[-2:]])
+@pytest.mark.parametrize(
+    "sites", [TEXT_SITES, UNET_SITES, ("text.0.mlp.fc2", *TEXT_SITES[:1], *UNET_SITES[-2:])]
+)
 def test_stock_diffusers_fuses_a_lora_to_the_very_weights(own, tmp_path, sites):
     change = moving(own, *sites)
     pipe = stock(own)

@@ -28,6 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from overpaint.edit import repair as repairs
 from overpaint.edit import vocabulary as vocabularies
 from overpaint.edit.captions import Pair, check_pairs, gather, layer_inputs, plan
 from overpaint.edit.change import Change, Movement
@@ -94,21 +95,16 @@ class _Reader:
             total += rows.T @ rows
         return total / len(captions)
 
-    def sums(self, old: str, new: str, frames: Sequence[str], known: Sequence[str]) -> _Sums:
-        """Return the sums of one concept pair in `frames`."""
+    def sums(self, pairs: Sequence[Pair]) -> _Sums:
+        """Return the sums of one concept in its captions."""
         out, width = self.weight.shape
         gram, cross, energy = (
             self.weight.new_zeros(width, width),
             self.weight.new_zeros(out, width),
             0.0,
         )
-        for start in range(0, len(frames), _CHUNK):
-            found = [
-                _placed(p, old, known)
-                for p in plan(
-                    self.model, {old: new}, frames[start : start + _CHUNK], "subject_to_end"
-                )
-            ]
+        for start in range(0, len(pairs), _CHUNK):
+            found = pairs[start : start + _CHUNK]
             ids = torch.cat([torch.stack([p.old.ids, p.new.ids]) for p in found])
             keys, sources = gather(layer_inputs(self.model, self.site, ids), found)
             keys = keys.double()
@@ -116,7 +112,7 @@ class _Reader:
             gram += keys.T @ keys
             cross += residual.T @ keys
             energy += float(residual.square().sum())
-        return _Sums(gram / len(frames), cross / len(frames), energy / len(frames))
+        return _Sums(gram / len(pairs), cross / len(pairs), energy / len(pairs))
 
 
 def auto(
@@ -132,11 +128,12 @@ def auto(
     preserve_weight: float | Literal["auto"] = "auto",
     allowance: float = 0.05,
     ridge: float = 0.001,
+    repair: bool = True,
     layer: int = 0,
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> Change:
-    """Change of one text layer's `out_proj` that chooses its preserve list and weight; the model is not touched.
+    """Change of one text layer that chooses its preserve list and weight; the model is not touched.
 
     Args:
         model: Its first text encoder is edited.
@@ -151,13 +148,15 @@ def auto(
             one of `WEIGHTS`.
         allowance: Share of the movement that may be given up for concepts in danger.
         ridge: Pull towards the old weight, in units of a caption's squared keys; positive.
+        repair: Let the layer's MLP take up what its projection leaves to do: a second weight moves.
         layer: Text layer, from 0.
         seed: Of the captions drawn.
         on_progress: Told what is done, of how much, and of what.
 
     Returns:
         The change. Its report holds `scan` (weight, share missed, drift of the background), `endangered` (concept,
-        weight, drift before and after) and `not_kept` (concepts that stay above the bound).
+        weight, drift before and after) and `not_kept` (concepts that stay above the bound), as the projection alone
+        leaves them; `layer_missed` and `layer_drift` say what the repair makes of it.
 
     Raises:
         ValueError: A concept is empty, equals its target or is to be preserved too; a number is out of range.
@@ -175,10 +174,10 @@ def auto(
         vocabularies.frames(words, size=n, seed=seed + i, among=others)
         for i, n in enumerate((contexts, _FRESH))
     )
-    tell(0, 3, "reading captions of the concepts")
-    fitted = [reader.sums(*names, frames, known) for names in pairs.items()]
-    fresh = [reader.sums(*names, other_frames, known) for names in pairs.items()]
-    tell(1, 3, "reading what to keep")
+    tell(0, 4, "reading captions of the concepts")
+    wanted, tried = (_captioned(model, pairs, among, known) for among in (frames, other_frames))
+    fitted, fresh = ([reader.sums(found) for found in group] for group in (wanted, tried))
+    tell(1, 4, "reading what to keep")
     term: Term = {
         "background": background,
         "seed": seed,
@@ -186,30 +185,39 @@ def auto(
         "concepts": others,
     }
     ground = _background(reader, term)
-    unseen = _background(reader, {**term, "background": 4 * _FRESH, "seed": seed + 1})
+    other = {**term, "background": 4 * _FRESH, "seed": seed + 1}
+    unseen = _background(reader, other)
     weights = WEIGHTS if preserve_weight == "auto" else (float(preserve_weight),)
     scan = [_measured(fitted, fresh, w, ground, unseen, ridge) for w in weights]
     chosen = _choice(scan)
-    tell(2, 3, "looking after what is in danger")
+    tell(2, 4, "looking after what is in danger")
     watched = [*term["concepts"], *preserve]
     grams = [reader.gram(_captions(c, other_frames)) for c in watched]
     kept = _looked_after(fitted, fresh, chosen * ground, grams, ridge, bound, allowance)
     terms = [{**term, "weight": chosen}]
     terms += [{"concept": c, "weight": w} for c, w in zip(watched, kept.weights, strict=True) if w]
     movement = _movement(reader, fitted, kept.gram, ridge)
-    tell(3, 3, "done")
+    danger = list(zip(watched, kept.weights, kept.before, kept.after, strict=True))
+    report = _report(reader, movement, fresh, scan, chosen, danger, bound)
+    movements = [movement]
+    if repair:
+        tell(3, 4, "repairing what the projection cannot do")
+        spared = _spared(model, terms, other_frames)
+        second, told = repairs.repair(
+            model, movement, layer=layer, wanted=wanted, kept=spared, fresh=tried,
+            unseen=_background_captions(model, other), ridge=ridge,
+        )  # fmt: skip
+        movements, report = [movement, second], report | told
+    tell(4, 4, "done")
     protocol = {
         "method": "auto", "model": model.name, "pairs": dict(pairs), "preserve": list(preserve), "terms": terms,
         "preserve_weight": chosen, "ridge": ridge, "positions": "auto", "layer": layer, "contexts": contexts,
         "background": background, "bound": bound, "allowance": allowance, "without": sorted(without), "seed": seed,
-        "vocabulary": vocabulary if isinstance(vocabulary, str | None) else list(vocabulary),
+        "repair": repair, "vocabulary": vocabulary if isinstance(vocabulary, str | None) else list(vocabulary),
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }  # fmt: skip
-    danger = list(zip(watched, kept.weights, kept.before, kept.after, strict=True))
-    report = _report(reader, movement, fresh, scan, chosen, danger, bound)
-    return Change(
-        (movement,), protocol, report | {"seconds": {"all": round(time.perf_counter() - began, 3)}}
-    )
+    seconds = {"seconds": {"all": round(time.perf_counter() - began, 3)}}
+    return Change(tuple(movements), protocol, report | seconds)
 
 
 def preserve_terms(model: TextToImage, change: Change) -> Tensor:
@@ -250,8 +258,14 @@ def _others(known: Sequence[str], pairs: Mapping[str, str]) -> list[str]:
 
 
 def _background(reader: _Reader, term: Term) -> Tensor:
-    """Return the mean Gram matrix of captions that should not move: three in four hold a concept."""
-    words = vocabularies.fillers(reader.model.tokenizer, without=term["without"])
+    """Return the mean Gram matrix of captions that should not move."""
+    captions = _background_captions(reader.model, term)
+    return (1 - _EMPTY) * reader.gram(captions) + _EMPTY * reader.gram([""])
+
+
+def _background_captions(model: TextToImage, term: Term) -> list[str]:
+    """Return captions that should not move: three in four hold a concept."""
+    words = vocabularies.fillers(model.tokenizer, without=term["without"])
     rng = random.Random(term["seed"])
     slots = [
         rng.choice(term["concepts"] or words) if i % 4 else rng.choice(words)
@@ -260,8 +274,30 @@ def _background(reader: _Reader, term: Term) -> Tensor:
     frames = vocabularies.frames(
         words, size=term["background"], seed=term["seed"] + 2, among=term["concepts"]
     )
-    captions = [frame.replace("{}", slot) for frame, slot in zip(frames, slots, strict=True)]
-    return (1 - _EMPTY) * reader.gram(captions) + _EMPTY * reader.gram([""])
+    return [frame.replace("{}", slot) for frame, slot in zip(frames, slots, strict=True)]
+
+
+def _spared(
+    model: TextToImage, terms: Sequence[Term], frames: Sequence[str]
+) -> list[tuple[Sequence[str], float]]:
+    """Return the captions to keep and their weights: every second one of the background, since a repair is dearer."""
+    background, *concepts = terms
+    weight = background["weight"]
+    return [
+        (_background_captions(model, background)[::2], (1 - _EMPTY) * weight),
+        ([""], _EMPTY * weight),
+        *((_captions(term["concept"], frames), term["weight"]) for term in concepts),
+    ]
+
+
+def _captioned(
+    model: TextToImage, pairs: Mapping[str, str], frames: Sequence[str], known: Sequence[str]
+) -> list[list[Pair]]:
+    """Return, for each concept, its captions beside those of its replacement."""
+    return [
+        [_placed(found, old, known) for found in plan(model, {old: new}, frames, "subject_to_end")]
+        for old, new in pairs.items()
+    ]
 
 
 def _captions(concept: str, frames: Sequence[str]) -> list[str]:

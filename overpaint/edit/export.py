@@ -29,7 +29,7 @@ from overpaint.sites import find_unet
 
 __all__ = ["folder", "lora", "single_file"]
 
-_TEXT = re.compile(r"text(2?)\.(\d+)\.self_attn\.(\w+)_proj")
+_TEXT = re.compile(r"text(2?)\.(\d+)\.(self_attn\.\w+|mlp\.fc2)")
 _UNET = re.compile(r"unet\.cross_attn\.(\d+)\.(\w+)")
 
 
@@ -41,7 +41,7 @@ def lora(change: Change, path: str | Path, *, model: TextToImage | None = None) 
     a file of several.
 
     Args:
-        change: Of the projections of a text encoder's self-attention, or of the UNet's cross-attention.
+        change: Of a text encoder's self-attention or MLP, or of the UNet's cross-attention.
         path: Must end in `.safetensors`.
         model: Any model of the layout that the change was made for; only to find the UNet's layers, so that a change
             of text encoders alone does without.
@@ -125,7 +125,7 @@ def _module(site: str, model: TextToImage | None) -> str:
     if found := _TEXT.fullmatch(site):
         part = "text_encoder_2" if found[1] else "text_encoder"
         # with the prefix that transformers 5 dropped: old and new diffusers read it
-        return f"{part}.text_model.encoder.layers.{found[2]}.self_attn.{found[3]}_proj"
+        return f"{part}.text_model.encoder.layers.{found[2]}.{found[3]}"
     found = _UNET.fullmatch(site)
     if found is None:
         raise ValueError(

@@ -30,6 +30,17 @@ __all__ = ["add", "complete", "scale", "stack", "without"]
 _AGREE = ("ridge", "positions", "subtract_bias")
 _READ_WHOLE = ("quickfix", "random_site")
 _READ_LAST = ("uce", "debias")
+_AUTOMATIC = (
+    "vocabulary",
+    "contexts",
+    "background",
+    "bound",
+    "allowance",
+    "ridge",
+    "layer",
+    "repair",
+    "seed",
+)
 
 
 def add(first: Change, second: Change) -> Change:
@@ -43,6 +54,9 @@ def add(first: Change, second: Change) -> Change:
             lack their preserve terms.
     """
     first, second = sorted((first, second), key=_order)
+    if any(change.protocol.get("repair") for change in (first, second)):
+        _check_solved(first)
+        _check_solved(second)
     _check_alike(first, second)
     shared = _shared(first, second)
     pairs = sorted({**first.pairs, **second.pairs}.items())
@@ -97,17 +111,8 @@ def without(change: Change, concept: str) -> Change:
             terms.
     """
     pairs = change.pairs
-    if concept not in pairs:
-        known = ", ".join(map(repr, pairs)) or "none"
-        raise ValueError(
-            f"this change has no concept {concept!r}: it has {known}. Name one of them."
-        )
-    if len(pairs) == 1:
-        raise ValueError(
-            f"{concept!r} is the only concept of this change, nothing would be left of it: use the unedited model."
-        )
+    _remove(pairs, concept)
     _check_solved(change)
-    del pairs[concept]
     names = sorted(pairs)
     shared_factors = _SharedFactors(_ridge(change))
     movements: list[Movement] = []
@@ -122,6 +127,22 @@ def without(change: Change, concept: str) -> Change:
     if kept := {old: value for old, value in strength.items() if old != concept}:
         protocol["strength"] = kept
     return Change(tuple(movements), protocol, _summary(reports))
+
+
+_without = without  # `stack` has an argument of that name
+
+
+def _remove(pairs: dict[str, str], concept: str) -> None:
+    if concept not in pairs:
+        known = ", ".join(map(repr, pairs)) or "none"
+        raise ValueError(
+            f"this change has no concept {concept!r}: it has {known}. Name one of them."
+        )
+    if len(pairs) == 1:
+        raise ValueError(
+            f"{concept!r} is the only concept of this change, nothing would be left of it: use the unedited model."
+        )
+    del pairs[concept]
 
 
 def complete(
@@ -157,31 +178,41 @@ def complete(
 
 def _complete_auto(change: Change, model: TextToImage) -> Change:
     _check_bases(change, model)
-    (movement,) = change.movements
-    whole = dataclasses.replace(movement, gram=preserve_terms(model, change))
-    return dataclasses.replace(change, movements=(whole,))
+    if change.protocol.get("repair"):  # its inputs depend on the first movement: make both again
+        settings = {
+            name: change.protocol[name]
+            for name in (*_AUTOMATIC, "preserve", "preserve_weight", "without")
+        }
+        grams = [m.gram for m in auto(model, change.pairs, **settings).movements]
+    else:
+        grams = [preserve_terms(model, change)]
+    whole = [dataclasses.replace(m, gram=g) for m, g in zip(change.movements, grams, strict=True)]
+    return dataclasses.replace(change, movements=tuple(whole))
 
 
-def stack(model: TextToImage, changes: Sequence[Change]) -> Change:
+def stack(model: TextToImage, changes: Sequence[Change], *, without: Sequence[str] = ()) -> Change:
     """One change of several: their pairs and all their preserved prompts, solved jointly. The order does not matter.
 
     Args:
         model: The unedited model that all of them were made for; the preserved prompts are read from it again.
         changes: Made with the same ridge, positions and preserve weight, of the same weights.
+        without: Old concepts to leave out.
 
     Raises:
-        ValueError: Settings or base weights differ, one concept has two new ones, or there is nothing to stack.
+        ValueError: Settings or base weights differ, one concept has two new ones, there is nothing to stack, or nothing
+            would be left.
     """
     if not changes:
         raise ValueError("nothing to stack: give at least one change.")
-    for change in changes:
-        _check_method(change)
-        _check_bases(change, model)
     automatic = ["terms" in change.protocol for change in changes]
+    if any(automatic) and not all(automatic):
+        _differ("method")
+    for change in changes:
+        if not any(automatic):
+            _check_method(change)
+        _check_bases(change, model)
     if any(automatic):
-        if not all(automatic):
-            _differ("method")
-        return _stacked_auto(model, changes)
+        return _stacked_auto(model, changes, without)
     preserve = sorted({prompt for c in changes for prompt in c.protocol.get("preserve", [])})
     weights = {c.protocol["preserve_weight"] for c in changes if _preserved(c)[0]}
     if len(weights) > 1:
@@ -190,7 +221,8 @@ def stack(model: TextToImage, changes: Sequence[Change]) -> Change:
         common = {"preserve_weight": weights.pop()}
         changes = [dataclasses.replace(c, protocol={**c.protocol, **common}) for c in changes]
         changes = [complete(c, model, preserve=preserve) for c in changes]
-    return functools.reduce(add, sorted(changes, key=_order))
+    whole = functools.reduce(add, sorted(changes, key=_order))
+    return functools.reduce(_without, without, whole)
 
 
 def _order(change: Change) -> tuple[str, str]:
@@ -249,6 +281,11 @@ def _check_method(change: Change) -> None:
 
 
 def _check_solved(change: Change) -> None:
+    if change.protocol.get("repair"):
+        raise ValueError(
+            "the repair of a change by `auto` depends on all its concepts: add it with `edit.stack(model, [a, b])`, "
+            "take one out with `edit.stack(model, [a], without=['...'])`."
+        )
     _check_method(change)
     if _preserved(change)[0] and any(m.gram is None for m in change.movements):
         raise ValueError(
@@ -433,7 +470,7 @@ def _all_terms(first: Change, second: Change) -> list[dict[str, Any]]:
     return terms
 
 
-def _stacked_auto(model: TextToImage, changes: Sequence[Change]) -> Change:
+def _stacked_auto(model: TextToImage, changes: Sequence[Change], less: Sequence[str]) -> Change:
     """Return one change by `auto` of all concepts: what is in danger depends on all of them."""
     pairs: dict[str, str] = {}
     for change in sorted(changes, key=_order):
@@ -441,13 +478,14 @@ def _stacked_auto(model: TextToImage, changes: Sequence[Change]) -> Change:
             if pairs.setdefault(old, new) != new:
                 targets = " and ".join(f"{old!r} → {t!r}" for t in sorted((pairs[old], new)))
                 raise ValueError(f"contradictory pairs: {targets}. Keep one of them.")
-    names = ("vocabulary", "contexts", "background", "bound", "allowance", "ridge", "layer", "seed")
-    settings = [{name: change.protocol[name] for name in names} for change in changes]
-    if unlike := [n for n in names if any(s[n] != settings[0][n] for s in settings)]:
+    settings = [{n: change.protocol.get(n, False) for n in _AUTOMATIC} for change in changes]
+    if unlike := [n for n in _AUTOMATIC if any(s[n] != settings[0][n] for s in settings)]:
         _differ(", ".join(unlike))
     if any(change.protocol.get("strength") for change in changes):
         raise ValueError(
             "a change by `auto` that was scaled cannot be stacked: stack the changes as they were made, then scale."
         )
+    for concept in less:
+        _remove(pairs, concept)
     both = {n: sorted({t for c in changes for t in c.protocol[n]}) for n in ("preserve", "without")}
     return auto(model, dict(sorted(pairs.items())), **both, **settings[0])

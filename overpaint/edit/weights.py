@@ -1,9 +1,9 @@
 """The weights that an edit can move: by name, found by structure, as the model holds them.
 
-A weight is named by its site and matrix: `text.0.self_attn.out_proj`, `text2.3.self_attn.q_proj` in a second text
-encoder, `text.token_embedding`, or `unet.cross_attn.7.to_k`, where 7 counts in execution order. What is not a plain
-matrix in memory (quantised, fused, wrapped by an adapter, left on disk) is refused by name: writing to it would be
-lost, or would not mean what it says.
+A weight is named by its site and matrix: `text.0.self_attn.out_proj`, `text.0.mlp.fc2`, `text2.3.self_attn.q_proj` in
+a second text encoder, `text.token_embedding`, or `unet.cross_attn.7.to_k`, where 7 counts in execution order. What is
+not a plain matrix in memory (quantised, fused, wrapped by an adapter, left on disk) is refused by name: writing to it
+would be lost, or would not mean what it says.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ __all__ = [
 
 PROJECTIONS = ("q", "k", "v", "out")
 EMBEDDING = "text.token_embedding"
-_TEXT = re.compile(r"(text2?)\.(\d{1,3})\.self_attn\.((?:q|k|v|out)_proj)")
+_TEXT = re.compile(r"(text2?)\.(\d{1,3})\.(self_attn\.(?:q|k|v|out)_proj|mlp\.fc2)")
 _UNET = re.compile(r"unet\.cross_attn\.(\d{1,3})\.(to_q|to_k|to_v|to_out)")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -123,7 +123,7 @@ def _modules(model: TextToImage, sites: Sequence[str]) -> list[Any]:
             found.append(model.text_encoder.get_input_embeddings())
         elif text:
             block = _pick(text_layers(model, text[1]), int(text[2]), site, f"{text[1]} layers")
-            found.append(getattr(block.self_attn, text[3]))
+            found.append(_part(block, text[3], site))
         elif unet:
             if attentions is None:
                 attentions = [s for s in find_unet(model.unet) if s.kind == "cross_attn"]
@@ -131,8 +131,9 @@ def _modules(model: TextToImage, sites: Sequence[str]) -> list[Any]:
             found.append(_projection(place.module(model), unet[2]))
         else:
             raise UnknownSite(
-                f"unknown weight {site!r}: edits know 'text.<layer>.self_attn.<q, k, v or out>_proj' ('text2' for a "
-                f"second encoder), {EMBEDDING!r} and 'unet.cross_attn.<index>.<to_q, to_k, to_v or to_out>'."
+                f"unknown weight {site!r}: edits know 'text.<layer>.self_attn.<q, k, v or out>_proj' and "
+                f"'text.<layer>.mlp.fc2' ('text2' for a second encoder), {EMBEDDING!r} and "
+                "'unet.cross_attn.<index>.<to_q, to_k, to_v or to_out>'."
             )
     return found
 
@@ -143,6 +144,15 @@ def _pick(places: Sequence[Any], index: int, site: str, what: str) -> Any:
             f"unknown weight {site!r}: this model has {what} 0 to {len(places) - 1}. Name one of those."
         )
     return places[index]
+
+
+def _part(block: Any, path: str, site: str) -> Any:
+    try:
+        return block.get_submodule(path)
+    except AttributeError as error:
+        raise UnsupportedModel(
+            f"this model has no {site}: its text layers are not laid out as CLIP's. Edit a projection of its attention."
+        ) from error
 
 
 def _projection(attention: Any, name: str) -> Any:
