@@ -150,9 +150,14 @@ def measure(*, repeats: int) -> dict[str, float]:
     }
     found = {name: work() for name, work in ways.items()}  # and a warm-up
     seconds: dict[str, list[float]] = {name: [] for name in (*ways, "apply", "revert", "hundred_edits")}  # fmt: skip
+    stages: dict[str, list[float]] = {}
     for turn in range(repeats):
         for name, work in ways.items():
-            seconds[name].append(timed(work)[0])
+            took, made = timed(work)
+            seconds[name].append(took)
+            if name == "one_edit":
+                for stage, part in made.report["seconds"].items():
+                    stages.setdefault(stage, []).append(part)
         for _ in range(5):
             seconds["apply"].append(timed(lambda: found["one_edit"].apply(model))[0])
             seconds["revert"].append(timed(lambda: found["one_edit"].revert(model))[0])
@@ -163,6 +168,7 @@ def measure(*, repeats: int) -> dict[str, float]:
     compact = found["one_edit"].compact()
     return {
         "one_edit_seconds": round(median["one_edit"], 4),
+        **{f"one_edit_{stage}_ms": round(1000 * statistics.median(s), 2) for stage, s in stages.items()},
         "hundred_edits_seconds": round(median["hundred_edits"], 3),
         "apply_ms": round(1000 * median["apply"], 2),
         "revert_ms": round(1000 * median["revert"], 2),
