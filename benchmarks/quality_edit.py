@@ -12,7 +12,7 @@ bootstrap intervals over concepts:
   - harmonic: harmonic mean of efficacy (1 - target) and specificity (share of all other labels kept).
 
 Then 1, 5, 10, 25 and 50 concepts in one solve, and the kernel distance (KID) of pictures of unrelated prompts, edited
-against unedited, beside that of two sets of seeds.
+against unedited from other seeds, beside that of two sets of seeds, with a permutation test.
 
 What the judge asks about, and what edits are fitted to or preserve, are different objects; `auto` fills its captions
 without the words asked about. Finished concepts are kept in `runs/quality_edit`: stop it, start it again.
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 import overpaint as op
-from overpaint import evaluate, features, questions, sample
+from overpaint import evaluate, features, metrics, questions, sample
 from overpaint.edit import Change
 from overpaint.metrics import Interval, bootstrap
 from overpaint.scores import Comparison, Scores
@@ -213,41 +213,36 @@ def many_rows(model: op.TextToImage, judge: features.Judge, plan: Any) -> list[d
     return rows
 
 
-def kid(first: Tensor, second: Tensor) -> float:
-    """Return the unbiased squared MMD of two sets of features of the same N prompts, (N, D), times 1,000.
-
-    The kernel is KID's cubic one.
-
-    Source: Binkowski et al., 2018, https://arxiv.org/abs/1801.01401, equation 4.
-    """
-    x, y = first.double() * first.shape[1] ** 0.5, second.double() * second.shape[1] ** 0.5
-    kernel: Callable[[Tensor, Tensor], Tensor] = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3  # noqa: E731
-    n = len(x)
-    xx, yy, xy = kernel(x, x), kernel(y, y), kernel(x, y)
-    within = (xx.sum() - xx.trace()) / (n * (n - 1)) + (yy.sum() - yy.trace()) / (n * (n - 1))
-    across = 2 * (xy.sum() - xy.trace()) / (n * (n - 1))  # one prompt drawn twice is no fair pair
-    return float(1000 * (within - across))
-
-
 def kid_rows(model: op.TextToImage, judge: features.Judge, plan: Any) -> list[dict[str, Any]]:
-    """Return KID of unrelated prompts after one edit a kind, beside that of two other sets of seeds."""
+    """Return KID (x 1,000) of unrelated prompts after one edit a kind against a second set of seeds.
+
+    Beside it that of two sets of seeds of the unedited model; `p` is the share of random splits as far apart.
+    """
     objects = [o for o in judge.labels["object"] if not questions.is_sign(o)]
     sets = [[plan.seed + 100_000 * k + i for i in range(plan.unrelated)] for k in range(3)]
     words = [
         questions.caption(objects[(7 * i) % len(objects)], "", "", frame=i)
         for i in range(plan.unrelated)
     ]
-    drawn_ = [judge.image_features(drawn(model, words, seeds, plan)) for seeds in sets]
-    rows = [{"set": "two sets of seeds", "kid": kid(drawn_[0], drawn_[1])},
-            {"set": "two others", "kid": kid(drawn_[1], drawn_[2])}]  # fmt: skip
+
+    def read(seeds: Sequence[int]) -> Tensor:
+        found = judge.image_features(drawn(model, words, seeds, plan))  # of unit length
+        return found.double() * found.shape[1] ** 0.5
+
+    def row(name: str, first: Tensor, second: Tensor) -> dict[str, Any]:
+        test = metrics.kid_test(first, second, groups=(words, words))
+        return {"set": name, "kid": round(1000 * test.value, 3), "p": round(test.p, 3)}
+
+    first, second, third = (read(seeds) for seeds in sets)
+    rows = [
+        row("two sets of seeds", first, second),
+        row("two other sets of seeds", third, second),
+    ]
     makers = methods(model, *questions.looked_after(judge.labels))
     for kind, pairs in plan.concepts.items():
-        old, new = next((o, n) for o, n in pairs.items())
+        old, new = next(iter(pairs.items()))
         with makers[OURS]({old: new}).applied(model):
-            after = judge.image_features(drawn(model, words, sets[0], plan))
-        rows.append(
-            {"set": f"{kind}: {old}, edited against other seeds", "kid": kid(after, drawn_[1])}
-        )
+            rows.append(row(f"{kind}: {old}, edited against other seeds", read(sets[0]), second))
     return rows
 
 
