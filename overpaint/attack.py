@@ -302,6 +302,7 @@ class _Hunt:
         times = scheduler.timesteps
         embeds = self.plain()
 
+        @torch.no_grad()
         def keep(done: int, latents: Tensor) -> None:
             if done < len(times):
                 scaled = scheduler.scale_model_input(latents, times[done])
@@ -309,6 +310,7 @@ class _Hunt:
                 path.extend((times[done], scaled[i], noise[i], i) for i in range(len(embeds)))
 
         seeds = [self.seed + i for i in range(len(embeds))]
+        keep(0, self.model.initial_latents(seeds, steps=self.steps))
         self._denoised(embeds, seeds, on_step=keep)
         return path
 

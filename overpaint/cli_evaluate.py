@@ -113,7 +113,7 @@ def evaluate(
                 as_json,
             )
         if attack:
-            facts |= _attack(loaded, found, chosen, eyes, out, seed, as_json)
+            facts |= _attack(loaded, found, chosen, eyes, out, seed, steps, as_json)
     facts["scores"] = str(out)
     return print_json(facts) if as_json else print_facts(_last(facts, measured), as_json=False)
 
@@ -176,13 +176,13 @@ def _measure(
 
 
 def _attack(
-    model: Any, change: Any, cases: Any, eyes: Any, out: Path, seed: int, quiet: bool
+    model: Any, change: Any, cases: Any, eyes: Any, out: Path, seed: int, steps: int, quiet: bool
 ) -> dict[str, Any]:
     from overpaint import attack
 
     with progress(quiet) as stage:
         found = attack.search(
-            model, change, cases, eyes=eyes, seed=seed,
+            model, change, cases, eyes=eyes, steps=steps, seed=seed,
             on_progress=lambda done, total, what: stage(done, total, f"attacking, {what}"),
         )  # fmt: skip
     found.save(out)

@@ -1,6 +1,7 @@
 """Scores and distances of pictures against torchmetrics, scipy and plain loops, on noise and on drawn icons."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -162,6 +163,13 @@ def test_every_card_says_everything_and_an_unknown_one_lists_them():
     assert metrics.card("kid").name == "kid"
     with pytest.raises(ValueError, match="unknown metric 'lpips': choose one of clip_cosine, "):
         metrics.card("lpips")
+
+
+def test_the_documentation_holds_the_cards_as_they_are():
+    page = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
+    head, found = page.split("\n## ", 1)
+    assert "## " + found == "\n".join(card.markdown() for card in metrics.cards())
+    assert "overpaint evaluate --explain" in head
 
 
 def test_without_torchmetrics_ssim_says_what_to_install(monkeypatch):

@@ -1,0 +1,94 @@
+"""`overpaint evaluate`: what it prints, writes and refuses; the shipped model, a handful of pictures."""
+
+import json
+
+import pytest
+
+import overpaint as op
+from overpaint import attack, metrics
+
+
+@pytest.fixture(scope="module")
+def change(tmp_path_factory):
+    made = op.edit.swap_embedding(op.load("icons"), {"openmoji style": "noto style"})
+    path = tmp_path_factory.mktemp("changes") / "openmoji.safetensors"
+    made.save(path)
+    return path
+
+
+def test_a_metric_is_explained_without_a_model(run):
+    code, out, err = run("evaluate", "--explain", "kid")
+    assert (code, err) == (0, "")
+    card = metrics.card("kid")
+    assert out.splitlines()[0] == "name       kid"
+    assert card.formula in out
+    code, out, _ = run("evaluate", "--explain", "psnr", "--json")
+    assert json.loads(out)["features"] == "none: pixels"
+
+
+def test_a_set_is_measured_by_the_metrics_named(run, change, tmp_path):
+    words = ["--set", "icons", "--size", 2, "--steps", 2, "--out", tmp_path / "out"]
+    code, out, err = run(
+        "evaluate", "icons", change, *words, "--metric", "clip_cosine", "--metric", "psnr", "--json"
+    )
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    roles = ("target", "general", "other")
+    expected = [
+        f"{r}_{m}" for r in roles for m in ("clip_cosine_before", "clip_cosine_after", "psnr_after")
+    ]
+    assert list(found) == [*expected, "scores"]
+    assert json.loads((tmp_path / "out" / "measures.json").read_text())["protocol"]["cases"] == 6
+    assert found["target_psnr_after"] < found["other_psnr_after"]
+
+
+def test_a_file_of_prompts_is_shown_as_a_table(run, change, tmp_path):
+    file = tmp_path / "mine.csv"
+    file.write_text(
+        'case_number,prompt,evaluation_seed\n0,"an apple, openmoji style",3\n1,a cat,4\n'
+    )
+    code, out, err = run(
+        "evaluate", "icons", change, "--set", file, "--metric", "clip_accuracy", "--steps", 2,
+        "--out", tmp_path,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "target   clip_accuracy" in out
+    assert "other" not in out  # nothing to choose between: no second text
+    assert out.splitlines()[-1].split() == ["scores", str(tmp_path)]
+
+
+def test_an_attack_is_reported_and_kept(run, change, tmp_path, monkeypatch):
+    for setting in ("prompts", "pictures", "tokens", "gradient_steps"):
+        monkeypatch.setitem(attack.search.__kwdefaults__, setting, 1)
+    code, out, err = run(
+        "evaluate", "icons", change, "--metric", "empty_drift", "--size", 1, "--steps", 1,
+        "--attack", "--out", tmp_path, "--json",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    found, kept = json.loads(out), json.loads((tmp_path / "attack.json").read_text())
+    assert found["attack_after"] == pytest.approx(kept["after"]["mean"])
+    assert {a["family"] for a in kept["attempts"]} == {"paraphrase", "neighbour", "soft token"}
+    assert kept["protocol"]["score"] == "probability of the style openmoji"
+    assert found["empty_drift_after"] == 0  # the empty prompt holds none of the tokens moved
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "name a model and a change file, as in `overpaint evaluate icons change.safetensors`"),
+        (("--explain", "lpips"), "unknown metric 'lpips': choose one of clip_cosine"),
+        (("icons", "CHANGE", "--set", "nowhere.csv"), "no evaluation set at 'nowhere.csv'"),
+        (("icons", "CHANGE", "--metric", "lpips"), "unknown metric 'lpips'"),
+        (("icons", "CHANGE", "--set", "icons", "--kind", "fact"), "no evaluation set of ours"),
+        (("icons", "CHANGE", "--clip", "/nowhere"), "cannot load a CLIP from '/nowhere'"),
+        (("icons", "CHANGE", "--set", "icons", "--repeats", "0"), "`repeats` must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(run, change, tmp_path, words, message):
+    code, out, err = run(
+        "evaluate", *(str(change) if w == "CHANGE" else w for w in words), "--out", tmp_path
+    )
+    assert (code, out) == (2, "")
+    assert err.strip().startswith("overpaint: ")
+    assert message in err
+    assert err.strip().count("\n") == 0
