@@ -5,10 +5,10 @@
 Three sets of float32 parameters: `small` (300 of 1,024 numbers), `mixed` (161 of 10 to 65,536, 3.5 million in all, as
 a network has them) and `big` (one of 8.4 million). In each all ways take a step in turn, so that a busy neighbour slows
 all, and the medians are compared. `loop`, `foreach` and `fused` are DiffGrad's step over that of `torch.optim.Adam`
-with the same option, on the mixed set; the same with `_small` and `_big` on the others. `fused_to_adam_foreach` is over what
-torch takes by default on a GPU, `foreach_to_pytorch_optimizer` over pytorch_optimizer's step with lists (below 1 is
-faster), `to_torch_optimizer` is our loop over its loop. `compiled_big` is `torch.compile(optimizer.step)` over Adam's
-fused kernel; not with `--quick`.
+with the same option, on the mixed set; the same with `_small` and `_big` on the others. `fused_to_adam_foreach` is over
+Adam's step with lists, `foreach_to_pytorch_optimizer` over pytorch_optimizer's (below 1 is faster), and
+`to_torch_optimizer` is our loop over its loop. `compiled_big` is `torch.compile(optimizer.step)` over Adam's fused
+kernel; not with `--quick`.
 
 With one thread, the default, time is that of the processor spent by the process; with more it is the clock's. The floor
 is 36 / 28 = 1.29, the bytes that must move. Writes `benchmarks/results/speed_diffgrad.json`; with `--quick`, into

@@ -168,16 +168,14 @@ class DiffGrad(Optimizer):
 
 
 def _update(batch: Batch, group: dict[str, Any], scaling: Scaling) -> None:
-    foreach, fixed_rate = group["foreach"], not isinstance(group["lr"], Tensor)
-    if foreach is None and not group["differentiable"]:
-        foreach = prefers_lists(batch.params) and (fixed_rate or group["capturable"])
     if group["capturable"] and not torch.compiler.is_compiling():
         check_capturable(batch.params, batch.steps)
-    # Compilers cannot trace torch's kernel, and fuse the lists themselves; with scaling they must fail, not forget it.
+    # Compilers cannot trace torch's kernel, and make one themselves; with scaling they must fail, not forget it.
     traced = torch.compiler.is_compiling() and scaling.found_inf is None
     if group["fused"] and not traced:
         step_fused(batch, group, scaling)
-    elif foreach or group["fused"]:
-        step_lists(batch, group)
-    else:
-        step_loop(batch, group)
+        return
+    foreach, fixed_rate = group["foreach"], not isinstance(group["lr"], Tensor)
+    if foreach is None and not group["differentiable"]:
+        foreach = prefers_lists(batch.params) and (fixed_rate or group["capturable"])
+    (step_lists if foreach else step_loop)(batch, group)

@@ -1,6 +1,6 @@
 """The three ways to take a step: one tensor at a time, lists of tensors, and torch's fused Adam kernel."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -94,7 +94,10 @@ def _step_one(
         grad = grad.to(m.dtype)
     m.lerp_(grad, 1 - beta1)
     v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    size, offset = _scalars(step.double() if _on_device(options) else step.item(), options)
+    if _on_device(options):  # in float32 the first corrections have four digits
+        size, offset = _kept([torch.as_tensor(x) for x in _scalars(step.double(), options)], m)
+    else:
+        size, offset = _scalars(step.item(), options)
     if options["differentiable"]:
         root = v.sqrt() + offset  # the root is kept for its own derivative
         p.add_(-size * friction(last - grad, grad, dfc) * m.clone() / root)
@@ -130,9 +133,8 @@ def _step_alike(batch: Batch, options: Options) -> None:
     torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
-    sizes, offsets = _scalar_lists(batch.steps, options)
-    kept = exp_avgs[0].dtype
-    wide = torch.float32 if kept in _HALVES else kept
+    sizes, offsets = _scalar_lists(batch, options)
+    wide = _wide(exp_avgs[0])
     roots = list(torch._foreach_sqrt(_as(exp_avg_sqs, wide)))
     torch._foreach_add_(roots, offsets)
     moves = damped(_as(batch.previous, wide), _as(grads, wide), _as(exp_avgs, wide), options["dfc"])
@@ -187,8 +189,7 @@ def _moves(
     batch: Batch, grads: list[Tensor], options: Options, found: Tensor | None
 ) -> list[Tensor]:
     """Return Adam's step for each parameter, and update the moments; at least in float32, so as to round once."""
-    kept = batch.exp_avgs[0].dtype
-    wide = torch.float32 if kept in _HALVES else kept
+    kept, wide = batch.exp_avgs[0].dtype, _wide(batch.exp_avgs[0])
     exp_avgs, exp_avg_sqs = _as(batch.exp_avgs, wide), _as(batch.exp_avg_sqs, wide)
     grads = _as(grads, wide)
     moves = [torch.zeros_like(m) for m in exp_avgs]
@@ -257,14 +258,17 @@ def _scalars(t: Any, options: Options) -> tuple[Any, Any]:
     )
 
 
-def _scalar_lists(steps: list[Tensor], options: Options) -> tuple[Any, Any]:
+def _scalar_lists(batch: Batch, options: Options) -> tuple[Any, Any]:
     """Return the sizes with a minus and the offsets of `_scalars`, on the device where it must not be waited for."""
     if not _on_device(options):
-        counts = [step.item() for step in steps]
+        counts = [step.item() for step in batch.steps]
         found = {t: _scalars(t, options) for t in set(counts)}
         return [-found[t][0] for t in counts], [found[t][1] for t in counts]
     beta1, beta2 = options["betas"]
-    steps = [step.double() for step in steps]  # in float32 the first corrections have four digits
+    first = batch.exp_avgs[0]
+    steps = [
+        step.double() for step in batch.steps
+    ]  # in float32 the first corrections have four digits
     roots = torch._foreach_pow(beta2, steps)
     sizes = torch._foreach_pow(beta1, steps)
     torch._foreach_sub_(roots, 1)
@@ -275,8 +279,20 @@ def _scalar_lists(steps: list[Tensor], options: Options) -> tuple[Any, Any]:
     torch._foreach_mul_(sizes, roots)
     torch._foreach_mul_(sizes, options["lr"])
     if options["eps_mode"] == "official":
-        return sizes, options["eps"]
-    return sizes, torch._foreach_mul(roots, options["eps"])
+        return _kept(sizes, first), options["eps"]
+    return _kept(sizes, first), _kept(torch._foreach_mul(roots, options["eps"]), first)
+
+
+def _kept(scalars: Sequence[Tensor], buffer: Tensor) -> list[Tensor]:
+    """Return `scalars` in the dtype that steps of `buffer` are computed in.
+
+    A compiler would compute them anew, powers and all, for every element that they meet. Running sums are the thing
+    that it finishes first, and that of one row is the row.
+    """
+    cast = [scalar.to(_wide(buffer)) for scalar in scalars]
+    if not torch.compiler.is_compiling():
+        return cast
+    return list(torch.stack(cast).unsqueeze(0).cumsum(0)[0].unbind())
 
 
 def _count(steps: list[Tensor]) -> None:
@@ -307,6 +323,11 @@ def _parts(row: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
 
 def _real(tensors: list[Tensor]) -> list[Tensor]:
     return [torch.view_as_real(t) for t in tensors] if tensors[0].is_complex() else tensors
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """Return the dtype in which friction and step are computed."""
+    return torch.float32 if tensor.dtype in _HALVES else tensor.dtype
 
 
 def _as(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
