@@ -108,3 +108,26 @@ def test_a_judge_for_pictures_of_another_size_is_refused_before_any_is_drawn(tin
             trace(tiny_sd1, [CAT], steps=1, score=Large().score)
     options = {"generate": False, "control": False, "positions": ("eos",)}
     assert len(op.trace.text_encoder(tiny_sd1, [CAT], score=Large().score, **options)) == 24
+
+
+def test_its_features_and_layers_are_those_of_clips_own_towers_and_measure_an_edit(
+    tiny_sd1, folder
+):
+    clip = Clip(folder)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    prompts = [CAT.prompt, DOG.prompt]
+    cosine = (clip.image_features(images) * clip.text_features(prompts)).sum(1)
+    assert torch.allclose(cosine, clip.score(images, [CAT, DOG]), atol=1e-6)
+    assert torch.allclose(clip.image_features(images).norm(dim=1), torch.ones(2))
+    assert [tuple(layer.shape) for layer in clip.layers(images)] == [(2, 17, 32)] * 2
+    change = op.edit.swap_embedding(tiny_sd1, {"noto style": "blob style"})
+    cases = op.probes.own("style", "noto style", "blob style").thinned(2)
+    found = op.evaluate.measure(
+        tiny_sd1, change, cases, eyes=clip, only=["clip_cosine", "perceptual"], steps=1
+    )
+    drawn = [case for case in cases.cases if case.role == "other"]
+    before = tiny_sd1.generate([c.prompt for c in drawn], seed=[4, 5], steps=1).images
+    expected = clip.score(before, drawn).mean().item()
+    assert found.row("other", "clip_cosine").before.mean == pytest.approx(expected, abs=1e-5)
+    assert found.row("target", "perceptual").after.mean > 0
+    assert found.protocol["features"] == str(folder)
