@@ -220,6 +220,24 @@ def test_an_uploaded_picture_fills_the_controls(studio, tmp_path):
     }  # fmt: skip
 
 
+def test_a_sheet_of_pictures_can_be_saved_and_opened_again(studio):
+    key = studio.open()
+    asked = Setting("a cat in blob style", "blob style", 5, 2, 1)
+    *_, final = handlers.paint(studio, key, asked, "noto style", "quickfix", "")
+    path = final["saved"].value
+    assert path.name == "a-cat-in-blob-style.png"
+    *_, done = studio.draw(key, handlers.question(asked))
+    drawn = [image for row in done.value.rows for image in row]
+    side = drawn[0].width
+    with Image.open(path) as sheet:
+        assert sheet.size == (2 * side + 2, 2 * side + 2)
+        corners = [(j * (side + 2), i * (side + 2)) for i in (0, 1) for j in (0, 1)]
+        tiles = [sheet.crop((x, y, x + side, y + side)).tobytes() for x, y in corners]
+    assert tiles == [image.tobytes() for image in drawn]
+    *_, back = handlers.add(studio, key, str(path), SETTING)
+    assert (back["seed"], back["pictures"]) == (5, 2)
+
+
 def test_closing_a_session_takes_its_files_along(studio):
     key = studio.open()
     *_, final = handlers.paint(studio, key, SETTING, "noto style", "quickfix", "")

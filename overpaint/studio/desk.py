@@ -91,6 +91,11 @@ class Studio:
             session.stop()
             shutil.rmtree(self.folder / key, ignore_errors=True)
 
+    def close_all(self) -> None:
+        """End every session."""
+        for key in list(self._sessions):
+            self.close(key)
+
     def __len__(self) -> int:
         """How many sessions are open."""
         return len(self._sessions)
@@ -222,6 +227,13 @@ class Studio:
             return None
         name = " and ".join(f"no {old}" for old in change.pairs) or "change"
         return files.write_change(change, self.folder / str(key), name)
+
+    def keep(self, key: str, drawn: Drawn) -> Path:
+        """Write a sheet of the pictures, which says how they were drawn, and return its path."""
+        folder = self.folder / key
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{files.safe_name(drawn.question.prompt, otherwise='pictures')}.png"
+        return files.write_picture(drawn.sheet(), drawn.question, self.session(key).model, path)
 
     # --- what they share ----------------------------------------------------------------------------------------------
 

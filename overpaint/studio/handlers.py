@@ -116,7 +116,7 @@ def paint(
 
     def show(found: Collateral | Drawn) -> Update:
         if isinstance(found, Drawn):
-            return {"drawn": pages.grid(found)}
+            return _drawn(studio, key, found)
         return {"forecast": pages.forecast(found), "drawn": "", **bench(studio, key)}
 
     yield from _shown(
@@ -126,7 +126,9 @@ def paint(
 
 def draw(studio: Studio, key: str, setting: Setting) -> Iterator[Update]:
     """Draw before and after anew."""
-    yield from _shown(lambda: studio.draw(key, question(setting)), _grid("drawn"))
+    yield from _shown(
+        lambda: studio.draw(key, question(setting)), lambda found: _drawn(studio, key, found)
+    )
 
 
 def dial(studio: Studio, key: str, setting: Setting, strength: float) -> Iterator[Update]:
@@ -179,7 +181,7 @@ def compare(
     versions = studio.session(key).versions()
     chosen = {name: versions[name] for name in (first, second) if name in versions}
     yield {"facts": pages.facts(chosen)}
-    yield from _shown(begin, _grid("compared"))
+    yield from _shown(begin, lambda found: {"compared": pages.grid(found)})
 
 
 def stop(studio: Studio, key: str) -> Update:
@@ -203,11 +205,15 @@ def _moved(
     yield from _shown(
         lambda: studio.predict(key), lambda found: {"forecast": pages.forecast(found)}
     )
-    yield from _shown(lambda: studio.draw(key, question(setting)), _grid("drawn"))
+    yield from _shown(
+        lambda: studio.draw(key, question(setting)), lambda found: _drawn(studio, key, found)
+    )
 
 
-def _grid(part: str) -> Callable[[Drawn], Update]:
-    return lambda found: {part: pages.grid(found)}
+def _drawn(studio: Studio, key: str, found: Drawn) -> Update:
+    """Return the pictures, and once all are there a file of them."""
+    page = {"drawn": pages.grid(found)}
+    return page | {"saved": Value(studio.keep(key, found))} if found.complete else page
 
 
 def _shown(begin: Callable[[], Told], show: Callable[[Any], Update]) -> Iterator[Update]:

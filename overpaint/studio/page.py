@@ -138,8 +138,9 @@ def _paint() -> Parts:
     with gr.Row():
         paint = gr.Button("Paint over", variant="primary")
         draw = gr.Button("Draw again")
+        saved = gr.DownloadButton("Save pictures", interactive=False)
     return {
-        "new": new, "method": method, "preserve": preserve, "paint": paint, "draw": draw,
+        "new": new, "method": method, "preserve": preserve, "paint": paint, "draw": draw, "saved": saved,
         "drawn": gr.HTML(elem_id="op-drawn"), "forecast": gr.HTML(elem_id="op-forecast"),
     }  # fmt: skip
 
@@ -160,8 +161,8 @@ def _compare() -> Parts:
 # --- wiring -----------------------------------------------------------------------------------------------------------
 
 _OUT = (
-    "status", "map", "restored", "drawn", "forecast", "coats", "strength", "undo", "download", "first", "second",
-    "compared", "facts", "prompt", "concept", "seed", "pictures", "steps",
+    "status", "map", "restored", "drawn", "saved", "forecast", "coats", "strength", "undo", "download", "first",
+    "second", "compared", "facts", "prompt", "concept", "seed", "pictures", "steps",
 )  # fmt: skip
 _SETTING = ("prompt", "concept", "seed", "pictures", "steps")
 

@@ -111,6 +111,24 @@ class Drawn:
     names: tuple[str, ...]
     rows: tuple[tuple[Image.Image | None, ...], ...]
 
+    @property
+    def complete(self) -> bool:
+        """Whether every picture is there."""
+        return all(image is not None for row in self.rows for image in row)
+
+    def sheet(self) -> Image.Image:
+        """Return one picture of all that are there, versions as rows, on white, two pixels apart."""
+        first = next(image for row in self.rows for image in row if image is not None)
+        width, height = (side + 2 for side in first.size)
+        sheet = Image.new(
+            "RGB", (width * len(self.rows[0]) - 2, height * len(self.rows) - 2), "white"
+        )
+        for i, row in enumerate(self.rows):
+            for j, image in enumerate(row):
+                if image is not None:
+                    sheet.paste(image, (j * width, i * height))
+        return sheet
+
 
 # --- where is it? -----------------------------------------------------------------------------------------------------
 
