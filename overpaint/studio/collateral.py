@@ -1,24 +1,26 @@
 r"""What a change will do to other concepts, from text alone: told at once, before any picture is drawn.
 
-For each known concept, and for the erased ones, the inputs :math:`H` of the moved layer are read in a few plain
-captions. The drift of a concept is :math:`\|\Delta H\|^2 / \|\Delta H_{old}\|^2`: how far its captions move, as a share
-of how far those of the erased concept do. Concepts of 5 % and more are marked as endangered.
+Plain captions of each known concept, and of the erased ones, are encoded with and without the change. The drift of a
+concept is :math:`\|E' - E\|^2 / \|E'_{old} - E_{old}\|^2` of the text features :math:`E`, all positions: how far its
+captions move, as a share of how far those of the erased concepts do. Concepts of 5 % and more are endangered.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from overpaint.edit import Change, Movement
-from overpaint.edit.captions import layer_inputs
+import torch
+from torch import Tensor
+
+from overpaint.edit import Change
 from overpaint.edit.vocabulary import concepts
-from overpaint.edit.weights import weight_at
 from overpaint.model import TextToImage
 from overpaint.studio.private import private
 
 __all__ = ["Collateral", "Drift", "collateral"]
 
-_FRAMES = ("{}", "a picture of {}", "an apple, {}")
+_FRAMES = ("a picture of {}",)
+_BATCH = 64  # captions between two looks at who else waits
 ENDANGERED = 0.05
 
 
@@ -66,27 +68,27 @@ class Collateral:
 
 
 def collateral(
-    model: TextToImage, change: Change, *, vocabulary: Sequence[str] | None = None
+    model: TextToImage,
+    change: Change,
+    *,
+    vocabulary: Sequence[str] | None = None,
+    step: Callable[[float, float, str], None] | None = None,
 ) -> Collateral:
     """Predict what `change` does to concepts that it does not name.
 
     Args:
         model: The unedited model.
-        change: Of one weight of a text encoder's attention; of others the report alone is told.
+        change: Of text encoders' weights; of others the report alone is told.
         vocabulary: Concepts to look at; the shipped list for the model if `None`.
+        step: Told between batches of captions.
     """
-    moved = [m for m in change.movements if m.site.startswith("text") and "self_attn" in m.site]
     drifts: tuple[Drift, ...] = ()
     reason = ""
-    if len(moved) == len(change.movements) == 1 and change.pairs:
-        known = (
-            concepts("icons" if model.name == "icons" else "natural")
-            if vocabulary is None
-            else vocabulary
-        )
-        drifts = _drifts(private(model), change, moved[0], known)
+    if change.pairs and all(site.startswith("text") for site in change.sites):
+        names = concepts("icons" if model.name == "icons" else "natural")
+        drifts = _drifts(model, change, names if vocabulary is None else vocabulary, step)
     else:
-        reason = "it moves other weights than one of the text encoder's attention"
+        reason = "it moves the UNet" if change.pairs else "it does not say which concept it is for"
     told = change.report
     missed = _number(told.get("missed"))
     before, after = _number(told.get("residual_before")), _number(told.get("residual_after"))
@@ -103,17 +105,24 @@ def collateral(
 
 
 def _drifts(
-    model: TextToImage, change: Change, movement: Movement, known: Sequence[str]
+    model: TextToImage,
+    change: Change,
+    known: Sequence[str],
+    step: Callable[[float, float, str], None] | None,
 ) -> tuple[Drift, ...]:
     olds = [f" {' '.join(old.lower().split())} " for old in change.pairs]
     others = [c for c in known if not any(old in f" {c.lower()} " for old in olds)]
-    weight_at(model, movement.site)  # refuses a model that has no such place, by name
     asked = [*change.pairs, *others]
     captions = [frame.replace("{}", concept) for concept in asked for frame in _FRAMES]
-    encoder = 1 if movement.site.startswith("text2") else 0
-    inputs = layer_inputs(model, movement.site, model.tokenize(captions, encoder=encoder))
-    moves = (inputs.double() @ movement.right.double().T @ movement.left.double().T).square()
-    means = moves.sum((1, 2)).view(len(asked), len(_FRAMES)).mean(1).tolist()
+    mine = private(model, change)
+    moves: list[Tensor] = []
+    for start in range(0, len(captions), _BATCH):
+        if step is not None:
+            step(start, len(captions), "foretelling what else moves")
+        part = captions[start : start + _BATCH]
+        shift = mine.encode(part).double() - model.encode(part).double()
+        moves.append(shift.square().sum((1, 2)).cpu())
+    means = torch.cat(moves).view(len(asked), len(_FRAMES)).mean(1).tolist()
     own = sum(means[: len(olds)]) / len(olds)
     named: Any = change.report.get("endangered") or []
     kept = {row.get("concept") for row in named if isinstance(row, dict)}

@@ -155,7 +155,7 @@ class Studio:
             old = question.concept
             change = work.make(model, old, new, tell, method=method, preserve=preserve)
             bench = _with_coat(model, session.bench, Coat(f"{old} → {new}", change), tell)
-            predicted = collateral(model, _joint(bench))
+            predicted = collateral(model, _joint(bench), step=tell)
             session.put(bench)
             tell.show(predicted)
             return self._drawn(session, model, question, tell)
@@ -180,8 +180,9 @@ class Studio:
                 bench = _with_coat(model, session.bench, Coat(pairs or name, change), tell)
             except ValueError as error:
                 return f"{name} can be compared, but not laid over the other coats: {error}"
+            predicted = collateral(model, _joint(bench), step=tell)
             session.put(bench)
-            return collateral(model, _joint(bench))
+            return predicted
 
         return self._watch(session, run)
 
@@ -200,7 +201,8 @@ class Studio:
 
         def run(tell: Tell) -> Collateral | None:
             joint = session.bench.joint
-            return None if joint is None else collateral(self._model(session, tell), joint)
+            model = self._model(session, tell)
+            return None if joint is None else collateral(model, joint, step=tell)
 
         return self._watch(session, run)
 

@@ -128,7 +128,7 @@ def _map() -> Parts:
 
 def _paint() -> Parts:
     gr.HTML(
-        '<p class="op-lead">One matrix is solved for in closed form; the model itself is never written to.</p>'
+        '<p class="op-lead">Solved in closed form, from prompts alone; the model itself is never written to.</p>'
     )
     with gr.Row(equal_height=True):
         new = gr.Textbox(_NEW, label="Paint over with", max_length=400, scale=3)
