@@ -38,6 +38,9 @@ def edit(
     auto: Annotated[
         bool, typer.Option("--auto", help="Choose what to preserve, and how heavily, from text.")
     ] = False,
+    repair: Annotated[
+        bool, typer.Option(help="With --auto: let the MLP take up what the projection leaves.")
+    ] = True,
     neighbours: Annotated[
         bool, typer.Option(help="Preserve what the judge knows besides.")
     ] = False,
@@ -102,6 +105,7 @@ def edit(
     told |= {name: value for name, value in given.items() if value is not None}
     made: Change | None = None
     if erase and auto:
+        given["repair"] = repair
         made = _automatic(loaded, erase, replace, list(preserve or []), given, as_json)
     elif erase:
         made = _made(loaded, erase, replace, list(preserve or []), neighbours, told)
@@ -198,7 +202,9 @@ def _automatic(
             f"--auto chooses the {unknown[0]} itself: leave --{unknown[0]} out, or leave --auto out."
         )
     settings = {
-        name: given[name] for name in ("ridge", "preserve_weight") if given[name] is not None
+        name: given[name]
+        for name in ("ridge", "preserve_weight", "repair")
+        if given[name] is not None
     }
     with progress(as_json) as stage:
         return auto(

@@ -178,6 +178,8 @@ def complete(
 
 def _complete_auto(change: Change, model: TextToImage) -> Change:
     _check_bases(change, model)
+    if all(m.gram is not None for m in change.movements):
+        return change
     if change.protocol.get("repair"):  # its inputs depend on the first movement: make both again
         settings = {
             name: change.protocol[name]
