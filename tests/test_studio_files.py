@@ -3,13 +3,14 @@
 import re
 import socket
 import struct
+import sys
 import zlib
 
 import pytest
 from PIL import Image
 
 import overpaint as op
-from overpaint.studio import Studio, files, handlers, pages
+from overpaint.studio import Studio, files, handlers, pages, serve
 from overpaint.studio.handlers import Setting
 from overpaint.studio.serve import check_access, check_models, check_port
 from overpaint.studio.session import Bench, Coat
@@ -284,3 +285,10 @@ def test_models_that_cannot_be_are_refused_before_the_page_opens(tmp_path):
     for name in ("nope", "../x", "/etc/shadow", "icons-judge"):
         with pytest.raises(ValueError, match=f"unknown model '{name}': it is neither a folder"):
             check_models([name])
+
+
+def test_without_gradio_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "overpaint.studio.page", raising=False)
+    with pytest.raises(op.MissingExtra, match=r"not installed: pip install 'overpaint\[studio\]'"):
+        serve._page(None)
