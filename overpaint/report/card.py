@@ -31,7 +31,7 @@ def add_scores(folder: str | Path, comparison: Comparison, *, method: str = "") 
     path = Path(folder) / NAME
     if not path.is_file():
         raise FileNotFoundError(
-            f"{str(folder)!r} holds no {NAME}: name a folder that `overpaint apply --out` wrote."
+            f"{str(folder)!r} holds no README.md: name a folder that `overpaint apply --out` wrote."
         )
     found = _scores(comparison, method)
     try:
