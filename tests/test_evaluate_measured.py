@@ -140,6 +140,14 @@ def test_a_metric_counts_only_the_cases_that_it_can_tell(found):
     assert (found.protocol["cases"], found.protocol["repeats"]) == (4, 2)
 
 
+def test_a_role_of_one_prompt_has_no_kernel_distance_however_often_it_is_drawn(tiny_sd1, swap):
+    one = EvaluationSet("one", "timed", "blob style", "noto style", CASES.cases[:1])
+    options = {"only": ["kid", "kid_p", "fid"], "repeats": 2, "steps": 1}
+    found = evaluate.measure(tiny_sd1, swap, one, eyes=Eyes(), **options)
+    counted = {row.metric: (row.before.n, row.after.n) for row in found.rows}
+    assert counted == {"kid": (0, 0), "kid_p": (0, 0), "fid": (2, 2)}
+
+
 def test_flat_names_and_aliases(found):
     flat = found.flat()
     assert flat["target_clip_cosine_before"] == found.row("target", "clip_cosine").before.mean

@@ -244,7 +244,8 @@ def _distance(
     role: str, metric: str, before: Tensor, after: Tensor, again: Tensor, *, prompts: list[str]
 ) -> Measure:
     """Return how far the pictures before and after are from those of other seeds."""
-    if len(prompts) < 2:
+    # a kernel distance compares prompts; FID needs no more than pictures
+    if len(prompts if metric == "fid" else set(prompts)) < 2:
         return Measure(role, metric, _NONE, _NONE, _NONE)
     found: list[Interval] = []
     for features in (before, after):
