@@ -107,6 +107,22 @@ def test_our_own_tables_fill_their_slots_and_leave_the_concept_out_of_the_others
     ]
 
 
+def test_a_neighbour_that_names_the_concept_or_is_named_by_it_is_left_out(file):
+    table = 'target = ["{concept}"]\nother = ["by {concept}"]\nothers = ["van gogh", "gogh", "vincent"]\n'
+    path = file("t.toml", table)
+    prompts = [
+        [c.prompt for c in probes.read_set(path, erase=name).cases if c.role == "other"]
+        for name in ("vincent van gogh", "van gogh", "ada ray")
+    ]
+    assert prompts == [[], ["by vincent"], ["by van gogh", "by gogh", "by vincent"]]
+
+
+def test_a_prompt_without_its_concept_has_no_second_text(file):
+    rows = "prompt,artist\nBoats by Ada,Ada Ray\nRain by Kim,Kim Lo\n"
+    found = probes.read_set(file("a.csv", rows), erase="ada ray", replace="an oak")
+    assert [(c.role, c.new) for c in found.cases] == [("target", ""), ("other", "")]
+
+
 def test_a_thinned_set_keeps_a_few_of_each_role_evenly_spaced():
     found = probes.own("style", "openmoji style").thinned(2)
     assert [c.role for c in found.cases] == ["target"] * 2 + ["general"] * 2 + ["other"] * 2
@@ -130,6 +146,7 @@ def test_a_thinned_set_keeps_a_few_of_each_role_evenly_spaced():
         ("a.csv", TIMED, "holds 0 edits of 'cat', not one: .* holds 'A tree', 'A cup'"),
         ("a.toml", "target = 3", "is no table of cases"),
         ("a.toml", 'target = ["{x}"]\nothers = []', "is no table of cases .'x'"),
+        ("a.toml", 'target = ["a {}"]\nothers = []', "is no table of cases .Replacement index 0"),
     ],
 )
 def test_a_file_of_no_form_is_named(file, name, text, message):

@@ -20,7 +20,7 @@ nearer to `old`.
 Source: Kumari et al., 2023 (Concept Ablation), https://arxiv.org/abs/2303.13516; Gandikota et al., 2023 (ESD),
 https://arxiv.org/abs/2303.07345; Orgad et al., 2023 (TIME, with TIMED), https://arxiv.org/abs/2303.08084; Arad et al.,
 2023 (ReFACT, with RoAD), https://arxiv.org/abs/2306.00738. The columns of RoAD are read off its public evaluation
-script, since the data itself was not at hand.
+script.
 """
 
 import csv
@@ -195,7 +195,13 @@ def _read(path: Path, text: str, form: str, erase: str, replace: str, kind: str)
     if form == "table":
         try:
             return _from_table(path.name, tomllib.loads(text), erase, replace)
-        except (tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        except (
+            tomllib.TOMLDecodeError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            ValueError,
+        ) as error:
             raise ValueError(
                 f"{str(path)!r} is no table of cases ({error}): write `target`, `general` and `other` with lists of "
                 "words for their slots, as `overpaint/probes/evaluation.toml` does."
@@ -282,7 +288,7 @@ def _from_table(name: str, table: Mapping[str, Any], erase: str, replace: str) -
     for role in ROLES:
         slots = {key: values for key, values in table.get("slots", {}).items()}
         concepts = (
-            [erase] if role != "other" else [o for o in table["others"] if not _same(o, erase)]
+            [erase] if role != "other" else [o for o in table["others"] if not _related(o, erase)]
         )
         for template, concept in product(table.get(role, ()), concepts):
             used = {k: v for k, v in slots.items() if f"{{{k}}}" in template}
@@ -328,11 +334,18 @@ def _swapped(prompt: str, concept: str, replace: str) -> str:
             return replace
         return _articles(f"{found['article'][0]}(n) {replace}")
 
-    return re.sub(rf"(?:\b(?P<article>an?)\s+)?{_words(concept)}", put, prompt, flags=re.IGNORECASE)
+    pattern = rf"(?:\b(?P<article>an?)\s+)?{_words(concept)}"
+    found, count = re.subn(pattern, put, prompt, flags=re.IGNORECASE)
+    return found if count else ""
 
 
 def _names(text: str, concept: str) -> bool:
     return bool(concept) and re.search(_words(concept), text, flags=re.IGNORECASE) is not None
+
+
+def _related(first: str, second: str) -> bool:
+    """Tell whether either names the other, as `van gogh` and `vincent van gogh` do."""
+    return _names(first, second) or _names(second, first)
 
 
 def _words(concept: str) -> str:
