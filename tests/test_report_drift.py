@@ -104,7 +104,9 @@ def test_an_evaluation_set_is_shown_with_the_meaning_of_each_metric(tmp_path):
     first = words["tables"][0]["rows"][0]
     assert first["Change"] == {"mean": -0.8, "low": -0.9, "high": -0.7, "n": 20}
     (tmp_path / measured.FILE).write_text("{}")
-    with pytest.raises(ValueError, match=r"measures.json' is damaged .*: Make it again|evaluate"):
+    with pytest.raises(
+        ValueError, match=r"measures.json' is damaged .*Make it again with .overpaint evaluate"
+    ):
         report.write(tmp_path)
 
 
