@@ -17,6 +17,7 @@ import torch
 
 from overpaint.edit import Change
 from overpaint.figures import Point
+from overpaint.metrics import spearman
 from overpaint.model import TextToImage
 from overpaint.questions import Question
 from overpaint.scores import Comparison
@@ -121,10 +122,5 @@ def points(comparison: Comparison, predicted: Predicted) -> dict[str, tuple[Poin
 
 def rank_correlation(found: Mapping[str, Sequence[Point]]) -> float:
     """Return Spearman's correlation of predicted drift and loss over all points; NaN where there is none to tell."""
-    from scipy.stats import spearmanr
-
     rows = [point for series in found.values() for point in series]
-    if len({p.x for p in rows}) < 2 or len({p.y for p in rows}) < 2:
-        return math.nan
-    tested: Any = spearmanr([p.x for p in rows], [p.y for p in rows])
-    return float(tested.statistic)
+    return spearman([p.x for p in rows], [p.y for p in rows])
