@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -338,6 +339,39 @@ def test_drift_is_the_movement_of_text_features_as_a_share_of_the_erased_concept
 
     assert drift.share == pytest.approx(moved("a dog") / moved("blob style"), rel=1e-4)
     assert not drift.kept
+
+
+def test_the_forecast_is_of_the_change_as_dialled(studio, tiny_folder):
+    key, model = studio.open(), op.load(tiny_folder)
+    last(studio.paint(key, ASKED, "noto style", method="quickfix"))
+    assert 0.9 < last(studio.predict(key)).reached <= 1
+    session = studio.session(key)
+    session.dial(-0.5)
+    found, half = last(studio.predict(key)), session.bench.change
+    nothing = model.encode([""])
+    with half.applied(model):
+        moved = model.encode([""]) - nothing
+    assert found.empty == pytest.approx(float(moved.norm() / nothing.norm()), rel=1e-4)
+    assert found.reached is None
+    assert found.drifts == collateral(model, half).drifts
+    session.dial(0)
+    assert last(studio.predict(key)) is None
+
+
+def test_a_new_coat_leaves_the_strength_as_it_was_dialled(studio):
+    key = studio.open()
+    last(studio.paint(key, ASKED, "noto style", method="quickfix"))
+    session = studio.session(key)
+    session.dial(0.5)
+    last(studio.paint(key, Question("a dog", "dog", (0,), 1), "cat", method="quickfix"))
+    assert session.bench.strength == 0.5
+    assert session.bench.change.digest == (0.5 * session.bench.joint).digest
+
+
+def test_of_a_repaired_edit_what_the_repair_reached_is_told(tiny_sd1, change):
+    report = {**change.report, "missed": 0.9, "layer_missed": 0.25}
+    repaired = replace(change, report=report)
+    assert collateral(tiny_sd1, repaired, vocabulary=["a dog"]).reached == 0.75
 
 
 def test_the_forecast_of_other_weights_says_why_there_is_none(tiny_sd1):

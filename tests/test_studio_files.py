@@ -212,6 +212,24 @@ def test_stop_in_the_middle_says_so_and_the_coat_that_was_finished_stays(studio)
     assert "Nothing runs" in handlers.stop(studio, key)["status"]
 
 
+@pytest.mark.parametrize("move", [handlers.undo, lambda *given: handlers.dial(*given, 0.5)])
+def test_stop_of_a_forecast_draws_nothing_after_it(studio, monkeypatch, move):
+    key = studio.open()
+    for concept in ("blob style", "a cat"):
+        asked = Setting("a cat in blob style", concept, 0, 1, 1)
+        *_, final = handlers.paint(studio, key, asked, "noto style", "quickfix", "")
+        assert "<img" in final["drawn"]
+
+    def stopped(*_, step):
+        handlers.stop(studio, key)
+        step(0, 1, "foretelling")
+
+    monkeypatch.setattr("overpaint.studio.desk.collateral", stopped)
+    updates = list(move(studio, key, SETTING))
+    assert "Stopped. What was finished before is kept." in updates[-1]["status"]
+    assert not any("drawn" in update for update in updates)
+
+
 def test_an_uploaded_picture_fills_the_controls(studio, tmp_path):
     asked = Question("a dog", "dog", (7, 8), 9)
     path = files.write_picture(Image.new("RGB", (2, 2)), asked, "icons", tmp_path / "a.png")

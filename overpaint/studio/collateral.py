@@ -2,7 +2,9 @@ r"""What a change will do to other concepts, from text alone: told at once, befo
 
 Plain captions of each known concept, and of the erased ones, are encoded with and without the change. The drift of a
 concept is :math:`\|E' - E\|^2 / \|E'_{old} - E_{old}\|^2` of the text features :math:`E`, all positions: how far its
-captions move, as a share of how far those of the erased concepts do. Concepts of 5 % and more are endangered.
+captions move, as a share of how far those of the erased concepts do. Concepts of 5 % and more are endangered. The empty
+prompt's movement is measured likewise, as a share of its own size. What a solve reports of itself holds for the edit as
+made: of a change at another strength it is left out.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,8 +49,9 @@ class Collateral:
 
     Attributes:
         drifts: Of the known concepts, the largest first; empty where it cannot be told from text.
-        reached: Share of the wanted movement that the solve reports, if it does.
-        empty: Movement of the empty prompt, relative to its own size, if reported; guidance reads it for every picture.
+        reached: Share of the wanted movement that the solve, or its repair, reports; `None` at another strength than 1.
+        empty: Movement of the empty prompt, relative to its own size, if it can be told; guidance reads it for every
+            picture.
         rank: Of the largest movement.
         size: Of the movement, relative to the weight it is added to, if reported.
         reason: Why no drift can be told, if it cannot.
@@ -83,21 +86,22 @@ def collateral(
         step: Told between batches of captions.
     """
     drifts: tuple[Drift, ...] = ()
-    reason = ""
+    told = {} if change.protocol.get("strength") else change.report
+    reason, empty = "", _number(told.get("empty_prompt_drift"))
     if change.pairs and all(site.startswith("text") for site in change.sites):
         names = concepts("icons" if model.name == "icons" else "natural")
-        drifts = _drifts(model, change, names if vocabulary is None else vocabulary, step)
+        drifts, empty = _drifts(model, change, names if vocabulary is None else vocabulary, step)
     else:
         reason = "it moves the UNet" if change.pairs else "it does not say which concept it is for"
-    told = change.report
-    missed = _number(told.get("missed"))
+    repaired = _number(told.get("layer_missed"))
+    missed = _number(told.get("missed")) if repaired is None else repaired
     before, after = _number(told.get("residual_before")), _number(told.get("residual_after"))
     if missed is None and before and after is not None:
         missed = (after / before) ** 2
     return Collateral(
         drifts,
         None if missed is None else max(0.0, 1 - missed),
-        _number(told.get("empty_prompt_drift")),
+        empty,
         max(m.left.shape[1] for m in change.movements),
         _number(told.get("relative_delta_norm")),
         reason,
@@ -109,7 +113,8 @@ def _drifts(
     change: Change,
     known: Sequence[str],
     step: Callable[[float, float, str], None] | None,
-) -> tuple[Drift, ...]:
+) -> tuple[tuple[Drift, ...], float]:
+    """Return the drifts, the largest first, and how far the empty prompt moves, relative to its own size."""
     olds = [f" {' '.join(old.lower().split())} " for old in change.pairs]
     others = [c for c in known if not any(old in f" {c.lower()} " for old in olds)]
     asked = [*change.pairs, *others]
@@ -131,7 +136,9 @@ def _drifts(
         Drift(concept, mean / own if own else 0.0, concept in kept)
         for concept, mean in zip(others, means[len(olds) :], strict=True)
     ]
-    return tuple(sorted(found, key=lambda drift: -drift.share))
+    nothing = model.encode([""]).double()
+    empty = float((mine.encode([""]).double() - nothing).norm() / nothing.norm())
+    return tuple(sorted(found, key=lambda drift: -drift.share)), empty
 
 
 def _number(value: Any) -> float | None:

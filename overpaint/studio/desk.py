@@ -155,7 +155,7 @@ class Studio:
             old = question.concept
             change = work.make(model, old, new, tell, method=method, preserve=preserve)
             bench = _with_coat(model, session.bench, Coat(f"{old} → {new}", change), tell)
-            predicted = collateral(model, _joint(bench), step=tell)
+            predicted = _forecast(model, bench, tell)
             session.put(bench)
             tell.show(predicted)
             return self._drawn(session, model, question, tell)
@@ -169,7 +169,7 @@ class Studio:
         """
         session, name = self.session(key), files.shown_name(path)
 
-        def run(tell: Tell) -> Collateral | Question | str:
+        def run(tell: Tell) -> Collateral | Question | str | None:
             if name.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".gif")):
                 return files.read_picture(path)
             model = self._model(session, tell)
@@ -180,7 +180,7 @@ class Studio:
                 bench = _with_coat(model, session.bench, Coat(pairs or name, change), tell)
             except ValueError as error:
                 return f"{name} can be compared, but not laid over the other coats: {error}"
-            predicted = collateral(model, _joint(bench), step=tell)
+            predicted = _forecast(model, bench, tell)
             session.put(bench)
             return predicted
 
@@ -196,13 +196,11 @@ class Studio:
         return self._watch(session, run)
 
     def predict(self, key: str) -> Told:
-        """Predict what the coats do to other concepts; `Done` holds a `Collateral`, or `None` without coats."""
+        """Predict what the coats, as dialled, do to other concepts; `Done` holds a `Collateral`, or `None` of none."""
         session = self.session(key)
 
         def run(tell: Tell) -> Collateral | None:
-            joint = session.bench.joint
-            model = self._model(session, tell)
-            return None if joint is None else collateral(model, joint, step=tell)
+            return _forecast(self._model(session, tell), session.bench, tell)
 
         return self._watch(session, run)
 
@@ -270,9 +268,10 @@ class Studio:
 
 def _with_coat(model: TextToImage, bench: Bench, coat: Coat, tell: Tell) -> Bench:
     coats = (*bench.coats, coat)
-    return Bench(coats, work.combine(model, [c.change for c in coats], tell))
+    joint = work.combine(model, [c.change for c in coats], tell)
+    return Bench(coats, joint, bench.strength)
 
 
-def _joint(bench: Bench) -> Change:
-    assert bench.joint is not None
-    return bench.joint
+def _forecast(model: TextToImage, bench: Bench, tell: Tell) -> Collateral | None:
+    change = bench.change
+    return None if change is None else collateral(model, change, step=tell)

@@ -3,7 +3,7 @@
 No handler raises: what went wrong is said in the page, in the status line. Updates are plain values, HTML or choices.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -114,7 +114,7 @@ def paint(
     """Lay a coat: the forecast at once, then pictures as they finish."""
     kept = [line.strip() for line in (preserve or "").splitlines() if line.strip()]
 
-    def show(found: Collateral | Drawn) -> Update:
+    def show(found: Collateral | Drawn | None) -> Update:
         if isinstance(found, Drawn):
             return _drawn(studio, key, found)
         return {"forecast": pages.forecast(found), "drawn": "", **bench(studio, key)}
@@ -156,7 +156,7 @@ def add(studio: Studio, key: str, path: str | None, setting: Setting) -> Iterato
     if not path:
         return
 
-    def show(found: Collateral | Question | str) -> Update:
+    def show(found: Collateral | Question | str | None) -> Update:
         if isinstance(found, Question):
             return {
                 "prompt": found.prompt, "concept": found.concept, "seed": found.seeds[0],
@@ -193,7 +193,7 @@ def stop(studio: Studio, key: str) -> Update:
 def _moved(
     studio: Studio, key: str, setting: Setting, move: Callable[[Session], None]
 ) -> Iterator[Update]:
-    """Move the bench, show it, predict, and draw."""
+    """Move the bench, show it, predict, and draw; what is stopped or fails is the end of it."""
     try:
         session = studio.session(key)
         with session.working():
@@ -202,12 +202,11 @@ def _moved(
         yield {"status": pages.alert(str(error))}
         return
     yield bench(studio, key)
-    yield from _shown(
+    told = yield from _shown(
         lambda: studio.predict(key), lambda found: {"forecast": pages.forecast(found)}
     )
-    yield from _shown(
-        lambda: studio.draw(key, question(setting)), lambda found: _drawn(studio, key, found)
-    )
+    if told:
+        yield from draw(studio, key, setting)
 
 
 def _drawn(studio: Studio, key: str, found: Drawn) -> Update:
@@ -216,8 +215,10 @@ def _drawn(studio: Studio, key: str, found: Drawn) -> Update:
     return page | {"saved": Value(studio.keep(key, found))} if found.complete else page
 
 
-def _shown(begin: Callable[[], Told], show: Callable[[Any], Update]) -> Iterator[Update]:
-    """Yield the updates of a piece of work, its progress and its end; says what went wrong."""
+def _shown(
+    begin: Callable[[], Told], show: Callable[[Any], Update]
+) -> Generator[Update, None, bool]:
+    """Yield the updates of a piece of work, its progress and its end; says what went wrong, and returns if none did."""
     try:
         with closing(begin()) as told:  # type: ignore[type-var]
             for item in told:
@@ -227,12 +228,14 @@ def _shown(begin: Callable[[], Told], show: Callable[[Any], Update]) -> Iterator
                     yield show(item.value)
                 elif isinstance(item, Done):
                     yield {"status": "", **show(item.value)}
+        return True
     except Stopped:
         yield {"status": pages.note("Stopped. What was finished before is kept.")}
     except (ValueError, OSError) as error:
         yield {"status": pages.alert(str(error))}
     except Exception as error:  # a fault of ours: said in the page, and the studio goes on
         yield {"status": pages.alert(f"a fault of overpaint: {type(error).__name__}: {error}")}
+    return False
 
 
 def _cell(text: str) -> tuple[int, int]:
