@@ -79,6 +79,15 @@ def test_what_a_judge_saw_goes_on_the_card_once(change, comparison, tmp_path):
     assert kept.strip() == ModelCard(before).text.strip()
 
 
+def test_the_name_of_the_model_is_told_as_it_is_though_its_title_is_escaped(
+    change, comparison, tmp_path
+):
+    hostile = type(change)(change.movements, {**change.protocol, "pairs": {"<a> & *b*": "c"}}, {})
+    card.write(tmp_path, hostile, model="icons")
+    found = ModelCard(add_scores(tmp_path, comparison).read_text())
+    assert found.data.model_name == "icons, edited: <a> & *b* → c"
+
+
 def test_the_command_line_puts_figures_on_a_card(run, change, comparison, tmp_path):
     results, model = tmp_path / "results", tmp_path / "model"
     model.mkdir()

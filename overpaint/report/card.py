@@ -1,5 +1,6 @@
 """What a judge saw, on the model card of an edited model: as a section, and as the hub's evaluation results."""
 
+import html
 import os
 import re
 from pathlib import Path
@@ -65,7 +66,7 @@ def _scores(comparison: Comparison, method: str) -> Scores:
 
 def _title(text: str) -> str:
     found = re.search(r"^# (.+)$", text, re.MULTILINE)
-    return re.sub(r"\\(.)", r"\1", found[1]) if found else ""
+    return html.unescape(re.sub(r"\\(.)", r"\1", found[1])) if found else ""
 
 
 def _measures(found: Scores) -> list[tuple[str, str, Paired]]:
