@@ -4,9 +4,11 @@
 
 The studio serves `icons` at an address of its own, and each visitor speaks to it as the page does, over HTTP: an edit
 of a concept of the visitor's own, by `quickfix`, and a picture before and after it. All begin at once. The picture that
-each is shown is compared, bit for bit, with the same edit made alone on another copy of the model, in place. Then all
-pages are closed, and memory is compared with what it was after the warm-up (as many visitors as there are threads in
-glibc's pool of arenas, so that what is counted is what visitors leave and not what the process once grew to).
+each is shown is compared, bit for bit, with the same edit made alone on another copy of the model, in place. Then
+all sessions are ended, as closing a page ends its own, and memory is compared with what it was after the warm-up (as
+many visitors as there are threads in glibc's pool of arenas, so that what is counted is what visitors leave and not
+what the process once grew to). The page's framework keeps what it knows of a visitor until it sees the page go, which
+these visitors do not have: that is in the figure.
 
 cross_talk     pictures that differ from those made alone, of `sessions`
 crashed        visitors without a picture
@@ -77,27 +79,33 @@ class Visitor:
         shown = next(
             c["id"] for c in config["components"] if c["props"].get("elem_id") == "op-drawn"
         )
+        self.load = next(
+            d["id"] for d in config["dependencies"] if any(t[1] == "load" for t in d["targets"])
+        )
         self.call, self.place = call["id"], call["outputs"].index(shown)
 
     def paint(self, prompt: str, concept: str, seed: int) -> list[bytes]:
         """Paint over a concept; return the pixels of all pictures shown at the end."""
         data = [prompt, concept, seed, 1, STEPS, "noto style", "quickfix", ""]
         with httpx.Client(base_url=self.address, timeout=600, trust_env=False) as http:
-            body = {"data": data, "fn_index": self.call, "session_hash": self.name}
-            http.post("queue/join", json=body).raise_for_status()
-            page = ""
-            with http.stream("GET", "queue/data", params={"session_hash": self.name}) as lines:
-                for line in lines.iter_lines():
-                    told = (
-                        json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
-                    )
-                    output = (told.get("output") or {}).get("data") or []
-                    if told.get("msg") == "process_generating" and len(output) > self.place:
-                        page = patched(page, output[self.place])
-                    if told.get("msg") == "process_completed":
-                        assert told["success"], told
-                        break
-        return pictures(page)
+            self.ask(http, self.load, [])
+            return pictures(self.ask(http, self.call, data))
+
+    def ask(self, http: httpx.Client, call: int, data: list[Any]) -> str:
+        """Make a call and return what it put in the place of the pictures."""
+        body = {"data": data, "fn_index": call, "session_hash": self.name}
+        http.post("queue/join", json=body).raise_for_status()
+        page = ""
+        with http.stream("GET", "queue/data", params={"session_hash": self.name}) as lines:
+            for line in lines.iter_lines():
+                told = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
+                output = (told.get("output") or {}).get("data") or []
+                if told.get("msg") == "process_generating" and len(output) > self.place:
+                    page = patched(page, output[self.place])
+                if told.get("msg") == "process_completed":
+                    assert told["success"], told
+                    break
+        return page
 
 
 def patched(page: str, value: Any) -> str:

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -198,6 +199,35 @@ def test_a_session_that_ended_says_so(studio):
     with pytest.raises(ValueError, match="this session has ended: load the page again"):
         studio.session(key)
     assert len(studio) == 0
+
+
+def test_of_too_many_sessions_the_longest_unused_goes_and_none_at_work(studio, monkeypatch):
+    monkeypatch.setattr("overpaint.studio.desk.SESSIONS", 3)
+    first, second, third = (studio.open() for _ in range(3))
+    studio.session(first)
+    with studio.session(second).working():
+        studio.session(first)
+        assert studio.session(second).busy
+        studio.open()
+        assert [studio.holds(key) for key in (first, second, third)] == [True, True, False]
+        studio.open()
+        assert [studio.holds(key) for key in (first, second)] == [False, True]
+    keys = list(studio._sessions)
+    with ExitStack() as busy:
+        for key in keys:
+            busy.enter_context(studio.session(key).working())
+        with pytest.raises(ValueError, match="the studio is full: all of its 3 sessions are at"):
+            studio.open()
+    assert set(studio._sessions) == set(keys)
+
+
+def test_nothing_is_kept_for_a_session_that_ended(studio):
+    key = studio.open()
+    drawn = last(studio.draw(key, ASKED))
+    studio.close(key)
+    with pytest.raises(ValueError, match="this session has ended"):
+        studio.keep(key, drawn)
+    assert not (studio.folder / key).exists()
 
 
 # --- what the buttons do ----------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import socket
 import struct
 import sys
 import zlib
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -183,6 +184,32 @@ def test_handlers_say_what_is_wrong_in_the_page(studio):
         *_, final = updates
         assert f'<p class="op-alert" role="alert">{words}' in final["status"]
     assert studio.session(key).bench.coats == ()
+
+
+def test_a_session_that_ended_is_said_by_every_control(studio):
+    some = Setting("a cat", "cat", 0, 1, 1)
+    told = [
+        *handlers.trace(studio, "", some, False), *handlers.restore(studio, "", "0,0"), handlers.stop(studio, ""),
+        *handlers.paint(studio, "", some, "dog", "auto", ""), *handlers.draw(studio, "", some),
+        *handlers.dial(studio, "", some, 1), *handlers.undo(studio, "", some), *handlers.add(studio, "", "x", some),
+        *handlers.compare(studio, "", some, "a", "b"), *handlers.choose(studio, "", studio.models[0]),
+    ]  # fmt: skip
+    assert len(told) == 10
+    assert all("This session has ended: load the page again" in t["status"] for t in told)
+
+
+def test_only_a_page_that_is_loaded_begins_a_session(studio):
+    page = pytest.importorskip("overpaint.studio.page", exc_type=ModuleNotFoundError)
+    keys, mine, other = page._Keys(studio), *(SimpleNamespace(session_hash=n) for n in "ab")
+    assert (keys.of(mine), len(studio)) == ("", 0)
+    key = keys.opened(mine)
+    assert keys.of(mine) == keys.opened(mine) == key
+    studio.close(key)
+    assert not studio.holds(keys.of(mine))
+    keys.opened(other)
+    assert list(keys._known) == ["b"]
+    keys.forget(other)
+    assert (keys.of(other), len(studio)) == ("", 0)
 
 
 def test_a_fault_of_ours_is_said_and_the_studio_goes_on(studio, monkeypatch):

@@ -59,12 +59,21 @@ class Studio:
     # --- sessions -----------------------------------------------------------------------------------------------------
 
     def open(self) -> str:
-        """Begin a session and return its key, which cannot be guessed; of too many the oldest idle one goes."""
+        """Begin a session and return its key, which cannot be guessed; of too many that longest unused goes.
+
+        Raises:
+            ValueError: All of too many are at work.
+        """
         key = secrets.token_urlsafe(16)
-        idle = [old for old, session in list(self._sessions.items()) if not session.busy]
-        if len(self._sessions) >= SESSIONS and idle:
-            self.close(idle[0])
         with self._lock:
+            idle = [old for old, session in self._sessions.items() if not session.busy]
+            full = len(self._sessions) >= SESSIONS
+            if full and not idle:
+                raise ValueError(
+                    f"the studio is full: all of its {SESSIONS} sessions are at work. Load the page again in a while."
+                )
+            if full:
+                self._end(idle[0])
             self._sessions[key] = Session(self.models[0])
         return key
 
@@ -73,21 +82,26 @@ class Studio:
         return key in self._sessions
 
     def session(self, key: str | None) -> Session:
-        """Return a session.
+        """Return a session; it counts as used now.
 
         Raises:
             ValueError: It ended.
         """
-        found = self._sessions.get(key or "")
-        if found is None:
-            raise ValueError("this session has ended: load the page again. Downloads are yours.")
+        with self._lock:
+            found = self._sessions.pop(key or "", None)
+            if found is None or key is None:
+                raise ValueError("this session has ended: load the page again. Downloads are yours.")  # fmt: skip
+            self._sessions[key] = found  # the last of them
         return found
 
     def close(self, key: str | None) -> None:
         """End a session: its work stops, its files go. One that has ended already is fine."""
         with self._lock:
-            session = self._sessions.pop(key or "", None)
-        if session is not None and key:
+            self._end(key or "")
+
+    def _end(self, key: str) -> None:
+        session = self._sessions.pop(key, None)
+        if session is not None:
             session.stop()
             shutil.rmtree(self.folder / key, ignore_errors=True)
 
@@ -114,7 +128,8 @@ class Studio:
         with session.working():
             if model != session.model:
                 with self._lock:
-                    self._sessions[key] = Session(model)
+                    if key in self._sessions:  # else the page was closed meanwhile
+                        self._sessions[key] = Session(model)
 
     # --- where is it? -------------------------------------------------------------------------------------------------
 
@@ -229,11 +244,16 @@ class Studio:
         return files.write_change(change, self.folder / str(key), name)
 
     def keep(self, key: str, drawn: Drawn) -> Path:
-        """Write a sheet of the pictures, which says how they were drawn, and return its path."""
+        """Write a sheet of the pictures, which says how they were drawn, and return its path.
+
+        Raises:
+            ValueError: The session ended.
+        """
+        model = self.session(key).model
         folder = self.folder / key
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{files.safe_name(drawn.question.prompt, otherwise='pictures')}.png"
-        return files.write_picture(drawn.sheet(), drawn.question, self.session(key).model, path)
+        return files.write_picture(drawn.sheet(), drawn.question, model, path)
 
     # --- what they share ----------------------------------------------------------------------------------------------
 

@@ -178,7 +178,11 @@ def compare(
     def begin() -> Told:
         return studio.compare(key, question(setting), first, second)
 
-    versions = studio.session(key).versions()
+    try:
+        versions = studio.session(key).versions()
+    except ValueError as error:
+        yield {"status": pages.alert(str(error))}
+        return
     chosen = {name: versions[name] for name in (first, second) if name in versions}
     yield {"facts": pages.facts(chosen)}
     yield from _shown(begin, lambda found: {"compared": pages.grid(found)})
@@ -186,7 +190,10 @@ def compare(
 
 def stop(studio: Studio, key: str) -> Update:
     """Ask the work under way to stop."""
-    running = studio.session(key).stop()
+    try:
+        running = studio.session(key).stop()
+    except ValueError as error:
+        return {"status": pages.alert(str(error))}
     return {"status": pages.note("Stopping after this step." if running else "Nothing runs.")}
 
 

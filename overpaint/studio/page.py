@@ -1,12 +1,13 @@
 """The page of the studio in Gradio: where its controls stand and which handler each calls. Needs the extra `studio`."""
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from overpaint.studio import handlers
+from overpaint.studio import handlers, pages
 from overpaint.studio.desk import Studio
 from overpaint.studio.handlers import Choices, Setting, Update, Value
 
@@ -195,7 +196,10 @@ def _wire(page: gr.Blocks, parts: Parts, studio: Studio) -> None:
         return handlers.stop(studio, keys.of(request))["status"]
 
     def opened(request: gr.Request) -> list[Any]:
-        return _values(handlers.bench(studio, keys.of(request)))
+        try:
+            return _values(handlers.bench(studio, keys.opened(request)))
+        except ValueError as error:
+            return _values({"status": pages.alert(str(error))})
 
     quiet: Any = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
     parts["map"].pick(pick, None, out, **quiet)
@@ -210,18 +214,30 @@ class _Keys:
     def __init__(self, studio: Studio) -> None:
         self._studio = studio
         self._known: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def opened(self, request: gr.Request) -> str:
+        """Return the session of a page that was loaded, begun if there is none.
+
+        Raises:
+            ValueError: Too many are at work.
+        """
+        name = str(request.session_hash)
+        with self._lock:
+            self._known = {n: k for n, k in self._known.items() if self._studio.holds(k)}
+            if name not in self._known:
+                self._known[name] = self._studio.open()
+            return self._known[name]
 
     def of(self, request: gr.Request) -> str:
-        """Return the page's session, opened if there is none."""
-        name = str(request.session_hash)
-        key = self._known.get(name)
-        if key is None or not self._studio.holds(key):
-            key = self._known[name] = self._studio.open()
-        return key
+        """Return the page's session; a key that opens nothing if it has ended, never that of a new and empty one."""
+        return self._known.get(str(request.session_hash), "")
 
     def forget(self, request: gr.Request) -> None:
         """End the session of a page that was closed."""
-        self._studio.close(self._known.pop(str(request.session_hash), None))
+        with self._lock:
+            key = self._known.pop(str(request.session_hash), None)
+        self._studio.close(key)
 
 
 def _handler(keys: _Keys, studio: Studio, run: Callable[..., Iterator[Update]], *, setting: bool) -> Any:  # fmt: skip
