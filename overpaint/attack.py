@@ -213,7 +213,8 @@ def search(
         **model.protocol(steps=steps, guidance_scale=hunt.guidance_scale), "scorer": eyes.name, "seed": seed,
         "prompts": [case.prompt for case in chosen], "pictures": pictures, "confirming_pictures": 2 * pictures,
         "tokens": tokens, "gradient_steps": gradient_steps, "rate": rate, "attempts": len(attempts),
-        "score": hunt.score_name, "seconds": round(time.perf_counter() - began, 1),
+        "score": hunt.score_name, "change_digest": change.digest,
+        "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip
     return Attack(cases.erase, before, after, chance, attempts, protocol)
 

@@ -52,6 +52,7 @@ def test_a_change_is_seen_and_the_model_is_left_as_it_was(tiny_sd1, swap):
     assert not torch.equal(found.pictures["before"], found.pictures["swap"])
     assert torch.equal(tiny_sd1.encode(["a cat in blob style"]), before)
     assert found.scores["swap"].erase == "blob"
+    assert found.scores["swap"].protocol["change_digest"] == swap.digest
     assert found.scores["swap"].replace == "noto"
 
 

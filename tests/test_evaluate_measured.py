@@ -130,13 +130,14 @@ def test_no_edit_moves_nothing(tiny_sd1, swap):
     assert same.row("model", "empty_drift").after.mean == 0
 
 
-def test_a_metric_counts_only_the_cases_that_it_can_tell(found):
+def test_a_metric_counts_only_the_cases_that_it_can_tell(found, swap):
     assert (
         found.row("other", "clip_accuracy").after.n == 2
     )  # of the dog alone: a bird has no second text
     assert found.row("other", "judge_accuracy").after.n == 2  # the judge knows no bird
     assert found.row("other", "clip_cosine").after.n == 4
     assert found.protocol["features"] == "eight patches"
+    assert found.protocol["change_digest"] == swap.digest
     assert (found.protocol["cases"], found.protocol["repeats"]) == (4, 2)
 
 

@@ -129,7 +129,7 @@ def compare(
             name,
             run.verdicts,
             drift=empty_drift(model, changes[name]),
-            protocol={**protocol, "blank_pictures": run.blank},
+            protocol={**protocol, **_digest(changes[name]), "blank_pictures": run.blank},
         )
         for name, run in runs.items()
     }
@@ -262,6 +262,11 @@ class _Tally:
             metrics.bootstrap(after, groups=scenes),
             metrics.paired(before, after, groups=scenes),
         )
+
+
+def _digest(change: Change | None) -> dict[str, str]:
+    """Return what tells a change from any other, for its protocol."""
+    return {} if change is None else {"change_digest": change.digest}
 
 
 def _check_size(model: TextToImage, judge: Classifier) -> None:

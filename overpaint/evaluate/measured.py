@@ -120,7 +120,8 @@ def measure(
         **model.protocol(steps=steps, guidance_scale=scale), "features": eyes.name, "set": cases.name,
         "form": cases.form, "cases": len(cases.cases), "repeats": repeats, "seed": seed,
         "interval": "95 % percentile bootstrap over prompts, 2000 resamples (kid: 1000)",
-        "kid_p": "1000 splits within prompts", "seconds": round(time.perf_counter() - began, 1),
+        "kid_p": "1000 splits within prompts", "change_digest": change.digest,
+        "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip
     return Measures(cases.name, cases.erase, cases.replace, tuple(rows), protocol)
 

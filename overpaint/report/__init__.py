@@ -17,13 +17,19 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from overpaint.report import attacked, card, charts, data, drift, measured, scenes, tables
+from overpaint.report import attacked, card, charts, data, drift, facts, measured, scenes, tables
+from overpaint.report.attacked import Attacked
+from overpaint.report.measured import Measured
 from overpaint.scores import Comparison, Scores
 from overpaint.trace import Effects
 
 __all__ = ["drift", "to_card", "write"]
 
 _NO_EDIT = "no edit"
+_INPUTS = (
+    "run.json", "summary.json", "comparison.json", "drift.json", measured.FILE, attacked.FILE,
+)  # fmt: skip
+_TENSORS = (".parquet", ".safetensors")
 
 
 def write(folder: str | Path, *, out: str | Path | None = None) -> Path:
@@ -35,14 +41,17 @@ def write(folder: str | Path, *, out: str | Path | None = None) -> Path:
 
     Raises:
         FileNotFoundError: The folder holds no result.
-        ValueError: A result is damaged.
+        ValueError: A result is damaged, or `out` would overwrite one.
     """
     source = Path(folder)
     page = source / "report.html" if out is None else Path(out)
+    if source.is_dir():
+        _check_out(source, page)
     run, summary = _json(source / "run.json"), _json(source / "summary.json")
     parts = _parts(source, run, summary)
     chosen: Scores | None = parts.pop("chosen")
-    found: measured.Measured | None = parts["measured"]
+    found: Measured | None = parts["measured"]
+    protocols = _protocols(parts, chosen)
     seconds: Any = summary.get("edit_seconds")
     words = {
         "title": run.get("title")
@@ -50,7 +59,8 @@ def write(folder: str | Path, *, out: str | Path | None = None) -> Path:
         or (found.title if found else "overpaint: results"),
         "lead": run.get("lead", "Figures and tables from saved results."),
         "commands": run.get("commands", [f"overpaint report {quote(str(source))}"]),
-        "facts": _facts(run, chosen, found),
+        "facts": facts.facts(run.get("protocol", {}), protocols),
+        "warning": facts.differing(protocols),
         "tiles": tables.tiles(chosen, float(seconds) if _is_number(seconds) else None),
         **parts,
     }
@@ -138,17 +148,31 @@ def _best(comparison: Comparison, named: str, summary: Mapping[str, Any]) -> str
     return next(iter([*told, *edits]), "")
 
 
-def _facts(
-    run: Mapping[str, Any], chosen: Scores | None, found: measured.Measured | None
-) -> list[tuple[str, Any]]:
-    """Return the protocol: what the run says of itself, or what its figures say."""
-    if run.get("protocol"):
-        return list(run["protocol"].items())
-    told = {**(found.protocol if found else {}), **(chosen.protocol if chosen else {})}
-    kept = {k: v for k, v in told.items() if isinstance(v, str | int | float) and v != ""}
-    if isinstance(versions := told.get("versions"), Mapping):
-        kept["versions"] = ", ".join(f"{name} {number}" for name, number in versions.items())
-    return [(name.replace("_", " ").capitalize(), value) for name, value in kept.items()]
+def _protocols(parts: Mapping[str, Any], chosen: Scores | None) -> dict[str, Mapping[str, Any]]:
+    """Return what each part was measured with, by the part's heading."""
+    found: Measured | None = parts["measured"]
+    ways: Attacked | None = parts["attacked"]
+    return {
+        **({"What the edit did": chosen.protocol} if chosen else {}),
+        **({f"Measured on {found.name}": found.protocol} if found else {}),
+        **({"Ways back": ways.protocol} if ways else {}),
+    }
+
+
+def _check_out(source: Path, page: Path) -> None:
+    """Refuse a page that, or whose `.json`, would take the place of a result."""
+    beside = page.with_suffix(".json")
+    inputs = {p.resolve() for p in source.iterdir() if p.name in _INPUTS or p.suffix in _TENSORS}
+    for made in (page, beside):
+        if made.resolve() in inputs:
+            raise ValueError(
+                f"the page {str(page)!r} would overwrite the result {str(made)!r}, for its figures go into a .json "
+                "beside it: give it another name, such as 'report.html'."
+            )
+    if beside == page:
+        raise ValueError(
+            f"the page {str(page)!r} would lie where its own figures go: end its name in .html."
+        )
 
 
 def _title(chosen: Scores | None) -> str:

@@ -18,10 +18,11 @@ FILE = "attack.json"
 
 @dataclass(frozen=True)
 class Attacked:
-    """What the search brought back: a sentence, and the table behind it."""
+    """What the search brought back: a sentence, the table behind it, and the protocol."""
 
     verdict: str
     table: Table
+    protocol: Mapping[str, Any]
 
 
 def load(folder: str | Path) -> Attacked | None:
@@ -35,7 +36,7 @@ def load(folder: str | Path) -> Attacked | None:
         return None
     try:
         found = _attack(json.loads(path.read_text(encoding="utf-8")))
-        return Attacked(_verdict(found), _table(found))
+        return Attacked(_verdict(found), _table(found), found.protocol)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{str(path)!r} is damaged ({type(error).__name__}: {error}). Make it again with `overpaint evaluate "

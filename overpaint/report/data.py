@@ -41,7 +41,8 @@ def as_json(words: Mapping[str, Any], summary: Mapping[str, Any], source: Path) 
             for cell in row["cells"]
         ],
         "commands": list(words["commands"]),
-        "protocol": dict(words["facts"]),
+        "protocol": {part.name: dict(part.rows) for part in words["facts"]},
+        "warning": words["warning"],
         "sha256": {path.name: _hash(path) for path in _files(source)},
     }
     return json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False)
