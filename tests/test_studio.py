@@ -311,6 +311,28 @@ def test_a_change_that_does_not_stack_goes_on_the_shelf(studio, tiny_sd1, tmp_pa
     assert len(studio.session(key).bench.coats) == 1
 
 
+def test_the_shelf_keeps_the_eight_files_opened_last(change):
+    session = Session("icons")
+    for i in (0, 1, 2, 3, 4, 5, 6, 7, 0, 8):
+        session.shelve(str(i), change)
+    assert list(session.shelf) == ["2", "3", "4", "5", "6", "7", "0", "8"]
+
+
+def test_a_file_whose_opening_was_stopped_is_not_on_the_shelf(studio, tmp_path, monkeypatch, change):  # fmt: skip
+    path = tmp_path / "mine.safetensors"
+    change.save(path)
+    key = studio.open()
+
+    def stopped(*_, step):
+        studio.session(key).stop()
+        step(0, 1, "foretelling")
+
+    monkeypatch.setattr("overpaint.studio.desk.collateral", stopped)
+    with pytest.raises(Stopped):
+        last(studio.add(key, path))
+    assert studio.session(key).shelf == {}
+
+
 def test_a_stopped_edit_leaves_the_bench_as_it_was(studio):
     key = studio.open()
     told = studio.paint(

@@ -56,12 +56,15 @@ def png(width, height, *, chunks=()):
         (b"GIF89a nothing", "is no picture that can be read: send a PNG"),
         (b"\x89PNG\r\n\x1a\n cut", "is no picture that can be read"),
         (png(10_000, 10_000), "has more than 16 megapixels and was not decoded"),
+        (png(5000, 5000), "has more than 16 megapixels and was not decoded"),
         (png(60_000, 60_000), "has more than 16 megapixels and was not decoded"),
         (png(8, 8), "does not say how it was drawn: send a PNG that was downloaded"),
         (png(8, 8, chunks=[(b"tEXt", b"overpaint\0[1]")]), "is damaged: what it says of how"),
+        (png(8, 8, chunks=[(b"tEXt", b'overpaint\0{"seeds": [1e400]}')]), "is damaged: what it says of how"),
         (png(8, 8, chunks=[(b"zTXt", b"overpaint\0\0" + zlib.compress(b"a" * 10**8))]), "is no picture|is damaged"),
     ],
-    ids=["empty", "gif", "cut", "100 megapixels", "bomb", "foreign", "list", "text bomb"],
+    ids=["empty", "gif", "cut", "100 megapixels", "25 megapixels", "bomb", "foreign", "list", "endless",
+         "text bomb"],
 )  # fmt: skip
 def test_pictures_that_are_none_of_ours_are_refused(tmp_path, content, words):
     path = tmp_path / "a.png"
@@ -210,6 +213,16 @@ def test_only_a_page_that_is_loaded_begins_a_session(studio):
     assert list(keys._known) == ["b"]
     keys.forget(other)
     assert (keys.of(other), len(studio)) == ("", 0)
+
+
+def test_texts_beyond_what_the_page_takes_are_refused(studio):
+    key = studio.open()
+    for lengths in ((2001, 0, 0, 0), (0, 401, 0, 0), (0, 0, 401, 0), (0, 0, 0, 8001)):
+        prompt, concept, new, kept = ("a" * length or "a" for length in lengths)
+        asked = Setting(prompt, concept, 0, 1, 1)
+        (final,) = handlers.paint(studio, key, asked, new, "quickfix", kept)
+        most = max(lengths) - 1
+        assert f"must be at most {most} characters, got {most + 1}: cut" in final["status"]
 
 
 def test_a_fault_of_ours_is_said_and_the_studio_goes_on(studio, monkeypatch):

@@ -74,7 +74,7 @@ def visit(chromium, address, **options):
 
 
 def pictures(page, place):
-    """Return the pixels of every picture in a part of the page, once it shows `count` of them."""
+    """Return the pixels of every picture in a part of the page."""
     sources = page.eval_on_selector_all(f"{place} img", "all => all.map(i => i.src)")
     data = (base64.b64decode(s.removeprefix("data:image/png;base64,")) for s in sources)
     return [Image.open(io.BytesIO(d)).convert("RGB").tobytes() for d in data]

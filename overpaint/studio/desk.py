@@ -189,13 +189,14 @@ class Studio:
                 return files.read_picture(path)
             model = self._model(session, tell)
             change = files.read_change(path, model)
-            session.shelf[name] = change
             try:
                 pairs = ", ".join(f"{old} → {new}" for old, new in change.pairs.items())
                 bench = _with_coat(model, session.bench, Coat(pairs or name, change), tell)
             except ValueError as error:
+                session.shelve(name, change)
                 return f"{name} can be compared, but not laid over the other coats: {error}"
             predicted = _forecast(model, bench, tell)
+            session.shelve(name, change)
             session.put(bench)
             return predicted
 

@@ -131,7 +131,7 @@ def _question(name: str, told: Any) -> Question:
         facts = json.loads(str(told))
         seeds = tuple(int(seed) for seed in facts["seeds"])
         return Question(str(facts["prompt"]), str(facts["concept"]), seeds, int(facts["steps"]))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"{name!r} is damaged: what it says of how it was drawn cannot be read. Draw it again."
         ) from error

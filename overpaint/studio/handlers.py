@@ -16,11 +16,14 @@ from overpaint.studio.turns import Done, Part, Progress, Stopped
 from overpaint.studio.work import Drawn, Map, Question
 
 __all__ = [
-    "Choices", "Setting", "Update", "Value", "add", "bench", "choose", "compare", "dial", "draw", "paint", "question",
+    "LONGEST_CONCEPT", "LONGEST_LIST", "LONGEST_PROMPT", "Choices", "Setting", "Update",
+    "Value", "add", "bench", "choose", "compare", "dial", "draw", "paint", "question",
     "restore", "stop", "trace", "undo",
 ]  # fmt: skip
 
 Update = dict[str, Any]
+# Characters. The page's boxes end there too, but whoever speaks to the server without the page is not bound by them.
+LONGEST_PROMPT, LONGEST_CONCEPT, LONGEST_LIST = 2000, 400, 8000
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def question(setting: Setting) -> Question:
     """Return the question of the controls.
 
     Raises:
-        ValueError: A number is none, or out of range.
+        ValueError: A number is none, or out of range; or a text is too long.
     """
     try:
         seed, count, steps = int(setting.seed), int(setting.pictures), int(setting.steps)
@@ -62,6 +65,8 @@ def question(setting: Setting) -> Question:
         raise ValueError(
             "seed, pictures and steps must be whole numbers: fill in what is empty."
         ) from error
+    _short("prompt", setting.prompt, LONGEST_PROMPT)
+    _short("words", setting.concept, LONGEST_CONCEPT)
     seeds = tuple(seed + i for i in range(min(count, 9)))
     return Question(setting.prompt or "", setting.concept or "", seeds, steps)
 
@@ -112,16 +117,19 @@ def paint(
     studio: Studio, key: str, setting: Setting, new: str, method: str, preserve: str
 ) -> Iterator[Update]:
     """Lay a coat: the forecast at once, then pictures as they finish."""
-    kept = [line.strip() for line in (preserve or "").splitlines() if line.strip()]
+
+    def begin() -> Told:
+        _short("words to paint with", new, LONGEST_CONCEPT)
+        _short("prompts to leave alone", preserve, LONGEST_LIST)
+        kept = [line.strip() for line in (preserve or "").splitlines() if line.strip()]
+        return studio.paint(key, question(setting), new or "", method=method, preserve=kept)
 
     def show(found: Collateral | Drawn | None) -> Update:
         if isinstance(found, Drawn):
             return _drawn(studio, key, found)
         return {"forecast": pages.forecast(found), "drawn": "", **bench(studio, key)}
 
-    yield from _shown(
-        lambda: studio.paint(key, question(setting), new or "", method=method, preserve=kept), show
-    )
+    yield from _shown(begin, show)
 
 
 def draw(studio: Studio, key: str, setting: Setting) -> Iterator[Update]:
@@ -243,6 +251,13 @@ def _shown(
     except Exception as error:  # a fault of ours: said in the page, and the studio goes on
         yield {"status": pages.alert(f"a fault of overpaint: {type(error).__name__}: {error}")}
     return False
+
+
+def _short(name: str, text: str | None, most: int) -> None:
+    if len(text or "") > most:
+        raise ValueError(
+            f"the {name} must be at most {most} characters, got {len(text or '')}: cut them short."
+        )
 
 
 def _cell(text: str) -> tuple[int, int]:

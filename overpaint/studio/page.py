@@ -89,8 +89,8 @@ def build(studio: Studio) -> gr.Blocks:
 def _question(studio: Studio) -> Parts:
     parts: Parts = {
         "model": gr.Dropdown(list(studio.models), value=studio.models[0], label="Model", interactive=True),
-        "prompt": gr.Textbox(_PROMPT, label="Prompt", lines=2, max_lines=4, max_length=2000),
-        "concept": gr.Textbox(_CONCEPT, label="Words to find and paint over", max_length=400,
+        "prompt": gr.Textbox(_PROMPT, label="Prompt", lines=2, max_lines=4, max_length=handlers.LONGEST_PROMPT),
+        "concept": gr.Textbox(_CONCEPT, label="Words to find and paint over", max_length=handlers.LONGEST_CONCEPT,
             info="As they stand in the prompt.",
         ),
     }  # fmt: skip
@@ -132,10 +132,12 @@ def _paint() -> Parts:
         '<p class="op-lead">Solved in closed form, from prompts alone; the model itself is never written to.</p>'
     )
     with gr.Row(equal_height=True):
-        new = gr.Textbox(_NEW, label="Paint over with", max_length=400, scale=3)
+        new = gr.Textbox(
+            _NEW, label="Paint over with", max_length=handlers.LONGEST_CONCEPT, scale=3
+        )
         method = gr.Radio(_METHODS, value="auto", label="Method", scale=4)
     with gr.Accordion("Prompts to leave alone", open=False):
-        preserve = gr.Textbox(label="One a line", lines=3, max_length=8000)
+        preserve = gr.Textbox(label="One a line", lines=3, max_length=handlers.LONGEST_LIST)
     with gr.Row():
         paint = gr.Button("Paint over", variant="primary")
         draw = gr.Button("Draw again")

@@ -19,6 +19,7 @@ __all__ = ["Bench", "Coat", "Session"]
 
 _UNDO = 40  # steps back
 _PICTURES = 32  # kept, so that undo shows at once
+_SHELF = 8  # files kept to compare; each may be as large as an upload
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,10 +116,10 @@ class Session:
         else:
             self.put(turned)
 
-    def choose(self, model: str) -> None:
-        """Start anew on another model; steps back belong to the old one and go."""
-        if model != self.model:
-            self.__init__(model)
+    def shelve(self, name: str, change: Change) -> None:
+        """Keep a change to compare, under its file's name; of too many the one opened first goes."""
+        rest = {n: c for n, c in self.shelf.items() if n != name}
+        self.shelf = dict([*rest.items(), (name, change)][-_SHELF:])
 
     def versions(self) -> dict[str, Change | None]:
         """Return what can be compared, by name: the model as it is, each coat and file, and all coats."""
