@@ -1,5 +1,8 @@
 """`overpaint evaluate`: what a change did, by a judge's labels, on an evaluation set, and under a short attack."""
 
+import json
+import os
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +27,7 @@ __all__ = ["evaluate"]
 
 
 def evaluate(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Argument(help="A zoo name (icons), a folder, or a hub id.")
     ] = None,
@@ -86,6 +90,7 @@ def evaluate(
     from overpaint.edit import Change
 
     check_writable(out)
+    run = _with_command(out, context)
     found = Change.load(change)
     asked = (erase or next(iter(found.pairs), ""), replace or "")
     if not asked[0]:
@@ -114,8 +119,52 @@ def evaluate(
             )
         if attack:
             facts |= _attack(loaded, found, chosen, eyes, out, seed, steps, as_json)
+    _write(out / "run.json", run)
     facts["scores"] = str(out)
     return print_json(facts) if as_json else print_facts(_last(facts, measured), as_json=False)
+
+
+def _with_command(out: Path, context: typer.Context) -> dict[str, Any]:
+    """Return what `run.json` in `out` says, with this command, and the page's after it, as the last.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    path = out / "run.json"
+    try:
+        told = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        earlier = [str(command) for command in told.get("commands", ())]
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{str(path)!r} is damaged: it is no JSON object with commands. Delete it, or name another --out."
+        ) from error
+    made = [_command(context), shlex.join(["overpaint", "report", str(out)])]
+    return {"method": "change", **told, "commands": [c for c in earlier if c not in made] + made}
+
+
+def _command(context: typer.Context) -> str:
+    """Return the command as it was given; `--json`, which only prints, is left out."""
+    words = ["overpaint", "evaluate"]
+    options: list[str] = []
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        source = context.get_parameter_source(parameter.name or "")
+        if source is None or source.name != "COMMANDLINE" or parameter.name == "as_json":
+            continue
+        if parameter.param_type_name == "argument":
+            words.append(str(value))
+        elif value is True:
+            options.append(parameter.opts[0])
+        else:
+            for one in value if isinstance(value, list | tuple) else (value,):
+                options += [parameter.opts[0], str(one)]
+    return shlex.join(words + options)
+
+
+def _write(path: Path, told: dict[str, Any]) -> None:
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(json.dumps(told, indent=1), encoding="utf-8")
+    os.replace(draft, path)
 
 
 def _explain(name: str, as_json: bool) -> None:

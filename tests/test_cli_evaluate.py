@@ -1,6 +1,8 @@
 """`overpaint evaluate`: what it prints, writes and refuses; the shipped model, a handful of pictures."""
 
+import html
 import json
+import shlex
 
 import pytest
 
@@ -40,6 +42,32 @@ def test_a_set_is_measured_by_the_metrics_named(run, change, tmp_path):
     assert list(found) == [*expected, "scores"]
     assert json.loads((tmp_path / "out" / "measures.json").read_text())["protocol"]["cases"] == 6
     assert found["target_psnr_after"] < found["other_psnr_after"]
+
+
+def test_the_folder_tells_how_it_was_made_and_the_page_shows_it(run, change, tmp_path):
+    out = tmp_path / "a b"
+    common = ["--set", "icons", "--size", 1, "--steps", 1, "--out", out]
+    for metrics_ in (["--metric", "psnr", "--metric", "ssim"], ["--metric", "psnr"]) * 2:
+        code, _, err = run("evaluate", "icons", change, *common, *metrics_, "--json")
+        assert code == 0, err
+    told = json.loads((out / "run.json").read_text())
+    start = f"overpaint evaluate icons {change} --out '{out}' --size 1 --set icons"
+    assert told["commands"] == [
+        f"{start} --metric psnr --metric ssim --steps 1",
+        f"{start} --metric psnr --steps 1",
+        f"overpaint report '{out}'",
+    ]
+    code, _, err = run("report", out)
+    assert code == 0, err
+    assert (
+        html.escape(told["commands"][0], quote=False).split(" '")[0]
+        in (out / "report.html").read_text()
+    )
+    again = shlex.split(told["commands"][0])[1:]
+    assert run(*again)[0] == 0
+    (out / "run.json").write_text("[3]")
+    code, _, err = run(*again)
+    assert (code, "run.json' is damaged: it is no JSON object" in err) == (2, True)
 
 
 def test_a_file_of_prompts_is_shown_as_a_table(run, change, tmp_path):
