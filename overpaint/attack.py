@@ -306,7 +306,7 @@ class _Hunt:
         @torch.no_grad()
         def keep(done: int, latents: Tensor) -> None:
             if done < len(times):
-                scaled = scheduler.scale_model_input(latents, times[done])
+                scaled = _scaled(scheduler, latents, done)
                 noise = self.model.noise_pred(scaled, times[done], embeds)
                 path.extend((times[done], scaled[i], noise[i], i) for i in range(len(embeds)))
 
@@ -434,6 +434,14 @@ def _put(prompt: str, concept: str, words: str) -> str:
     spaced = r"\s+".join(map(re.escape, concept.split()))
     text = re.sub(rf"(?<!\w){spaced}(?!\w)", lambda _: words, prompt, flags=re.IGNORECASE)
     return " ".join(text.split())
+
+
+def _scaled(scheduler: Any, latents: Tensor, done: int) -> Tensor:
+    """Return the latents as the UNet reads them at a step; some schedulers count steps, and this one takes none."""
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler._step_index = None
+        scheduler.set_begin_index(done)
+    return scheduler.scale_model_input(latents, scheduler.timesteps[done])
 
 
 def _start(model: TextToImage, encoder: int, concept: str) -> Tensor:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 
 from overpaint import attack, edit
 from overpaint.probes import Case, EvaluationSet
@@ -114,6 +115,20 @@ def test_gradient_steps_lower_the_error_of_the_noise(tiny_sd1, swap):
         soft, losses = hunt.soften(wanted, 12, 0.3)
     assert losses[-1] < losses[0]
     assert not soft[0].requires_grad
+
+
+def test_what_is_wanted_is_read_as_the_sampler_reads_it(tiny_sd1, monkeypatch):
+    euler = EulerDiscreteScheduler.from_config(tiny_sd1.scheduler.config)
+    monkeypatch.setattr(tiny_sd1.pipe, "scheduler", euler)
+    hunt, seen = attack._Hunt(tiny_sd1, Eyes(), CASES.cases[1:2], "blob style", 1, 3, 1.0, 0), []
+    hook = tiny_sd1.unet.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    try:
+        wanted = hunt.wanted()
+    finally:
+        hook.remove()
+    assert len(seen) == 6  # of each step ours, then the sampler's
+    for ours, theirs, (_, latents, _, _) in zip(seen[::2], seen[1::2], wanted, strict=True):
+        assert ours.equal(theirs) and latents.equal(ours[0])
 
 
 def test_nothing_is_left_behind_also_when_the_eyes_fail(tiny_sd1, swap):
