@@ -15,11 +15,12 @@ paired; intervals are Student's over the seeds. Asked are:
     its rate times the mean friction of those runs: a step as long, without the friction's choice of coordinates;
   - the mean friction of each epoch, over all parameters, at every tenth step.
 
-What this cannot say: one small network and one data set; CIFAR and ResNet-50, which the paper used, were not to be had.
+What this cannot say: one small network and one data set, not CIFAR and ResNet-50, which the paper used.
 
 `--quick` takes scikit-learn's digits (8 x 8, 1,237 to train on) and a network of two linear layers. Each finished run
-is kept under `runs/quality_diffgrad`, so that a benchmark that was stopped goes on. The whole takes about 12 minutes on
-one idle core. The images come from Debian's package `dataset-fashion-mnist`. Writes
+is kept under `runs/quality_diffgrad`, so that a benchmark that was stopped goes on; it is known by
+its data and settings, not by the code or torch that made it, so empty the folder when either changes. The whole takes
+about 12 minutes on one idle core. The images come from Debian's package `dataset-fashion-mnist`. Writes
 `benchmarks/results/quality_diffgrad.json`; with `--quick`, into `runs/benchmarks`.
 """
 

@@ -117,7 +117,10 @@ def losses(lessons: Lessons, way: str, *, seed: int, steps: int) -> list[float]:
 
 
 def kept(lessons: Lessons, work: Path, way: str, *, seed: int, steps: int) -> list[float]:
-    """Return the losses, from their file if the run is finished."""
+    """Return the losses, from their file if the run is finished.
+
+    The file is known by way, seed and steps, not by the code or torch that made it: empty `work` when either changes.
+    """
     path = work / f"{list(WAYS).index(way)}-{seed}-{steps}.json"
     if not path.exists():
         _write(path, losses(lessons, way, seed=seed, steps=steps))
