@@ -1,5 +1,6 @@
 """What a studio is sent and told: files, names, HTML, doors. Nothing is executed, nothing is lost."""
 
+import os
 import re
 import socket
 import struct
@@ -17,6 +18,13 @@ from overpaint.studio.serve import check_access, check_models, check_port
 from overpaint.studio.session import Bench, Coat
 from overpaint.studio.turns import Progress
 from overpaint.studio.work import Drawn, Map, Picture, Question
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
 
 SCRIPT = "<script>alert(1)</script>"
 NASTY = f"{SCRIPT} ' \" & {{{{7}}}} ${{alert(2)}} `x` <img src=x onerror=alert(3)>"
@@ -312,6 +320,7 @@ def test_closing_a_session_takes_its_files_along(studio):
 def test_who_may_come_in():
     assert check_access("127.0.0.1", None, no_auth=False) is None
     assert check_access("::1", None, no_auth=False) is None
+    assert check_access("[::1]", None, no_auth=False) is None
     assert check_access("0.0.0.0", "ada:a:b", no_auth=False) == ("ada", "a:b")
     assert check_access("0.0.0.0", None, no_auth=True) is None
     for host in ("0.0.0.0", "192.168.1.4", "example.org", "::"):
@@ -336,6 +345,20 @@ def test_a_port_in_use_is_said_before_any_work(run):
     assert err.startswith(f"overpaint: cannot listen on 127.0.0.1:{port}")
     with pytest.raises(ValueError, match="must be 1 to 65535, got 0"):
         check_port("127.0.0.1", 0)
+
+
+def test_the_environment_is_put_back_also_after_a_fault(monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "mine")
+    monkeypatch.delenv("GRADIO_ANALYTICS_ENABLED", raising=False)
+    before, port = dict(os.environ), free_port()
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "overpaint.studio.page", raising=False)
+    with pytest.raises(op.MissingExtra), serve.open_studio(["icons"], port=port):
+        pass
+    assert dict(os.environ) == before
+    with serve._environment(GRADIO_TEMP_DIR="ours"):
+        assert os.environ["GRADIO_TEMP_DIR"] == "ours"
+    assert dict(os.environ) == before
 
 
 def test_models_that_cannot_be_are_refused_before_the_page_opens(tmp_path):

@@ -42,17 +42,17 @@ def free_port():
         return probe.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def shown():
+@contextmanager
+def served(*options):
     """The address of a studio, opened as a user does and ended by Ctrl-C; one thread, as the tests have."""
     command = [sys.executable, "-m", "overpaint", "studio", "icons", "--port", str(free_port())]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "OVERPAINT_AUTH": "ada:secret"},
     )  # fmt: skip
     try:
         line = process.stdout.readline()
-        found = re.search(r"http://[\d.:]+/", line)
+        found = re.search(r"http://[\d.:\[\]]+/", line)
         assert found, line + process.stderr.read()
         yield found[0]
     finally:
@@ -60,6 +60,12 @@ def shown():
         _, err = process.communicate(timeout=20)
     assert process.returncode == 130
     assert err == "overpaint: stopped by Ctrl-C\n"
+
+
+@pytest.fixture(scope="module")
+def shown():
+    with served() as address:
+        yield address
 
 
 @contextmanager
@@ -191,6 +197,23 @@ def test_long_work_shows_its_progress_and_stops(shown, chromium):
         press(page, "Stop")
         page.get_by_text("Stopped. What was finished before is kept.").wait_for()
         assert page.locator("#op-map table").count() == 0
+
+
+def has_ipv6():
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_an_ipv6_address_is_shown_in_brackets(host):
+    with served("--host", host) as address, urllib.request.urlopen(address) as answer:
+        assert address.startswith("http://[::1]:")
+        assert answer.status == 200
 
 
 def test_without_the_password_nobody_comes_in(shown):

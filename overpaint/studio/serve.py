@@ -61,6 +61,7 @@ def check_port(host: str, port: int) -> None:
     """
     if not 1 <= port <= 65535:
         raise ValueError(f"--port must be 1 to 65535, got {port}: 7860 is usual.")
+    host = _plain(host)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -106,16 +107,34 @@ def open_studio(
         OSError: The port is in use.
     """
     check_port(host, port)
-    with tempfile.TemporaryDirectory(prefix="overpaint-studio-") as folder:
-        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
-        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "uploads")
+    with (
+        tempfile.TemporaryDirectory(prefix="overpaint-studio-") as folder,
+        _environment(
+            GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=str(Path(folder) / "uploads")
+        ),
+    ):
         studio = Studio(models, Path(folder) / "downloads", device=device, loader=loader)
         page = _page(studio)
-        app, address, _ = page.launch(**_settings(host, port, auth, studio))
+        _, address, _ = page.launch(**_settings(host, port, auth, studio))
         try:
             yield studio, address
         finally:
             page.close(verbose=False)
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Set variables that Gradio reads, and put back what they were."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _page(studio: Studio) -> Any:
@@ -135,8 +154,10 @@ def _settings(host: str, port: int, auth: tuple[str, str] | None, studio: Studio
 
     from overpaint.studio.page import CSS, theme
 
+    plain = _plain(host)
     return {
-        "server_name": host, "server_port": port, "auth": auth, "share": False, "inbrowser": False, "quiet": True,
+        "server_name": f"[{plain}]" if ":" in plain else plain,
+        "server_port": port, "auth": auth, "share": False, "inbrowser": False, "quiet": True,
         "prevent_thread_lock": True, "show_error": False, "footer_links": [], "run_history": False,
         "allowed_paths": [str(studio.folder)], "max_file_size": LARGEST, "max_threads": 128,
         "enable_monitoring": False, "ssr_mode": False, "pwa": False, "mcp_server": False, "num_workers": 0,
@@ -161,7 +182,13 @@ class _Guard:
         await self.app(scope, receive, guarded if scope["type"] == "http" else send)
 
 
+def _plain(host: str) -> str:
+    """Return an IPv6 address without the brackets that it has in a URL, anything else as it is."""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
+
+
 def _is_loopback(host: str) -> bool:
+    host = _plain(host)
     if host == "localhost":
         return True
     try:
