@@ -286,6 +286,22 @@ def test_coats_of_two_methods_are_refused_and_nothing_changes(studio):
     assert studio.session(key).bench is bench
 
 
+def test_coats_that_are_solved_again_can_be_stopped_on_the_way(tiny_sd1):
+    few = {"contexts": 8, "background": 8, "vocabulary": ["a dog"]}
+    pairs = ({"blob style": "noto style"}, {"cat": "fox"})
+    changes = [op.edit.auto(tiny_sd1, p, **few) for p in pairs]
+    told = []
+
+    def step(*progress):
+        told.append(progress)
+        if len(told) == 3:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        work.combine(tiny_sd1, changes, step)
+    assert told[1][0] < told[2][0] < told[2][1]
+
+
 def test_a_change_file_comes_back_as_a_coat_and_twice_is_compared(studio, tmp_path, change):
     path = tmp_path / "mine.safetensors"
     change.save(path)

@@ -256,7 +256,7 @@ def combine(model: TextToImage, changes: Sequence[Change], step: Step) -> Change
         return changes[0]
     step(0, 1, "solving all coats together")
     try:
-        return edit.stack(private(model), list(changes))
+        return edit.stack(private(model), list(changes), on_progress=step)
     except ValueError as error:
         raise ValueError(
             f"this coat cannot be solved together with those below it: {error} Use one method for all, or undo first."
