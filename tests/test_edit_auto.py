@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from overpaint.edit import auto as make
+from overpaint.edit import layers, vocabulary
 from overpaint.edit import stack as op_stack
-from overpaint.edit import vocabulary
-from overpaint.edit.auto import preserve_terms
+from overpaint.edit.auto import RIDGES, preserve_terms
 from overpaint.edit.captions import gather, layer_inputs, plan
 from overpaint.edit.weights import weight_at
 
@@ -119,10 +119,10 @@ def test_it_is_undone_bit_for_bit(tiny_double, change):
 
 
 def test_where_a_known_concept_begins_the_edit_waits_for_the_last_token(tiny_double):
-    from overpaint.edit.auto import _placed
+    from overpaint.edit.contexts import placed
 
     (whole,) = plan(tiny_double, PAIR, ["{}"], "subject_to_end")
-    free, bound = _placed(whole, "van gogh", []), _placed(whole, "van gogh", ["van"])
+    free, bound = placed(whole, "van gogh", []), placed(whole, "van gogh", ["van"])
     assert free.positions[0][0] == free.old.first
     assert bound.positions[0][0] == bound.old.last
     assert free.old.first < free.old.last
@@ -206,3 +206,49 @@ def test_stacked_changes_are_one_change_of_all_concepts(tiny_double, change):
     against = make(tiny_double, {"monet": "cat"}, **SMALL)
     with pytest.raises(ValueError, match="contradictory"):
         op_stack(tiny_double, [other, against])
+
+
+def test_the_layer_is_the_one_that_does_most_and_harms_least_at_the_end(tiny_double):
+    found = make(tiny_double, PAIR, **{**SMALL, "contexts": 32}, layer="auto")
+    rows = found.report["layers"]
+    assert [row["layer"] for row in rows] == list(range(12))
+    (best,) = (row for row in rows if row["chosen"])
+    assert found.protocol["layer"] == best["layer"]
+    assert found.site == f"text.{best['layer']}.self_attn.out_proj"
+    assert (
+        found.digest
+        == make(tiny_double, PAIR, **{**SMALL, "contexts": 32}, layer=best["layer"]).digest
+    )
+
+
+def test_what_a_layer_is_said_to_miss_is_what_the_encoder_gives(tiny_double, change):
+    (found,) = plan(tiny_double, PAIR, ["a cat by {}"], "last_subject")
+    ids = torch.stack([found.old.ids, found.new.ids])
+
+    def last(ids):
+        with torch.no_grad():
+            return tiny_double.text_encoder(ids)[0]
+
+    rows = layers.scan(tiny_double, lambda _: change, pairs=[found], unseen=["a dog"])
+    ((a, b),) = found.positions
+    before, other = last(ids), last(tiny_double.tokenize(["a dog"]))
+    with change.applied(tiny_double):
+        after, moved = last(ids), last(tiny_double.tokenize(["a dog"]))
+    asked = float((before[1, b] - before[0, a]).square().sum())
+    assert rows[0]["missed"] == pytest.approx(
+        float((before[1, b] - after[0, a]).square().sum()) / asked, rel=1e-4
+    )
+    assert rows[0]["drift"] == pytest.approx(
+        float((moved - other).square().sum()) / asked, rel=1e-4
+    )
+
+
+def test_a_scanned_ridge_is_one_of_those_tried(tiny_double):
+    found = make(tiny_double, PAIR, **SMALL, ridge="auto")
+    rows = found.report["scan"]
+    assert {row["ridge"] for row in rows} == set(RIDGES)
+    (best,) = (row for row in rows if row["chosen"])
+    assert (found.ridge, found.protocol["preserve_weight"]) == (
+        best["ridge"],
+        best["preserve_weight"],
+    )

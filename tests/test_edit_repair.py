@@ -5,8 +5,8 @@ import torch
 
 from overpaint import edit
 from overpaint.edit import Change, stack, vocabulary
-from overpaint.edit.auto import _background_captions, _placed, _spared
 from overpaint.edit.captions import plan
+from overpaint.edit.contexts import background_captions, placed, spared
 from overpaint.edit.weights import text_layers, weight_at
 
 SMALL = {"contexts": 32, "background": 160, "vocabulary": ["monet", "snoopy", "van dyck"]}
@@ -56,14 +56,14 @@ def test_the_repair_is_the_least_squares_fit_of_whole_passes(tiny_double, change
     frames, fresh = frames_of(tiny_double)
     keys, wanted = [], []
     for found in plan(tiny_double, GOGH, frames, "subject_to_end"):
-        p = _placed(found, "van gogh", SMALL["vocabulary"])
+        p = placed(found, "van gogh", SMALL["vocabulary"])
         _, target = whole_passes(tiny_double, p.new.ids[None])
         with first_alone(change).applied(tiny_double):
             key, now = whole_passes(tiny_double, p.old.ids[None])
         for a, b in p.positions:
             keys.append(key[0, a] / 32**0.5)
             wanted.append((target[0, b] - now[0, a]) / 32**0.5)
-    for captions, weight in _spared(tiny_double, change.protocol["terms"], fresh):
+    for captions, weight in spared(tiny_double, change.protocol["terms"], fresh):
         share = (weight / len(captions)) ** 0.5
         ids = tiny_double.tokenize(captions)
         _, before = whole_passes(tiny_double, ids)
@@ -82,14 +82,14 @@ def test_it_reports_what_the_whole_edit_does_to_the_layer(tiny_double, change):
     _, fresh = frames_of(tiny_double)
     missed = asked = drift = 0.0
     for found in plan(tiny_double, GOGH, fresh, "subject_to_end"):
-        p = _placed(found, "van gogh", SMALL["vocabulary"])
+        p = placed(found, "van gogh", SMALL["vocabulary"])
         (_, old), (_, new) = (whole_passes(tiny_double, c.ids[None]) for c in (p.old, p.new))
         with change.applied(tiny_double):
             _, now = whole_passes(tiny_double, p.old.ids[None])
         missed += sum(float((new[0, b] - now[0, a]).square().sum()) for a, b in p.positions)
         asked += sum(float((new[0, b] - old[0, a]).square().sum()) for a, b in p.positions)
     term = {**change.protocol["terms"][0], "background": 256, "seed": 1}
-    ids = tiny_double.tokenize(_background_captions(tiny_double, term))
+    ids = tiny_double.tokenize(background_captions(tiny_double, term))
     _, before = whole_passes(tiny_double, ids)
     with change.applied(tiny_double):
         _, after = whole_passes(tiny_double, ids)

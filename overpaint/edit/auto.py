@@ -18,7 +18,6 @@ Source: ours; the objective is that of `solve`, the preserved keys are those of 
 
 import dataclasses
 import math
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,91 +27,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from overpaint.edit import contexts as texts
+from overpaint.edit import layers
 from overpaint.edit import repair as repairs
 from overpaint.edit import vocabulary as vocabularies
-from overpaint.edit.captions import Pair, check_pairs, gather, layer_inputs, plan
+from overpaint.edit.captions import check_pairs
 from overpaint.edit.change import Change, Movement
+from overpaint.edit.contexts import FRESH, Reader, Sums
 from overpaint.edit.solve import factorise
 from overpaint.edit.weights import weight_at
 from overpaint.model import TextToImage
 
-__all__ = ["WEIGHTS", "auto", "preserve_terms"]
+__all__ = ["RIDGES", "WEIGHTS", "auto", "preserve_terms"]
 
 Progress = Callable[[int, int, str], None]
 Term = dict[str, Any]
 WEIGHTS = (0.5, 1.5, 5.0, 15.0, 50.0)
-_CHUNK = 256  # captions read at once
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 _ROUNDS = 5
-_PER_CONCEPT = 8  # captions of a concept to look after
-_FRESH = 64  # captions that nothing is fitted to
 _PRICE = 10.0  # a movement of the background costs as much as so many missed ones of the concept
-_EMPTY = 0.05  # the empty prompt's share of the background: guidance reads it for every picture
-
-
-@dataclass(frozen=True, eq=False)
-class _Sums:
-    """All that a least-squares fit reads of a concept's keys K and residuals R, as means over captions.
-
-    `gram` is K^T K, (D_in, D_in); `cross` is R^T K, (D_out, D_in); `energy` the squared norm of R.
-    """
-
-    gram: Tensor
-    cross: Tensor
-    energy: float
-
-    def missed(self, delta: Tensor) -> float:
-        """Return the share of the wanted movement that `delta` misses: 1 for no edit, 0 for a perfect one."""
-        quadratic = float((delta @ self.gram * delta).sum() - 2 * (delta * self.cross).sum())
-        return (quadratic + self.energy) / self.energy if self.energy else 0.0
-
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """Return keys (N, D_in) and residuals (N, D_out), N <= D_in, with the same sums."""
-        values, vectors = torch.linalg.eigh(self.gram)
-        told = values > 1e-12 * values[-1].clamp(min=1e-300)
-        sizes, vectors = values[told].sqrt(), vectors[:, told]
-        return sizes[:, None] * vectors.T, (self.cross @ vectors / sizes).T
-
-
-@dataclass(frozen=True, eq=False)
-class _Reader:
-    """Reads captions at one weight of a model's first text encoder."""
-
-    model: TextToImage
-    site: str
-    weight: Tensor
-
-    @classmethod
-    def of(cls, model: TextToImage, layer: int) -> "_Reader":
-        site = f"text.{layer}.self_attn.out_proj"
-        return cls(model, site, weight_at(model, site).detach().to("cpu", torch.float64))
-
-    def gram(self, captions: Sequence[str]) -> Tensor:
-        """Return the mean of H^T H over captions, H (L, D_in) what reaches the weight; float64."""
-        total = self.weight.new_zeros(self.weight.shape[1], self.weight.shape[1])
-        for start in range(0, len(captions), _CHUNK):
-            ids = self.model.tokenize(captions[start : start + _CHUNK])
-            rows = layer_inputs(self.model, self.site, ids).flatten(0, 1).double()
-            total += rows.T @ rows
-        return total / len(captions)
-
-    def sums(self, pairs: Sequence[Pair]) -> _Sums:
-        """Return the sums of one concept in its captions."""
-        out, width = self.weight.shape
-        gram, cross, energy = (
-            self.weight.new_zeros(width, width),
-            self.weight.new_zeros(out, width),
-            0.0,
-        )
-        for start in range(0, len(pairs), _CHUNK):
-            found = pairs[start : start + _CHUNK]
-            ids = torch.cat([torch.stack([p.old.ids, p.new.ids]) for p in found])
-            keys, sources = gather(layer_inputs(self.model, self.site, ids), found)
-            keys = keys.double()
-            residual = (sources.double() - keys) @ self.weight.T
-            gram += keys.T @ keys
-            cross += residual.T @ keys
-            energy += float(residual.square().sum())
-        return _Sums(gram / len(pairs), cross / len(pairs), energy / len(pairs))
 
 
 def auto(
@@ -127,9 +60,9 @@ def auto(
     bound: float = 0.02,
     preserve_weight: float | Literal["auto"] = "auto",
     allowance: float = 0.05,
-    ridge: float = 0.001,
+    ridge: float | Literal["auto"] = 0.001,
     repair: bool = True,
-    layer: int = 0,
+    layer: int | Literal["auto"] = 0,
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> Change:
@@ -147,71 +80,69 @@ def auto(
         preserve_weight: What an average background caption counts against an average one of a concept, or `"auto"`,
             one of `WEIGHTS`.
         allowance: Share of the movement that may be given up for concepts in danger.
-        ridge: Pull towards the old weight, in units of a caption's squared keys; positive.
+        ridge: Pull towards the old weight, in units of a caption's squared keys; positive, or `"auto"`, one of
+            `RIDGES`.
         repair: Let the layer's MLP take up what its projection leaves to do: a second weight moves.
-        layer: Text layer, from 0.
+        layer: Text layer, from 0; or `"auto"`: each is edited from a quarter of the captions, without repair, and the
+            one whose edit does most and harms least at the encoder's output is taken (`layers.scan`). The weights
+            move meanwhile, and return bit for bit.
         seed: Of the captions drawn.
         on_progress: Told what is done, of how much, and of what.
 
     Returns:
-        The change. Its report holds `scan` (weight, share missed, drift of the background), `endangered` (concept,
-        weight, drift before and after) and `not_kept` (concepts that stay above the bound), as the projection alone
-        leaves them; `layer_missed` and `layer_drift` say what the repair makes of it.
+        The change. Its report holds `scan` (weight, ridge, share missed, drift of the background), `endangered`
+        (concept, weight, drift before and after) and `not_kept` (concepts that stay above the bound), as the projection
+        alone leaves them; `layer_missed` and `layer_drift` say what the repair makes of it. Where the layer was chosen,
+        `layers` says what an edit of each reached.
 
     Raises:
         ValueError: A concept is empty, equals its target or is to be preserved too; a number is out of range.
         UnknownSite: The model has no such layer.
     """
-    began = time.perf_counter()
     _check_texts(pairs, preserve)
     _check_numbers(contexts, background, bound, preserve_weight, allowance)
+    if layer == "auto":
+        given = {k: v for k, v in locals().items() if k not in ("model", "pairs", "layer")}
+        return _at_best_layer(model, pairs, given)
+    began = time.perf_counter()
     tell = on_progress or (lambda done, total, what: None)
-    reader, known = _Reader.of(model, layer), _known(model, vocabulary)
+    reader, known = Reader.of(model, layer), texts.known_concepts(model, vocabulary)
     banned = sorted({*pairs, *pairs.values(), *without})
-    others = _others(known, pairs)
+    others = texts.others(known, pairs)
     words = vocabularies.fillers(model.tokenizer, without=banned)
     frames, other_frames = (
         vocabularies.frames(words, size=n, seed=seed + i, among=others)
-        for i, n in enumerate((contexts, _FRESH))
+        for i, n in enumerate((contexts, FRESH))
     )
     tell(0, 4, "reading captions of the concepts")
-    wanted, tried = (_captioned(model, pairs, among, known) for among in (frames, other_frames))
+    wanted, tried = (texts.captioned(model, pairs, f, known) for f in (frames, other_frames))
     fitted, fresh = ([reader.sums(found) for found in group] for group in (wanted, tried))
     tell(1, 4, "reading what to keep")
-    term: Term = {
-        "background": background,
-        "seed": seed,
-        "without": banned,
-        "concepts": others,
-    }
-    ground = _background(reader, term)
-    other = {**term, "background": 4 * _FRESH, "seed": seed + 1}
-    unseen = _background(reader, other)
-    weights = WEIGHTS if preserve_weight == "auto" else (float(preserve_weight),)
-    scan = [_measured(fitted, fresh, w, ground, unseen, ridge) for w in weights]
-    chosen = _choice(scan)
+    term: Term = {"background": background, "seed": seed, "without": banned, "concepts": others}
+    ground = texts.background(reader, term)
+    other = {**term, "background": 4 * FRESH, "seed": seed + 1}
+    scan = _scan(fitted, fresh, ground, texts.background(reader, other), preserve_weight, ridge)
+    chosen, pull = _choice(scan)
     tell(2, 4, "looking after what is in danger")
-    watched = [*term["concepts"], *preserve]
-    grams = [reader.gram(_captions(c, other_frames)) for c in watched]
-    kept = _looked_after(fitted, fresh, chosen * ground, grams, ridge, bound, allowance)
+    watched = [*others, *preserve]
+    grams = [reader.gram(texts.captions_of(c, other_frames)) for c in watched]
+    kept = _looked_after(fitted, fresh, chosen * ground, grams, pull, bound, allowance)
     terms = [{**term, "weight": chosen}]
     terms += [{"concept": c, "weight": w} for c, w in zip(watched, kept.weights, strict=True) if w]
-    movement = _movement(reader, fitted, kept.gram, ridge)
+    movement = _movement(reader, fitted, kept.gram, pull)
     danger = list(zip(watched, kept.weights, kept.before, kept.after, strict=True))
-    report = _report(reader, movement, fresh, scan, chosen, danger, bound)
-    movements = [movement]
+    movements, report = [movement], _report(reader, movement, fresh, scan, danger, bound)
     if repair:
         tell(3, 4, "repairing what the projection cannot do")
-        spared = _spared(model, terms, other_frames)
         second, told = repairs.repair(
-            model, movement, layer=layer, wanted=wanted, kept=spared, fresh=tried,
-            unseen=_background_captions(model, other), ridge=ridge,
+            model, movement, layer=layer, wanted=wanted, kept=texts.spared(model, terms, other_frames), fresh=tried,
+            unseen=texts.background_captions(model, other), ridge=pull,
         )  # fmt: skip
         movements, report = [movement, second], report | told
     tell(4, 4, "done")
     protocol = {
         "method": "auto", "model": model.name, "pairs": dict(pairs), "preserve": list(preserve), "terms": terms,
-        "preserve_weight": chosen, "ridge": ridge, "positions": "auto", "layer": layer, "contexts": contexts,
+        "preserve_weight": chosen, "ridge": pull, "positions": "auto", "layer": layer, "contexts": contexts,
         "background": background, "bound": bound, "allowance": allowance, "without": sorted(without), "seed": seed,
         "repair": repair, "vocabulary": vocabulary if isinstance(vocabulary, str | None) else list(vocabulary),
         "versions": {name: version(name) for name in ("torch", "transformers")},
@@ -220,109 +151,50 @@ def auto(
     return Change(tuple(movements), protocol, report | seconds)
 
 
+def _at_best_layer(model: TextToImage, pairs: Mapping[str, str], given: dict[str, Any]) -> Change:
+    """Return the change at the layer whose quick edit does best at the encoder's output."""
+    few = {name: max(8, given[name] // 4) for name in ("contexts", "background")}
+    known = texts.known_concepts(model, given["vocabulary"])
+    others = texts.others(known, pairs)
+    banned = sorted({*pairs, *pairs.values(), *given["without"]})
+    words = vocabularies.fillers(model.tokenizer, without=banned)
+    frames = vocabularies.frames(words, size=FRESH, seed=given["seed"] + 1, among=others)
+    term: Term = {
+        "background": 2 * FRESH, "seed": given["seed"] + 1, "without": banned, "concepts": others
+    }  # fmt: skip
+    quick = {**given, **few, "repair": False, "on_progress": None}
+    rows = layers.scan(
+        model,
+        lambda layer: auto(model, pairs, **{**quick, "layer": layer}),
+        pairs=[p for found in texts.captioned(model, pairs, frames, known) for p in found],
+        unseen=texts.background_captions(model, term),
+        on_progress=given["on_progress"],
+    )
+    best = max(rows, key=_merit)
+    made = auto(model, pairs, **{**given, "layer": int(best["layer"])})
+    told = [{**row, "chosen": row is best} for row in rows]
+    return dataclasses.replace(made, report={**made.report, "layers": told})
+
+
 def preserve_terms(model: TextToImage, change: Change) -> Tensor:
     """Return the Gram matrix of all that a change by `auto` preserves, read from `model` again; (D_in, D_in).
 
     Raises:
         UnknownSite: The model has no such layer.
     """
-    reader = _Reader.of(model, change.protocol["layer"])
+    reader = Reader.of(model, change.protocol["layer"])
     width = reader.weight.shape[1]
     total, frames = reader.weight.new_zeros(width, width), ()
     for term in change.protocol["terms"]:
         if "background" not in term:
-            total += term["weight"] * reader.gram(_captions(term["concept"], frames))
+            total += term["weight"] * reader.gram(texts.captions_of(term["concept"], frames))
             continue
         words = vocabularies.fillers(model.tokenizer, without=term["without"])
         frames = vocabularies.frames(
-            words, size=_FRESH, seed=term["seed"] + 1, among=term["concepts"]
+            words, size=FRESH, seed=term["seed"] + 1, among=term["concepts"]
         )
-        total += term["weight"] * _background(reader, term)
+        total += term["weight"] * texts.background(reader, term)
     return total
-
-
-# --- what to read -----------------------------------------------------------------------------------------------------
-
-
-def _known(model: TextToImage, vocabulary: str | Sequence[str] | None) -> tuple[str, ...]:
-    if vocabulary is None:
-        vocabulary = "icons" if model.name == "icons" else "natural"
-    return vocabularies.concepts(vocabulary) if isinstance(vocabulary, str) else tuple(vocabulary)
-
-
-def _others(known: Sequence[str], pairs: Mapping[str, str]) -> list[str]:
-    """Return the concepts to look after: the known ones and the targets, but none that holds an edited concept."""
-    olds = [f" {old.lower().strip()} " for old in pairs]
-    found = dict.fromkeys((*known, *pairs.values()))
-    return sorted(c for c in found if not any(old in f" {c.lower()} " for old in olds))
-
-
-def _background(reader: _Reader, term: Term) -> Tensor:
-    """Return the mean Gram matrix of captions that should not move."""
-    captions = _background_captions(reader.model, term)
-    return (1 - _EMPTY) * reader.gram(captions) + _EMPTY * reader.gram([""])
-
-
-def _background_captions(model: TextToImage, term: Term) -> list[str]:
-    """Return captions that should not move: three in four hold a concept."""
-    words = vocabularies.fillers(model.tokenizer, without=term["without"])
-    rng = random.Random(term["seed"])
-    slots = [
-        rng.choice(term["concepts"] or words) if i % 4 else rng.choice(words)
-        for i in range(term["background"])
-    ]
-    frames = vocabularies.frames(
-        words, size=term["background"], seed=term["seed"] + 2, among=term["concepts"]
-    )
-    return [frame.replace("{}", slot) for frame, slot in zip(frames, slots, strict=True)]
-
-
-def _spared(
-    model: TextToImage, terms: Sequence[Term], frames: Sequence[str]
-) -> list[tuple[Sequence[str], float]]:
-    """Return the captions to keep and their weights: every second one of the background, since a repair is dearer."""
-    background, *concepts = terms
-    weight = background["weight"]
-    return [
-        (_background_captions(model, background)[::2], (1 - _EMPTY) * weight),
-        ([""], _EMPTY * weight),
-        *((_captions(term["concept"], frames), term["weight"]) for term in concepts),
-    ]
-
-
-def _captioned(
-    model: TextToImage, pairs: Mapping[str, str], frames: Sequence[str], known: Sequence[str]
-) -> list[list[Pair]]:
-    """Return, for each concept, its captions beside those of its replacement."""
-    return [
-        [_placed(found, old, known) for found in plan(model, {old: new}, frames, "subject_to_end")]
-        for old, new in pairs.items()
-    ]
-
-
-def _captions(concept: str, frames: Sequence[str]) -> list[str]:
-    """Return captions of a concept to look after."""
-    return [frame.replace("{}", concept) for frame in frames[:_PER_CONCEPT]]
-
-
-def _placed(found: Pair, old: str, known: Sequence[str]) -> Pair:
-    """Return the pair from where the two concepts part to the end of the padding, each pad at its own place.
-
-    Where a known concept is how the old one begins ("apple" of "apple logo"), from the old one's last token on: up to
-    there a causal encoder cannot tell them apart.
-    """
-    first, second = found.old, found.new
-    start, end = first.first, len(first.ids) - 1
-    if any(
-        f"{old.lower()} ".startswith(f"{c.lower()} ") and c.lower() != old.lower() for c in known
-    ):
-        start = first.last
-    else:
-        while start < first.last and start <= second.last and first.ids[start] == second.ids[start]:
-            start += 1
-    words = [(p, q) for p, q in found.positions if start <= p < first.eos]
-    pads = [(p, min(max(p, second.eos + 1), end)) for p in range(first.eos + 1, end + 1)]
-    return dataclasses.replace(found, positions=[*words, (first.eos, second.eos), *pads])
 
 
 # --- what to solve ----------------------------------------------------------------------------------------------------
@@ -338,7 +210,7 @@ class _Kept:
     gram: Tensor
 
 
-def _delta(fitted: Sequence[_Sums], gram: Tensor, ridge: float) -> Tensor:
+def _delta(fitted: Sequence[Sums], gram: Tensor, ridge: float) -> Tensor:
     """Return the movement of the weight, (D_out, D_in)."""
     prior = gram + ridge * torch.eye(len(gram), dtype=torch.float64)
     system = sum((s.gram for s in fitted), prior)
@@ -351,40 +223,43 @@ def _drift(delta: Tensor, gram: Tensor, energy: float) -> float:
     return float((delta @ gram * delta).sum()) / energy if energy else 0.0
 
 
-def _energy(sums: Sequence[_Sums]) -> float:
+def _energy(sums: Sequence[Sums]) -> float:
     return sum(s.energy for s in sums) / len(sums)
 
 
-def _measured(
-    fitted: Sequence[_Sums],
-    fresh: Sequence[_Sums],
-    weight: float,
+def _scan(
+    fitted: Sequence[Sums],
+    fresh: Sequence[Sums],
     ground: Tensor,
     unseen: Tensor,
-    ridge: float,
-) -> dict[str, float]:
-    """Return what a weight of the background costs and gives, on captions that nothing was fitted to."""
-    delta = _delta(fitted, weight * ground, ridge)
-    return {
-        "preserve_weight": weight,
-        "missed": _missed(fresh, delta),
-        "drift": _drift(delta, unseen, _energy(fresh)),
-    }
+    weight: float | str,
+    ridge: float | str,
+) -> list[dict[str, float]]:
+    """Return what weights of the background and ridges cost and give, on captions that nothing was fitted to."""
+    rows: list[dict[str, float]] = []
+    for pull in RIDGES if isinstance(ridge, str) else (float(ridge),):
+        for w in WEIGHTS if isinstance(weight, str) else (float(weight),):
+            delta = _delta(fitted, w * ground, pull)
+            missed, drift = _missed(fresh, delta), _drift(delta, unseen, _energy(fresh))
+            rows.append({"preserve_weight": w, "ridge": pull, "missed": missed, "drift": drift})
+    return rows
 
 
-def _choice(scan: Sequence[Mapping[str, float]]) -> float:
-    """Return the weight with the best harmonic mean of what is reached and what is spared."""
+def _choice(scan: Sequence[Mapping[str, float]]) -> tuple[float, float]:
+    """Return the weight and the ridge with the most merit."""
+    best = max(scan, key=_merit)
+    return best["preserve_weight"], best["ridge"]
 
-    def merit(row: Mapping[str, float]) -> float:
-        reached, spared = max(0.0, 1 - row["missed"]), max(0.0, 1 - _PRICE * row["drift"])
-        return 2 * reached * spared / max(reached + spared, 1e-9)
 
-    return max(scan, key=merit)["preserve_weight"]
+def _merit(row: Mapping[str, float]) -> float:
+    """Return the harmonic mean of what is reached and what is spared."""
+    reached, spared = max(0.0, 1 - row["missed"]), max(0.0, 1 - _PRICE * row["drift"])
+    return 2 * reached * spared / max(reached + spared, 1e-9)
 
 
 def _looked_after(
-    fitted: Sequence[_Sums],
-    fresh: Sequence[_Sums],
+    fitted: Sequence[Sums],
+    fresh: Sequence[Sums],
     gram: Tensor,
     grams: Sequence[Tensor],
     ridge: float,
@@ -417,11 +292,11 @@ def _looked_after(
     return _Kept(weights, before, after, gram)
 
 
-def _missed(sums: Sequence[_Sums], delta: Tensor) -> float:
+def _missed(sums: Sequence[Sums], delta: Tensor) -> float:
     return sum(s.missed(delta) for s in sums) / len(sums)
 
 
-def _movement(reader: _Reader, fitted: Sequence[_Sums], gram: Tensor, ridge: float) -> Movement:
+def _movement(reader: Reader, fitted: Sequence[Sums], gram: Tensor, ridge: float) -> Movement:
     rows = [s.rows() for s in fitted]
     keys, residuals = (torch.cat(parts) for parts in zip(*rows, strict=True))
     owners = [i for i, (k, _) in enumerate(rows) for _ in range(len(k))]
@@ -431,11 +306,10 @@ def _movement(reader: _Reader, fitted: Sequence[_Sums], gram: Tensor, ridge: flo
 
 
 def _report(
-    reader: _Reader,
+    reader: Reader,
     movement: Movement,
-    fresh: Sequence[_Sums],
+    fresh: Sequence[Sums],
     scan: Sequence[Mapping[str, float]],
-    chosen: float,
     watched: Sequence[tuple[str, float, float, float]],
     bound: float,
 ) -> dict[str, Any]:
@@ -455,7 +329,10 @@ def _report(
         "empty_prompt_drift": math.sqrt(
             _drift(delta, empty, float((reader.weight @ empty * reader.weight).sum()))
         ),
-        "scan": [{**row, "chosen": row["preserve_weight"] == chosen} for row in scan],
+        "scan": [
+            {**row, "chosen": (row["preserve_weight"], row["ridge"]) == _choice(scan)}
+            for row in scan
+        ],
         "endangered": sorted(endangered, key=lambda row: -row["drift_before"]),
         "not_kept": [row[0] for row in watched if row[3] > bound],
     }

@@ -16,20 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from overpaint.edit.auto import auto, preserve_terms
-from overpaint.edit.captions import layer_inputs
+from overpaint.edit.auto import Progress, auto, preserve_terms
 from overpaint.edit.change import Change, Movement
-from overpaint.edit.projections import read, spots
+from overpaint.edit.projections import preserved_keys
 from overpaint.edit.quickfix import preserve_gram
 from overpaint.edit.solve import Factors, compress, contradiction, factorise
-from overpaint.edit.weights import encoder_index, fingerprint, weights_at
+from overpaint.edit.weights import fingerprint, weights_at
 from overpaint.model import TextToImage
 
 __all__ = ["add", "complete", "scale", "stack", "without"]
 
 _AGREE = ("ridge", "positions", "subtract_bias")
-_READ_WHOLE = ("quickfix", "random_site")
-_READ_LAST = ("uce", "debias")
 _AUTOMATIC = (
     "vocabulary",
     "contexts",
@@ -54,9 +51,8 @@ def add(first: Change, second: Change) -> Change:
             lack their preserve terms.
     """
     first, second = sorted((first, second), key=_order)
-    if any(change.protocol.get("repair") for change in (first, second)):
-        _check_solved(first)
-        _check_solved(second)
+    for change in (first, second):
+        _check_separable(change)
     _check_alike(first, second)
     shared = _shared(first, second)
     pairs = sorted({**first.pairs, **second.pairs}.items())
@@ -169,7 +165,7 @@ def complete(
     for m in change.movements:
         source = m.site if m.site.startswith("text") else "unet"  # where its keys are read
         if source not in grams:
-            kept = _preserved_keys(model, change.protocol.get("method"), m.site, prompts)
+            kept = preserved_keys(model, change.protocol.get("method"), m.site, prompts)
             grams[source] = preserve_gram(kept, change.protocol["preserve_weight"])
         movements.append(dataclasses.replace(m, gram=grams[source]))
     protocol = {**change.protocol, "preserve": prompts}
@@ -192,13 +188,20 @@ def _complete_auto(change: Change, model: TextToImage) -> Change:
     return dataclasses.replace(change, movements=tuple(whole))
 
 
-def stack(model: TextToImage, changes: Sequence[Change], *, without: Sequence[str] = ()) -> Change:
+def stack(
+    model: TextToImage,
+    changes: Sequence[Change],
+    *,
+    without: Sequence[str] = (),
+    on_progress: Progress | None = None,
+) -> Change:
     """One change of several: their pairs and all their preserved prompts, solved jointly. The order does not matter.
 
     Args:
         model: The unedited model that all of them were made for; the preserved prompts are read from it again.
         changes: Made with the same ridge, positions and preserve weight, of the same weights.
         without: Old concepts to leave out.
+        on_progress: Told what is done, of how much, and of what; changes by `auto` alone take that long.
 
     Raises:
         ValueError: Settings or base weights differ, one concept has two new ones, there is nothing to stack, or nothing
@@ -214,7 +217,7 @@ def stack(model: TextToImage, changes: Sequence[Change], *, without: Sequence[st
             _check_method(change)
         _check_bases(change, model)
     if any(automatic):
-        return _stacked_auto(model, changes, without)
+        return _stacked_auto(model, changes, without, on_progress)
     preserve = sorted({prompt for c in changes for prompt in c.protocol.get("preserve", [])})
     weights = {c.protocol["preserve_weight"] for c in changes if _preserved(c)[0]}
     if len(weights) > 1:
@@ -249,21 +252,6 @@ def _preserved(change: Change) -> tuple[frozenset[str], float]:
     return (prompts, weight) if prompts and weight > 0 else (frozenset(), 0.0)
 
 
-def _preserved_keys(model: TextToImage, method: Any, site: str, prompts: Sequence[str]) -> Tensor:
-    """Return the keys (M, D_in) that a change by `method` preserves of `prompts` at a weight."""
-    if method in _READ_WHOLE:
-        ids = model.tokenize(prompts, encoder=encoder_index(model, site.partition(".")[0]))
-        return layer_inputs(model, site, ids).flatten(0, 1)
-    if method in _READ_LAST:
-        places = spots(model, [(prompt, "") for prompt in prompts])
-        features = read(model, [text for text, _ in places])
-        return torch.stack([features[text][place] for text, place in places])
-    raise ValueError(
-        f"the preserve terms of a change made by {method!r} cannot be read again: save it with `gram=True`, or make "
-        "one change of all concepts."
-    )
-
-
 def _check_bases(change: Change, model: TextToImage) -> None:
     for m, parameter in zip(change.movements, weights_at(model, change.sites), strict=True):
         base = fingerprint(parameter)
@@ -282,12 +270,16 @@ def _check_method(change: Change) -> None:
         )
 
 
-def _check_solved(change: Change) -> None:
+def _check_separable(change: Change) -> None:
     if change.protocol.get("repair"):
         raise ValueError(
             "the repair of a change by `auto` depends on all its concepts: add it with `edit.stack(model, [a, b])`, "
             "take one out with `edit.stack(model, [a], without=['...'])`."
         )
+
+
+def _check_solved(change: Change) -> None:
+    _check_separable(change)
     _check_method(change)
     if _preserved(change)[0] and any(m.gram is None for m in change.movements):
         raise ValueError(
@@ -394,7 +386,7 @@ class _SharedFactors:
 
     def of(self, keys: Tensor, gram: Tensor | None) -> _Factorised:
         for known in self._known:
-            if _same(known.keys, keys) and _same(known.gram, gram):
+            if torch.equal(known.keys, keys) and _same(known.gram, gram):
                 return known
         factors = factorise(keys, ridge=self._ridge, gram=gram, method="auto")
         self._known.append(_Factorised(keys, gram, factors, keys @ factors.right.T))
@@ -472,7 +464,9 @@ def _all_terms(first: Change, second: Change) -> list[dict[str, Any]]:
     return terms
 
 
-def _stacked_auto(model: TextToImage, changes: Sequence[Change], less: Sequence[str]) -> Change:
+def _stacked_auto(
+    model: TextToImage, changes: Sequence[Change], less: Sequence[str], tell: Progress | None
+) -> Change:
     """Return one change by `auto` of all concepts: what is in danger depends on all of them."""
     pairs: dict[str, str] = {}
     for change in sorted(changes, key=_order):
@@ -490,4 +484,4 @@ def _stacked_auto(model: TextToImage, changes: Sequence[Change], less: Sequence[
     for concept in less:
         _remove(pairs, concept)
     both = {n: sorted({t for c in changes for t in c.protocol[n]}) for n in ("preserve", "without")}
-    return auto(model, dict(sorted(pairs.items())), **both, **settings[0])
+    return auto(model, dict(sorted(pairs.items())), **both, **settings[0], on_progress=tell)

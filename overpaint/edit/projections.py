@@ -14,11 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from overpaint.edit.captions import captions
+from overpaint.edit.captions import captions, layer_inputs
 from overpaint.edit.change import Change, Movement
 from overpaint.edit.quickfix import preserve_gram
 from overpaint.edit.solve import Factors, Solution, contradiction, factorise
-from overpaint.edit.weights import weights_at
+from overpaint.edit.weights import encoder_index, weights_at
 from overpaint.errors import UnknownSite, UnsupportedModel
 from overpaint.model import TextToImage, text_features
 from overpaint.sites import Site, find_unet
@@ -28,12 +28,16 @@ __all__ = [
     "Layer",
     "Projection",
     "Wanted",
+    "preserved_keys",
     "projections",
     "read",
     "rewrite",
     "spot",
     "spots",
 ]
+
+_READ_WHOLE = ("quickfix", "random_site")
+_READ_LAST = ("uce", "debias")
 
 Layer = int | str | Site
 Projection = Literal["k", "v"]
@@ -303,3 +307,22 @@ def _report(
         "preserve_drift": ratio("kept", "read"),
         "empty_prompt_drift": ratio("empty", "spoken"),
     }
+
+
+def preserved_keys(model: TextToImage, method: Any, site: str, prompts: Sequence[str]) -> Tensor:
+    """Return the keys (M, D_in) that a change by `method` preserves of `prompts` at a weight.
+
+    Raises:
+        ValueError: They cannot be read again.
+    """
+    if method in _READ_WHOLE:
+        ids = model.tokenize(prompts, encoder=encoder_index(model, site.partition(".")[0]))
+        return layer_inputs(model, site, ids).flatten(0, 1)
+    if method in _READ_LAST:
+        places = spots(model, [(prompt, "") for prompt in prompts])
+        features = read(model, [text for text, _ in places])
+        return torch.stack([features[text][place] for text, place in places])
+    raise ValueError(
+        f"the preserve terms of a change made by {method!r} cannot be read again: save it with `gram=True`, or make "
+        "one change of all concepts."
+    )
