@@ -168,7 +168,10 @@ def measure(*, repeats: int) -> dict[str, float]:
     compact = found["one_edit"].compact()
     return {
         "one_edit_seconds": round(median["one_edit"], 4),
-        **{f"one_edit_{stage}_ms": round(1000 * statistics.median(s), 2) for stage, s in stages.items()},
+        **{
+            f"one_edit_{stage}_ms": round(1000 * statistics.median(s), 2)
+            for stage, s in stages.items()
+        },
         "hundred_edits_seconds": round(median["hundred_edits"], 3),
         "apply_ms": round(1000 * median["apply"], 2),
         "revert_ms": round(1000 * median["revert"], 2),
