@@ -8,7 +8,8 @@ r"""Edits that choose what to preserve, and how heavily, from text alone.
    inputs :math:`H` in captions of each, in units of the movement that the edit itself asks for. Those above `bound`
    join the preserve list and weigh four times more in each round that leaves them there. What stays above is named;
 4. the weight of the background is the one with the best harmonic mean of what is reached and what is spared, measured
-   on captions that nothing was fitted to.
+   on captions that nothing was fitted to;
+5. what the projection cannot do is left to the MLP behind it (`repair`).
 
 Every sum is a mean over captions, so that weights do not depend on how many there are. Only sums over keys are kept:
 memory does not grow with the captions either, and one solve is D_in x D_in.
@@ -314,7 +315,7 @@ def _report(
     bound: float,
 ) -> dict[str, Any]:
     """Return what the edit does on captions that nothing was fitted to, and what is in danger."""
-    delta = movement.delta
+    delta, best = movement.delta, _choice(scan)
     empty = reader.gram([""])
     names = ("concept", "weight", "drift_before", "drift")
     endangered: list[dict[str, Any]] = [
@@ -329,10 +330,7 @@ def _report(
         "empty_prompt_drift": math.sqrt(
             _drift(delta, empty, float((reader.weight @ empty * reader.weight).sum()))
         ),
-        "scan": [
-            {**row, "chosen": (row["preserve_weight"], row["ridge"]) == _choice(scan)}
-            for row in scan
-        ],
+        "scan": [{**row, "chosen": (row["preserve_weight"], row["ridge"]) == best} for row in scan],
         "endangered": sorted(endangered, key=lambda row: -row["drift_before"]),
         "not_kept": [row[0] for row in watched if row[3] > bound],
     }

@@ -41,12 +41,13 @@ _CHUNK = 128  # captions read at once
 class _Sums:
     """What the fit reads of inputs K (N, D_in) and wanted movements R (N, D_out), as weighted sums over captions.
 
-    `gram` is K^T K, `cross` R^T K, `energy` the squared norm of R.
+    `gram` is K^T K, `cross` R^T K, `energy` the squared norm of R, `asked` that of the whole movement before any edit.
     """
 
     gram: Tensor
     cross: Tensor
     energy: float
+    asked: float = 0.0
 
     def left(self, delta: Tensor) -> float:
         """Return the squared norm of what `delta` leaves of R."""
@@ -153,8 +154,8 @@ def repair(
 def _report(
     read: _Layer, delta: Tensor, fresh: Sequence[Sequence[Pair]], unseen: Sequence[str]
 ) -> dict[str, float]:
-    asked = sum(_asked(read, pairs) for pairs in fresh) / len(fresh)
     missed = [_of_pairs(read, pairs) for pairs in fresh]
+    asked = sum(part.asked for part in missed) / len(missed)
     drift = _of_captions(read, unseen, 1.0)
     still = torch.zeros_like(delta)
     told: dict[str, float] = {}
@@ -165,20 +166,12 @@ def _report(
     return told
 
 
-def _asked(read: _Layer, pairs: Sequence[Pair]) -> float:
-    """Return the squared distance of the layer's outputs on old captions and on new ones, of an average caption."""
-    total = 0.0
-    for found in _chunks(pairs):
-        old, at, new, of = _rows(read, found)
-        total += float((new[0][of] - old[0][at]).square().sum())
-    return total / len(pairs)
-
-
 def _of_pairs(read: _Layer, pairs: Sequence[Pair]) -> _Sums:
     parts: list[_Sums] = []
     for found in _chunks(pairs):
         old, at, new, of = _rows(read, found)
-        parts.append(_summed(old[1][at], new[0][of] - old[2][at], 1 / len(pairs)))
+        asked = float((new[0][of] - old[0][at]).square().sum()) / len(pairs)
+        parts.append(_summed(old[1][at], new[0][of] - old[2][at], 1 / len(pairs), asked))
     return _total(parts)
 
 
@@ -210,17 +203,14 @@ def _chunks(pairs: Sequence[Pair]) -> Iterator[Sequence[Pair]]:
     return (pairs[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK))
 
 
-def _summed(keys: Tensor, residual: Tensor, weight: float) -> _Sums:
+def _summed(keys: Tensor, residual: Tensor, weight: float, asked: float = 0.0) -> _Sums:
     keys, residual = keys.double(), residual.double()
-    return _Sums(
-        weight * keys.T @ keys,
-        weight * residual.T @ keys,
-        weight * float(residual.square().sum()),
-    )
+    energy = weight * float(residual.square().sum())
+    return _Sums(weight * keys.T @ keys, weight * residual.T @ keys, energy, asked)
 
 
 def _total(parts: Sequence[_Sums]) -> _Sums:
     gram, cross = parts[0].gram, parts[0].cross
     for part in parts[1:]:
         gram, cross = gram + part.gram, cross + part.cross
-    return _Sums(gram, cross, sum(part.energy for part in parts))
+    return _Sums(gram, cross, sum(p.energy for p in parts), sum(p.asked for p in parts))
