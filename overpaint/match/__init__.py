@@ -1,0 +1,1 @@
+"""Where each place of one picture lies in another: dense correspondence by diffusion, with an uncertainty."""
