@@ -1,0 +1,203 @@
+"""The photographs that `matcher` is trained and measured on, read from packages; none of them is shipped.
+
+scikit-image and scikit-learn carry a few of their own; the others come from four Debian packages, which are fetched
+once with `apt-get download`, checked against their SHA-256 and unpacked beside, or found where the system has them
+installed. The split is by photograph: no picture of a scene that a figure is measured on is seen in training.
+
+Licences: opencv-doc Apache-2.0 and BSD-3-Clause; mate-backgrounds GPL-2+ and CC-BY-SA-4.0; lomiri-wallpapers CC-BY-4.0,
+CC-BY-SA-3.0, CC-BY-SA-4.0 and CC0, scikit-image public domain and CC0, both picture by picture, as written in the
+package and in the data's README; scikit-learn's pictures CC-BY-2.0.
+"""
+
+import hashlib
+import subprocess
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from overpaint.errors import MissingExtra
+
+__all__ = ["HELD_OUT", "PACKAGES", "TRAINING", "VALIDATION", "fetch", "locate", "read", "read_all"]
+
+# Debian package: version and SHA-256 of the archive that `apt-get download` writes.
+PACKAGES = {
+    "opencv-doc": (
+        "4.6.0+dfsg-12",
+        "4b12681df35878207ac7097dc66184b2ae552e4bf4ddd2af04a0f03ed0b8682a",
+    ),
+    "mate-backgrounds": (
+        "1.26.0-1",
+        "7bf4c2209f34b4f61ba6d24c8b58c28b361e82e4b943aae6d42c030169af9e04",
+    ),
+    "lomiri-wallpapers-16.04": (
+        "20.04.0-2",
+        "a99ff6a3bfe451e4cc0682ecb3cc82e71740626d59e4845ae34a0a0e45421eab",
+    ),
+    "lomiri-wallpapers-20.04": (
+        "20.04.0-2",
+        "d44e89b8473aafe64a5b678f014862dc31335aaaf18665c544d985d854f1a709",
+    ),
+}
+
+# Where each source keeps its pictures: a folder of the Debian package, or of the Python module.
+_FOLDERS = {
+    "opencv-doc": "usr/share/doc/opencv-doc/examples",
+    "mate-backgrounds": "usr/share/backgrounds/mate",
+    "lomiri-wallpapers-16.04": "usr/share/backgrounds",
+    "lomiri-wallpapers-20.04": "usr/share/backgrounds",
+    "skimage": "data",
+    "sklearn": "datasets/images",
+}
+
+
+def _names(source: str, text: str) -> tuple[str, ...]:
+    return tuple(f"{source}/{name}" for name in text.split())
+
+
+TRAINING = (
+    *_names("opencv-doc", """
+    data/HappyFish.jpg data/aero1.jpg data/aero3.jpg data/apple.jpg data/basketball1.png data/blox.jpg data/board.jpg
+    data/butterfly.jpg data/cards.png data/chicky_512.png data/ela_original.jpg data/fruits.jpg data/home.jpg
+    data/imageTextN.png data/licenseplate_motion.jpg data/messi5.jpg data/ml.png data/notes.png data/orange.jpg
+    data/rubberwhale1.png data/smarties.png data/starry_night.jpg data/sudoku.png data/text_defocus.jpg
+    text/scenetext01.jpg text/scenetext02.jpg text/scenetext03.jpg text/scenetext04.jpg text/scenetext05.jpg
+    alphamat/input_images/plant.jpg hfs/data/000.jpg ximgproc/stanford.png dnn_superres/butterfly.png"""),
+    *_names("mate-backgrounds", """
+    nature/Aqua.jpg nature/Blinds.jpg nature/Dune.jpg nature/FreshFlower.jpg nature/GreenMeadow.jpg nature/LadyBird.jpg
+    nature/RainDrops.jpg nature/Storm.jpg nature/TwoWings.jpg nature/Wood.jpg nature/YellowFlower.jpg
+    abstract/Elephants.jpg"""),
+    *_names("lomiri-wallpapers-16.04", """
+    Bridge_by_Sander_Klootwijk.jpg Dragonfly_by_Bolly.jpg Picture_0B_by_freespace.jpg Picture_1A_by_freespace.jpg
+    Wine_by_Jakkub_Mede.jpg aitzgorri_by_Aitzol_Berasategi.jpg analogpattern_by_Peter_Nerlich.jpg
+    free_by_Peter_Nerlich.jpg friends_by_Aitzol_Berasategi.jpg greentock_by_Peter_Nerlich.jpg
+    picosdeeuropa_by_Aitzol_Berasategi.jpg seeding_by_Clements_Engelhardt.jpg sunset_by_Aitzol_Berasategi.jpg"""),
+    *_names("lomiri-wallpapers-20.04", "Infinite-Sea_by_Aury88.jpg Kleiber_by_Lukas_Baubkus.jpg"),
+    *_names("skimage", """
+    brick.png camera.png chelsea.png clock_motion.png coins.png gravel.png hubble_deep_field.jpg ihc.png moon.png
+    page.png rocket.jpg"""),
+)  # fmt: skip
+
+# Kept back from training to follow it by; they decide nothing that is reported.
+VALIDATION = (
+    *_names("opencv-doc", """
+    data/building.jpg data/leuvenA.jpg data/leuvenB.jpg data/squirrel_cls.jpg data/stuff.jpg text/scenetext06.jpg"""),
+    *_names("mate-backgrounds", "nature/Garden.jpg"),
+    *_names("lomiri-wallpapers-16.04", "life_by_Aitzol_Berasategi.jpg"),
+    *_names("skimage", "astronaut.png"),
+    *_names("sklearn", "flower.jpg"),
+)  # fmt: skip
+
+# For the synthetic test pairs. The scenes with a truth of their own (graf, aloe, motorcycle, the chessboards) are read
+# by path, with `locate`, and are in no list.
+HELD_OUT = (
+    *_names("opencv-doc", "data/baboon.jpg data/box_in_scene.png"),
+    *_names("skimage", "coffee.png grass.png retina.jpg text.png"),
+    *_names("sklearn", "china.jpg"),
+)
+
+
+def fetch(folder: Path) -> None:
+    """Fetch and unpack into `folder` the Debian packages that neither it nor the system has.
+
+    Raises:
+        ValueError: An archive's SHA-256 is not the pinned one.
+        OSError: `apt-get` or `dpkg-deb` is missing or fails.
+    """
+    for name, (version, digest) in PACKAGES.items():
+        if (Path("/") / _FOLDERS[name]).is_dir() and not name.startswith("lomiri"):
+            continue
+        if (folder / name / _FOLDERS[name]).is_dir():
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        archive = folder / f"{name}_{version}_all.deb"
+        if not archive.exists():
+            _run(["apt-get", "download", f"{name}={version}"], folder, name)
+        found = hashlib.sha256(archive.read_bytes()).hexdigest()
+        if found != digest:
+            raise ValueError(
+                f"{archive.name} has SHA-256 {found}, expected {digest}. Delete the file and fetch it again."
+            )
+        beside = folder / f"{name}.partial"
+        _run(["dpkg-deb", "-x", str(archive.resolve()), str(beside.resolve())], folder, name)
+        beside.rename(folder / name)
+
+
+def locate(name: str, folder: Path) -> Path:
+    """Return the file of a photograph, or of anything beside them: `opencv-doc/data/H1to3p.xml`.
+
+    Args:
+        name: Source and path within its pictures, as in `TRAINING`.
+        folder: What `fetch` filled; the system's own folders are tried next.
+
+    Raises:
+        FileNotFoundError: Neither has the file; says which package does.
+        MissingExtra: It is a picture of scikit-image or scikit-learn, and that is not installed.
+        ValueError: The source is none of ours.
+    """
+    source, _, path = name.partition("/")
+    if source not in _FOLDERS:
+        raise ValueError(f"no photographs from {source!r}: choose from {', '.join(_FOLDERS)}.")
+    if source in PACKAGES:
+        tried = [folder / source / _FOLDERS[source] / path, Path("/") / _FOLDERS[source] / path]
+    else:
+        module = find_spec(source)
+        if module is None or module.origin is None:
+            package = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[source]
+            raise MissingExtra(
+                f"{name!r} comes with {package}, which is not installed. "
+                "Install it with: pip install 'overpaint[train]'."
+            )
+        tried = [Path(module.origin).parent / _FOLDERS[source] / path]
+    for file in tried:
+        if file.is_file():
+            return file
+    remedy = f"apt-get install {source}" if source in PACKAGES else f"reinstall {source}"
+    raise FileNotFoundError(
+        f"no photograph {name!r}: neither in {str(folder)!r} nor on the system. Install its package ({remedy}), or let "
+        "`overpaint train matcher` fetch it."
+    )
+
+
+def read(name: str, folder: Path, *, side: int = 768) -> Tensor:
+    """Return a photograph as RGB, uint8 (3, H, W), its shorter side at most `side` pixels; grey is repeated.
+
+    Args:
+        name: As in `locate`.
+        folder: As in `locate`.
+        side: Larger pictures are made smaller (area filter); smaller ones stay.
+    """
+    with Image.open(locate(name, folder)) as picture:
+        picture.draft("RGB", (side, side))
+        picture = picture.convert("RGBA").convert("RGB") if "A" in picture.mode else picture
+        picture = picture.convert("RGB")
+        scale = side / min(picture.size)
+        if scale < 1:
+            width, height = (round(n * scale) for n in picture.size)
+            picture = picture.resize((width, height), Image.Resampling.BOX)
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def read_all(names: Iterable[str], folder: Path, *, side: int = 768) -> dict[str, Tensor]:
+    """Return the photographs by name; arguments and errors as in `read`."""
+    return {name: read(name, folder, side=side) for name in names}
+
+
+def _run(command: list[str], folder: Path, what: str) -> None:
+    try:
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the photographs of {what} come from Debian, and {command[0]} is not installed: unpack the package into "
+            f"{str(folder / what)!r} yourself."
+        ) from error
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr or "").strip().splitlines()
+        raise OSError(
+            f"{command[0]} could not fetch or unpack {what} ({reason[-1] if reason else 'no reason given'}): check the "
+            f"connection and Debian's sources, or unpack the package into {str(folder / what)!r} yourself."
+        ) from error
