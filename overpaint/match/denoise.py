@@ -168,6 +168,7 @@ def sample(
         if not config.diffusion:
             answer = denoiser(torch.zeros_like(initial), config.steps - 1, conditions)
             return (answer / config.flow_scale).clamp(-1, 1).expand(samples, *answer.shape).clone()
+        # One draw after the other: the first ones are the same, bit for bit, however many follow.
         draws = []
         for _ in range(samples):
             noise = torch.randn(initial.shape, generator=generator).to(initial)

@@ -1,0 +1,193 @@
+r"""Match two pictures: where each place of one lies in the other, and how sure that is.
+
+Source: Nam et al., 2024 (DiffMatch), https://arxiv.org/abs/2305.19094, sections 4.4 to 4.6.
+Deviations: the uncertainty, which the paper shows in a figure only; starting again from the mean (`reinit`), of the
+paper's first version.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from overpaint.match import flow as fields
+from overpaint.match.conditions import Conditions, Features, coarse_of, describe, fine_of
+from overpaint.match.denoise import Denoiser, sample
+from overpaint.match.matcher import Matcher
+from overpaint.match.reading import picture
+
+__all__ = ["Match", "dense"]
+
+_ROWS = 256  # of a picture at a time, so that large ones fit into memory
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """Where each pixel of `image_b` lies in `image_a`.
+
+    Attributes:
+        flow: On `image_b`'s grid, pointing into `image_a`, in pixels, (x, y), float32, shape (2, H, W): pixel p of b
+            shows what a shows at p + flow(p), each in its own picture's pixels.
+        std: The spread of the hypotheses, in pixels of `image_a`, shape (H, W): the larger, the less sure.
+        warped: `image_a` as seen from `image_b`, RGB in [0, 1], shape (3, H, W); black where it ends.
+        inside: Where the flow stays within `image_a`, bool, shape (H, W).
+        consistency: By how many pixels there-and-back misses, shape (H, W); None unless asked for.
+        protocol: What made it: sizes (height, width), samples, steps, seed and so on.
+    """
+
+    flow: Tensor
+    std: Tensor
+    warped: Tensor
+    inside: Tensor
+    consistency: Tensor | None = None
+    protocol: dict[str, Any] = field(default_factory=dict)
+
+
+def dense(
+    image_a: Any,
+    image_b: Any,
+    *,
+    matcher: str | Path | Matcher = "matcher",
+    samples: int = 8,
+    steps: int = 5,
+    seed: int = 0,
+    reinit: int = 0,
+    cycle: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Match:
+    """Find where each pixel of `image_b` lies in `image_a`.
+
+    Args:
+        image_a: The source: a path, a PIL image, an array (H, W, C) or a tensor (C, H, W); grey, RGB or RGBA, floats
+            in [0, 1] or bytes, up to 60 megapixels.
+        image_b: The target; its size may be another.
+        matcher: A matcher, its folder, or the name of the one that ships.
+        samples: Hypotheses whose mean is the flow; from 2 on their spread says how sure it is.
+        steps: Of denoising, at most what the matcher was trained for.
+        seed: Of the noise that the hypotheses start from.
+        reinit: How often the coarse flow is sought again around the mean of its hypotheses.
+        cycle: Whether to match both ways, and tell by how much there-and-back misses. Takes twice as long.
+        on_progress: Called after each stage with the stages done and the stages in all.
+
+    Returns:
+        The flow, its uncertainty, and `image_a` as seen from `image_b`. A picture of one color gives a flow too; its
+        uncertainty is that of a place which may lie anywhere in `image_a`.
+
+    Raises:
+        TypeError: A picture is of no known kind.
+        ValueError: A picture cannot be read, is too small or large, or an argument is out of range.
+    """
+    if reinit < 0:
+        raise ValueError(f"`reinit` must be at least 0, got {reinit}.")
+    images = (picture(image_a, "image_a"), picture(image_b, "image_b"))
+    found = matcher if isinstance(matcher, Matcher) else Matcher.load(matcher)
+    a, b = (describe(found.backbone, found.config, _shrink(x, found.config.image)) for x in images)
+    ways = [(a, b), (b, a)] if cycle else [(a, b)]
+    each = 1 + reinit + (found.fine is not None)
+    step = _Steps(on_progress, each * len(ways))
+    fine = [_search(found, s, t, samples, steps, seed, reinit, step) for s, t in ways]
+    size_a, size_b = ((x.shape[2], x.shape[3]) for x in images)
+    corners = found.config.align_corners
+    flow, std = _full(*fine[0], size_a, size_b, corners)
+    if any(_is_flat(x) for x in images):
+        std = std.clamp(min=_anywhere(size_a))
+    missed = None
+    if cycle:
+        back, _ = _full(*fine[1], size_b, size_a, corners)
+        missed = fields.consistency(flow, back)[0, 0]
+    name = "given" if isinstance(matcher, Matcher) else str(matcher)
+    protocol = {
+        "matcher": name, "source": size_a, "target": size_b,
+        "samples": samples, "steps": steps, "seed": seed, "reinit": reinit,
+    }  # fmt: skip
+    inside = fields.inside(flow, size_a)[0, 0]
+    return Match(flow[0], std[0, 0], _warp(images[0], flow), inside, missed, protocol)
+
+
+@dataclass
+class _Steps:
+    """Counts stages and tells of them."""
+
+    tell: Callable[[int, int], None] | None
+    total: int
+    done: int = 0
+
+    def __call__(self) -> None:
+        self.done += 1
+        if self.tell is not None:
+            self.tell(self.done, self.total)
+
+
+def _search(
+    matcher: Matcher,
+    source: Features,
+    target: Features,
+    samples: int,
+    steps: int,
+    seed: int,
+    reinit: int,
+    step: Callable[[], None],
+) -> tuple[Tensor, Tensor]:
+    """Return the mean flow over its side, (1, 2, g, g), and the variance of each of its two numbers."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(denoiser: Denoiser, conditions: Conditions) -> tuple[Tensor, Tensor]:
+        flows = sample(denoiser, conditions, samples=samples, steps=steps, generator=generator)
+        step()
+        return flows.mean(0), flows.var(0, unbiased=samples > 1)
+
+    mean, variance = draw(matcher.coarse, coarse_of(matcher.config, source, target))
+    for _ in range(reinit):
+        mean, variance = draw(matcher.coarse, coarse_of(matcher.config, source, target, mean))
+    if matcher.fine is None:
+        return mean, variance
+    fine, more = draw(matcher.fine, fine_of(matcher.config, source, target, mean))
+    # The fine stage starts from the coarse mean and knows nothing of the coarse hypotheses' doubt.
+    return fine, more + _grow(variance, (fine.shape[2], fine.shape[3]))
+
+
+def _full(
+    flow: Tensor, variance: Tensor, source: tuple[int, int], target: tuple[int, int], corners: bool
+) -> tuple[Tensor, Tensor]:
+    """Bring a flow over its side, and its variance, to the target's grid: pixels of the source, and a deviation."""
+    scale = flow.new_tensor([source[1], source[0]]).view(1, 2, 1, 1)
+    own = flow.new_tensor([target[1], target[0]]).view(1, 2, 1, 1)
+    shares = _grow(flow, target, corners)
+    grid = fields.pixel_grid(*target)
+    places = ((grid + 0.5) / own + shares) * scale - 0.5
+    deviation = (_grow(variance * scale**2, target, corners)).sum(1, keepdim=True).sqrt()
+    return fields.to_flow(places), deviation
+
+
+def _grow(values: Tensor, size: tuple[int, int], corners: bool = False) -> Tensor:
+    return F.interpolate(values, size, mode="bilinear", align_corners=corners)
+
+
+def _shrink(image: Tensor, side: int) -> Tensor:
+    """Resize to a square, averaging over what falls together."""
+    return F.interpolate(
+        image, (side, side), mode="bilinear", antialias=True, align_corners=False
+    ).clamp(0, 1)
+
+
+def _warp(image: Tensor, flow: Tensor) -> Tensor:
+    """Warp a few rows at a time: (3, H, W)."""
+    rows = []
+    for top in range(0, flow.shape[2], _ROWS):
+        part = flow[:, :, top : top + _ROWS].clone()
+        part[:, 1] += top
+        rows.append(fields.warp(image, part))
+    return torch.cat(rows, 2)[0]
+
+
+def _is_flat(image: Tensor) -> bool:
+    return bool((image.amax((2, 3)) - image.amin((2, 3))).amax() < 1 / 255)
+
+
+def _anywhere(size: tuple[int, int]) -> float:
+    """Return the standard deviation of a place that may lie anywhere in a picture, in pixels."""
+    return ((size[0] ** 2 + size[1] ** 2) / 12) ** 0.5
