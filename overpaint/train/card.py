@@ -49,6 +49,7 @@ def write_card(
     trained: dict[str, Any],
     figures: dict[str, float],
     history: Sequence[dict[str, Any]] = (),
+    sources: Sequence[dict[str, str]] | None = None,
 ) -> Path:
     """Write `card.json` into `folder`: recipe, sources, hardware, minutes, figures and the hash of every file.
 
@@ -60,8 +61,9 @@ def write_card(
         trained: Steps and minutes of each stage.
         figures: What the judge, or the real artwork, gave.
         history: Earlier runs that this one went on from, oldest first.
+        sources: Package, version, SHA-256 and licence of what it was made from; without it, the icon sets.
     """
-    sources = [
+    icon_sets = [
         {
             "package": f"@iconify-json/{name}",
             "version": release,
@@ -79,7 +81,7 @@ def write_card(
         "hardware": f"{device}, {os.cpu_count()} cores, {platform.machine()}",
         "stages": trained,
         "history": list(history),
-        "sources": sources,
+        "sources": icon_sets if sources is None else list(sources),
         "figures": figures,
         "versions": {
             name: version(name) for name in ("torch", "diffusers", "transformers", "tokenizers")

@@ -49,6 +49,7 @@ def fit(
     muon: bool = True,
     resume: bool = True,
     on_progress: Callable[[Progress], None] | None = None,
+    on_save: Callable[[int], None] | None = None,
 ) -> nn.Module:
     """Train `model` on `loss(step)` for `minutes` and leave its averaged weights in it.
 
@@ -64,6 +65,7 @@ def fit(
         muon: Update the matrices inside the network with Muon; else AdamW throughout.
         resume: Continue from the checkpoint where there is one.
         on_progress: Told about progress every few seconds.
+        on_save: Called with the step after each checkpoint, the averaged weights in `model`. Its time is not counted.
     """
     optimizers = _optimizers(model, lr=lr, decay=weight_decay, muon=muon)
     average = (
@@ -100,9 +102,14 @@ def fit(
         if now - saved > CHECKPOINT_SECONDS or spent >= budget:
             saved = now
             _save(path, model, optimizers, average, step, spent, smooth)
-    for name, parameter in model.named_parameters():
-        if name in average:
-            parameter.data.copy_(average[name])
+            if on_save:
+                _swap(average, model)
+                model.eval()
+                on_save(step)
+                _swap(average, model)
+                model.train()
+                last = saved = time.monotonic()
+    _swap(average, model)
     return model.eval()
 
 
@@ -143,6 +150,16 @@ def _blend(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
         torch._foreach_lerp_(
             list(average.values()), [p.detach() for p in model.parameters()], 1 - decay
         )
+
+
+@torch.no_grad()
+def _swap(average: dict[str, Tensor], model: nn.Module) -> None:
+    """Exchange the values of the averages and of the weights."""
+    for name, parameter in model.named_parameters():
+        if name in average:
+            before = parameter.detach().clone()
+            parameter.copy_(average[name])
+            average[name].copy_(before)
 
 
 def _save(
