@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -221,35 +222,43 @@ def report(
 
 @app.command()
 def train(
-    model: Annotated[str, typer.Argument(help="icons or icons-judge.")],
+    model: Annotated[str, typer.Argument(help="icons, icons-judge or matcher.")],
     minutes: Annotated[float, typer.Option(help="Wall time, earlier runs counted in.")] = 150.0,
     out: Annotated[Path | None, typer.Option(help="Default: runs/MODEL/model.")] = None,
     resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint.")] = True,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     device: Device = "cpu",
+    seed: Annotated[int, typer.Option(help="Of weights and draws; icons and matcher.")] = 0,
+    diffusion: Annotated[
+        bool, typer.Option(help="Off: matcher's control, which answers once.")
+    ] = True,
+    work: Annotated[Path | None, typer.Option(help="Checkpoints. Default: runs/MODEL.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a zoo model from public icon artwork; fetches it with npm on the first run.
+    """Train a zoo model: icons from public artwork (npm fetches it), matcher from photographs (apt does).
 
     \b
     overpaint train icons --minutes 150
     overpaint train icons-judge --minutes 30 --no-resume
+    overpaint train matcher --minutes 100 --threads 1
     """  # noqa: D301
-    from overpaint.train import icons, judge
+    from overpaint.train import icons, judge, matcher
 
     recipes: dict[str, Any] = {
-        "icons": icons.train,
+        "icons": partial(icons.train, seed=seed),
         "icons-judge": judge.train,
         "judge": judge.train,
+        "matcher": partial(matcher.train, seed=seed, diffusion=diffusion),
     }
     if model not in recipes:
-        raise ValueError(f"no recipe for {model!r}: choose icons or icons-judge.")
-    name = "icons" if model == "icons" else "icons-judge"
-    target = out or Path("runs") / name / "model"
+        raise ValueError(f"no recipe for {model!r}: choose icons, icons-judge or matcher.")
+    name = "icons-judge" if model == "judge" else model
+    work = work or Path("runs") / name
+    target = out or work / "model"
     check_writable(target.parent)
     with progress(as_json) as stage:
         written = recipes[model](
-            out=target, minutes=minutes, device=device, resume=resume, threads=threads,
+            out=target, work=work, minutes=minutes, device=device, resume=resume, threads=threads,
             on_progress=lambda p: stage(int(1000 * p.share), 1000, f"{p.stage}, loss {p.loss:.4f}"),
         )  # fmt: skip
     print_facts({"weights": str(written)}, as_json=as_json)

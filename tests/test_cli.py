@@ -166,7 +166,7 @@ def test_trace_says_why_nothing_can_be_called_causal(run, tmp_path):
         (("frobnicate",), "No such command 'frobnicate'"),
         (("sites",), "Missing argument 'model'"),
         (("demo",), "Missing option '--out'"),
-        (("train", "nonesuch"), "no recipe for 'nonesuch': choose icons or icons-judge"),
+        (("train", "nonesuch"), "no recipe for 'nonesuch': choose icons, icons-judge or matcher"),
         (("report", "nonesuch"), "cannot write into 'nonesuch'"),
         (("trace", "icons", "--part", "vae"), "unknown part 'vae': choose text, unet or swap"),
         (("trace", "icons", "--part", "swap"), "a swap needs a prompt to swap in: say --target"),
