@@ -45,6 +45,11 @@ __all__ = [
 ]
 
 
+_CELLS = (
+    2**15
+)  # of flow at a time, all draws and pairs together, so that large ones fit into memory
+
+
 def alpha_bar(steps: int) -> Tensor:
     """Return the share of signal left at each of `steps` noise levels, float64: a cosine, betas at most 0.999."""
     share = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
@@ -144,7 +149,8 @@ def sample(
     Args:
         denoiser: The network.
         conditions: Of B pairs.
-        samples: How many flows a pair. The first ones do not depend on how many follow.
+        samples: How many flows a pair. The first ones do not depend on how many follow,
+            but for rounding.
         steps: From the noisiest level down to the flow, 1 to T; without it T.
         generator: Of the noise, on the CPU; without it one of seed 0.
 
@@ -168,12 +174,21 @@ def sample(
         if not config.diffusion:
             answer = denoiser(torch.zeros_like(initial), config.steps - 1, conditions)
             return (answer / config.flow_scale).clamp(-1, 1).expand(samples, *answer.shape).clone()
-        # One draw after the other: the first ones are the same, bit for bit, however many follow.
+        noise = [
+            torch.randn(initial.shape, generator=generator).to(initial) for _ in range(samples)
+        ]
         draws = []
-        for _ in range(samples):
-            noise = torch.randn(initial.shape, generator=generator).to(initial)
-            draws.append(_descend(denoiser, noise, conditions, steps))
+        for some in _parts(noise, max(1, _CELLS // initial[:, 0].numel())):
+            repeated = Conditions(
+                initial.repeat(len(some), 1, 1, 1), conditions.stack.repeat(len(some), 1, 1, 1)
+            )
+            drawn = _descend(denoiser, torch.cat(some), repeated, steps)
+            draws += drawn.split(len(initial))
         return (torch.stack(draws) / config.flow_scale).clamp(-1, 1)
+
+
+def _parts(noise: list[Tensor], size: int) -> list[list[Tensor]]:
+    return [noise[i : i + size] for i in range(0, len(noise), size)]
 
 
 def levels(total: int, steps: int) -> list[int]:

@@ -47,8 +47,10 @@ class Matcher:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             features = backbone.build(config.backbone)
-            coarse, fine = Denoiser(config), Denoiser(config, "fine")
-        return cls(features, coarse.eval(), fine.eval(), config)
+            coarse, fine = Denoiser(config).eval(), Denoiser(config, "fine").eval()
+        for part in (coarse, fine):
+            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a fifth faster on CPUs
+        return cls(features, coarse, fine, config)
 
     @classmethod
     def load(cls, source: str | Path = "matcher") -> "Matcher":
