@@ -84,7 +84,7 @@ def test_pictures_that_are_none_of_ours_are_refused(tmp_path, content, words):
 def test_a_picture_of_the_studio_gives_its_question_back(tmp_path):
     asked = Question(NASTY, "noto style", (4, 5), 6)
     path = files.write_picture(Image.new("RGB", (8, 8)), asked, "icons", tmp_path / "a.png")
-    assert files.read_picture(path) == asked
+    assert files.read_picture(path) == files.Origin(asked, "icons")
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -211,7 +211,11 @@ def test_a_session_that_ended_is_said_by_every_control(studio):
 
 def test_only_a_page_that_is_loaded_begins_a_session(studio):
     page = pytest.importorskip("overpaint.studio.page", exc_type=ModuleNotFoundError)
-    keys, mine, other = page._Keys(studio), *(SimpleNamespace(session_hash=n) for n in "ab")
+    gone = []
+    keys, mine, other = (
+        page._Keys(studio, gone.append),
+        *(SimpleNamespace(session_hash=n) for n in "ab"),
+    )
     assert (keys.of(mine), len(studio)) == ("", 0)
     key = keys.opened(mine)
     assert keys.of(mine) == keys.opened(mine) == key
@@ -220,7 +224,7 @@ def test_only_a_page_that_is_loaded_begins_a_session(studio):
     keys.opened(other)
     assert list(keys._known) == ["b"]
     keys.forget(other)
-    assert (keys.of(other), len(studio)) == ("", 0)
+    assert (keys.of(other), len(studio), gone) == ("", 0, ["b"])
 
 
 def test_texts_beyond_what_the_page_takes_are_refused(studio):
@@ -285,6 +289,36 @@ def test_an_uploaded_picture_fills_the_controls(studio, tmp_path):
     assert {n: final[n] for n in ("prompt", "concept", "seed", "pictures", "steps")} == {
         "prompt": "a dog", "concept": "dog", "seed": 7, "pictures": 2, "steps": 9,
     }  # fmt: skip
+
+
+def test_a_picture_of_another_model_says_which_and_what_to_do(studio, tiny_folder, tmp_path):
+    key, asked = studio.open(), Question("a dog", "dog", (7,), 9)
+    studio.models = (*studio.models, "icons")
+    mine = tiny_folder.name
+    for model, words in (
+        (str(tiny_folder), ""),
+        ("icons", f"drawn by icons, and {mine} is on the easel: choose icons above to draw it"),
+        (
+            "<b>sd14",
+            f"drawn by &lt;b&gt;sd14, and {mine} is on the easel: open the studio with &lt;b",
+        ),
+    ):
+        path = files.write_picture(Image.new("RGB", (2, 2)), asked, model, tmp_path / "a.png")
+        assert str(tmp_path).encode() not in path.read_bytes()
+        *_, final = handlers.add(studio, key, str(path), SETTING)
+        assert final["prompt"] == "a dog"
+        assert ("op-alert" in final["status"], words in final["status"]) == (bool(words), True)
+
+
+def test_a_trace_that_the_judge_cannot_see_says_so_beside_the_map(studio):
+    key, few = studio.open(), Setting("a cat in blob style", "blob style", 0, 1, 1)
+    for pictures in (False, True):
+        *_, final = handlers.trace(studio, key, few, pictures)
+        words = "Judged by text features, not by pictures: the shipped judge reads 64 × 64 pixels, and this model draws"
+        assert (words in final["map"]) == pictures
+        assert "share of the way that the text features go back" in final["map"]
+    *_, chosen = handlers.restore(studio, key, "0,0")
+    assert words in chosen["map"]
 
 
 def test_a_sheet_of_pictures_can_be_saved_and_opened_again(studio):

@@ -1,6 +1,7 @@
 """The studio in a real Chromium: trace, click, paint over, undo, take away, and the same pixels from the shell."""
 
 import base64
+import gc
 import io
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
@@ -17,6 +19,8 @@ from pathlib import Path
 import browser
 import pytest
 from PIL import Image
+
+from overpaint.studio.serve import open_studio
 
 if find_spec("gradio") is None:
     pytest.skip("the extra `studio` is not installed", allow_module_level=True)
@@ -186,6 +190,46 @@ def test_a_phone_in_the_dark_and_words_that_would_be_code(shown, chromium, axe, 
         shoot(page, "trace-390-dark")
         browser.check(seen, axe)
         assert seen.requests == []
+
+
+def kept_pages():
+    """How many pages the framework holds values of."""
+    from gradio.state_holder import StateHolder
+
+    return sum(len(o.session_data) for o in gc.get_objects() if type(o) is StateHolder)
+
+
+def wait_until(true, seconds=10):
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert true()
+
+
+def test_closing_a_page_takes_its_session_its_files_and_its_values_and_no_others(
+    chromium, tiny_folder
+):
+    before = kept_pages()
+    with open_studio([str(tiny_folder)], port=free_port()) as (studio, address):
+        with browser.visit(chromium, address) as stays:
+            with browser.visit(chromium, address) as goes:
+                for seen in (stays, goes):
+                    press(seen.page, "Paint over it", role="tab")
+                    seen.page.get_by_text("Diff-QuickFix").click()
+                    press(seen.page, "Paint over")
+                    wait_for(seen.page, "#op-drawn", 4)
+                folders = set(studio.folder.iterdir())
+                assert len(studio) == len(folders) == kept_pages() - before == 2
+                assert all({p.suffix for p in f.iterdir()} == {".safetensors", ".png"} for f in folders)  # fmt: skip
+            wait_until(lambda: len(studio) == 1)
+            wait_until(lambda: kept_pages() - before == 1)
+            (left,) = studio.folder.iterdir()
+            assert studio.holds(left.name) and len(list(left.iterdir())) == 2
+            press(stays.page, "Undo")
+            wait_for(stays.page, "#op-drawn", 2)
+        wait_until(lambda: len(studio) == 0)
+        wait_until(lambda: kept_pages() == before)
+        assert list(studio.folder.iterdir()) == []
 
 
 def test_long_work_shows_its_progress_and_stops(shown, chromium):

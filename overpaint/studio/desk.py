@@ -8,6 +8,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class Studio:
         self.turns = Turns()
         self._device, self._load = device, loader
         self._loaded: dict[str, TextToImage] = {}
-        self._judges: dict[str, Judge | None] = {}
+        self._judges: dict[str, Judge | str] = {}
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
 
@@ -134,13 +135,21 @@ class Studio:
     # --- where is it? -------------------------------------------------------------------------------------------------
 
     def trace(self, key: str, question: Question, *, pictures: bool = False) -> Told:
-        """Trace the text encoder; `Done` holds a `Map`. With `pictures` a judge looks at the picture of each state."""
+        """Trace the text encoder; `Done` holds a `Map`.
+
+        With `pictures` a judge looks at the picture of each state. Where it cannot read the model's pictures the map is
+        by text features, and its `instead` says why.
+        """
         session = self.session(key)
 
         def run(tell: Tell) -> Map:
             model = self._model(session, tell)
             judge = self._judge(model) if pictures else None
-            session.found = work.trace_text(model, question, tell, judge=judge)
+            if isinstance(judge, str):
+                found = work.trace_text(model, question, tell)
+                session.found = replace(found, instead=judge)
+            else:
+                session.found = work.trace_text(model, question, tell, judge=judge)
             return session.found
 
         return self._watch(session, run)
@@ -178,13 +187,13 @@ class Studio:
         return self._watch(session, run)
 
     def add(self, key: str, path: str | Path) -> Told:
-        """Open a change file or a picture of the studio; `Done` holds a `Collateral`, a `Question`, or a text.
+        """Open a change file or a picture of the studio; `Done` holds a `Collateral`, a `files.Origin`, or a text.
 
         A change that cannot be solved together with the coats is put on the shelf, to compare; the text says why.
         """
         session, name = self.session(key), files.shown_name(path)
 
-        def run(tell: Tell) -> Collateral | Question | str | None:
+        def run(tell: Tell) -> Collateral | files.Origin | str | None:
             if name.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".gif")):
                 return files.read_picture(path)
             model = self._model(session, tell)
@@ -278,12 +287,13 @@ class Studio:
                 self._loaded[name] = self._load(name, device=self._device)
         return self._loaded[name]
 
-    def _judge(self, model: TextToImage) -> Judge | None:
-        """Return the shipped judge where it can read the model's pictures."""
+    def _judge(self, model: TextToImage) -> Judge | str:
+        """Return the shipped judge, or why it cannot read the model's pictures."""
         if model.name not in self._judges:
             judge = features.load(device=self._device)
-            fits = model.size == (judge.size, judge.size)
-            self._judges[model.name] = judge if fits else None
+            (height, width), side = model.size, judge.size
+            refusal = f"the shipped judge reads {side} × {side} pixels, and this model draws {width} × {height}"
+            self._judges[model.name] = judge if height == width == side else refusal
         return self._judges[model.name]
 
 

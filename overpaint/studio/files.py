@@ -10,6 +10,7 @@ import os
 import re
 import unicodedata
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,21 @@ from overpaint.studio.private import private
 from overpaint.studio.work import Question
 
 __all__ = [
-    "LARGEST", "read_change", "read_picture", "safe_name", "shown_name", "write_change", "write_picture",
+    "LARGEST", "Origin", "model_name", "read_change", "read_picture", "safe_name", "shown_name", "write_change",
+    "write_picture",
 ]  # fmt: skip
 
 LARGEST = 256 * 2**20  # bytes of an upload
 _PIXELS = 4096 * 4096
 _CHUNK = "overpaint"  # name of the text chunk of a PNG that holds how it was drawn
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How a picture of the studio came to be: what was asked, and of which model; `""` if it does not say."""
+
+    question: Question
+    model: str = ""
 
 
 def safe_name(text: str, *, otherwise: str = "change") -> str:
@@ -40,6 +50,11 @@ def shown_name(path: str | Path) -> str:
     last = re.split(r"[\\/]", str(path))[-1]
     clean = "".join(c for c in last if unicodedata.category(c)[0] != "C").strip() or "file"
     return clean if len(clean) <= 80 else f"{clean[:76]}..."
+
+
+def model_name(model: str) -> str:
+    """Return what a model is called in a file that others may see: of a folder its last part alone."""
+    return shown_name(Path(model).resolve()) if Path(model).is_dir() else model
 
 
 def read_change(path: str | Path, model: TextToImage) -> Change:
@@ -77,7 +92,7 @@ def write_change(change: Change, folder: Path, name: str) -> Path:
 def write_picture(image: Image.Image, question: Question, model: str, path: Path) -> Path:
     """Write a PNG that says how it was drawn, beside its place and then renamed; `read_picture` reads that again."""
     told = {
-        "model": model,
+        "model": model_name(model),
         "prompt": question.prompt,
         "concept": question.concept,
         "seeds": question.seeds,
@@ -91,7 +106,7 @@ def write_picture(image: Image.Image, question: Question, model: str, path: Path
     return path
 
 
-def read_picture(path: str | Path) -> Question:
+def read_picture(path: str | Path) -> Origin:
     """Return how an uploaded picture of the studio was drawn; its pixels are never decoded.
 
     Raises:
@@ -115,14 +130,14 @@ def read_picture(path: str | Path) -> Question:
         ) from error
     if width * height > _PIXELS:
         raise ValueError(_too_many_pixels(name))
-    return _question(name, told)
+    return _origin(name, told)
 
 
 def _too_many_pixels(name: str) -> str:
     return f"{name!r} has more than {_PIXELS // 10**6} megapixels and was not decoded: send a PNG that the studio drew."
 
 
-def _question(name: str, told: Any) -> Question:
+def _origin(name: str, told: Any) -> Origin:
     if told is None:
         raise ValueError(
             f"{name!r} does not say how it was drawn: send a PNG that was downloaded from the studio."
@@ -130,7 +145,8 @@ def _question(name: str, told: Any) -> Question:
     try:
         facts = json.loads(str(told))
         seeds = tuple(int(seed) for seed in facts["seeds"])
-        return Question(str(facts["prompt"]), str(facts["concept"]), seeds, int(facts["steps"]))
+        asked = Question(str(facts["prompt"]), str(facts["concept"]), seeds, int(facts["steps"]))
+        return Origin(asked, str(facts.get("model", ""))[:80])
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"{name!r} is damaged: what it says of how it was drawn cannot be read. Draw it again."

@@ -11,6 +11,7 @@ from typing import Any
 from overpaint.studio import pages
 from overpaint.studio.collateral import Collateral
 from overpaint.studio.desk import Studio, Told
+from overpaint.studio.files import Origin, model_name
 from overpaint.studio.session import Session
 from overpaint.studio.turns import Done, Part, Progress, Stopped
 from overpaint.studio.work import Drawn, Map, Question
@@ -164,12 +165,12 @@ def add(studio: Studio, key: str, path: str | None, setting: Setting) -> Iterato
     if not path:
         return
 
-    def show(found: Collateral | Question | str | None) -> Update:
-        if isinstance(found, Question):
+    def show(found: Collateral | Origin | str | None) -> Update:
+        if isinstance(found, Origin):
+            asked = found.question
             return {
-                "prompt": found.prompt, "concept": found.concept, "seed": found.seeds[0],
-                "pictures": len(found.seeds), "steps": found.steps,
-                "status": pages.note("The picture's prompt and settings are back: draw it again."),
+                "prompt": asked.prompt, "concept": asked.concept, "seed": asked.seeds[0],
+                "pictures": len(asked.seeds), "steps": asked.steps, "status": _whose(studio, key, found),
             }  # fmt: skip
         said = found if isinstance(found, str) else "The change lies on the model: draw to see it."
         forecast = {} if isinstance(found, str) else {"forecast": pages.forecast(found)}
@@ -203,6 +204,19 @@ def stop(studio: Studio, key: str) -> Update:
     except ValueError as error:
         return {"status": pages.alert(str(error))}
     return {"status": pages.note("Stopping after this step." if running else "Nothing runs.")}
+
+
+def _whose(studio: Studio, key: str, found: Origin) -> str:
+    """Say that a picture's question is back, and whether the model on the easel is the one that drew it."""
+    mine = model_name(studio.session(key).model)
+    if found.model in ("", mine):
+        return pages.note("The picture's prompt and settings are back: draw it again.")
+    offered = found.model in map(model_name, studio.models)
+    return pages.alert(
+        f"the picture's prompt and settings are back, but it was drawn by {found.model}, and {mine} is on the easel: "
+        + (f"choose {found.model} above" if offered else f"open the studio with {found.model}")
+        + " to draw it as it was."
+    )
 
 
 def _moved(

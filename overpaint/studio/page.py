@@ -120,10 +120,10 @@ def _map() -> Parts:
     gr.HTML(
         '<p class="op-lead">Which sublayer of the text encoder, at which token, brings the words back?</p>'
     )
-    with gr.Row(equal_height=True):
+    with gr.Row():
         how = gr.Radio(_TRACES, value="text", label="Judged by", scale=3)
-        button = gr.Button("Trace", variant="primary", scale=1, min_width=120)
-    found = gr.HTML(js_on_load=_CLICKS, elem_id="op-map")
+        button = gr.Button("Trace", variant="primary", scale=1, min_width=120, elem_classes="op-go")
+    found = gr.HTML(pages.empty("No map yet: press Trace."), js_on_load=_CLICKS, elem_id="op-map")
     return {"how": how, "trace": button, "map": found, "restored": gr.HTML(elem_id="op-restored")}
 
 
@@ -144,20 +144,22 @@ def _paint() -> Parts:
         saved = gr.DownloadButton("Save pictures", interactive=False)
     return {
         "new": new, "method": method, "preserve": preserve, "paint": paint, "draw": draw, "saved": saved,
-        "drawn": gr.HTML(elem_id="op-drawn"), "forecast": gr.HTML(elem_id="op-forecast"),
+        "drawn": gr.HTML(pages.empty("No pictures yet: press Paint over."), elem_id="op-drawn"),
+        "forecast": gr.HTML(elem_id="op-forecast"),
     }  # fmt: skip
 
 
 def _compare() -> Parts:
     gr.HTML('<p class="op-lead">Two versions of the model, the same prompt and the same noise.</p>')
     names = ["the model as it is"]
-    with gr.Row(equal_height=True):
-        first = gr.Dropdown(names, value=names[0], label="This", interactive=True)
-        second = gr.Dropdown(names, value=names[0], label="That", interactive=True)
-        button = gr.Button("Compare", variant="primary", min_width=120)
+    with gr.Row():
+        first = gr.Dropdown(names, value=names[0], label="This", interactive=True, min_width=220)
+        second = gr.Dropdown(names, value=names[0], label="That", interactive=True, min_width=220)
+        button = gr.Button("Compare", variant="primary", min_width=120, elem_classes="op-go")
     return {
         "first": first, "second": second, "compare": button,
-        "compared": gr.HTML(elem_id="op-compared"), "facts": gr.HTML(elem_id="op-facts"),
+        "compared": gr.HTML(pages.empty("Nothing compared yet: choose two versions."), elem_id="op-compared"),
+        "facts": gr.HTML(elem_id="op-facts"),
     }  # fmt: skip
 
 
@@ -172,7 +174,7 @@ _SETTING = ("prompt", "concept", "seed", "pictures", "steps")
 
 def _wire(page: gr.Blocks, parts: Parts, studio: Studio) -> None:
     """Connect controls to handlers."""
-    keys = _Keys(studio)
+    keys = _Keys(studio, lambda name: _release(page, name))
     out = [parts[name] for name in _OUT]
     asked = [parts[name] for name in _SETTING]
 
@@ -211,10 +213,13 @@ def _wire(page: gr.Blocks, parts: Parts, studio: Studio) -> None:
 
 
 class _Keys:
-    """Which session belongs to which open page. What a browser calls itself is never used as a path."""
+    """Which session belongs to which open page. What a browser calls itself is never used as a path.
 
-    def __init__(self, studio: Studio) -> None:
-        self._studio = studio
+    `release` is told of each page that was closed.
+    """
+
+    def __init__(self, studio: Studio, release: Callable[[str], Any]) -> None:
+        self._studio, self._release = studio, release
         self._known: dict[str, str] = {}
         self._lock = threading.Lock()
 
@@ -237,9 +242,17 @@ class _Keys:
 
     def forget(self, request: gr.Request) -> None:
         """End the session of a page that was closed."""
+        name = str(request.session_hash)
         with self._lock:
-            key = self._known.pop(str(request.session_hash), None)
+            key = self._known.pop(name, None)
         self._studio.close(key)
+        self._release(name)
+
+
+def _release(page: gr.Blocks, name: str) -> None:
+    """Drop the values that the framework keeps of a page until others need the room."""
+    page.state_holder.session_data.pop(name, None)
+    page.state_holder.time_last_used.pop(name, None)
 
 
 def _handler(keys: _Keys, studio: Studio, run: Callable[..., Iterator[Update]], *, setting: bool) -> Any:  # fmt: skip

@@ -17,7 +17,7 @@ from overpaint.studio.turns import Progress
 from overpaint.studio.work import Drawn, Map, Picture, sublayer
 
 __all__ = [
-    "alert", "coats", "escape", "facts", "forecast", "grid", "heat_map", "note", "progress", "restored",
+    "alert", "coats", "empty", "escape", "facts", "forecast", "grid", "heat_map", "note", "progress", "restored",
 ]  # fmt: skip
 
 _SHOWN = 10  # rows of the forecast
@@ -37,6 +37,11 @@ def alert(text: str) -> str:
 def note(text: str) -> str:
     """Return a quiet remark."""
     return f'<p class="op-note" role="status">{escape(_sentence(text))}</p>'
+
+
+def empty(text: str) -> str:
+    """Return what stands where nothing is shown yet."""
+    return f'<p class="op-empty">{escape(text)}</p>'
 
 
 def progress(step: Progress) -> str:
@@ -70,8 +75,10 @@ def heat_map(found: Map, chosen: tuple[int, int] | None = None) -> str:
         if found.measured == "pictures"
         else "share of the way that the text features go back"
     )
+    instead = f"Judged by text features, not by pictures: {found.instead}." if found.instead else ""
     return (
-        f'<figure class="op-map"><div class="op-scroll" tabindex="0" role="region" aria-label="Map of states">'
+        f'{note(instead) if instead else ""}<figure class="op-map">'
+        '<div class="op-scroll" tabindex="0" role="region" aria-label="Map of states">'
         f"<table><thead><tr><td></td>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
         f"<figcaption>The words “{escape(found.question.concept)}” are drowned in noise; one state at a time, a "
         f"sublayer’s output at one token, is put back. Number: {what}. Input below, output above. Click a cell to "
@@ -110,7 +117,7 @@ def grid(drawn: Drawn) -> str:
 def coats(bench: Bench) -> str:
     """Return what lies on the model."""
     if not bench.coats:
-        return '<p class="op-empty">No coat yet: the model is as it was trained.</p>'
+        return empty("No coat yet: the model is as it was trained.")
     items = "".join(
         f"<li><b>{escape(coat.name)}</b><span>{escape(coat.change.protocol.get('method', 'a file'))}, "
         f"{escape(_weights(coat.change))}</span></li>"
@@ -126,28 +133,31 @@ def forecast(found: Collateral | None) -> str:
     if found is None:
         return ""
     tiles = [
-        ("of the wanted movement reached", found.reached),
-        ("movement of the empty prompt", found.empty),
+        ("Of the wanted movement reached", found.reached),
+        ("Movement of the empty prompt", found.empty),
     ]
     shown = "".join(
-        f"<div><dt>{name}</dt><dd>{value:.0%}</dd></div>"
+        f"<div><dt>{name}</dt><dd>{_percent(value)}</dd></div>"
         for name, value in tiles
         if value is not None
     )
     count = len(found.endangered)
-    shown += f"<div><dt>concepts endangered</dt><dd>{count if found.drifts else '–'}</dd></div>"
+    shown += f"<div><dt>Concepts endangered</dt><dd>{count if found.drifts else '–'}</dd></div>"
     if not found.drifts:
         return (
             f'<dl class="op-tiles">{shown}</dl><p class="op-note">The drift of other concepts cannot be told from '
             f"text: {escape(found.reason)}.</p>"
         )
-    rows = "".join(map(_drift, found.drifts[:_SHOWN]))
+    shown_drifts = found.drifts[:_SHOWN]
+    kept = any(drift.kept for drift in shown_drifts)
+    rows = "".join(_drift(drift, kept=kept) for drift in shown_drifts)
     caption = (
         "How far other concepts are expected to move, as a share of the movement of the concept that is painted over; "
         "from 5\u00a0% on pictures are likely to show it."
     )
     heads = "".join(
-        f'<th scope="col">{name}</th>' for name in ("concept", "drift", "share", "edit")
+        f'<th scope="col">{name}</th>'
+        for name in ("concept", "drift", "share", *(["edit"] if kept else []))
     )
     return (
         f'<dl class="op-tiles">{shown}</dl><table class="op-table"><caption>{caption}</caption>'
@@ -192,12 +202,15 @@ def _cell(found: Map, i: int, j: int, value: float | None, top: float, chosen: b
     )
 
 
-def _drift(drift: Drift) -> str:
+def _drift(drift: Drift, *, kept: bool) -> str:
+    """Return a row of the forecast; `kept`: with a column that says what the edit itself looked after."""
     concept, share = escape(drift.concept), min(1.0, drift.share)
     return (
         f'<tr class="{"op-danger" if drift.endangered else ""}"><th scope="row">{concept}</th>'
         f'<td><meter min="0" max="1" value="{share:.3f}" aria-label="drift of {concept}"></meter></td>'
-        f"<td>{_percent(drift.share)}</td><td>{'looked after' if drift.kept else ''}</td></tr>"
+        f"<td>{_percent(drift.share)}</td>"
+        + (f"<td>{'looked after' if drift.kept else ''}</td>" if kept else "")
+        + "</tr>"
     )
 
 
@@ -210,7 +223,8 @@ def _img(image: Image.Image, alt: str) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
+    digits = 0 if share >= 0.1 else 1
+    return f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def _weights(change: Change) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from overpaint import zoo
 from overpaint.errors import MissingExtra
 from overpaint.model import TextToImage, load
-from overpaint.studio.desk import Studio
+from overpaint.studio.desk import SESSIONS, Studio
 from overpaint.studio.files import LARGEST
 
 __all__ = ["check_access", "check_models", "check_port", "open_studio"]
@@ -160,6 +160,7 @@ def _settings(host: str, port: int, auth: tuple[str, str] | None, studio: Studio
         "server_port": port, "auth": auth, "share": False, "inbrowser": False, "quiet": True,
         "prevent_thread_lock": True, "show_error": False, "footer_links": [], "run_history": False,
         "allowed_paths": [str(studio.folder)], "max_file_size": LARGEST, "max_threads": 128,
+        "state_session_capacity": SESSIONS,  # visitors whose values the framework keeps
         "enable_monitoring": False, "ssr_mode": False, "pwa": False, "mcp_server": False, "num_workers": 0,
         "theme": theme(),
         "head": f"<style>{CSS.read_text(encoding='utf-8')}</style>",  # as it is: `css_paths` would rescope it

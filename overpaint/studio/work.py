@@ -73,6 +73,7 @@ class Map:
         values: Rows by columns; `None` where nothing was measured.
         measured: `"pictures"` (the judge's score, restored minus corrupted) or `"text"` (share of the way that the
             text features go back).
+        instead: Why it is not by pictures, where that was asked for.
     """
 
     question: Question
@@ -80,6 +81,7 @@ class Map:
     columns: tuple[tuple[str, int, str], ...]
     values: tuple[tuple[float | None, ...], ...]
     measured: str
+    instead: str = ""
 
     @property
     def best(self) -> tuple[int, int]:
