@@ -5,6 +5,7 @@ from overpaint.metrics.clip import CLIP_SCALES, clip_accuracy, clip_score
 from overpaint.metrics.distances import Distance, TwoSample, fid, kid, kid_test
 from overpaint.metrics.images import perceptual, psnr, ssim
 from overpaint.metrics.intervals import Interval, bootstrap, paired, spearman
+from overpaint.metrics.matching import ause, epe, pck
 
 __all__ = [
     "CLIP_SCALES",
@@ -12,15 +13,18 @@ __all__ = [
     "Interval",
     "MetricCard",
     "TwoSample",
+    "ause",
     "bootstrap",
     "card",
     "cards",
     "clip_accuracy",
     "clip_score",
+    "epe",
     "fid",
     "kid",
     "kid_test",
     "paired",
+    "pck",
     "perceptual",
     "psnr",
     "spearman",
