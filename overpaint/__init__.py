@@ -6,7 +6,7 @@
 'an apple in noto style'
 """
 
-from overpaint import edit, evaluate, optim, probes, report, trace
+from overpaint import edit, evaluate, match, optim, probes, report, trace
 from overpaint.edit import Change
 from overpaint.errors import MissingExtra, OverpaintError, UnknownSite, UnsupportedModel
 from overpaint.model import TextToImage, load
@@ -30,6 +30,7 @@ __all__ = [
     "edit",
     "evaluate",
     "load",
+    "match",
     "optim",
     "probes",
     "report",

@@ -14,6 +14,7 @@ ROOMS = (
     "edit",
     "evaluate",
     "features",
+    "match",
     "metrics",
     "model",
     "optim",
