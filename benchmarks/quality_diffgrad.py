@@ -235,7 +235,7 @@ class Runs:
         if path.exists():
             return json.loads(path.read_text())["run"]
         run = train(self.data, self.task, cell)
-        _write(path, {**facts, "run": run})
+        write(path, {**facts, "run": run})
         return run
 
     def last(
@@ -259,11 +259,11 @@ def tuned(runs: Runs) -> dict[str, float]:
     return rates
 
 
-def interval(values: np.ndarray) -> list[float]:
+def interval(values: np.ndarray, digits: int = 3) -> list[float]:
     """Return mean, and Student's 95 % bounds."""
     mean, error = float(values.mean()), float(stats.sem(values))
     reach = float(stats.t.ppf(0.975, len(values) - 1)) * error
-    return [round(mean, 3), round(mean - reach, 3), round(mean + reach, 3)]
+    return [round(mean, digits), round(mean - reach, digits), round(mean + reach, digits)]
 
 
 def ranking(runs: Runs) -> list[dict[str, Any]]:
@@ -390,12 +390,30 @@ def show(tables: Mapping[str, Any]) -> None:
     print("\nmean friction of DiffGrad by epoch:", *(f"{xi:.4f}" for xi in shares))
 
 
-def _write(path: Path, value: Any) -> None:
+def write(path: Path, value: Any) -> None:
     """Write beside the place, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")
     beside.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(beside, path)
+
+
+def record(
+    name: str, result: dict[str, float], facts: dict[str, Any], *, quick: bool, start: float
+) -> None:
+    """Write the figures of a run that began at `start`, with `facts` and the machine: a quick one into `runs`."""
+    protocol = {
+        **facts,
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "quick": quick,
+        "seconds": round(time.perf_counter() - start, 1),
+        "versions": {"overpaint": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "commit": card.commit(),
+    }  # fmt: skip
+    folder = Path("runs/benchmarks") if quick else RESULTS
+    write(folder / f"{name}.json", {"result": result, "protocol": protocol})
 
 
 def main() -> None:
@@ -416,21 +434,13 @@ def main() -> None:
         task = Task("fashion-mnist", 6_000, 2_000, 8, 64, "convolutional", 2)
     result, tables = measure(Runs(data, task, arguments.work))
     show(tables)
-    protocol = {
+    facts = {
         "task": asdict(task),
         "seeds": list(SEEDS),
         "tuning_seed": TUNING_SEED,
         "tables": tables,
-        "device": "cpu",
-        "threads": 1,
-        "machine": platform.machine(),
-        "quick": arguments.quick,
-        "seconds": round(time.perf_counter() - start, 1),
-        "versions": {"overpaint": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "commit": card.commit(),
-    }  # fmt: skip
-    folder = Path("runs/benchmarks") if arguments.quick else RESULTS
-    _write(folder / "quality_diffgrad.json", {"result": result, "protocol": protocol})
+    }
+    record("quality_diffgrad", result, facts, quick=arguments.quick, start=start)
     if arguments.json:
         print(json.dumps(result))
 

@@ -14,38 +14,26 @@ About 20 minutes on one idle core; finished runs are kept in `runs/quality_diffg
 
 import argparse
 import json
-import math
-import os
-import platform
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
+from quality_diffgrad import interval, record, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from overpaint import __version__
-from overpaint.optim import DiffGrad
-from overpaint.train import card, icon_world, judge
+from overpaint.train import icon_world, judge
 from overpaint.train.icons import as_pixels, build_clip, contrast, tokenizer
-from overpaint.train.muon import Muon
+from overpaint.train.loop import Outer, optimizers, rate
 
-RESULTS = Path(__file__).parent / "results"
-RATE, DECAY, BETAS = 1e-3, 0.01, (0.9, 0.99)
-ENDS = ("embed", "conv_in", "conv_out", "head", "projection")
-Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
-WAYS: dict[str, tuple[float, Make]] = {
-    "AdamW": (1.0, lambda g: torch.optim.AdamW(g, betas=BETAS, fused=True)),
-    "AdamW, half the rate": (0.5, lambda g: torch.optim.AdamW(g, betas=BETAS, fused=True)),
-    "DiffGrad": (1.0, lambda g: DiffGrad(g, betas=BETAS, decoupled_weight_decay=True, fused=True)),
-    "DiffGrad, twice the rate": (
-        2.0,
-        lambda g: DiffGrad(g, betas=BETAS, decoupled_weight_decay=True, fused=True),
-    ),
+RATE, DECAY = 1e-3, 0.01
+WAYS: dict[str, tuple[Outer, float]] = {  # times the rate
+    "AdamW": ("adamw", 1.0),
+    "AdamW, half the rate": ("adamw", 0.5),
+    "DiffGrad": ("diffgrad", 1.0),
+    "DiffGrad, twice the rate": ("diffgrad", 2.0),
 }
 
 
@@ -80,32 +68,19 @@ class Lessons:
         return total
 
 
-def optimizers(model: nn.Module, make: Make) -> list[torch.optim.Optimizer]:
-    """Return the recipe's two, one of them made by `make`."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    inside = {n for n, p in named if p.ndim > 1 and not any(end in n for end in ENDS)}
-    outer = [(n, p) for n, p in named if n not in inside]
-    groups = [
-        {"params": [p for _, p in outer if p.ndim > 1], "weight_decay": DECAY},
-        {"params": [p for _, p in outer if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return [make(groups), Muon([p for n, p in named if n in inside], RATE, decay=DECAY)]
-
-
 def losses(lessons: Lessons, way: str, *, seed: int, steps: int) -> list[float]:
     """Return the loss of each step."""
-    factor, make = WAYS[way]
+    outer, factor = WAYS[way]
     torch.manual_seed(seed)
     clip = build_clip(judge.RECIPE, len(lessons.tokens))
     model = judge._Judged(clip).train()  # pyright: ignore[reportPrivateUsage]
-    pair = optimizers(model, make)
+    pair = optimizers(model, lr=RATE, decay=DECAY, outer=outer)
     found = []
     for step in range(steps):
-        share = step / steps
-        rate = RATE * min(1.0, share / 0.02 + 1e-3) * 0.5 * (1 + math.cos(math.pi * share))
+        now = rate(RATE, step / steps)
         for optimizer, times in zip(pair, (factor, 1.0), strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = times * rate
+                group["lr"] = times * now
         value = lessons.loss(model, seed, step)
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -123,7 +98,7 @@ def kept(lessons: Lessons, work: Path, way: str, *, seed: int, steps: int) -> li
     """
     path = work / f"{list(WAYS).index(way)}-{seed}-{steps}.json"
     if not path.exists():
-        _write(path, losses(lessons, way, seed=seed, steps=steps))
+        write(path, losses(lessons, way, seed=seed, steps=steps))
     return json.loads(path.read_text())
 
 
@@ -136,22 +111,10 @@ def measure(lessons: Lessons, work: Path, *, seeds: int, steps: int) -> list[dic
             ends[way][seed] = np.mean(run[-max(1, steps // 5) :])
     rows = []
     for way, values in ends.items():
-        gap = values - ends["AdamW"]
-        reach = float(stats.t.ppf(0.975, seeds - 1) * stats.sem(gap))
-        mean = float(gap.mean())
-        rows.append(
-            {"name": way, "loss": round(float(values.mean()), 4), "minus_adamw": round(mean, 4),
-             "low": round(mean - reach, 4), "high": round(mean + reach, 4)}
-        )  # fmt: skip
+        gap, low, high = interval(values - ends["AdamW"], 4)
+        loss = round(float(values.mean()), 4)
+        rows.append({"name": way, "loss": loss, "minus_adamw": gap, "low": low, "high": high})
     return rows
-
-
-def _write(path: Path, value: Any) -> None:
-    """Write beside the place, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(beside, path)
 
 
 def main() -> None:
@@ -171,21 +134,9 @@ def main() -> None:
     for row in rows:
         interval = f"[{row['low']:+.4f}, {row['high']:+.4f}]"
         print(f"{row['name']:>26} {row['loss']:8.4f} {row['minus_adamw']:+8.4f} {interval}")
-    protocol = {
-        "steps": steps,
-        "seeds": list(range(seeds)),
-        "rows": rows,
-        "device": "cpu",
-        "threads": 1,
-        "machine": platform.machine(),
-        "quick": arguments.quick,
-        "seconds": round(time.perf_counter() - start, 1),
-        "versions": {"overpaint": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "commit": card.commit(),
-    }  # fmt: skip
     result = {f"{row['name']} loss": row["loss"] for row in rows}
-    folder = Path("runs/benchmarks") if arguments.quick else RESULTS
-    _write(folder / "quality_diffgrad_recipe.json", {"result": result, "protocol": protocol})
+    facts = {"steps": steps, "seeds": list(range(seeds)), "rows": rows}
+    record("quality_diffgrad_recipe", result, facts, quick=arguments.quick, start=start)
     if arguments.json:
         print(json.dumps(result))
 
