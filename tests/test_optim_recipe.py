@@ -59,7 +59,7 @@ def test_a_run_goes_on_with_the_optimiser_that_it_began_with(tmp_path: Path) -> 
     with safe_open(path, framework="pt") as file:
         assert file.metadata()["optimizer"] == "diffgrad"
     with pytest.raises(
-        ValueError, match="must be 'diffgrad' for .*toy.* got 'adamw'. Go on with .*`resume=False`"
+        ValueError, match="must be 'diffgrad' for .*toy.* got 'adamw'. Go on with .*start anew"
     ):
         _train(tmp_path, "adamw", seconds=1)
     assert _train(tmp_path, "diffgrad", seconds=0.6)[0] == len(seen) > 0

@@ -225,7 +225,7 @@ def _restore(
     if began != outer:
         raise ValueError(
             f"`optimizer` must be {began!r} for {str(path)!r}, which was trained with it, got {outer!r}. Go on with "
-            f"{began!r}, or start anew with `resume=False`."
+            f"{began!r}, or start anew with `resume=False` (`--no-resume`)."
         )
     tensors = load_file(path)
     model.load_state_dict(
