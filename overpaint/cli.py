@@ -253,6 +253,12 @@ def train(
     if model not in recipes:
         raise ValueError(f"no recipe for {model!r}: choose icons, icons-judge or matcher.")
     name = "icons-judge" if model == "judge" else model
+    if name == "icons-judge" and seed:
+        raise ValueError(f"`seed` of icons-judge is fixed, got {seed}: leave it out.")
+    if name != "matcher" and not diffusion:
+        raise ValueError(
+            f"only the matcher has a control without diffusion: leave `--no-diffusion` out for {name}."
+        )
     work = work or Path("runs") / name
     target = out or work / "model"
     check_writable(target.parent)
