@@ -14,6 +14,7 @@ from overpaint.edit.weights import weight_at
 
 SITE = "text.0.self_attn.out_proj"
 SMALL = {
+    "tokens": False,
     "repair": False,
     "contexts": 24,
     "background": 32,

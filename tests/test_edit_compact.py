@@ -140,7 +140,7 @@ def test_one_concept_in_stable_diffusions_size_takes_100_kilobytes(preserve, tmp
 def test_a_swap_keeps_the_rows_that_it_leaves_alone(tiny_sd1):
     swap = edit.swap_embedding(tiny_sd1, {"van gogh": "painting"})
     small = swap.compact(rank=1)
-    assert small.left.shape[1] == 1 and len(small.keys) == 0
+    assert small.left.shape == swap.left.shape and len(small.keys) == 0
     still = swap.left.abs().sum(1) == 0
     before = weight_at(tiny_sd1, swap.site).detach().clone()
     with small.applied(tiny_sd1):

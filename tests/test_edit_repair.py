@@ -9,7 +9,12 @@ from overpaint.edit.captions import plan
 from overpaint.edit.contexts import background_captions, placed, spared
 from overpaint.edit.weights import text_layers, weight_at
 
-SMALL = {"contexts": 32, "background": 160, "vocabulary": ["monet", "snoopy", "van dyck"]}
+SMALL = {
+    "tokens": False,
+    "contexts": 32,
+    "background": 160,
+    "vocabulary": ["monet", "snoopy", "van dyck"],
+}
 GOGH, SNOOPY = {"van gogh": "painting"}, {"r2d2": "robot"}
 SITES = ("text.0.self_attn.out_proj", "text.0.mlp.fc2")
 

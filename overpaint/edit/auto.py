@@ -2,6 +2,8 @@ r"""Edits that choose what to preserve, and how heavily, from text alone.
 
 `quickfix` fits a concept in four captions and preserves what it is told to. Here
 
+0. a concept whose tokens occur in nothing else to look after is moved in the token embedding, which moves no other
+   prompt at all (`tokens`); what follows is done for the concepts that are left;
 1. the concept's keys come from some hundred captions around it, between words of the tokenizer's vocabulary;
 2. some thousand captions without it, and the empty prompt, are the background that should not move;
 3. how far other concepts would drift is known before any picture is drawn: :math:`\|\Delta H\|^2` over the layer's
@@ -31,6 +33,7 @@ from torch import Tensor
 from overpaint.edit import contexts as texts
 from overpaint.edit import layers
 from overpaint.edit import repair as repairs
+from overpaint.edit import tokens as token_rows
 from overpaint.edit import vocabulary as vocabularies
 from overpaint.edit.captions import check_pairs
 from overpaint.edit.change import Change, Movement
@@ -63,11 +66,12 @@ def auto(
     allowance: float = 0.05,
     ridge: float | Literal["auto"] = 0.001,
     repair: bool = True,
+    tokens: bool = True,
     layer: int | Literal["auto"] = 0,
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> Change:
-    """Change of one text layer that chooses its preserve list and weight; the model is not touched.
+    """Change of token rows or one text layer that chooses its preserve list and weight; the model is not touched.
 
     Args:
         model: Its first text encoder is edited.
@@ -84,6 +88,10 @@ def auto(
         ridge: Pull towards the old weight, in units of a caption's squared keys; positive, or `"auto"`, one of
             `RIDGES`.
         repair: Let the layer's MLP take up what its projection leaves to do: a second weight moves.
+        tokens: Move a concept in the token embedding where its tokens occur in nothing that is looked after, in no
+            other concept and in no replacement; every prompt with one of the tokens changes, and no other one. `False`
+            edits the layer for all concepts, as the paper does. Ordinary words that no list holds are not known to be
+            ordinary: name a prompt with them in `preserve`.
         layer: Text layer, from 0; or `"auto"`: each is edited from a quarter of the captions, without repair, and the
             one whose edit does most and harms least at the encoder's output is taken (`layers.scan`). The weights
             move meanwhile, and return bit for bit.
@@ -94,7 +102,7 @@ def auto(
         The change. Its report holds `scan` (weight, ridge, share missed, drift of the background), `endangered`
         (concept, weight, drift before and after) and `not_kept` (concepts that stay above the bound), as the projection
         alone leaves them; `layer_missed` and `layer_drift` say what the repair makes of it. Where the layer was chosen,
-        `layers` says what an edit of each reached.
+        `layers` says what an edit of each reached. `tokens` names the tokens that move, concept by concept.
 
     Raises:
         ValueError: A concept is empty, equals its target or is to be preserved too; a number is out of range.
@@ -102,79 +110,160 @@ def auto(
     """
     _check_texts(pairs, preserve)
     _check_numbers(contexts, background, bound, preserve_weight, allowance)
-    if layer == "auto":
-        given = {k: v for k, v in locals().items() if k not in ("model", "pairs", "layer")}
-        return _at_best_layer(model, pairs, given)
     began = time.perf_counter()
     tell = on_progress or (lambda done, total, what: None)
-    reader, known = Reader.of(model, layer), texts.known_concepts(model, vocabulary)
-    banned = sorted({*pairs, *pairs.values(), *without})
-    others = texts.others(known, pairs)
+    known = texts.known_concepts(model, vocabulary)
+    asked = _Asked(model, dict(pairs), known, tuple(preserve), tuple(without), seed)
+    apart = token_rows.own(model, pairs, [*asked.others, *preserve]) if tokens else {}
+    rest = {old: new for old, new in pairs.items() if old not in apart}
+    fit = _Fit(contexts, background, bound, preserve_weight, allowance, ridge, repair)
+    if not rest:
+        solved = _nothing_left(fit, layer)
+    elif layer == "auto":
+        solved = _at_best_layer(asked, rest, fit, tell)
+    else:
+        solved = _at_layer(asked, rest, fit, layer, tell)
+    tell(4, 4, "done")
+    protocol = {
+        "method": "auto", "model": model.name, "pairs": dict(pairs), "preserve": list(preserve), "positions": "auto",
+        **dataclasses.asdict(fit), **solved.protocol, "tokens": tokens, "without": sorted(without), "seed": seed,
+        "vocabulary": vocabulary if isinstance(vocabulary, str | None) else list(vocabulary),
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+    }  # fmt: skip
+    movements, report = list(solved.movements), dict(solved.report)
+    if apart:
+        rows = {token: row for found in apart.values() for token, row in found.items()}
+        movements.append(token_rows.movement(model, rows))
+        report["tokens"] = {old: token_rows.names(model, found) for old, found in apart.items()}
+    seconds = {"seconds": {"all": round(time.perf_counter() - began, 3)}}
+    return Change(tuple(movements), protocol, report | seconds)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What an edit is asked for: all its pairs, and what it should look after."""
+
+    model: TextToImage
+    pairs: dict[str, str]
+    known: tuple[str, ...]
+    preserve: tuple[str, ...]
+    without: tuple[str, ...]
+    seed: int
+
+    @property
+    def banned(self) -> list[str]:
+        """Texts whose words fill no caption."""
+        return sorted({*self.pairs, *self.pairs.values(), *self.without})
+
+    @property
+    def others(self) -> list[str]:
+        """Concepts to look after."""
+        return texts.others(self.known, self.pairs)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """How a layer is fitted; the names are those of `auto`."""
+
+    contexts: int
+    background: int
+    bound: float
+    preserve_weight: float | str
+    allowance: float
+    ridge: float | str
+    repair: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Solved:
+    """What was found at a layer: its movements, and what it adds to the change's protocol and report."""
+
+    movements: tuple[Movement, ...]
+    protocol: dict[str, Any]
+    report: dict[str, Any]
+
+
+def _nothing_left(fit: _Fit, layer: int | str) -> _Solved:
+    """Return the empty solution, for when the token embedding does it all; what was left to choose stays open."""
+    settings = {
+        "terms": [],
+        "layer": 0 if layer == "auto" else layer,
+        "ridge": RIDGES[1] if isinstance(fit.ridge, str) else fit.ridge,
+        "preserve_weight": 0.0 if isinstance(fit.preserve_weight, str) else fit.preserve_weight,
+    }
+    return _Solved((), settings, {"endangered": [], "not_kept": []})
+
+
+def _at_layer(
+    asked: _Asked, pairs: Mapping[str, str], fit: _Fit, layer: int, tell: Progress
+) -> _Solved:
+    """Return the edit of one layer for some of the pairs."""
+    model, banned, others = asked.model, asked.banned, asked.others
+    reader = Reader.of(model, layer)
     words = vocabularies.fillers(model.tokenizer, without=banned)
     frames, other_frames = (
-        vocabularies.frames(words, size=n, seed=seed + i, among=others)
-        for i, n in enumerate((contexts, FRESH))
+        vocabularies.frames(words, size=n, seed=asked.seed + i, among=others)
+        for i, n in enumerate((fit.contexts, FRESH))
     )
     tell(0, 4, "reading captions of the concepts")
-    wanted, tried = (texts.captioned(model, pairs, f, known) for f in (frames, other_frames))
+    wanted, tried = (texts.captioned(model, pairs, f, asked.known) for f in (frames, other_frames))
     fitted, fresh = ([reader.sums(found) for found in group] for group in (wanted, tried))
     tell(1, 4, "reading what to keep")
-    term: Term = {"background": background, "seed": seed, "without": banned, "concepts": others}
+    term: Term = {
+        "background": fit.background, "seed": asked.seed, "without": banned, "concepts": others
+    }  # fmt: skip
     ground = texts.background(reader, term)
-    other = {**term, "background": 4 * FRESH, "seed": seed + 1}
-    scan = _scan(fitted, fresh, ground, texts.background(reader, other), preserve_weight, ridge)
+    other = {**term, "background": 4 * FRESH, "seed": asked.seed + 1}
+    unseen = texts.background(reader, other)
+    scan = _scan(fitted, fresh, ground, unseen, fit.preserve_weight, fit.ridge)
     chosen, pull = _choice(scan)
     tell(2, 4, "looking after what is in danger")
-    watched = [*others, *preserve]
+    watched = [*others, *asked.preserve]
     grams = [reader.gram(texts.captions_of(c, other_frames)) for c in watched]
-    kept = _looked_after(fitted, fresh, chosen * ground, grams, pull, bound, allowance)
+    kept = _looked_after(fitted, fresh, chosen * ground, grams, pull, fit.bound, fit.allowance)
     terms = [{**term, "weight": chosen}]
     terms += [{"concept": c, "weight": w} for c, w in zip(watched, kept.weights, strict=True) if w]
-    movement = _movement(reader, fitted, kept.gram, pull)
+    owners = [list(asked.pairs).index(old) for old in pairs]
+    movement = _movement(reader, fitted, owners, kept.gram, pull)
     danger = list(zip(watched, kept.weights, kept.before, kept.after, strict=True))
-    movements, report = [movement], _report(reader, movement, fresh, scan, danger, bound)
-    if repair:
+    movements, report = (movement,), _report(reader, movement, fresh, scan, danger, fit.bound)
+    if fit.repair:
         tell(3, 4, "repairing what the projection cannot do")
         second, told = repairs.repair(
             model, movement, layer=layer, wanted=wanted, kept=texts.spared(model, terms, other_frames), fresh=tried,
             unseen=texts.background_captions(model, other), ridge=pull,
         )  # fmt: skip
-        movements, report = [movement, second], report | told
-    tell(4, 4, "done")
-    protocol = {
-        "method": "auto", "model": model.name, "pairs": dict(pairs), "preserve": list(preserve), "terms": terms,
-        "preserve_weight": chosen, "ridge": pull, "positions": "auto", "layer": layer, "contexts": contexts,
-        "background": background, "bound": bound, "allowance": allowance, "without": sorted(without), "seed": seed,
-        "repair": repair, "vocabulary": vocabulary if isinstance(vocabulary, str | None) else list(vocabulary),
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-    }  # fmt: skip
-    seconds = {"seconds": {"all": round(time.perf_counter() - began, 3)}}
-    return Change(tuple(movements), protocol, report | seconds)
+        movements, report = (movement, second), report | told
+    found = {"terms": terms, "preserve_weight": chosen, "ridge": pull, "layer": layer}
+    return _Solved(movements, found, report)
 
 
-def _at_best_layer(model: TextToImage, pairs: Mapping[str, str], given: dict[str, Any]) -> Change:
-    """Return the change at the layer whose quick edit does best at the encoder's output."""
-    few = {name: max(8, given[name] // 4) for name in ("contexts", "background")}
-    known = texts.known_concepts(model, given["vocabulary"])
-    others = texts.others(known, pairs)
-    banned = sorted({*pairs, *pairs.values(), *given["without"]})
-    words = vocabularies.fillers(model.tokenizer, without=banned)
-    frames = vocabularies.frames(words, size=FRESH, seed=given["seed"] + 1, among=others)
+def _at_best_layer(asked: _Asked, pairs: Mapping[str, str], fit: _Fit, tell: Progress) -> _Solved:
+    """Return the edit at the layer whose quick edit does best at the encoder's output."""
+    model, others = asked.model, asked.others
+    few = {name: max(8, getattr(fit, name) // 4) for name in ("contexts", "background")}
+    quick = dataclasses.replace(fit, repair=False, **few)
+    words = vocabularies.fillers(model.tokenizer, without=asked.banned)
+    frames = vocabularies.frames(words, size=FRESH, seed=asked.seed + 1, among=others)
     term: Term = {
-        "background": 2 * FRESH, "seed": given["seed"] + 1, "without": banned, "concepts": others
+        "background": 2 * FRESH, "seed": asked.seed + 1, "without": asked.banned, "concepts": others
     }  # fmt: skip
-    quick = {**given, **few, "repair": False, "on_progress": None}
+
+    def make(layer: int) -> Change:
+        solved = _at_layer(asked, pairs, quick, layer, lambda done, total, what: None)
+        return Change(solved.movements, {"pairs": asked.pairs}, solved.report)
+
     rows = layers.scan(
         model,
-        lambda layer: auto(model, pairs, **{**quick, "layer": layer}),
-        pairs=[p for found in texts.captioned(model, pairs, frames, known) for p in found],
+        make,
+        pairs=[p for found in texts.captioned(model, pairs, frames, asked.known) for p in found],
         unseen=texts.background_captions(model, term),
-        on_progress=given["on_progress"],
+        on_progress=tell,
     )
     best = max(rows, key=_merit)
-    made = auto(model, pairs, **{**given, "layer": int(best["layer"])})
+    solved = _at_layer(asked, pairs, fit, int(best["layer"]), tell)
     told = [{**row, "chosen": row is best} for row in rows]
-    return dataclasses.replace(made, report={**made.report, "layers": told})
+    return dataclasses.replace(solved, report={**solved.report, "layers": told})
 
 
 def preserve_terms(model: TextToImage, change: Change) -> Tensor:
@@ -297,10 +386,12 @@ def _missed(sums: Sequence[Sums], delta: Tensor) -> float:
     return sum(s.missed(delta) for s in sums) / len(sums)
 
 
-def _movement(reader: Reader, fitted: Sequence[Sums], gram: Tensor, ridge: float) -> Movement:
+def _movement(
+    reader: Reader, fitted: Sequence[Sums], places: Sequence[int], gram: Tensor, ridge: float
+) -> Movement:
     rows = [s.rows() for s in fitted]
     keys, residuals = (torch.cat(parts) for parts in zip(*rows, strict=True))
-    owners = [i for i, (k, _) in enumerate(rows) for _ in range(len(k))]
+    owners = [place for place, (k, _) in zip(places, rows, strict=True) for _ in range(len(k))]
     solution = factorise(keys, ridge=ridge, gram=gram, method="auto").solve(residuals)
     parameter = weight_at(reader.model, reader.site)
     return Movement.of(reader.site, parameter, solution, keys, residuals, owners, gram)

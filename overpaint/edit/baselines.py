@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from overpaint.edit import tokens
 from overpaint.edit.captions import Positions
-from overpaint.edit.change import Change, Movement
+from overpaint.edit.change import Change
 from overpaint.edit.quickfix import FRAMES, quickfix
-from overpaint.edit.weights import PROJECTIONS, fingerprint, text_layers, weight_at
+from overpaint.edit.weights import PROJECTIONS, text_layers
 from overpaint.model import TextToImage
 
 __all__ = ["random_site", "swap_embedding"]
@@ -18,9 +19,8 @@ __all__ = ["random_site", "swap_embedding"]
 def swap_embedding(model: TextToImage, pairs: Mapping[str, str]) -> Change:
     """Change that copies the new concept's token embeddings over those of the old concept.
 
-    What both begin or end with ("style") is left out; the other tokens are matched in order. Where the old concept has
-    more, the last new one is repeated; where it has fewer, its last token gets the mean of the new ones left over. All
-    other prompts with one of the old tokens change too, which is the weakness of this baseline.
+    Tokens are matched as in `tokens.wanted`. All other prompts with one of the old tokens change too, which is the
+    weakness of this baseline.
 
     Args:
         model: Its text encoder must be a CLIP; it is not touched.
@@ -35,38 +35,15 @@ def swap_embedding(model: TextToImage, pairs: Mapping[str, str]) -> Change:
         raise ValueError(
             "`pairs` is empty: name at least one concept and its replacement, {'van gogh': 'painting'}."
         )
-    site = "text.token_embedding"
-    parameter = weight_at(model, site)
-    weight = parameter.detach().to("cpu", torch.float64)
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"the weight at {site} holds NaN or infinity: load an undamaged model.")
     rows: dict[int, Tensor] = {}
-    for old, new in pairs.items():
-        for token, row in _matched(weight, _tokens(model, old), _tokens(model, new)):
+    for old, found in tokens.wanted(model, pairs).items():
+        for token, row in found.items():
             if not torch.equal(rows.setdefault(token, row), row):
-                name = model.tokenizer.convert_ids_to_tokens(token)
-                raise ValueError(
-                    f"contradictory pairs: the token {name!r} would get two embeddings, one of them from {old!r} → "
-                    f"{new!r}. Swap these concepts one at a time, or use `quickfix`."
-                )
-    tokens = [token for token, row in rows.items() if not torch.equal(row, weight[token])]
-    left = torch.zeros(len(weight), len(tokens), dtype=torch.float64)
-    left[tokens, range(len(tokens))] = 1.0
-    moved = [rows[token] - weight[token] for token in tokens]
-    right = torch.stack(moved) if moved else weight.new_zeros(0, weight.shape[1])
-    width = weight.shape[1]
-    movement = Movement(
-        site=site,
-        base_hash=fingerprint(parameter),
-        left=left,
-        right=right,
-        keys=torch.zeros(0, width),
-        residuals=torch.zeros(0, len(weight)),
-        owners=(),
-        gram=None,
-    )
+                raise ValueError(tokens.twice(model, token, old, pairs[old]))
+    movement = tokens.movement(model, rows)
     protocol = {"method": "swap_embedding", "model": model.name, "pairs": dict(pairs)}
-    report = {"tokens": len(tokens), "rank": len(tokens), "delta_norm": float(right.norm())}
+    rank = movement.left.shape[1]
+    report = {"tokens": rank, "rank": rank, "delta_norm": float(movement.right.norm())}
     return Change((movement,), protocol, report)
 
 
@@ -111,23 +88,3 @@ def random_site(
     return dataclasses.replace(
         change, protocol={**change.protocol, "method": "random_site", "seed": seed}
     )
-
-
-def _tokens(model: TextToImage, concept: str) -> list[int]:
-    tokens = model.tokenizer(concept, add_special_tokens=False, verbose=False).input_ids
-    if not tokens:
-        raise ValueError(f"the concept {concept!r} is empty: name it in words.")
-    return tokens
-
-
-def _matched(weight: Tensor, old: Sequence[int], new: Sequence[int]) -> list[tuple[int, Tensor]]:
-    """Return each old token with the row it gets, shape (D,)."""
-    while min(len(old), len(new)) > 1 and old[-1] == new[-1]:
-        old, new = old[:-1], new[:-1]
-    while min(len(old), len(new)) > 1 and old[0] == new[0]:
-        old, new = old[1:], new[1:]
-    sources = [new[min(i, len(new) - 1)] for i in range(len(old))]
-    rows = [weight[source] for source in sources]
-    if len(new) > len(old):
-        rows[-1] = weight[list(new[len(old) - 1 :])].mean(0)
-    return list(zip(old, rows, strict=True))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from overpaint.edit.change import Change, Movement
+from overpaint.edit.weights import EMBEDDING
 
 __all__ = ["compact"]
 
@@ -33,7 +34,7 @@ def compact(change: Change, *, rank: int = 16, dtype: torch.dtype = torch.float1
     Args:
         change: Left as it is.
         rank: For each weight, how many directions remain of all its concepts together. About 16 for one concept, 8 for
-            each of many.
+            each of many. Rows of the token embedding all remain.
         dtype: `torch.float16`, or 32 or 64 to round less.
 
     Returns:
@@ -53,7 +54,8 @@ def compact(change: Change, *, rank: int = 16, dtype: torch.dtype = torch.float1
         )
     named = change.protocol.get("preserve") and change.protocol.get("preserve_weight")
     kept, repaired = named or change.protocol.get("terms"), change.protocol.get("repair")
-    if kept and any(m.gram is None and (repaired or len(m.keys)) for m in change.movements):
+    solved = [m for m in change.movements if m.site != EMBEDDING]
+    if kept and any(m.gram is None and (repaired or len(m.keys)) for m in solved):
         raise ValueError(
             "this change preserves prompts but lacks their terms, which are not saved unless asked for: use "
             "`change.complete(model)` first."
@@ -87,6 +89,9 @@ def _missed(asked: Movement, moved: Movement) -> float:
 
 def _cut(movement: Movement, rank: int, dtype: torch.dtype, ridge: float | None) -> Movement:
     """Return one movement cut and rounded, with the keys and residuals that lead to it."""
+    if movement.site == EMBEDDING:  # a row a token: none can be left out
+        left, right = movement.left.to(dtype), movement.right.to(dtype)
+        return dataclasses.replace(movement, left=left, right=right)
     if ridge is None or (movement.gram is None and not len(movement.keys)):
         left, right = _rounded(movement, *_principal(movement.left, movement.right, rank), dtype)
         left[movement.left.abs().sum(1) == 0] = 0.0

@@ -21,7 +21,7 @@ from overpaint.edit.change import Change, Movement
 from overpaint.edit.projections import preserved_keys
 from overpaint.edit.quickfix import preserve_gram
 from overpaint.edit.solve import Factors, compress, contradiction, factorise
-from overpaint.edit.weights import fingerprint, weights_at
+from overpaint.edit.weights import EMBEDDING, fingerprint, weights_at
 from overpaint.model import TextToImage
 
 __all__ = ["add", "complete", "scale", "stack", "without"]
@@ -36,6 +36,7 @@ _AUTOMATIC = (
     "ridge",
     "layer",
     "repair",
+    "tokens",
     "seed",
 )
 
@@ -174,17 +175,18 @@ def complete(
 
 def _complete_auto(change: Change, model: TextToImage) -> Change:
     _check_bases(change, model)
-    if all(m.gram is not None for m in change.movements):
+    solved = [m for m in change.movements if m.site != EMBEDDING]
+    if all(m.gram is not None for m in solved):
         return change
     if change.protocol.get("repair"):  # its inputs depend on the first movement: make both again
         settings = {
-            name: change.protocol[name]
+            name: change.protocol.get(name, False)
             for name in (*_AUTOMATIC, "preserve", "preserve_weight", "without")
         }
-        grams = [m.gram for m in auto(model, change.pairs, **settings).movements]
+        grams = {m.site: m.gram for m in auto(model, change.pairs, **settings).movements}
     else:
-        grams = [preserve_terms(model, change)]
-    whole = [dataclasses.replace(m, gram=g) for m, g in zip(change.movements, grams, strict=True)]
+        grams = {m.site: preserve_terms(model, change) for m in solved}
+    whole = [dataclasses.replace(m, gram=grams.get(m.site)) for m in change.movements]
     return dataclasses.replace(change, movements=tuple(whole))
 
 
@@ -271,9 +273,10 @@ def _check_method(change: Change) -> None:
 
 
 def _check_separable(change: Change) -> None:
-    if change.protocol.get("repair"):
+    rows = "terms" in change.protocol and EMBEDDING in change.sites
+    if rows or change.protocol.get("repair"):
         raise ValueError(
-            "the repair of a change by `auto` depends on all its concepts: add it with `edit.stack(model, [a, b])`, "
+            "what a change by `auto` moves depends on all its concepts: add it with `edit.stack(model, [a, b])`, "
             "take one out with `edit.stack(model, [a], without=['...'])`."
         )
 

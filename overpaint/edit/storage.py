@@ -2,7 +2,8 @@
 
 Files are written beside their place and then renamed, so that there is never half a file. Nothing is unpickled. A
 checksum over the record and all tensors is part of the file: one wrong bit anywhere is found out, and what does not
-hold together is refused before anything is made of it. Tensors that several movements share are written once.
+hold together is refused before anything is made of it. Tensors that several movements share are written once, and of
+the token embedding only the rows that move.
 """
 
 import errno
@@ -21,17 +22,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from overpaint.edit.weights import fingerprint, is_site
+from overpaint.edit.weights import EMBEDDING, fingerprint, is_site
 
 if TYPE_CHECKING:
     from overpaint.edit.change import Change, Movement
 
 __all__ = ["FORMAT", "checksum", "pack", "read", "unpack", "write"]
 
-FORMAT = "overpaint.change/2"
-_OLD = "overpaint.change/1"
+FORMAT = "overpaint.change/3"
+_OLD = ("overpaint.change/1", "overpaint.change/2")
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _DTYPES = ("F16", "F32", "F64")
+_MOST = 2**27  # numbers of a factor that is written by its rows: 1 GB in float64
 _FIELDS = {"site": str, "base_hash": str, "keys": int, "gram": int | None}
 
 
@@ -42,7 +44,7 @@ def pack(change: "Change", *, gram: bool) -> tuple[dict[str, Tensor], dict[str, 
     places: dict[Any, int] = {}
     movements: list[dict[str, Any]] = []
     for i, m in enumerate(change.movements):
-        tensors |= {f"{i}.left": m.left, f"{i}.right": m.right, **_residuals(i, m)}
+        tensors |= {**_left(i, m), f"{i}.right": m.right, **_residuals(i, m)}
         place = places.setdefault((fingerprint(m.keys), m.owners), len(owners))
         if place == len(owners):
             tensors[f"keys.{place}"] = m.keys
@@ -55,6 +57,15 @@ def pack(change: "Change", *, gram: bool) -> tuple[dict[str, Tensor], dict[str, 
         movements.append({"site": m.site, "base_hash": m.base_hash, "keys": place, "gram": kept})
     record = {"movements": movements, "owners": owners}
     return tensors, {**record, "protocol": change.protocol, "report": change.report}
+
+
+def _left(place: int, movement: "Movement") -> dict[str, Tensor]:
+    """Return the left factor; of the token embedding its rows that are not zero, and which they are, (1, N)."""
+    left = movement.left
+    if movement.site != EMBEDDING:
+        return {f"{place}.left": left}
+    rows = (left != 0).any(1).nonzero().flatten()
+    return {f"{place}.left": left[rows], f"{place}.rows": rows[None].double()}
 
 
 def _residuals(place: int, movement: "Movement") -> dict[str, Tensor]:
@@ -80,6 +91,10 @@ def unpack(path: str | Path, tensors: Mapping[str, Tensor], record: Any) -> list
     fields: list[dict[str, Any]] = []
     for i, m in enumerate(record["movements"]):
         own: dict[str, Any] = {name: tensors[f"{i}.{name}"] for name in ("left", "right")}
+        if f"{i}.rows" in tensors:
+            left = own["left"].new_zeros(tensors[f"{i}.residuals"].shape[1], own["left"].shape[1])
+            left[tensors[f"{i}.rows"][0].long()] = own["left"]
+            own["left"] = left
         if _asked(i, tensors) == "combinations":
             own["residuals"] = tensors[f"{i}.combinations"].double() @ own["left"].double().T
         else:
@@ -172,9 +187,9 @@ def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _check_format(path: Path, found: str | None) -> None:
-    if found == _OLD:
+    if found in _OLD:
         raise ValueError(
-            f"{str(path)!r} is of the format {_OLD!r}, which lacks what this release needs: make the change again, or "
+            f"{str(path)!r} is of the format {found!r}, which lacks what this release needs: make the change again, or "
             "use it with the release that wrote it."
         )
     if found != FORMAT:
@@ -254,12 +269,18 @@ def _tensor_fault(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> s
     movements: Sequence[Any] = record["movements"]
     asked = [_asked(i, tensors) for i in range(len(movements))]
     names = {f"{i}.{part}" for i in range(len(movements)) for part in ("left", "right", asked[i])}
+    names |= {f"{i}.rows" for i, m in enumerate(movements) if m["site"] == EMBEDDING}
     names |= {f"keys.{i}" for i in range(len(record["owners"]))}
     names |= {f"gram.{m['gram']}" for m in movements if m["gram"] is not None}
     if set(tensors) != names:
         return "its tensors are not those of a change"
     for i, m in enumerate(movements):
         (out, rank), (inner, width) = tensors[f"{i}.left"].shape, tensors[f"{i}.right"].shape
+        if m["site"] == EMBEDDING:
+            whole = tensors[f"{i}.{asked[i]}"].shape[1]
+            if whole * rank > _MOST or not _are_rows(tensors[f"{i}.rows"], out, whole):
+                return "its rows are not those of a matrix"
+            out = whole
         n = sum(count for _, count in record["owners"][m["keys"]])
         wide = out if asked[i] == "residuals" else rank
         shapes = tensors[f"keys.{m['keys']}"].shape, tensors[f"{i}.{asked[i]}"].shape
@@ -273,6 +294,16 @@ def _tensor_fault(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> s
     if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
         return "it holds NaN or infinity"
     return ""
+
+
+def _are_rows(rows: Tensor, count: int, whole: int) -> bool:
+    """Whether `rows` (1, N) are `count` places in ascending order of a matrix of `whole` rows."""
+    if tuple(rows.shape) != (1, count) or not bool(rows.isfinite().all()):
+        return False
+    if not count:
+        return True
+    rising = bool((rows[0].diff() >= 1).all()) and torch.equal(rows, rows.floor())
+    return rising and float(rows[0, 0]) >= 0 and float(rows[0, -1]) < whole
 
 
 def _asked(place: int, tensors: Mapping[str, Tensor]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from overpaint import probes
 
-__all__ = ["concepts", "fillers", "frames"]
+__all__ = ["PLAIN", "concepts", "fillers", "frames"]
 
 # `{}` is where a concept goes, `w` stands for a word.
 _FRAMES = (
@@ -35,6 +35,9 @@ _FRAMES = (
     "the w of {}",
 )
 _SLOT = re.compile(r"\bw\b")
+PLAIN = tuple(
+    sorted({w for f in _FRAMES for w in re.findall(r"\w{2,}|a", f.replace("{}", ""))})
+)  # small words
 
 
 def fillers(tokenizer: Any, *, without: Collection[str] = ()) -> tuple[str, ...]:

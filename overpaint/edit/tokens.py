@@ -1,0 +1,134 @@
+r"""Rows of the token embedding: the first matrix that a prompt meets, and the only one that keeps words apart.
+
+The embedding reads one-hot keys, so the regularised least squares of `solve` falls apart there into one problem a row:
+a token's row goes to :math:`(n v + a m w) / (n + a m)`, with :math:`v` the row wanted by the `n` captions of the
+concept and :math:`w` its own, wanted by the `m` captions to keep that hold the token. Where no caption to keep does,
+:math:`m` is 0 and the row is moved whole; no prompt without the token moves at all, not on average but exactly. That
+case is the one used here: a row half way between two words is neither.
+
+Source: ours; that token embeddings should be compared with, was asked by the reviewers of Basu et al., 2024,
+https://openreview.net/forum?id=Qmw9ne6SOQ.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from overpaint.edit import vocabulary
+from overpaint.edit.change import Movement
+from overpaint.edit.weights import EMBEDDING, fingerprint, weight_at
+from overpaint.model import TextToImage
+
+__all__ = ["movement", "names", "own", "twice", "wanted"]
+
+Rows = dict[int, Tensor]  # a token's number and the row it gets, (D,)
+
+
+def wanted(model: TextToImage, pairs: Mapping[str, str]) -> dict[str, Rows]:
+    """Return, of each old concept, its tokens and what their rows would become, float64.
+
+    What both concepts begin or end with ("style") is left out; the other tokens are matched in order. Where the old
+    concept has more, the last new one is repeated; where it has fewer, its last token gets the mean of the new ones
+    left over.
+
+    Raises:
+        ValueError: A concept is empty, or the weight holds NaN.
+    """
+    weight = weight_at(model, EMBEDDING).detach().to("cpu", torch.float64)
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(
+            f"the weight at {EMBEDDING} holds NaN or infinity: load an undamaged model."
+        )
+    found: dict[str, Rows] = {}
+    for old, new in pairs.items():
+        rows: Rows = {}
+        for token, row in _matched(weight, _tokens(model, old), _tokens(model, new)):
+            if not torch.equal(rows.setdefault(token, row), row):
+                raise ValueError(twice(model, token, old, new))
+        found[old] = rows
+    return found
+
+
+def own(model: TextToImage, pairs: Mapping[str, str], kept: Sequence[str]) -> dict[str, Rows]:
+    """Return what `wanted` does of those concepts whose tokens occur nowhere else; of the others nothing.
+
+    Elsewhere is: a text of `kept`, the small words of the captions that edits are fitted on, another concept of
+    `pairs`, or a replacement. Nor may the replacement be edited itself.
+    """
+    weight = weight_at(model, EMBEDDING).detach().to("cpu", torch.float64)
+    plain = " ".join(vocabulary.PLAIN)
+    shared = {token for text in (*kept, *pairs.values(), plain) for token in _read(model, text)}
+    spoken = {old: set(_read(model, old)) for old in pairs}
+    found: dict[str, Rows] = {}
+    for old, new in pairs.items():
+        try:
+            rows = _moving(weight, wanted(model, {old: new})[old])
+        except ValueError:  # a token that would get two rows: no row of its own
+            continue
+        others = set[int]().union(*(spoken[name] for name in pairs if name != old))
+        sources = _apart(_read(model, old), _read(model, new))[1]
+        if rows and not (shared | others) & set(rows) and not others & set(sources):
+            found[old] = rows
+    return found
+
+
+def movement(model: TextToImage, rows: Mapping[int, Tensor]) -> Movement:
+    """Return the movement of the embedding that gives each token its row; the model is not touched."""
+    parameter = weight_at(model, EMBEDDING)
+    weight = parameter.detach().to("cpu", torch.float64)
+    tokens = sorted(_moving(weight, rows))
+    left = torch.zeros(len(weight), len(tokens), dtype=torch.float64)
+    left[tokens, range(len(tokens))] = 1.0
+    moved = [rows[token] - weight[token] for token in tokens]
+    right = torch.stack(moved) if moved else weight.new_zeros(0, weight.shape[1])
+    keys, residuals = torch.zeros(0, weight.shape[1]), torch.zeros(0, len(weight))
+    return Movement(EMBEDDING, fingerprint(parameter), left, right, keys, residuals, (), None)
+
+
+def names(model: TextToImage, rows: Mapping[int, Tensor]) -> list[str]:
+    """Return the tokens as the tokenizer spells them, `</w>` at the end of a word."""
+    return [str(name) for name in model.tokenizer.convert_ids_to_tokens(list(rows))]
+
+
+def _moving(weight: Tensor, rows: Mapping[int, Tensor]) -> Rows:
+    return {token: row for token, row in rows.items() if not torch.equal(row, weight[token])}
+
+
+def twice(model: TextToImage, token: int, old: str, new: str) -> str:
+    """Return what to say where one token would get two rows."""
+    (name,) = model.tokenizer.convert_ids_to_tokens([token])
+    return (
+        f"contradictory pairs: the token {name!r} would get two embeddings, one of them from {old!r} → {new!r}. Swap "
+        "these concepts one at a time, or use `quickfix`."
+    )
+
+
+def _read(model: TextToImage, text: str) -> list[int]:
+    return model.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def _tokens(model: TextToImage, concept: str) -> list[int]:
+    tokens = _read(model, concept)
+    if not tokens:
+        raise ValueError(f"the concept {concept!r} is empty: name it in words.")
+    return tokens
+
+
+def _matched(weight: Tensor, old: Sequence[int], new: Sequence[int]) -> list[tuple[int, Tensor]]:
+    """Return each old token with the row it gets, shape (D,)."""
+    old, new = _apart(old, new)
+    sources = [new[min(i, len(new) - 1)] for i in range(len(old))]
+    rows = [weight[source] for source in sources]
+    if len(new) > len(old):
+        rows[-1] = weight[list(new[len(old) - 1 :])].mean(0)
+    return list(zip(old, rows, strict=True))
+
+
+def _apart(old: Sequence[int], new: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """Return both without what they begin or end with in common, as long as something is left."""
+    while min(len(old), len(new)) > 1 and old[-1] == new[-1]:
+        old, new = old[:-1], new[:-1]
+    while min(len(old), len(new)) > 1 and old[0] == new[0]:
+        old, new = old[1:], new[1:]
+    return old, new

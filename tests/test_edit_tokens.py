@@ -1,0 +1,139 @@
+"""Token rows: what is moved there and what is not, that no other prompt moves, files, stacks and bad input."""
+
+import pytest
+import torch
+
+from overpaint import edit
+from overpaint.edit import Change, stack, tokens
+from overpaint.edit.weights import weight_at
+
+SMALL = {"contexts": 24, "background": 32, "vocabulary": ["monet", "snoopy", "van dyck"]}
+DOG = {"dog": "cat"}
+SITE = "text.token_embedding"
+
+
+@pytest.fixture(scope="module")
+def change(tiny_double):
+    return edit.auto(tiny_double, DOG, **SMALL)
+
+
+def number(model, word):
+    (token,) = model.tokenizer(word, add_special_tokens=False).input_ids
+    return token
+
+
+def test_a_word_of_its_own_gets_the_row_of_its_replacement(tiny_double, change):
+    assert change.sites == (SITE,)
+    assert change.report["tokens"] == {"dog": ["dog</w>"]}
+    before = weight_at(tiny_double, SITE).detach().clone()
+    dog, cat = number(tiny_double, "dog"), number(tiny_double, "cat")
+    with change.applied(tiny_double):
+        after = weight_at(tiny_double, SITE).detach()
+        assert torch.equal(after[dog], before[cat])
+        rest = torch.arange(len(before)) != dog
+        assert torch.equal(after[rest], before[rest])
+    assert torch.equal(weight_at(tiny_double, SITE), before)
+
+
+def test_the_prompt_reads_as_the_other_one_and_no_third_one_moves(tiny_double, change):
+    others = ["", "a red bird", "van gogh, snoopy"]
+    asked, still = tiny_double.encode(["a cat on the beach"]), tiny_double.encode(others)
+    with change.applied(tiny_double):
+        assert torch.allclose(tiny_double.encode(["a dog on the beach"]), asked, atol=1e-9)
+        assert torch.equal(tiny_double.encode(others), still)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "options", "why"),
+    [
+        ({"van gogh": "painting"}, {}, "a known concept, van dyck, holds a token"),
+        ({"red bird": "fish"}, {"vocabulary": ["red cat"]}, "a known concept holds red"),
+        ({"red bird": "fish"}, {"preserve": ["a red cat"]}, "a preserved prompt holds red"),
+        ({"dog": "red dog"}, {}, "the replacement holds it"),
+        ({"and": "cat"}, {}, "a small word of the captions"),
+        (DOG, {"tokens": False}, "said so"),
+    ],
+)
+def test_what_shares_a_token_is_edited_in_the_layer(tiny_double, pairs, options, why):
+    found = edit.auto(tiny_double, pairs, **{**SMALL, "repair": False, **options})
+    assert found.sites == ("text.0.self_attn.out_proj",), why
+    assert "tokens" not in found.report
+
+
+def test_concepts_that_share_a_token_with_one_another_go_to_the_layer(tiny_double):
+    pairs = {"red dog": "cat", "red bird": "fish"}
+    assert tokens.own(tiny_double, pairs, []) == {}
+    assert set(tokens.own(tiny_double, {"red dog": "cat", "bird": "fish"}, [])) == {
+        "red dog",
+        "bird",
+    }
+    assert tokens.own(tiny_double, {"dog": "cat", "cat": "fish"}, []) == {}
+
+
+@pytest.fixture(scope="module")
+def mixed(tiny_double):
+    return edit.auto(tiny_double, {"dog": "cat", "van gogh": "painting"}, **SMALL)
+
+
+def test_both_kinds_together_own_their_concepts(tiny_double, mixed):
+    assert mixed.sites == ("text.0.self_attn.out_proj", "text.0.mlp.fc2", SITE)
+    assert set(mixed.movements[0].owners) == {1}  # van gogh is the second pair
+    assert set(mixed.report["tokens"]) == {"dog"}
+    before = {s: weight_at(tiny_double, s).detach().clone() for s in mixed.sites}
+    with mixed.applied(tiny_double):
+        assert not any(torch.equal(weight_at(tiny_double, s), w) for s, w in before.items())
+    assert all(torch.equal(weight_at(tiny_double, s), w) for s, w in before.items())
+
+
+def test_a_file_holds_the_rows_that_move_only(tiny_double, mixed, change, tmp_path):
+    for name, made in (("one", change), ("both", mixed)):
+        path = tmp_path / f"{name}.safetensors"
+        made.save(path)
+        found = Change.load(path)
+        assert found.digest == made.digest
+        assert torch.equal(found.movements[-1].left, made.movements[-1].left)
+    assert (tmp_path / "one.safetensors").stat().st_size < 8_000
+
+
+def test_stacks_are_made_anew_and_taken_apart(tiny_double, change, mixed, tmp_path):
+    other = edit.auto(tiny_double, {"van gogh": "painting"}, **SMALL)
+    both = stack(tiny_double, [other, change])
+    assert both.digest == stack(tiny_double, [change, other]).digest
+    assert set(both.sites) == set(mixed.sites)
+    assert stack(tiny_double, [both], without=["van gogh"]).sites == (SITE,)
+    with pytest.raises(ValueError, match="add it with `edit.stack"):
+        change + other
+    mixed.save(tmp_path / "c.safetensors")
+    small = Change.load(tmp_path / "c.safetensors").complete(tiny_double).compact(rank=4)
+    assert small.movements[-1].left.shape == mixed.movements[-1].left.shape
+    assert small.movements[0].left.shape[1] == 4
+
+
+def test_a_dial_moves_the_rows_part_of_the_way(tiny_double, change):
+    half = change * 0.5
+    before = weight_at(tiny_double, SITE).detach().clone()
+    dog, cat = number(tiny_double, "dog"), number(tiny_double, "cat")
+    with half.applied(tiny_double):
+        after = weight_at(tiny_double, SITE).detach()[dog].clone()
+    assert torch.allclose(after, (before[dog] + before[cat]) / 2, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([[5.0, 3.0]], "not those of a matrix"),
+        ([[-1.0, 3.0]], "not those of a matrix"),
+        ([[0.5, 3.0]], "not those of a matrix"),
+        ([[1.0, 1e9]], "not those of a matrix"),
+        ([[1.0]], "not those of a matrix"),
+    ],
+)
+def test_rows_that_are_none_are_refused(tiny_double, tmp_path, rows, said):
+    from overpaint.edit import storage
+
+    made = edit.swap_embedding(tiny_double, {"dog": "cat", "red": "blue"})
+    tensors, record = storage.pack(made, gram=False)
+    tensors["0.rows"] = torch.tensor(rows, dtype=torch.float64)
+    storage.write(tmp_path / "c.safetensors", tensors, record)
+    with pytest.raises(ValueError, match=said):
+        Change.load(tmp_path / "c.safetensors")
