@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from overpaint import edit, evaluate, questions
-from overpaint.evaluate.judged import _Tally
+from overpaint.evaluate.judged import _Tally, _Work
 from overpaint.metrics import Interval
 from overpaint.scores import Comparison, Paired, Scores
 
@@ -54,6 +54,25 @@ def test_a_change_is_seen_and_the_model_is_left_as_it_was(tiny_sd1, swap):
     assert found.scores["swap"].erase == "blob"
     assert found.scores["swap"].protocol["change_digest"] == swap.digest
     assert found.scores["swap"].replace == "noto"
+
+
+def test_only_what_reads_other_features_is_drawn_again(tiny_sd1, swap):
+    asked = questions.ask("style", "blob", labels=LABELS, held_out=(), size=3, seed=0)
+    drawn = []
+    work = _Work(tiny_sd1, Eyes(), asked, [0, 1], 2, None, 4, lambda *told: drawn.append(told[0]))
+    before = work.run(None, "no edit", done=0, total=99)
+    whole = work.run(swap, "swap", done=0, total=99)
+    drawn.clear()
+    found = work.run(swap, "swap", done=0, total=99, before=before)
+    touched = [i for i, q in enumerate(asked) if "blob" in q.prompt]
+    assert 0 < len(touched) < len(asked)
+    assert len(drawn) == -(-len(touched) // 4)
+    assert found.verdicts != before.verdicts
+    for i in touched:
+        assert all(found.verdicts[k][i] == whole.verdicts[k][i] for k in LABELS)
+    for i in set(range(len(asked))) - set(touched):
+        assert all(found.verdicts[k][i] == before.verdicts[k][i] for k in LABELS)
+    assert found.pictures.keys() == whole.pictures.keys()
 
 
 def test_the_weights_return_when_the_judge_fails(tiny_sd1, swap):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from overpaint import features, metrics, questions
 from overpaint.edit import Change
+from overpaint.edit.weights import fingerprint
 from overpaint.evaluate.measured import empty_drift
 from overpaint.metrics import Interval
 from overpaint.model import TextToImage
@@ -50,11 +51,16 @@ class Classifier(Protocol):
 
 @dataclass(frozen=True)
 class _Run:
-    """What the judge said of one run's pictures, by kind, the pictures kept, and how many were of one color."""
+    """What the judge said of one run's pictures, by kind; the pictures kept, by question; which were of one color."""
 
     verdicts: Mapping[str, Sequence[str]]
-    pictures: Tensor
-    blank: int
+    pictures: Mapping[int, Tensor]
+    blank: Sequence[bool]
+
+    def kept(self) -> Tensor:
+        """Return the pictures kept, uint8, shape (N, 3, H, W), in the order of the questions."""
+        stacked = [self.pictures[i] for i in sorted(self.pictures)]
+        return torch.stack(stacked) if stacked else torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
 
 
 def score(model: TextToImage, change: Change, **options: Any) -> Scores:
@@ -116,7 +122,7 @@ def compare(
     before = work.run(None, "no edit", done=0, total=total)
     runs = {name: before for name in changes}
     for i, (name, change) in enumerate(pending.items(), start=1):
-        runs[name] = work.run(change, name, done=i * len(asked), total=total)
+        runs[name] = work.run(change, name, done=i * len(asked), total=total, before=before)
     protocol = {
         "size": size, "questions": len(asked), "steps": steps, "guidance_scale": guidance_scale,
         "seed": seed, "judge": getattr(judge, "name", type(judge).__name__), "model": model.name,
@@ -129,11 +135,11 @@ def compare(
             name,
             run.verdicts,
             drift=empty_drift(model, changes[name]),
-            protocol={**protocol, **_digest(changes[name]), "blank_pictures": run.blank},
+            protocol={**protocol, **_digest(changes[name]), "blank_pictures": sum(run.blank)},
         )
         for name, run in runs.items()
     }
-    pictures = {"before": before.pictures, **{name: run.pictures for name, run in runs.items()}}
+    pictures = {"before": before.kept(), **{name: run.kept() for name, run in runs.items()}}
     return Comparison(scores, tally.baseline(), tuple(asked[i] for i in kept), pictures)
 
 
@@ -150,24 +156,63 @@ class _Work:
     batch_size: int
     on_progress: Progress | None
 
-    def run(self, change: Change | None, name: str, *, done: int, total: int) -> _Run:
-        verdicts: dict[str, list[str]] = {kind: [] for kind in self.judge.labels}
-        kept: list[Tensor] = []
-        plain = 0
+    def run(
+        self,
+        change: Change | None,
+        name: str,
+        *,
+        done: int,
+        total: int,
+        before: _Run | None = None,
+    ) -> _Run:
+        """Return what becomes of the questions under `change`.
+
+        A prompt whose text features, and those of the empty prompt, are bit for bit what they were `before` has the
+        picture it had, unless the UNet moved: it is not drawn again.
+        """
+        read = self._read() if before is not None and _is_textual(change) else {}
+        verdicts = {kind: [""] * len(self.asked) for kind in self.judge.labels}
+        pictures: dict[int, Tensor] = {}
+        plain = [False] * len(self.asked)
         with change.applied(self.model) if change is not None else nullcontext():
-            for start in range(0, len(self.asked), self.batch_size):
-                batch = self.asked[start : start + self.batch_size]
-                images = self._images(batch)
+            now = self._read() if read else {}
+            still = read.get("", "-") == now.get("")
+            left = [
+                i
+                for i, q in enumerate(self.asked)
+                if not (still and read[q.prompt] == now[q.prompt])
+            ]
+            if before is not None:
+                for i in sorted(set(range(len(self.asked))) - set(left)):
+                    for kind, found in before.verdicts.items():
+                        verdicts[kind][i] = found[i]
+                    plain[i] = before.blank[i]
+                    pictures |= {i: before.pictures[i]} if i in before.pictures else {}
+            done += len(self.asked) - len(left)
+            for start in range(0, len(left), self.batch_size):
+                batch = left[start : start + self.batch_size]
+                images = self._images([self.asked[i] for i in batch])
                 for kind, names in self.judge.labels.items():
                     best = self.judge.classify(images, kind).argmax(1).tolist()
-                    verdicts[kind] += [str(names[int(i)]) for i in best]
-                plain += int(blank(images).sum())
-                kept += [images[i] for i in range(len(batch)) if start + i in self.kept]
+                    for i, number in zip(batch, best, strict=True):
+                        verdicts[kind][i] = str(names[int(number)])
+                for i, one, image in zip(batch, blank(images).tolist(), images, strict=True):
+                    plain[i] = bool(one)
+                    if i in self.kept:
+                        pictures[i] = (image * 255).round().to(torch.uint8)
                 if self.on_progress is not None:
                     self.on_progress(done + start + len(batch), total, name)
-        empty = torch.zeros(0, 3, 1, 1)
-        stacked = torch.stack(kept) if kept else empty
-        return _Run(verdicts, (stacked * 255).round().to(torch.uint8), plain)
+        return _Run(verdicts, pictures, plain)
+
+    def _read(self) -> dict[str, str]:
+        """Return the hash of each prompt's text features, and of the empty prompt's."""
+        found: dict[str, str] = {}
+        distinct = list(dict.fromkeys(["", *(q.prompt for q in self.asked)]))
+        for start in range(0, len(distinct), self.batch_size):
+            batch = distinct[start : start + self.batch_size]
+            rows = self.model.encode(batch)
+            found |= {p: fingerprint(row) for p, row in zip(batch, rows, strict=True)}
+        return found
 
     def _images(self, batch: Sequence[Question]) -> Tensor:
         made = self.model.generate(
@@ -178,6 +223,11 @@ class _Work:
             batch_size=self.batch_size,
         )
         return made.images.float().cpu()
+
+
+def _is_textual(change: Change | None) -> bool:
+    """Whether a change moves nothing but text encoders."""
+    return change is not None and all(site.startswith("text") for site in change.sites)
 
 
 @dataclass(frozen=True)
