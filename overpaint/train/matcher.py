@@ -17,6 +17,8 @@ augmentation of Ho et al., 2022, https://arxiv.org/abs/2106.15282.
 """
 
 import json
+import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -58,13 +60,13 @@ class Recipe:
     batch: int = 8  # twice as many steps of half the size learn faster in the minutes there are
     fresh: int = 1  # new pairs a step
     kept: int = 4000  # pairs in the store; 0.8 GB
-    first: int = 256  # of them made before the first step
+    first: int = 64  # of them made before the first step
     lr: float = 1.5e-3
 
     fine_batch: int = 8
     fine_fresh: int = 1
     fine_kept: int = 1000  # four times as large each
-    fine_first: int = 64
+    fine_first: int = 32
     fine_lr: float = 1e-3
     jitter: float = (
         2.0  # deviation of the noise on the coarse flow, at most, in cells of the fine one
@@ -72,6 +74,7 @@ class Recipe:
 
     ema_decay: float = 0.999
     checks: int = 24  # pairs that the training is followed by
+    check_minutes: float = 8.0  # at least, from one look at them to the next
 
 
 CPU = Recipe()
@@ -123,8 +126,9 @@ def train(
 ) -> Path:
     """Train `matcher` and write it to `out`, with its card.
 
-    At every checkpoint the matcher as it stands is written to `<work>/zoo`, and a line of errors on photographs that
-    are not trained on to `<work>/checks.jsonl`: mean end-point error in pixels of the recipe's pictures.
+    At every checkpoint the matcher as it stands is written to `<work>/zoo`, and now and then a line of errors on
+    photographs that are not trained on to `<work>/checks.jsonl`: mean end-point error in pixels of the recipe's
+    pictures.
 
     Args:
         out: The matcher's folder: a new one, or one that a recipe wrote before.
@@ -188,6 +192,7 @@ class _Run:
         size = recipe.config.image
         self.checks = warps.pairs(checks, list(range(recipe.checks)), size=size)
         self.features = self._features(self.checks)
+        self.checked = -math.inf
 
     def matcher(self, stage: str) -> Matcher:
         """Return the matcher as it is in that stage: before the fine one it has none."""
@@ -255,11 +260,14 @@ class _Run:
         return found
 
     def check(self, stage: str, step: int) -> None:
-        """Write the matcher as it stands, and its errors."""
+        """Write the matcher as it stands, and its errors, if it is time for them."""
         self.matcher(stage).save(self.work / "zoo")
+        if time.monotonic() - self.checked < 60 * self.recipe.check_minutes:
+            return
         line = {"stage": stage, "step": step} | self.errors(stage)
         with (self.work / "checks.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
+        self.checked = time.monotonic()
 
     def _features(self, pairs: warps.Pair) -> tuple[Features, Features]:
         source, target = (pictures.to(self.device) for pictures in (pairs.source, pairs.target))
