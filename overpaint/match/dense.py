@@ -83,29 +83,34 @@ def dense(
     """
     if reinit < 0:
         raise ValueError(f"`reinit` must be at least 0, got {reinit}.")
-    images = (picture(image_a, "image_a"), picture(image_b, "image_b"))
+    source, target = picture(image_a, "image_a"), picture(image_b, "image_b")
+    size_a, size_b = ((x.shape[2], x.shape[3]) for x in (source, target))
+    flat = _is_flat(source) or _is_flat(target)
     found = matcher if isinstance(matcher, Matcher) else Matcher.load(matcher)
-    a, b = (describe(found.backbone, found.config, _shrink(x, found.config.image)) for x in images)
+    a, b = (
+        describe(found.backbone, found.config, _shrink(x, found.config.image))
+        for x in (source, target)
+    )
+    del target  # a large picture's bytes may be needed
     ways = [(a, b), (b, a)] if cycle else [(a, b)]
-    each = 1 + reinit + (found.fine is not None)
-    step = _Steps(on_progress, each * len(ways))
+    step = _Steps(on_progress, (1 + reinit + (found.fine is not None)) * len(ways))
     fine = [_search(found, s, t, samples, steps, seed, reinit, step) for s, t in ways]
-    size_a, size_b = ((x.shape[2], x.shape[3]) for x in images)
     corners = found.config.align_corners
-    flow, std = _full(*fine[0], size_a, size_b, corners)
-    if any(_is_flat(x) for x in images):
-        std = std.clamp(min=_anywhere(size_a))
+    flow = _full(fine[0][0], size_a, size_b, corners)
+    std = _deviation(fine[0][1], size_a, size_b, corners)
+    if flat:
+        std.clamp_(min=_anywhere(size_a))
     missed = None
     if cycle:
-        back, _ = _full(*fine[1], size_b, size_a, corners)
+        back = _full(fine[1][0], size_b, size_a, corners)
         missed = fields.consistency(flow, back)[0, 0]
-    name = "given" if isinstance(matcher, Matcher) else str(matcher)
+    warped, inside = _seen(source, flow)
     protocol = {
-        "matcher": name, "source": size_a, "target": size_b,
+        "matcher": "given" if isinstance(matcher, Matcher) else str(matcher),
+        "source": size_a, "target": size_b,
         "samples": samples, "steps": steps, "seed": seed, "reinit": reinit,
     }  # fmt: skip
-    inside = fields.inside(flow, size_a)[0, 0]
-    return Match(flow[0], std[0, 0], _warp(images[0], flow), inside, missed, protocol)
+    return Match(flow[0], std, warped, inside, missed, protocol)
 
 
 @dataclass
@@ -150,17 +155,24 @@ def _search(
     return fine, more + _grow(variance, (fine.shape[2], fine.shape[3]))
 
 
-def _full(
-    flow: Tensor, variance: Tensor, source: tuple[int, int], target: tuple[int, int], corners: bool
-) -> tuple[Tensor, Tensor]:
-    """Bring a flow over its side, and its variance, to the target's grid: pixels of the source, and a deviation."""
-    scale = flow.new_tensor([source[1], source[0]]).view(1, 2, 1, 1)
-    own = flow.new_tensor([target[1], target[0]]).view(1, 2, 1, 1)
+def _full(flow: Tensor, source: tuple[int, int], target: tuple[int, int], corners: bool) -> Tensor:
+    """Bring a flow over its side to the target's grid and the source's pixels, (1, 2, H, W)."""
     shares = _grow(flow, target, corners)
-    grid = fields.pixel_grid(*target)
-    places = ((grid + 0.5) / own + shares) * scale - 0.5
-    deviation = (_grow(variance * scale**2, target, corners)).sum(1, keepdim=True).sqrt()
-    return fields.to_flow(places), deviation
+    for channel, axis in ((0, 1), (1, 0)):
+        # Where the same share of the other picture lies: nowhere else if both are of one size.
+        own = torch.arange(target[axis], dtype=torch.float64)
+        shift = ((own + 0.5) * (source[axis] / target[axis]) - 0.5 - own).float()
+        shares[:, channel].mul_(source[axis]).add_(shift.view(-1, 1) if axis == 0 else shift)
+    return shares
+
+
+def _deviation(
+    variance: Tensor, source: tuple[int, int], target: tuple[int, int], corners: bool
+) -> Tensor:
+    """Bring the variance of a flow over its side to the target's grid: a deviation in pixels, (H, W)."""
+    scale = variance.new_tensor([source[1], source[0]]).view(1, 2, 1, 1)
+    total = (variance * scale**2).sum(1, keepdim=True)
+    return _grow(total, target, corners)[0, 0].sqrt_()
 
 
 def _grow(values: Tensor, size: tuple[int, int], corners: bool = False) -> Tensor:
@@ -171,17 +183,20 @@ def _shrink(image: Tensor, side: int) -> Tensor:
     """Resize to a square, averaging over what falls together."""
     return F.interpolate(
         image, (side, side), mode="bilinear", antialias=True, align_corners=False
-    ).clamp(0, 1)
+    ).clamp_(0, 1)
 
 
-def _warp(image: Tensor, flow: Tensor) -> Tensor:
-    """Warp a few rows at a time: (3, H, W)."""
-    rows = []
-    for top in range(0, flow.shape[2], _ROWS):
+def _seen(image: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
+    """Warp a few rows at a time, and say where the flow stays inside: (3, H, W) and (H, W)."""
+    h, w = flow.shape[2:]
+    warped, inside = torch.empty(3, h, w), torch.empty(h, w, dtype=torch.bool)
+    size = (image.shape[2], image.shape[3])
+    for top in range(0, h, _ROWS):
         part = flow[:, :, top : top + _ROWS].clone()
         part[:, 1] += top
-        rows.append(fields.warp(image, part))
-    return torch.cat(rows, 2)[0]
+        warped[:, top : top + _ROWS] = fields.warp(image, part)[0]
+        inside[top : top + _ROWS] = fields.inside(part, size)[0, 0]
+    return warped, inside
 
 
 def _is_flat(image: Tensor) -> bool:

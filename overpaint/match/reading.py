@@ -101,7 +101,7 @@ def _from_array(values: Tensor, name: str, *, last: bool) -> Tensor:
         raise ValueError(f"`{name}` must have shape {wanted}, got {shape}: give one picture.")
     _check_size(values.shape[1], values.shape[2], name)
     if values.dtype == torch.uint8:
-        return values[None].float() / 255
+        return values[None].float().div_(255)
     if values.dtype == torch.bool:
         return values[None].float()
     if not values.is_floating_point():
