@@ -41,6 +41,9 @@ def edit(
     repair: Annotated[
         bool, typer.Option(help="With --auto: let the MLP take up what the projection leaves.")
     ] = True,
+    tokens: Annotated[
+        bool, typer.Option(help="With --auto: move token rows where no other prompt has them.")
+    ] = True,
     neighbours: Annotated[
         bool, typer.Option(help="Preserve what the judge knows besides.")
     ] = False,
@@ -105,7 +108,7 @@ def edit(
     told |= {name: value for name, value in given.items() if value is not None}
     made: Change | None = None
     if erase and auto:
-        given["repair"] = repair
+        given |= {"repair": repair, "tokens": tokens}
         made = _automatic(loaded, erase, replace, list(preserve or []), given, as_json)
     elif erase:
         made = _made(loaded, erase, replace, list(preserve or []), neighbours, told)
@@ -115,6 +118,11 @@ def edit(
         change = change.complete(loaded).compact(rank=rank)
     change.save(out)
     facts = {key: value for key, value in change.report.items() if isinstance(value, int | float)}
+    moved = change.report.get("tokens")
+    if isinstance(moved, dict):
+        facts |= {
+            "tokens": [name.removesuffix("</w>") for found in moved.values() for name in found]
+        }
     for name, rows in looked.items():
         facts |= {name: [row["concept"] if isinstance(row, dict) else row for row in rows]}
     concepts = [f"{old} → {new}" for old, new in change.pairs.items()]
@@ -203,7 +211,7 @@ def _automatic(
         )
     settings = {
         name: given[name]
-        for name in ("ridge", "preserve_weight", "repair")
+        for name in ("ridge", "preserve_weight", "repair", "tokens")
         if given[name] is not None
     }
     with progress(as_json) as stage:

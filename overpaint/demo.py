@@ -28,6 +28,7 @@ __all__ = ["FULL", "QUICK", "Size", "run"]
 
 Progress = Callable[[int, int, str], None]  # done, in all, what
 PREFERRED = "automatic"  # the method whose figures go into the summary
+LAYER = "automatic, layer only"  # the same without the token embedding
 
 
 @dataclass(frozen=True)
@@ -113,15 +114,17 @@ def _changes(
 ) -> tuple[dict[str, Change], float]:
     """Return the changes to compare, and the seconds that the preferred one took."""
     known, asked = questions.looked_after(judge.labels)
+    options: dict[str, Any] = {
+        "vocabulary": known, "without": asked,
+        "on_progress": lambda done, total, _: tell(done, total, "editing"),
+    }  # fmt: skip
     start = time.perf_counter()
-    preferred = edit.auto(
-        model, pairs, vocabulary=known, without=asked,
-        on_progress=lambda done, total, _: tell(done, total, "editing"),
-    )  # fmt: skip
+    preferred = edit.auto(model, pairs, **options)
     seconds = time.perf_counter() - start
     return {
         "quickfix": edit.quickfix(model, pairs),
         PREFERRED: preferred,
+        LAYER: edit.auto(model, pairs, tokens=False, **options),
         "swap embedding": edit.swap_embedding(model, pairs),
         "random site": edit.random_site(model, pairs, seed=seed),
     }, seconds
@@ -234,11 +237,18 @@ def _run_facts(
 
 def _edit_facts(change: Change) -> str:
     solved, asked = change.report, change.protocol
-    return (
+    moved = [
+        name.removesuffix("</w>") for found in solved.get("tokens", {}).values() for name in found
+    ]
+    rows = f"the tokens {', '.join(moved)}, which nothing else that is looked after holds"
+    if not asked["terms"]:
+        return rows
+    layer = (
         f"{asked['contexts']} captions of the concept, {asked['background']} to keep of weight "
         f"{asked['preserve_weight']:g}, {len(solved['endangered'])} endangered concepts looked after, "
         f"{100 * solved['missed']:.0f} % of the movement given up"
     )
+    return f"{rows}; {layer}" if moved else layer
 
 
 def _write_json(path: Path, words: Mapping[str, Any]) -> None:

@@ -129,8 +129,8 @@ def _module(site: str, model: TextToImage | None) -> str:
     found = _UNET.fullmatch(site)
     if found is None:
         raise ValueError(
-            f"a LoRA of diffusers cannot hold {site}, it reaches projections only: export a folder or a single file "
-            "instead."
+            f"a LoRA of diffusers cannot hold {site}, it reaches projections only: export a folder or a single file, "
+            "or make the change with `tokens=False`."
         )
     if model is None:
         raise ValueError(

@@ -25,8 +25,8 @@ def plot(
     scan = change.report.get("scan")
     if not scan:
         raise ValueError(
-            f"a change by {change.protocol.get('method')!r} holds no scan to draw: make it with `edit.auto`, and draw "
-            "it before it is made compact or added to another."
+            f"a change by {change.protocol.get('method')!r} holds no scan to draw: make it with `edit.auto`, "
+            "with `tokens=False` where token rows did it all, and draw it before it is compact or added to another."
         )
     points = [(row["drift"], 1 - row["missed"], f"{row['preserve_weight']:g}") for row in scan]
     chosen = next(i for i, row in enumerate(scan) if row["chosen"])
