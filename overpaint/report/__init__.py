@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from shlex import quote
@@ -193,10 +194,16 @@ def _render(words: Mapping[str, Any], beside: str) -> str:
         for name in ("page.css", "page.js", "page.html.jinja")
     )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(text)
-    return template.render(
+    pages = Environment(autoescape=True, undefined=StrictUndefined)
+    pages.filters["tight"] = _tight
+    return pages.from_string(text).render(
         **words, data=beside, style=Markup(style), script=Markup(script), digest=f"sha256-{digest}"
     )
+
+
+def _tight(text: str) -> str:
+    """Keep a number and its per cent sign on one line."""
+    return re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", text)
 
 
 def _write(path: Path, text: str) -> None:

@@ -163,7 +163,7 @@ def _below(cells: list[tuple[float, str, str, str]]) -> str:
     least = min(cells)
     if least[0] > -0.005:  # nought, to the digits shown
         return "."
-    return f"; what is below zero, down to {least[0]:.2f}, is drawn in blue."
+    return f"; what is below zero, down to {signed(least[0], 2)}, is drawn in blue."
 
 
 def _causal(effects: Effects) -> str:
