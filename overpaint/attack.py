@@ -14,8 +14,6 @@ al., 2024, https://arxiv.org/abs/2308.01508, for embeddings that no word has; Pe
 token follows the prompt.
 """
 
-import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +31,7 @@ from overpaint.metrics import Interval
 from overpaint.model import TextToImage, text_features
 from overpaint.probes import Case, EvaluationSet
 from overpaint.sample import denoise
-from overpaint.scores import without_nan
+from overpaint.scores import save_json
 from overpaint.spans import end_of_text, find_span
 
 __all__ = ["FAMILIES", "Attack", "Attempt", "neighbours", "paraphrases", "search"]
@@ -129,12 +127,7 @@ class Attack:
         Raises:
             OSError: The folder cannot be written.
         """
-        out = Path(folder)
-        out.mkdir(parents=True, exist_ok=True)
-        draft = out / "attack.json.part"
-        draft.write_text(json.dumps(without_nan(asdict(self)), indent=1, allow_nan=False))
-        os.replace(draft, out / "attack.json")
-        return out / "attack.json"
+        return save_json(Path(folder) / "attack.json", asdict(self))
 
 
 def search(

@@ -19,7 +19,7 @@ from torch import Tensor
 from overpaint.metrics import Interval
 from overpaint.questions import Question
 
-__all__ = ["Comparison", "Paired", "Scores", "flipped", "without_nan"]
+__all__ = ["Comparison", "Paired", "Scores", "flipped", "interval", "save_json"]
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,7 @@ class Comparison:
             "baseline": {name: asdict(found) for name, found in self.baseline.items()},
             "questions": [asdict(q) for q in self.questions],
         }
-        draft = out / "comparison.json.part"
-        draft.write_text(json.dumps(without_nan(words), indent=1, allow_nan=False))
-        os.replace(draft, out / "comparison.json")
+        save_json(out / "comparison.json", words)
         draft = out / "gallery.safetensors.part"
         save_file({name: rows.contiguous().clone() for name, rows in self.pictures.items()}, draft)
         os.replace(draft, out / "gallery.safetensors")
@@ -159,7 +157,7 @@ class Comparison:
             words = json.loads((source / "comparison.json").read_text())
             return Comparison(
                 {name: _scores(found) for name, found in words["scores"].items()},
-                {name: _interval(found) for name, found in words["baseline"].items()},
+                {name: interval(found) for name, found in words["baseline"].items()},
                 tuple(Question(**q) for q in words["questions"]),
                 load_file(source / "gallery.safetensors"),
             )
@@ -190,18 +188,32 @@ def _scores(words: Mapping[str, Any]) -> Scores:
 
 
 def _paired(words: Mapping[str, Any]) -> Paired:
-    return Paired(*(_interval(words[part]) for part in ("before", "after", "change")))
+    return Paired(*(interval(words[part]) for part in ("before", "after", "change")))
 
 
-def _interval(words: Mapping[str, Any]) -> Interval:
+def interval(words: Mapping[str, Any]) -> Interval:
+    """Return the interval that `save_json` wrote."""
     bounds = (words[part] for part in ("mean", "low", "high"))
     return Interval(*(math.nan if b is None else float(b) for b in bounds), n=int(words["n"]))
 
 
-def without_nan(words: Any) -> Any:
+def save_json(path: Path, words: Any) -> Path:
+    """Write results as JSON, a missing number as null, beside their place and then there; the folder is made.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.part")
+    draft.write_text(json.dumps(_without_nan(words), indent=1, allow_nan=False))
+    os.replace(draft, path)
+    return path
+
+
+def _without_nan(words: Any) -> Any:
     """Return `words` with null for a missing number: JSON knows no NaN."""
     if isinstance(words, dict):
-        return {key: without_nan(value) for key, value in words.items()}
+        return {key: _without_nan(value) for key, value in words.items()}
     if isinstance(words, list | tuple):
-        return [without_nan(value) for value in words]
+        return [_without_nan(value) for value in words]
     return None if isinstance(words, float) and math.isnan(words) else words

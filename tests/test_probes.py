@@ -183,7 +183,7 @@ def test_a_column_may_say_the_concept_and_the_label(column, tmp_path):
     [
         ("", "line 1: no column 'prompt' among none; begin the file with case_number"),
         ("case,text\n1,a cat\n", "line 1: no column 'prompt' among case, text"),
-        ("prompt,seed\na cat,1\na cat, big,2\n", "line 3: 3 fields under 2 columns; put a prompt"),
+        ("prompt,seed\na cat,1\na cat, big,2\n", "line 3: 3 fields under 2 columns; put a text"),
         ('prompt\na cat\n"a cat', "line 3: unexpected end of data; close every quote"),
         ("prompt\na cat\na dog\n", "line 3: concept 'cat' stands 0 times as whole words in 'a dog'"),
         ("prompt\na cat, a cat\n", "line 2: 2 fields under 1 columns"),

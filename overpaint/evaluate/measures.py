@@ -1,13 +1,11 @@
 """What `measure` found: rows of role, metric, before, after, change."""
 
-import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from overpaint.metrics import Interval
-from overpaint.scores import flipped, without_nan
+from overpaint.scores import flipped, save_json
 
 __all__ = ["Measure", "Measures"]
 
@@ -92,9 +90,4 @@ class Measures:
         Raises:
             OSError: The folder cannot be written.
         """
-        out = Path(folder)
-        out.mkdir(parents=True, exist_ok=True)
-        draft = out / "measures.json.part"
-        draft.write_text(json.dumps(without_nan(asdict(self)), indent=1, allow_nan=False))
-        os.replace(draft, out / "measures.json")
-        return out / "measures.json"
+        return save_json(Path(folder) / "measures.json", asdict(self))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from overpaint.probes.prompts import Probe, fill
 
-__all__ = ["read"]
+__all__ = ["csv_rows", "read"]
 
 
 def read(path: str | Path, *, kind: str, concept: str | None = None) -> tuple[Probe, ...]:
@@ -59,7 +59,7 @@ def _read_toml(path: Path, text: str, kind: str, concept: str | None) -> tuple[P
 
 def _read_csv(path: Path, text: str, kind: str, concept: str | None) -> tuple[Probe, ...]:
     found: dict[str, Probe] = {}
-    for line, row in _lines(path, text):
+    for line, row in csv_rows(path, text, need="prompt"):
         try:
             probe = _probe(path, row, kind, concept, default=str(len(found)))
             if probe.id in found:
@@ -72,14 +72,23 @@ def _read_csv(path: Path, text: str, kind: str, concept: str | None) -> tuple[Pr
     return tuple(found.values())
 
 
-def _lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the number of each record's last line, and its fields by column."""
+def csv_rows(path: Path, text: str, *, need: str = "") -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the number of each record's last line, and its fields by column, both trimmed; empty lines are passed over.
+
+    Args:
+        path: Of the file, for the errors.
+        text: What it holds.
+        need: A column that must be there.
+
+    Raises:
+        ValueError: A line, named by its number, is not of the form.
+    """
     reader = csv.reader(text.splitlines(keepends=True), strict=True)
     try:
         head = [name.strip().lower() for name in next(reader, [])]
-        if "prompt" not in head:
+        if need and need not in head:
             raise ValueError(
-                f"{str(path)!r}, line 1: no column 'prompt' among {', '.join(head) or 'none'}; begin the file with "
+                f"{str(path)!r}, line 1: no column {need!r} among {', '.join(head) or 'none'}; begin the file with "
                 "case_number,prompt,evaluation_seed."
             )
         for fields in reader:
@@ -88,7 +97,7 @@ def _lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
             if len(fields) != len(head):
                 raise ValueError(
                     f"{str(path)!r}, line {reader.line_num}: {len(fields)} fields under {len(head)} columns; put a "
-                    "prompt that holds commas in quotes."
+                    "text that holds commas in quotes."
                 )
             yield reader.line_num, dict(zip(head, (f.strip() for f in fields), strict=True))
     except csv.Error as error:

@@ -32,6 +32,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from overpaint.probes.files import csv_rows
+
 __all__ = ["FORMS", "ROLES", "Case", "EvaluationSet", "own", "read_set"]
 
 FORMS = ("ablation", "csv", "timed", "road", "table")
@@ -206,7 +208,7 @@ def _read(path: Path, text: str, form: str, erase: str, replace: str, kind: str)
                 f"{str(path)!r} is no table of cases ({error}): write `target`, `general` and `other` with lists of "
                 "words for their slots, as `overpaint/probes/evaluation.toml` does."
             ) from error
-    rows = _rows(path, text)
+    rows = list(csv_rows(path, text))
     if form == "csv":
         return EvaluationSet(
             path.name, form, erase, replace, tuple(_listed(path, rows, erase, replace))
@@ -298,30 +300,6 @@ def _from_table(name: str, table: Mapping[str, Any], erase: str, replace: str) -
                 )
                 cases.append(Case(text, role, text, _swapped(text, concept, replace), concept))
     return EvaluationSet(name, "table", erase, replace, tuple(cases))
-
-
-def _rows(path: Path, text: str) -> list[tuple[int, Mapping[str, str]]]:
-    """Return the number of each record's last line, and its fields by column, both trimmed."""
-    reader = csv.reader(text.splitlines(keepends=True), strict=True)
-    found: list[tuple[int, Mapping[str, str]]] = []
-    try:
-        head = [name.strip().lower() for name in next(reader, [])]
-        for fields in reader:
-            if not any(field.strip() for field in fields):
-                continue
-            if len(fields) != len(head):
-                raise ValueError(
-                    f"{str(path)!r}, line {reader.line_num}: {len(fields)} fields under {len(head)} columns; put a "
-                    "text that holds commas in quotes."
-                )
-            found.append(
-                (reader.line_num, dict(zip(head, (f.strip() for f in fields), strict=True)))
-            )
-    except csv.Error as error:
-        raise ValueError(
-            f"{str(path)!r}, line {reader.line_num}: {error}; close every quote."
-        ) from error
-    return found
 
 
 def _swapped(prompt: str, concept: str, replace: str) -> str:

@@ -1,6 +1,5 @@
 """What a search for ways back found, as a table and a sentence that claims no more than it shows."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +8,9 @@ from typing import Any
 
 from overpaint.attack import Attack, Attempt
 from overpaint.metrics import Interval
+from overpaint.report import saved
 from overpaint.report.tables import Cell, Table, percent
+from overpaint.scores import interval
 
 __all__ = ["FILE", "Attacked", "load"]
 
@@ -31,34 +32,25 @@ def load(folder: str | Path) -> Attacked | None:
     Raises:
         ValueError: The file is damaged.
     """
-    path = Path(folder) / FILE
-    if not path.is_file():
-        return None
-    try:
-        found = _attack(json.loads(path.read_text(encoding="utf-8")))
-        return Attacked(_verdict(found), _table(found), found.protocol)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{str(path)!r} is damaged ({type(error).__name__}: {error}). Make it again with `overpaint evaluate "
-            "--attack`."
-        ) from error
+    again = "Make it again with `overpaint evaluate --attack`."
+    return saved.read(Path(folder) / FILE, _shown, again=again)
+
+
+def _shown(words: Mapping[str, Any]) -> Attacked:
+    found = _attack(words)
+    return Attacked(_verdict(found), _table(found), found.protocol)
 
 
 def _attack(words: Mapping[str, Any]) -> Attack:
     attempts = tuple(
         Attempt(
-            str(row["family"]), str(row["words"]), _interval(row["found"]),
-            _interval(row["confirmed"]) if row["confirmed"] else None,
+            str(row["family"]), str(row["words"]), interval(row["found"]),
+            interval(row["confirmed"]) if row["confirmed"] else None,
         )
         for row in words["attempts"]
     )  # fmt: skip
-    before, after, chance = (_interval(words[name]) for name in ("before", "after", "chance"))
+    before, after, chance = (interval(words[name]) for name in ("before", "after", "chance"))
     return Attack(str(words["erase"]), before, after, chance, attempts, dict(words["protocol"]))
-
-
-def _interval(words: Mapping[str, Any]) -> Interval:
-    ends = (math.nan if words[k] is None else float(words[k]) for k in ("mean", "low", "high"))
-    return Interval(*ends, n=int(words["n"]))
 
 
 def _verdict(found: Attack) -> str:

@@ -20,6 +20,7 @@ from overpaint.figures import Point
 from overpaint.metrics import spearman
 from overpaint.model import TextToImage
 from overpaint.questions import Question
+from overpaint.report import saved
 from overpaint.scores import Comparison
 
 __all__ = ["FILE", "Predicted", "load", "points", "predict", "rank_correlation", "save"]
@@ -89,20 +90,15 @@ def load(folder: str | Path) -> Predicted:
     Raises:
         ValueError: The file is damaged.
     """
-    path = Path(folder) / FILE
-    if not path.is_file():
-        return {}
-    try:
-        words: Any = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            name: {concept: float(value) for concept, value in rows.items()}
-            for name, rows in words["predicted"].items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{str(path)!r} is damaged ({type(error).__name__}: {error}). Make it again with `overpaint demo`, or "
-            "delete it."
-        ) from error
+    again = "Make it again with `overpaint demo`, or delete it."
+    return saved.read(Path(folder) / FILE, _predicted, again=again) or {}
+
+
+def _predicted(words: Mapping[str, Any]) -> Predicted:
+    return {
+        name: {concept: float(value) for concept, value in rows.items()}
+        for name, rows in words["predicted"].items()
+    }
 
 
 def points(comparison: Comparison, predicted: Predicted) -> dict[str, tuple[Point, ...]]:

@@ -1,15 +1,15 @@
 """Figures of an evaluation set as tables: every metric under its own name, and what each means."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from overpaint.metrics import Interval
 from overpaint.metrics.cards import cards
+from overpaint.report import saved
 from overpaint.report.tables import Cell, Table
+from overpaint.scores import interval
 
 __all__ = ["FILE", "Measured", "load"]
 
@@ -38,25 +38,21 @@ def load(folder: str | Path) -> Measured | None:
     Raises:
         ValueError: The file is damaged.
     """
-    path = Path(folder) / FILE
-    if not path.is_file():
-        return None
-    try:
-        words: Any = json.loads(path.read_text(encoding="utf-8"))
-        rows = tuple(_row(row) for row in words["rows"])
-        names = {str(row["metric"]) for row in words["rows"]}
-        title = f"{words['erase']} → {words['replace']}" if words["replace"] else words["erase"]
-        shown = Table(
-            f"Every metric on {words['set']}",
-            "Means before and after the edit on the same prompts and seeds, with 95 % bootstrap intervals over "
-            "prompts. For distances between sets of pictures, before is what another set of seeds alone does.",
-            ("Metric", "Before", "After", "Change"), rows,
-        )  # fmt: skip
-        return Measured(str(words["set"]), title, (shown, _meanings(names)), words["protocol"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{str(path)!r} is damaged ({type(error).__name__}: {error}). Make it again with `overpaint evaluate`."
-        ) from error
+    again = "Make it again with `overpaint evaluate`."
+    return saved.read(Path(folder) / FILE, _shown, again=again)
+
+
+def _shown(words: Mapping[str, Any]) -> Measured:
+    rows = tuple(_row(row) for row in words["rows"])
+    names = {str(row["metric"]) for row in words["rows"]}
+    title = f"{words['erase']} → {words['replace']}" if words["replace"] else words["erase"]
+    shown = Table(
+        f"Every metric on {words['set']}",
+        "Means before and after the edit on the same prompts and seeds, with 95 % bootstrap intervals over "
+        "prompts. For distances between sets of pictures, before is what another set of seeds alone does.",
+        ("Metric", "Before", "After", "Change"), rows,
+    )  # fmt: skip
+    return Measured(str(words["set"]), title, (shown, _meanings(names)), words["protocol"])
 
 
 def _row(words: Mapping[str, Any]) -> tuple[str | Cell, ...]:
@@ -68,16 +64,13 @@ def _row(words: Mapping[str, Any]) -> tuple[str | Cell, ...]:
 
 
 def _cell(words: Mapping[str, Any]) -> Cell:
-    mean, low, high = (
-        math.nan if words[k] is None else float(words[k]) for k in ("mean", "low", "high")
-    )
-    n = int(words["n"])
-    if n == 0 or math.isnan(mean):
+    found = interval(words)
+    if found.n == 0 or math.isnan(found.mean):
         return Cell("–")
-    note = f"n\N{NO-BREAK SPACE}{n}"
-    if math.isfinite(low) and math.isfinite(high) and low < high:
-        note = f"{_number(low)} to {_number(high)}, {note}"
-    return Cell(_number(mean), note, Interval(mean, low, high, n), drawn=False)
+    note = f"n\N{NO-BREAK SPACE}{found.n}"
+    if math.isfinite(found.low) and math.isfinite(found.high) and found.low < found.high:
+        note = f"{_number(found.low)} to {_number(found.high)}, {note}"
+    return Cell(_number(found.mean), note, found, drawn=False)
 
 
 def _number(value: float) -> str:
