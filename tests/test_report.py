@@ -61,7 +61,7 @@ def scores(name, after):
     )  # fmt: skip
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def comparison():
     names = ("no edit", "quickfix <plain>")
     asked = tuple(
@@ -86,8 +86,7 @@ def effect(site, part, kind, index, role, value, control="", **more):
     }  # fmt: skip
 
 
-@pytest.fixture
-def folder(comparison, tmp_path):
+def saved(comparison, tmp_path):
     comparison.save(tmp_path)
     text = [
         effect(f"text.{n}.{kind}", "text", kind, n, role, 0.5 / (1 + n), control)
@@ -112,8 +111,19 @@ def folder(comparison, tmp_path):
     return tmp_path
 
 
-def test_the_page_is_well_formed_self_contained_and_described(folder):
-    text = report.write(folder).read_text()
+@pytest.fixture
+def folder(comparison, tmp_path):
+    return saved(comparison, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def page(comparison, tmp_path_factory):
+    """A page that no test writes to: its charts take seconds."""
+    return report.write(saved(comparison, tmp_path_factory.mktemp("page")))
+
+
+def test_the_page_is_well_formed_self_contained_and_described(page):
+    text = page.read_text()
     page = Page(text)
     assert page.open == []
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
@@ -125,8 +135,8 @@ def test_the_page_is_well_formed_self_contained_and_described(folder):
     assert "@media print" in text
 
 
-def test_every_part_of_the_page_is_there_and_escaped(folder):
-    text = report.write(folder).read_text()
+def test_every_part_of_the_page_is_there_and_escaped(page):
+    text = page.read_text()
     words = " ".join(" ".join(Page(text).words).split())
     assert "<h1>a &amp; b</h1>" in text
     assert "quickfix <plain>" in words
@@ -148,9 +158,9 @@ def test_a_folder_with_one_result_gives_a_page_of_that_result(comparison, tmp_pa
     ]  # fmt: skip
 
 
-def test_writing_twice_gives_the_same_page(folder):
-    first = report.write(folder).read_bytes()
-    assert report.write(folder).read_bytes() == first
+def test_writing_twice_gives_the_same_page(page):
+    first = page.read_bytes()
+    assert report.write(page.parent).read_bytes() == first
 
 
 def test_an_empty_or_damaged_folder_is_refused(folder, tmp_path_factory):
@@ -182,7 +192,7 @@ def test_windows_heads_and_damage_have_their_place_on_the_page(tmp_path):
     )  # on light and on dark paper
     assert sum("largest value, 0.60, is at Heads" in alt for alt in alts) == 2
     words = " ".join(page.words)
-    assert "what is below zero, down to -0.10, is drawn in blue" in words
+    assert "what is below zero, down to −0.10, is drawn in blue" in words
     assert "Single heads, same latent (control)" in words
 
 
@@ -228,8 +238,8 @@ def test_figures_differ_by_theme_and_data():
     assert dark.getpixel((0, 0)) == (0x18, 0x1B, 0x22)
 
 
-def test_an_image_on_the_page_is_the_picture_that_was_kept(comparison, folder):
-    page = Page(report.write(folder).read_text())
+def test_an_image_on_the_page_is_the_picture_that_was_kept(comparison, page):
+    page = Page(page.read_text())
     alt = "a apple in noto style, quickfix <plain>"
     src = next(i["src"] for i in page.images if i["alt"] == alt)
     pixels = Image.open(io.BytesIO(base64.b64decode(src.partition(",")[2])))
@@ -237,8 +247,8 @@ def test_an_image_on_the_page_is_the_picture_that_was_kept(comparison, folder):
     assert pixels.getpixel((2, 5)) == tuple(kept[:, 5, 2].tolist())
 
 
-def test_the_same_lies_beside_the_page_as_json(folder):
-    page = report.write(folder)
+def test_the_same_lies_beside_the_page_as_json(page):
+    folder = page.parent
     words = json.loads((folder / "report.json").read_text())
     assert words["title"] == "a & b"
     assert words["commands"] == ["overpaint demo"]
