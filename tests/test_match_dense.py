@@ -226,6 +226,19 @@ def test_a_matcher_survives_its_folder(rough, tmp_path):
     assert match.Matcher.load(tmp_path / "m").fine is None
 
 
+def test_the_papers_parts_match_and_survive_their_folder(tmp_path):
+    config = match.Config(
+        image=128, grid=16, channels=(16, 32), sr_grid=64, sr_channels=(16, 32), steps=5,
+        flow_scale=1.0, backbone="vgg16", hints=False, robust=False, align_corners=True,
+    )  # fmt: skip
+    match.Matcher.build(config).save(tmp_path)
+    matcher = match.Matcher.load(tmp_path)
+    assert matcher.config == config
+    image = texture(128, 128)
+    found = match.dense(image, image, matcher=matcher, samples=1, steps=1)
+    assert middle(found.flow) == pytest.approx([0, 0], abs=1e-4)
+
+
 def test_folders_that_hold_no_matcher_are_refused(rough, tmp_path):
     with pytest.raises(ValueError, match="unknown matcher 'nobody': name a folder, or 'matcher'"):
         match.Matcher.load("nobody")

@@ -65,7 +65,7 @@ def dense(
         image_a: The source: a path, a PIL image, an array (H, W, C) or a tensor (C, H, W); grey, RGB or RGBA, floats
             in [0, 1] or bytes, up to 60 megapixels.
         image_b: The target; its size may be another.
-        matcher: A matcher, its folder, or the name of the one that ships.
+        matcher: A matcher, on whatever device, its folder, or the name of the one that ships.
         samples: Hypotheses whose mean is the flow; from 2 on their spread says how sure it is.
         steps: Of denoising, at most what the matcher was trained for.
         seed: Of the noise that the hypotheses start from.
@@ -87,8 +87,9 @@ def dense(
     size_a, size_b = ((x.shape[2], x.shape[3]) for x in (source, target))
     flat = _is_flat(source) or _is_flat(target)
     found = matcher if isinstance(matcher, Matcher) else Matcher.load(matcher)
+    device = next(found.coarse.parameters()).device
     a, b = (
-        describe(found.backbone, found.config, _shrink(x, found.config.image))
+        describe(found.backbone, found.config, _shrink(x, found.config.image).to(device))
         for x in (source, target)
     )
     del target  # a large picture's bytes may be needed
@@ -149,10 +150,10 @@ def _search(
     for _ in range(reinit):
         mean, variance = draw(matcher.coarse, coarse_of(matcher.config, source, target, mean))
     if matcher.fine is None:
-        return mean, variance
+        return mean.cpu(), variance.cpu()
     fine, more = draw(matcher.fine, fine_of(matcher.config, source, target, mean))
     # The fine stage starts from the coarse mean and knows nothing of the coarse hypotheses' doubt.
-    return fine, more + _grow(variance, (fine.shape[2], fine.shape[3]))
+    return fine.cpu(), (more + _grow(variance, (fine.shape[2], fine.shape[3]))).cpu()
 
 
 def _full(flow: Tensor, source: tuple[int, int], target: tuple[int, int], corners: bool) -> Tensor:
