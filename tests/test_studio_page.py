@@ -255,7 +255,10 @@ def has_ipv6():
 @pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
 @pytest.mark.parametrize("host", ["::1", "[::1]"])
 def test_an_ipv6_address_is_shown_in_brackets(host):
-    with served("--host", host) as address, urllib.request.urlopen(address) as answer:
+    with (
+        open_studio(["icons"], host=host, port=free_port()) as (_, address),
+        urllib.request.urlopen(address) as answer,
+    ):
         assert address.startswith("http://[::1]:")
         assert answer.status == 200
 

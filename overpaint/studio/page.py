@@ -153,8 +153,8 @@ def _compare() -> Parts:
     gr.HTML('<p class="op-lead">Two versions of the model, the same prompt and the same noise.</p>')
     names = ["the model as it is"]
     with gr.Row():
-        first = gr.Dropdown(names, value=names[0], label="This", interactive=True, min_width=220)
-        second = gr.Dropdown(names, value=names[0], label="That", interactive=True, min_width=220)
+        first = gr.Dropdown(names, value=names[0], label="This", interactive=True, min_width=200)
+        second = gr.Dropdown(names, value=names[0], label="That", interactive=True, min_width=200)
         button = gr.Button("Compare", variant="primary", min_width=120, elem_classes="op-go")
     return {
         "first": first, "second": second, "compare": button,
