@@ -232,6 +232,9 @@ def train(
     diffusion: Annotated[
         bool, typer.Option(help="Off: matcher's control, which answers once.")
     ] = True,
+    steps: Annotated[
+        list[int] | None, typer.Option(help="In place of minutes: twice, coarse and fine; matcher.")
+    ] = None,
     work: Annotated[Path | None, typer.Option(help="Checkpoints. Default: runs/MODEL.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -248,7 +251,7 @@ def train(
         "icons": partial(icons.train, seed=seed),
         "icons-judge": judge.train,
         "judge": judge.train,
-        "matcher": partial(matcher.train, seed=seed, diffusion=diffusion),
+        "matcher": partial(matcher.train, seed=seed, diffusion=diffusion, steps=steps or ()),
     }
     if model not in recipes:
         raise ValueError(f"no recipe for {model!r}: choose icons, icons-judge or matcher.")

@@ -168,7 +168,7 @@ def test_trace_says_why_nothing_can_be_called_causal(run, tmp_path):
         (("demo",), "Missing option '--out'"),
         (("train", "nonesuch"), "no recipe for 'nonesuch': choose icons, icons-judge or matcher"),
         (("train", "icons-judge", "--seed", "3"), "`seed` of icons-judge is fixed, got 3: leave it out"),
-        (("train", "icons", "--no-diffusion"), "only the matcher has a control without diffusion"),
+        (("train", "icons", "--no-diffusion"), "`--steps` and `--no-diffusion` are for matcher"),
         (("report", "nonesuch"), "cannot write into 'nonesuch'"),
         (("trace", "icons", "--part", "vae"), "unknown part 'vae': choose text, unet or swap"),
         (("trace", "icons", "--part", "swap"), "a swap needs a prompt to swap in: say --target"),

@@ -305,22 +305,22 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("few")
 def test_a_run_writes_a_matcher_its_card_and_goes_on_when_resumed(tmp_path: Path) -> None:
     options = {"recipe": SMOKE, "work": tmp_path / "work", "photos": tmp_path, "seed": 3}
-    out = matcher.train(out=tmp_path / "model", minutes=0.4 / 60, diffusion=False, **options)  # type: ignore[arg-type]
+    out = matcher.train(out=tmp_path / "model", steps=(3, 2), diffusion=False, **options)  # type: ignore[arg-type]
     made = Matcher.load(out)
     assert made.config == replace(SMOKE.config, diffusion=False) and made.fine is not None
     card = json.loads((out / "card.json").read_text())
     assert card["seed"] == 3 and card["recipe"]["config"]["diffusion"] is False
     steps = {stage: card["stages"][stage]["steps"] for stage in ("coarse", "fine")}
-    assert min(steps.values()) >= 1
+    assert steps == {"coarse": 3, "fine": 2}
     checks = (tmp_path / "work" / "checks.jsonl").read_text()
     lines = [json.loads(line) for line in checks.splitlines()]
     assert [line["stage"] for line in lines] == ["coarse", "fine"]
     assert lines[0]["coarse_given"] == pytest.approx(card["figures"]["coarse_given"], abs=1e-4)
     assert Matcher.load(tmp_path / "work" / "zoo").fine is not None
 
-    again = matcher.train(out=tmp_path / "model", minutes=0.4 / 60, diffusion=False, **options)  # type: ignore[arg-type]
+    again = matcher.train(out=tmp_path / "model", steps=(3, 2), diffusion=False, **options)  # type: ignore[arg-type]
     card = json.loads((again / "card.json").read_text())
-    assert {stage: card["stages"][stage]["steps"] for stage in steps} == steps  # its time was spent
+    assert {stage: card["stages"][stage]["steps"] for stage in steps} == steps  # all were done
 
 
 @pytest.mark.usefixtures("few")
@@ -336,7 +336,12 @@ def test_what_the_fine_stage_learns_from_fits_its_truth(tmp_path: Path) -> None:
     assert errors["coarse_steps_5"] == pytest.approx(errors["coarse_given"], rel=1e-5)
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_folder_of_something_else_and_half_a_plan_are_refused(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds something else than a model of ours"):
         matcher.train(out=tmp_path)
+    with pytest.raises(
+        ValueError,
+        match=r"`steps` must be one positive number for each of coarse and fine, got \[7\]",
+    ):
+        matcher.train(out=tmp_path / "new", steps=(7,))

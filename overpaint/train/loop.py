@@ -47,6 +47,7 @@ def fit(
     folder: Path,
     minutes: float,
     lr: float,
+    steps: int | None = None,
     weight_decay: float = 0.01,
     ema_decay: float = 0.0,
     muon: bool = True,
@@ -64,6 +65,7 @@ def fit(
         folder: Where the checkpoint lies.
         minutes: Wall time in all, time spent before a resume counted in.
         lr: Peak learning rate, one for both optimisers (AdamW: betas 0.9, 0.99).
+        steps: End after so many steps instead, whatever their time, so that runs on a busy machine compare.
         weight_decay: Decoupled decay, on matrices only.
         ema_decay: Decay of the exponential average of the weights a step; 0 keeps none.
         muon: Update the matrices inside the network with Muon; else `optimizer` throughout.
@@ -88,8 +90,7 @@ def fit(
     budget = minutes * 60
     last = saved = told = time.monotonic()
     model.train()
-    while spent < budget:
-        share = spent / budget
+    while (share := step / steps if steps else spent / budget) < 1:
         _turn(pair, rate(lr, share))
         value = loss(step)
         value.backward()
@@ -105,8 +106,10 @@ def fit(
         spent, last = spent + now - last, now
         if on_progress and now - told > 10:
             told = now
-            on_progress(Progress(stage, spent / budget, step, smooth, max(0.0, budget - spent)))
-        if now - saved > CHECKPOINT_SECONDS or spent >= budget:
+            left = spent * (steps / step - 1) if steps else max(0.0, budget - spent)
+            on_progress(Progress(stage, share, step, smooth, left))
+        done = step >= steps if steps else spent >= budget
+        if now - saved > CHECKPOINT_SECONDS or done:
             saved = now
             progress = {"step": step, "spent": spent, "smooth": smooth}
             _save(path, model, pair, average, progress, optimizer)

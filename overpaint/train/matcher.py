@@ -6,8 +6,11 @@ are kept in half precision; every step makes a few new pairs, lets the oldest go
 mirrored and transposed with their costs, since a pair takes longer to make than to learn from.
 
     overpaint train matcher --minutes 100                   # one CPU core, resumable
-    overpaint train matcher --minutes 100 --no-diffusion    # the control: the same network answers once
+    overpaint train matcher --no-diffusion --work runs/matcher-control --steps 5000 --steps 1500
     overpaint train matcher --minutes 25 --device cuda      # larger pictures, grids and networks
+
+The second is the control, whose network answers once; the steps have to be those on the card of what it is a control
+to.
 
 Promised on half a CPU core of 2.5 GHz in 100 minutes: the card's figures, in `overpaint/zoo/weights/matcher/card.json`.
 A run that was killed and resumed fills the store anew, so that it is not the uninterrupted run bit for bit.
@@ -19,7 +22,7 @@ augmentation of Ho et al., 2022, https://arxiv.org/abs/2106.15282.
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -114,6 +117,7 @@ def train(
     *,
     out: Path,
     minutes: float = 100.0,
+    steps: Sequence[int] = (),
     device: str = "cpu",
     resume: bool = True,
     threads: int = 1,
@@ -133,6 +137,7 @@ def train(
     Args:
         out: The matcher's folder: a new one, or one that a recipe wrote before.
         minutes: Wall time of both stages together, earlier runs in `work` counted in.
+        steps: Of the coarse and the fine stage, in place of minutes: a control needs those that the card names.
         device: `"cpu"` or `"cuda"`; the latter takes the larger recipe.
         resume: Continue from the checkpoints in `work`; `False` starts over.
         threads: CPU threads, fixed for the run.
@@ -144,10 +149,15 @@ def train(
         on_progress: Told about progress every few seconds.
 
     Raises:
-        ValueError: `out` is a folder of something else, or a photograph's package is not the pinned one.
+        ValueError: `out` is a folder of something else, `steps` is not one number a stage, or a photograph's package
+            is not the pinned one.
         OSError: The photographs cannot be fetched.
     """
     card.check_target(out)
+    if steps and (len(steps) != len(STAGES) or min(steps) < 1):
+        raise ValueError(
+            f"`steps` must be one positive number for each of {' and '.join(STAGES)}, got {list(steps)}: give both."
+        )
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     recipe = recipe or (CUDA if device.startswith("cuda") else CPU)
@@ -156,10 +166,10 @@ def train(
     photographs.fetch(photos)
     run = _Run(recipe, work, photos, seed, device)
     figures: dict[str, float] = {}
-    for stage, share in zip(STAGES, recipe.shares, strict=True):
+    for stage, share, count in zip(STAGES, recipe.shares, steps or (None, None), strict=True):
         fit(
             run.networks[stage], run.loss(stage), stage=stage, folder=work, minutes=minutes * share,
-            lr=recipe.lr if stage == "coarse" else recipe.fine_lr, ema_decay=recipe.ema_decay,
+            steps=count, lr=recipe.lr if stage == "coarse" else recipe.fine_lr, ema_decay=recipe.ema_decay,
             resume=resume, on_progress=on_progress, on_save=partial(run.check, stage),
         )  # fmt: skip
         figures |= run.errors(stage)
