@@ -19,6 +19,7 @@ from typer.exceptions import TyperException
 from overpaint.cli_edit import apply, edit
 from overpaint.cli_evaluate import evaluate
 from overpaint.cli_export import export
+from overpaint.cli_match import match
 from overpaint.cli_studio import studio
 from overpaint.cli_trace import trace
 from overpaint.terminal import (
@@ -192,6 +193,7 @@ app.command()(trace)
 app.command()(edit)
 app.command()(apply)
 app.command()(export)
+app.command()(match)
 app.command()(studio)
 app.command()(evaluate)
 
@@ -258,9 +260,9 @@ def train(
     name = "icons-judge" if model == "judge" else model
     if name == "icons-judge" and seed:
         raise ValueError(f"`seed` of icons-judge is fixed, got {seed}: leave it out.")
-    if name != "matcher" and not diffusion:
+    if name != "matcher" and (steps or not diffusion):
         raise ValueError(
-            f"only the matcher has a control without diffusion: leave `--no-diffusion` out for {name}."
+            f"`--steps` and `--no-diffusion` are for matcher: leave them out for {name}."
         )
     work = work or Path("runs") / name
     target = out or work / "model"
