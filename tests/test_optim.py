@@ -10,6 +10,7 @@ from gradients import FUSED, LISTS, LOOP, PATHS, draw, feed, gap, leaves, one, r
 from torch import nn
 
 from overpaint.optim import DiffGrad, friction
+from overpaint.optim.friction import resistance
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "diffgrad_curves.py"
 
@@ -258,6 +259,15 @@ def test_the_shares_lie_where_the_paper_says():
     assert not torch.equal(found[1], friction(-change, gradient, 1))
     with pytest.raises(ValueError, match="from 0 to 5, got 6"):
         friction(change, gradient, 6)
+
+
+def test_the_inverse_of_the_friction_needs_no_exponential():
+    sizes = torch.cat([torch.logspace(-9, 2, 20_000), torch.tensor([0.0, math.inf])]).float()
+    exact = (-sizes.double()).exp() + 1
+    for change in (sizes, -sizes):
+        assert ((resistance(change) - exact) / exact).abs().max() <= 2.5e-7
+    ends = resistance(torch.tensor([0.0, math.inf, math.nan], dtype=torch.float32)).tolist()
+    assert ends[:2] == [2.0, 1.0] and math.isnan(ends[2])
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)

@@ -14,7 +14,10 @@ from torch import nn
 
 from overpaint.optim import DiffGrad, private
 
-COMPILER = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+NEEDS_COMPILER = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("g++", "clang++", "c++")),
+    reason="Inductor on a CPU needs a C++ compiler",
+)
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -93,8 +96,15 @@ def test_a_checkpoint_primes_the_state_and_moves_nothing(mesh, path):
     assert optimizer.param_groups[0]["lr"] == 0.1
 
 
-@pytest.mark.skipif(not COMPILER, reason="Inductor on a CPU needs a C++ compiler")
-@pytest.mark.parametrize(("path", "backend"), [(LOOP, "inductor"), (FUSED, "aot_eager")], ids=str)
+@pytest.mark.parametrize(
+    ("path", "backend"),
+    [
+        (LOOP, "aot_eager"),
+        (FUSED, "aot_eager"),
+        pytest.param(LOOP, "inductor", marks=[pytest.mark.slow, NEEDS_COMPILER]),
+    ],
+    ids=str,
+)
 def test_a_compiled_step_is_the_eager_one_and_is_compiled_once(path, backend):
     torch._dynamo.reset()
     eager, compiled = (leaves(torch.float32)[:2] for _ in range(2))
@@ -151,6 +161,19 @@ def test_without_the_private_functions_of_torch_it_still_steps(monkeypatch):
     ours, theirs = leaves(), leaves()
     run(ours, 3)
     run(theirs, 3, make=Plain)
+    assert same(ours, theirs)
+
+
+@pytest.mark.parametrize("path", [LISTS, FUSED], ids=str)
+def test_without_torchs_grouping_lists_are_still_of_one_dtype(path, monkeypatch):
+    ours, theirs = ([*leaves(torch.float32), *leaves()] for _ in range(2))
+    run(ours, 3, **path)
+    numbers = list(torch.arange(6.0))
+    grouped = private.group_alike([ours, numbers])
+    monkeypatch.delattr(torch.optim.Optimizer, "_group_tensors_by_device_and_dtype")
+    for found in (grouped, private.group_alike([ours, numbers])):
+        assert sorted([int(i) for i in group[1]] for group in found) == [[0, 1, 2], [3, 4, 5]]
+    run(theirs, 3, **path)
     assert same(ours, theirs)
 
 

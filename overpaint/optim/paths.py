@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from overpaint.optim.friction import damped, friction
+from overpaint.optim.friction import damped, friction, resistance
+from overpaint.optim.private import group_alike
 
 __all__ = ["Batch", "Scaling", "step_fused", "step_lists", "step_loop"]
 
@@ -37,10 +37,7 @@ class Batch:
 
     def alike(self) -> "list[Batch]":
         """Return one batch for each device and dtype, complex numbers as pairs of real ones."""
-        grouped = Optimizer._group_tensors_by_device_and_dtype(cast(Any, self.lists))
-        return [
-            Batch(*map(_real, cast(list[list[Tensor]], lists))) for lists, _ in grouped.values()
-        ]
+        return [Batch(*map(_real, lists)) for lists in group_alike(self.lists)]
 
     def pieces(self, options: Options) -> "Iterator[Batch]":
         """Yield the batch in pieces: large tensors in flat parts, small ones together; for elementwise work."""
@@ -105,6 +102,9 @@ def _step_one(
         root = v.float().sqrt_().add_(offset)
         xi = friction(last.float().sub_(grad), grad.float(), dfc)
         p.add_(xi.mul_(m).div_(root).mul_(-size))
+    elif dfc == 0 and m.is_cpu and m.dtype == torch.float32 and torch.compiler.is_compiling():
+        root = v.sqrt().add_(offset)
+        p.sub_(m.mul(size).div_(root.mul_(resistance(last - grad))))
     else:
         root = v.sqrt().add_(offset)
         if dfc == 0:  # the stored gradient is the scratch: it is written anew below

@@ -1,13 +1,14 @@
-"""The two private functions of torch that its own optimisers are built on, with a stand-in should one be gone."""
+"""The three private functions of torch that its own optimisers are built on, each with a stand-in should it be gone."""
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-__all__ = ["grad_if_differentiable", "prefers_lists"]
+__all__ = ["grad_if_differentiable", "group_alike", "prefers_lists"]
 
 
 def _grad_if_differentiable(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -22,6 +23,13 @@ def _grad_if_differentiable(step: Callable[..., Any]) -> Callable[..., Any]:
 def _default_path(params: list[Tensor], differentiable: bool, use_fused: bool) -> tuple[bool, bool]:
     plain = (Tensor, torch.nn.Parameter)
     return use_fused, not differentiable and all(type(p) in plain and p.is_cuda for p in params)
+
+
+def _group(lists: list[list[Tensor]]) -> dict[Any, tuple[list[list[Tensor]], Any]]:
+    rows: dict[Any, list[tuple[Tensor, ...]]] = {}
+    for row in zip(*lists, strict=True):
+        rows.setdefault((row[0].device, row[0].dtype), []).append(row)
+    return {key: (list(map(list, zip(*some, strict=True))), None) for key, some in rows.items()}
 
 
 try:
@@ -41,3 +49,9 @@ except ImportError:
 def prefers_lists(params: list[Tensor]) -> bool:
     """Return whether torch's own optimisers would take these tensors as lists: on accelerators, not on a CPU."""
     return _default(params, False, use_fused=False)[1]
+
+
+def group_alike(lists: list[list[Tensor]]) -> list[list[list[Tensor]]]:
+    """Return `lists` apart by device and dtype of the first of them, in order; all are of one length."""
+    group = getattr(Optimizer, "_group_tensors_by_device_and_dtype", _group)
+    return [found for found, _ in group(cast(Any, lists)).values()]
