@@ -33,7 +33,7 @@ LEVELS = (
     ("report",),
     ("demo", "studio", "train"),
     ("terminal",),
-    ("cli_edit", "cli_evaluate", "cli_export", "cli_studio", "cli_trace"),
+    ("cli_edit", "cli_evaluate", "cli_export", "cli_match", "cli_studio", "cli_trace"),
     ("cli",),
     ("__main__",),
 )
