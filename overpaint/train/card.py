@@ -50,6 +50,7 @@ def write_card(
     figures: dict[str, float],
     history: Sequence[dict[str, Any]] = (),
     sources: Sequence[dict[str, str]] | None = None,
+    optimizer_note: str = "",
 ) -> Path:
     """Write `card.json` into `folder`: recipe, sources, hardware, minutes, figures and the hash of every file.
 
@@ -62,6 +63,7 @@ def write_card(
         figures: What the judge, or the real artwork, gave.
         history: Earlier runs that this one went on from, oldest first.
         sources: Package, version, SHA-256 and licence of what it was made from; without it, the icon sets.
+        optimizer_note: What updated which weights, and what is known of other choices; left out where empty.
     """
     icon_sets = [
         {
@@ -90,6 +92,8 @@ def write_card(
             str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
         },
     }
+    if optimizer_note:
+        card["optimizer_note"] = optimizer_note
     return _write(folder / "card.json", card)
 
 
