@@ -1,6 +1,6 @@
 """Does an edit erase, redirect and spare the rest, on thirty concepts of six kinds, and how many fit at once?
 
-    python benchmarks/quality_edit.py [--quick] [--json] [--size N] [--steps S]
+    python benchmarks/quality_edit.py [--quick] [--json] [--size N] [--steps S] [--threads N]
 
 Five concepts of each kind (styles, objects, trademarks, colors, actions, facts) are edited one at a time by every
 method on `icons`, and judged by `icons-judge` on the same prompts and start noise. Asked of each method, with 95 %
@@ -69,6 +69,7 @@ CONCEPTS = {
 }  # fmt: skip
 MANY = (1, 5, 10, 25, 50)
 OURS = "auto"
+LAYER = "auto, layer only"  # the same without the token embedding
 
 
 def methods(
@@ -77,6 +78,9 @@ def methods(
     """Return what makes a change of some pairs, by name."""
     return {
         OURS: lambda pairs: op.edit.auto(model, pairs, vocabulary=known, without=judged),
+        LAYER: lambda pairs: op.edit.auto(
+            model, pairs, vocabulary=known, without=judged, tokens=False
+        ),
         "quickfix": lambda pairs: op.edit.quickfix(model, pairs),
         "uce": lambda pairs: op.edit.uce(model, pairs),
         "time": lambda pairs: op.edit.time(model, pairs),
@@ -94,18 +98,24 @@ def judged(
     same ones, drawn twice.
     """
     makers = methods(model, *questions.looked_after(judge.labels))
-    ours = makers.pop(OURS)({old: new})
     options: dict[str, Any] = {
         "judge": judge, "size": plan.size, "steps": plan.steps, "seed": plan.seed, "gallery": 1,
     }  # fmt: skip
     name = hashlib.sha256(f"{kind} {old} {new}".encode()).hexdigest()[:12]
-    found: dict[str, Scores] = {}
-    for folder in (plan.folder / f"{name}-{ours.digest[:12]}", plan.folder / name):
-        if not (folder / "comparison.json").exists():
-            changes = {n: make({old: new}) for n, make in makers.items()} if found else {OURS: ours}
-            evaluate.compare(model, changes, **options).save(folder)
-        found |= {n: s for n, s in Comparison.load(folder).scores.items() if n not in found}
-    return found
+    ours = {n: makers.pop(n)({old: new}) for n in (OURS, LAYER)}
+    digests = "-".join(change.digest[:12] for change in ours.values())
+    found = compared(plan.folder / f"{name}-{digests}", model, ours, options)
+    rivals = {n: make({old: new}) for n, make in makers.items()}
+    return {**compared(plan.folder / name, model, rivals, options), **found}
+
+
+def compared(
+    folder: Path, model: op.TextToImage, changes: Mapping[str, Change], options: dict[str, Any]
+) -> Mapping[str, Scores]:
+    """Return the scores of changes, from disk where they are there."""
+    if not (folder / "comparison.json").exists():
+        evaluate.compare(model, changes, **options).save(folder)
+    return Comparison.load(folder).scores
 
 
 def reached(model: op.TextToImage, judge: features.Judge, new: str, plan: Any) -> float:
@@ -193,7 +203,7 @@ def many_rows(model: op.TextToImage, judge: features.Judge, plan: Any) -> list[d
         pairs = dict(list(all_pairs.items())[:count])
         prompts = [p for n in pairs for p in asked[n]]
         own = [plan.seed + i for i in range(len(prompts))]
-        for name in (OURS, "quickfix", "uce"):
+        for name in (OURS, LAYER, "quickfix", "uce"):
             began = time.perf_counter()
             change = makers[name](pairs)
             seconds = time.perf_counter() - began
@@ -241,8 +251,11 @@ def kid_rows(model: op.TextToImage, judge: features.Judge, plan: Any) -> list[di
     makers = methods(model, *questions.looked_after(judge.labels))
     for kind, pairs in plan.concepts.items():
         old, new = next(iter(pairs.items()))
-        with makers[OURS]({old: new}).applied(model):
-            rows.append(row(f"{kind}: {old}, edited against other seeds", read(sets[0]), second))
+        for name in (OURS, LAYER):
+            with makers[name]({old: new}).applied(model):
+                rows.append(
+                    row(f"{kind}: {old}, {name}, against other seeds", read(sets[0]), second)
+                )
     return rows
 
 
@@ -274,9 +287,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="denoising steps of a picture")
     parser.add_argument("--seed", type=int, default=0, help="of the questions")
     parser.add_argument("--concepts", type=int, default=5, help="of each kind")
+    parser.add_argument("--threads", type=int, default=2, help="of torch")
     plan = parser.parse_args()
     start = time.perf_counter()
-    torch.set_num_threads(2)
+    torch.set_num_threads(plan.threads)
     model, judge = op.load("icons"), features.load()
     model.pipe.scheduler = sample.solver(model, "dpm")  # few steps, close to many
     plan.concepts = {k: dict(list(v.items())[: plan.concepts]) for k, v in CONCEPTS.items()}
@@ -334,13 +348,17 @@ def report(
     for title, rows in tables.items():
         print(table(rows, title))
     ours = whole[OURS]
-    rivals = [figures["harmonic"].mean for name, figures in whole.items() if name != OURS]
+    rivals = [f["harmonic"].mean for name, f in whole.items() if name not in (OURS, LAYER)]
+    layer = whole[LAYER]
     last = [row for row in many if row["method"] == OURS][-1]
     result = {
         "target_before": ours["before"].mean, "target_after": ours["target"].mean,
         "redirection": ours["redirection"].mean, "redirection_unedited": ours["replacement, unedited"].mean,
         "others_drop": ours["others_drop"].mean, "rest_drop": ours["rest_drop"].mean, "kept": ours["kept"].mean,
         "harmonic": ours["harmonic"].mean, "best_rival": max(rivals),
+        "layer_target_after": layer["target"].mean, "layer_redirection": layer["redirection"].mean,
+        "layer_others_drop": layer["others_drop"].mean, "layer_rest_drop": layer["rest_drop"].mean,
+        "layer_harmonic": layer["harmonic"].mean,
         "beats_all": float(ours["harmonic"].mean > max(rivals)),
         f"kept_at_{last['concepts']}": last["kept"].mean, f"target_at_{last['concepts']}": last["target"].mean,
         "seconds": time.perf_counter() - start,

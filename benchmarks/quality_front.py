@@ -1,0 +1,137 @@
+"""Does the weight that `edit.auto` chooses from text alone lie on the front that pictures draw?
+
+    python benchmarks/quality_front.py [--quick] [--json] [--threads N]
+
+Two concepts that no other table asks about are edited in the text layer with every weight of what should stay, the five
+that `auto` tries and two beyond. Text tells what each misses and how far other captions drift, as in `report["scan"]`;
+`icons-judge` tells what is left of the concept in pictures and what else is no longer recognised. A weight is on the
+front if no other erases more and spares more. Spearman's rank correlation says how well text foretells pictures.
+Writes `benchmarks/results/quality_front.json`; with `--quick`, into `runs/benchmarks`.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import overpaint as op
+from overpaint import evaluate, features, metrics, questions, sample
+from overpaint.edit.auto import WEIGHTS
+from overpaint.scores import Scores
+from overpaint.train import card
+
+RESULTS = Path(__file__).parent / "results"
+CONCEPTS = {"noto style": "openmoji style", "dog": "bear"}
+BEYOND = (150.0, 500.0)
+
+
+def rows(
+    model: op.TextToImage,
+    judge: features.Judge,
+    pair: dict[str, str],
+    weights: Sequence[float],
+    *,
+    size: int,
+    steps: int,
+) -> list[dict[str, Any]]:
+    """Return for each weight what text foretold and what the judge saw."""
+    known, asked = questions.looked_after(judge.labels)
+    options: dict[str, Any] = {"vocabulary": known, "without": asked, "tokens": False}
+    changes = {f"{w:g}": op.edit.auto(model, pair, preserve_weight=w, **options) for w in weights}
+    (chosen,) = (
+        row["preserve_weight"]
+        for row in op.edit.auto(model, pair, repair=False, **options).report["scan"]
+        if row["chosen"]
+    )
+    found = evaluate.compare(model, changes, judge=judge, size=size, steps=steps, gallery=1).scores
+    told: list[dict[str, Any]] = []
+    for weight, (name, change) in zip(weights, changes.items(), strict=True):
+        score = found[name]
+        told.append(
+            {
+                "concept": next(iter(pair)),
+                "weight": weight,
+                "chosen": weight == chosen,
+                "missed": round(change.report["layer_missed"], 4),
+                "drift": round(change.report["layer_drift"], 5),
+                "target": score.efficacy.after.mean,
+                "redirection": score.redirection.after.mean,
+                "lost": round(lost(score), 4),
+            }
+        )
+    return [{**row, "on_front": on_front(row, told)} for row in told]
+
+
+def lost(score: Scores) -> float:
+    """Return the share of labels right before that are wrong after."""
+    pairs = [p for p in score.specificity.values() if p.before.n]
+    before = sum(p.before.mean * p.before.n for p in pairs)
+    return 1 - sum(p.after.mean * p.after.n for p in pairs) / before if before else 0.0
+
+
+def on_front(row: Mapping[str, Any], among: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether no other row leaves less of the target and loses less, one of them strictly."""
+    return not any(
+        other["target"] <= row["target"]
+        and other["lost"] <= row["lost"]
+        and (other["target"], other["lost"]) != (row["target"], row["lost"])
+        for other in among
+    )
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="one concept, two weights")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--threads", type=int, default=2, help="of torch")
+    plan = parser.parse_args()
+    torch.set_num_threads(plan.threads)
+    start = time.perf_counter()
+    model, judge = op.load("icons"), features.load()
+    model.pipe.scheduler = sample.solver(model, "dpm")  # few steps, close to many
+    concepts, weights, size, steps = CONCEPTS, (*WEIGHTS, *BEYOND), 4, 8
+    if plan.quick:
+        concepts, weights, size, steps = {"dog": "bear"}, (5.0, 15.0), 1, 4
+    found = [
+        row
+        for old, new in concepts.items()
+        for row in rows(model, judge, {old: new}, weights, size=size, steps=steps)
+    ]
+    for row in found:
+        print(
+            f"{row['concept']:12} weight {row['weight']:<5g}{' chosen' if row['chosen'] else '':8}"
+            f"missed {row['missed']:.3f}  drift {row['drift']:.4f}  | target {row['target']:.2f}  "
+            f"redirection {row['redirection']:.2f}  lost {row['lost']:.3f}{'  front' if row['on_front'] else ''}"
+        )
+    drifts = [(row["drift"], row["lost"]) for row in found]
+    chosen = [row for row in found if row["chosen"]]
+    result = {
+        "chosen_on_front": sum(row["on_front"] for row in chosen) / max(len(chosen), 1),
+        "chosen_lost": sum(row["lost"] for row in chosen) / max(len(chosen), 1),
+        "drift_to_lost": round(metrics.spearman(*(list(x) for x in zip(*drifts, strict=True))), 3),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    out = Path("runs/benchmarks") if plan.quick else RESULTS
+    out.mkdir(parents=True, exist_ok=True)
+    protocol = {
+        **model.protocol(steps=steps, guidance_scale=model.guidance_scale),
+        "concepts": concepts, "weights": weights, "size": size, "quick": plan.quick,
+    }  # fmt: skip
+    beside = out / ".quality_front.part"
+    told = {"result": result, "rows": found, "protocol": protocol, "commit": card.commit()}
+    beside.write_text(json.dumps(told, indent=1) + "\n")
+    os.replace(beside, out / "quality_front.json")
+    if plan.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
