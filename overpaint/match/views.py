@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 from overpaint.figures import LIGHT, Theme
 from overpaint.match import flow as fields
@@ -70,8 +70,8 @@ def wheel(match: Match, *, theme: Theme = LIGHT) -> Image.Image:
     round_ = Image.fromarray(_bytes(np.hypot(*np.meshgrid(axis, axis)) <= 1))
     sheet.paste(disc.resize((side, side)), (0, 0), round_.resize((side, side)))
     lines = [
-        f"Rim of the wheel: the place lies {pixels(most)} off",
-        "in the other picture, that way. White: in the same place.",
+        "Which way, and how far, a place lies in the other picture:",
+        f"the wheel's rim is {pixels(most)}, its white centre 0.",
     ]
     outside = not inside.all()
     sheet.text(lines + ["Hatched: outside of the other picture."] * outside, side + PAD)
@@ -89,7 +89,7 @@ def arrows(match: Match, target: Any, *, theme: Theme = LIGHT) -> Image.Image:
     Raises:
         ValueError: The target cannot be read, or has another size than the flow.
     """
-    backdrop = _backdrop(match, target, theme)
+    backdrop = _faded(_small(match, target), theme)
     flow, inside = _shown(match)
     scale = Scale.of(match.std.numpy())
     tints = scale.colors(_fitted(match.std.numpy(), flow.shape[1:]), theme)
@@ -105,29 +105,34 @@ def arrows(match: Match, target: Any, *, theme: Theme = LIGHT) -> Image.Image:
         step = flow[:, row, column] * zoom * factor
         tint = tuple(_bytes(tints[row, column]).tolist())
         if inside[row, column]:
-            _arrow(pen, np.array([x, y]) * 2, step * 2, gap / 8, tint)
+            _arrow(pen, np.array([x, y]) * 2, step * 2, gap / 6.5, (tint, theme.ink))
         else:
-            _ring_mark(pen, (2 * x, 2 * y), gap / 10)
+            _ring_mark(pen, (2 * x, 2 * y), gap / 9, theme.ink)
     sheet = Sheet(board.resize((width, height), Image.Resampling.BOX), theme)
-    size = "in their length" if factor == 1 else f"{_times(factor)} their length"
-    first = f"Arrows, {size}: to where the place lies in the other picture."
-    second = "Rings: outside of it." if not inside.all() else ""
-    sheet.text([first, second] if second else [first], 0)
+    second = f"arrows at {_times(factor)} their length"
+    second += "" if inside.all() else "; rings: outside"
+    sheet.text(["Where each place lies in the other picture", second], 0)
     sheet.bar(scale, "sure", "unsure")
     return sheet.image
 
 
-def confidence(match: Match, *, theme: Theme = LIGHT) -> Image.Image:
+def confidence(match: Match, target: Any, *, theme: Theme = LIGHT) -> Image.Image:
     """Return how far the hypotheses lie apart: bright where they agree, dark where they do not.
+
+    The target's outlines show through, so that one sees where one is; its tones do not, which would change the colors.
 
     Args:
         match: What to show; from a single hypothesis there is nothing to tell, and the view says so.
+        target: `image_b` of the match, anything that `dense` takes.
         theme: Colors of the strip below.
+
+    Raises:
+        ValueError: The target cannot be read, or has another size than the flow.
     """
-    std = match.std.numpy()
+    std, size = match.std.numpy(), _size(match)
     scale = Scale.of(std)
-    height, width = _size(match)
-    sheet = Sheet(_image(scale.colors(_fitted(std, (height, width)), theme)), theme)
+    painted = scale.colors(_fitted(std, size), theme) + _relief(_small(match, target))[..., None]
+    sheet = Sheet(_image(painted), theme)
     if scale.empty:
         sheet.text(["One hypothesis has no spread:", "match with two samples or more."], 0)
     else:
@@ -157,7 +162,7 @@ def save(match: Match, target: Any, folder: str | Path, *, theme: Theme = LIGHT)
         "warped": Image.fromarray(_bytes(match.warped.permute(1, 2, 0).numpy())),
         "wheel": wheel(match, theme=theme),
         "arrows": arrows(match, target, theme=theme),
-        "confidence": confidence(match, theme=theme),
+        "confidence": confidence(match, target, theme=theme),
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -199,8 +204,8 @@ def _fitted(values: Floats, size: tuple[int, ...]) -> Floats:
     return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 
-def _backdrop(match: Match, target: Any, theme: Theme) -> Image.Image:
-    """Return the target at the view's size, half of its color and a third of its contrast gone."""
+def _small(match: Match, target: Any) -> Image.Image:
+    """Return the target at the view's size."""
     image = picture(target, "target")[0].permute(1, 2, 0).numpy()
     if image.shape[:2] != tuple(match.std.shape):
         raise ValueError(
@@ -208,7 +213,19 @@ def _backdrop(match: Match, target: Any, theme: Theme) -> Image.Image:
             f"{match.std.shape[0]}: give the `image_b` that was matched."
         )
     height, width = _size(match)
-    small = _image(image).resize((width, height), Image.Resampling.BILINEAR)
+    return _image(image).resize((width, height), Image.Resampling.BILINEAR)
+
+
+def _relief(small: Image.Image) -> Floats:
+    """Return what a picture has of outlines, a little of it: its grey less the same, blurred."""
+    grey = small.convert("L")
+    blurred = grey.filter(ImageFilter.GaussianBlur(max(small.size) / 100))
+    detail = np.asarray(grey, dtype=np.float32) - np.asarray(blurred, dtype=np.float32)
+    return np.clip(detail / 255 * 0.35, -0.12, 0.12)
+
+
+def _faded(small: Image.Image, theme: Theme) -> Image.Image:
+    """Return a picture with half of its color and a third of its contrast gone."""
     grey = small.convert("L").convert("RGB")
     paper = Image.new("RGB", small.size, theme.paper)
     return Image.blend(Image.blend(small, grey, 0.5), paper, 0.35)
@@ -231,7 +248,7 @@ def _factor(flow: Floats, inside: NDArray[np.bool_], gap: float) -> float:
 
 
 def _times(factor: float) -> str:
-    return f"{factor:g} times" if factor > 1 else f"1/{round(1 / factor)} of"
+    return f"{factor:g} times" if factor >= 1 else f"1/{round(1 / factor)} of"
 
 
 def _spaced(length: int, gap: float) -> Floats:
@@ -240,13 +257,18 @@ def _spaced(length: int, gap: float) -> Floats:
 
 
 def _arrow(
-    pen: ImageDraw.ImageDraw, tail: Floats, step: Floats, thick: float, tint: tuple[int, ...]
+    pen: ImageDraw.ImageDraw,
+    tail: Floats,
+    step: Floats,
+    thick: float,
+    tints: tuple[tuple[int, ...], str],
 ) -> None:
-    """Draw an arrow with a dark rim; a dot where it would be no longer than thick."""
+    """Draw an arrow, filled and rimmed in `tints`; a dot where it would be no longer than thick."""
+    fill, rim = tints
     length = float(np.hypot(*step))
     if length < 2 * thick:
         box = [*(tail - thick), *(tail + thick)]
-        pen.ellipse([float(v) for v in box], fill=tint, outline=(20, 22, 28), width=2)
+        pen.ellipse([float(v) for v in box], fill=fill, outline=rim, width=2)
         return
     along = step / length
     across = np.array([-along[1], along[0]])
@@ -258,13 +280,15 @@ def _arrow(
         neck - across * wide, neck - across * slim, tail - across * slim,
     ]  # fmt: skip
     points = [(float(x), float(y)) for x, y in outline]
-    pen.polygon(points, outline=(20, 22, 28), width=5)
-    pen.polygon(points, fill=tint, outline=(20, 22, 28), width=2)
+    pen.polygon(points, outline=rim, width=4)
+    pen.polygon(points, fill=fill, outline=rim, width=2)
 
 
-def _ring_mark(pen: ImageDraw.ImageDraw, place: tuple[float, float], radius: float) -> None:
+def _ring_mark(
+    pen: ImageDraw.ImageDraw, place: tuple[float, float], radius: float, color: str
+) -> None:
     x, y = place
-    pen.ellipse([x - radius, y - radius, x + radius, y + radius], outline=(20, 22, 28), width=2)
+    pen.ellipse([x - radius, y - radius, x + radius, y + radius], outline=color, width=3)
 
 
 def _ring() -> Floats:
