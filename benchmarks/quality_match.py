@@ -1,0 +1,452 @@
+"""Where does the matcher lie below what needs no model, where not, and does its diffusion earn its keep?
+
+    python benchmarks/quality_match.py [--quick] [--json] [--pairs N] [--matcher FOLDER]
+                                       [--control FOLDER ...] [--seed-folder FOLDER ...]
+
+Test pairs, none of whose photographs was trained on: four synthetic sets of 256x256 pixels (plain, textureless,
+repetitive, large), warped by other families than in training; layered ones and ones of the training's own families
+beside; the four again under noise, blur and JPEG (severity 3 of ImageNet-C, on both pictures); graf1 and graf3 both
+ways; motorcycle and aloe (depth edges); the corners of 13 pairs of chessboards (cv2.findChessboardCorners).
+
+Asked of each method: the mean distance from the truth (AEPE, pixels) and the share of places within 1 and 5 pixels
+(PCK), where the truth lies in the source and only there; the difference to ours in the same pairs. Intervals are 95 %
+bootstrap over photographs, with all of their pairs, since pairs of one photograph are not independent. Then: fewer
+steps, fewer hypotheses, no fine stage; controls (the same network trained to answer once) and other training seeds from
+the folders given; whether the spread knows the error (Spearman, AUSE; the cycle error of the initial flow beside);
+seconds and peak resident memory of a match at 512x512 in a process of its own.
+
+Baselines are as `match_baselines.py` says; of three median filters that with the lowest error of a set is taken, in the
+baseline's favour.
+
+Takes some 25 minutes with the default pairs on two free cores (two processes of one thread each): about 8 core-seconds
+a pair with all ablations, 5 without; each `--seed-folder` 9 minutes more, each `--control` 3. Errors are kept pair by
+pair in `runs/quality_match`: stop it, start it again. Writes `benchmarks/results/quality_match.json`.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from match_baselines import Initial, dis, farneback, sift, zero
+from match_pairs import SCENES, Case, case
+from torch import Tensor
+from torch.nn import functional as F
+
+from overpaint import zoo
+from overpaint.match import Matcher, dense
+from overpaint.metrics import Interval, bootstrap, matching, paired
+from overpaint.train import photographs
+
+RESULTS = Path(__file__).parent / "results"
+VERSION = 1  # of the pairs and the measures; errors of another are not read
+GATED = ("plain", "textureless", "repetitive", "large")
+BESIDE = ("layered", "training")
+CORRUPTIONS = ("noise", "blur", "jpeg")
+
+OURS = "ours"
+MEDIANS = tuple(f"initial, median {k}" for k in (3, 5, 7))
+PLAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "zero": zero, "DIS medium": dis, "Farneback": farneback, "SIFT, interpolated": sift,
+}  # fmt: skip
+BASELINES = (*PLAIN, "initial", *MEDIANS, "initial, mutual")
+RIVALS = (*PLAIN, "initial", "initial, median", "initial, mutual")
+# Settings of `dense`, and whether the fine stage runs.
+ABLATIONS: dict[str, tuple[dict[str, int], bool]] = {
+    "5 steps, 1 hypothesis": ({"samples": 1, "steps": 5}, True),
+    "1 step, 1 hypothesis": ({"samples": 1, "steps": 1}, True),
+    "no fine stage": ({"samples": 8, "steps": 5}, False),
+    "no fine stage, 1 step, 1 hypothesis": ({"samples": 1, "steps": 1}, False),
+}
+
+
+# --- the errors -------------------------------------------------------------------------------------------------------
+
+
+def errors(case: Case, flow: Tensor, **doubts: Tensor) -> dict[str, float]:
+    """Return one pair's figures; `doubts` are uncertainties (H, W) by name."""
+    if case.points is not None:
+        values = torch.cat([flow, *(d[None] for d in doubts.values())])
+        size = torch.tensor([flow.shape[2], flow.shape[1]])
+        at = ((2 * case.points + 1) / size - 1)[None, None]
+        values = F.grid_sample(values[None], at, align_corners=False, padding_mode="border")[0]
+        flow, doubts = values[:2], dict(zip(doubts, values[2:], strict=True))
+    truth, valid = case.truth[None].float(), case.valid[None, None]
+    result = {"aepe": matching.epe(flow[None], truth, valid).item()}
+    for pixels in (1, 5):
+        result[f"pck{pixels}"] = matching.pck(flow[None], truth, pixels, valid).item()
+    distance = (flow - truth[0]).norm(dim=0)[None, None]
+    for name, doubt in doubts.items():
+        result[f"spearman {name}"] = matching.spearman(doubt[None, None], distance, valid).item()
+        result[f"ause {name}"] = matching.ause(doubt[None, None], distance, valid).item()
+    return result
+
+
+@dataclass(frozen=True)
+class Job:
+    """One pair and the methods that its errors are not known of."""
+
+    set: str
+    index: int
+    methods: tuple[str, ...]
+
+
+LOADED: dict[str, Matcher] = {}  # by name; filled before the processes fork
+PHOTOS = Path("runs/photographs")
+
+
+def measured(job: Job) -> tuple[Job, str, dict[str, dict[str, float]]]:
+    """Return the pair's photograph and the errors of each method; runs in a process of its own."""
+    torch.set_num_threads(1)
+    pair = case(job.set, job.index, PHOTOS)
+    ours = LOADED[OURS]
+    initial = Initial(ours, pair.source, pair.target)
+    found: dict[str, dict[str, float]] = {}
+    for name in job.methods:
+        settings: dict[str, int] = {"samples": 8, "steps": ours.config.steps}
+        matcher = LOADED.get(name, ours)
+        if name in BASELINES:
+            found[name] = errors(pair, baseline(name, initial, pair))
+            continue
+        if name in ABLATIONS:
+            settings, fine = ABLATIONS[name]
+            matcher = ours if fine else replace(ours, fine=None)
+        elif not matcher.config.diffusion:
+            settings = {"samples": 1, "steps": 1}
+        made = dense(pair.source, pair.target, matcher=matcher, **settings)
+        doubts = {"std": made.std, "cycle": initial.doubt()} if name == OURS else {}
+        found[name] = errors(pair, made.flow, **doubts)
+    return job, pair.photo, found
+
+
+def baseline(name: str, initial: Initial, pair: Case) -> Tensor:
+    """Return a baseline's flow."""
+    if name in PLAIN:
+        return PLAIN[name](pair.source, pair.target)
+    if name in MEDIANS:
+        return initial.median(int(name[-1]))
+    return initial.mutual() if name == "initial, mutual" else initial.flow()
+
+
+class Store:
+    """Errors by set, method and pair, on disk from one run to the next."""
+
+    def __init__(self, folder: Path, prints: Mapping[str, str]) -> None:
+        self.folder, self.prints = folder, prints
+        self.rows: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+        self.photos: dict[str, dict[int, str]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def load(self, name: str, method: str) -> dict[int, dict[str, float]]:
+        """Return the known errors of a method on a set."""
+        key = (name, method)
+        if key not in self.rows:
+            self.rows[key] = {}
+            if (path := self._path(*key)).exists():
+                for index, (photo, row) in json.loads(path.read_text()).items():
+                    self.rows[key][int(index)] = row
+                    self.photos.setdefault(name, {})[int(index)] = photo
+        return self.rows[key]
+
+    def add(self, job: Job, photo: str, found: Mapping[str, dict[str, float]]) -> None:
+        """Keep a pair's errors, in memory and on disk."""
+        self.photos.setdefault(job.set, {})[job.index] = photo
+        for method, row in found.items():
+            self.load(job.set, method)[job.index] = row
+            told = {i: (self.photos[job.set][i], r) for i, r in self.rows[job.set, method].items()}
+            path = self._path(job.set, method)
+            beside = path.with_suffix(".part")
+            beside.write_text(json.dumps(told))
+            os.replace(beside, path)
+
+    def _path(self, name: str, method: str) -> Path:
+        plain = "".join(c if c.isalnum() else "-" for c in f"{name}--{method}")
+        own = "" if method in PLAIN else f"-{self.prints.get(method, self.prints[OURS])}"
+        return self.folder / f"{plain}{own}.json"
+
+
+def fingerprint(folder: Path) -> str:
+    """Return a short name for the matcher in a folder."""
+    parts = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+    return hashlib.sha256(b"".join(p.read_bytes() for p in parts)).hexdigest()[:12]
+
+
+def jobs(plan: Any, store: Store, extra: Sequence[str]) -> list[Job]:
+    """Return what is left to measure."""
+    wanted: list[Job] = []
+    ablations = [n for n in ABLATIONS if LOADED[OURS].fine or not n.startswith("no fine")]
+    for name, count in plan.sets.items():
+        methods = [*BASELINES, OURS]
+        if name in GATED or name.startswith("graf"):
+            methods += [*ablations, *extra]
+        for index in range(count):
+            missing = tuple(m for m in methods if index not in store.load(name, m))
+            if missing:
+                wanted.append(Job(name, index, missing))
+    return wanted
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
+class Found:
+    """The errors of this run's pairs, ready for tables."""
+
+    def __init__(self, plan: Any, store: Store) -> None:
+        self.sets: dict[str, int] = plan.sets
+        self.store = store
+
+    def column(self, name: str, method: str, figure: str = "aepe") -> list[float]:
+        """Return a figure of a set's pairs; of "initial, median" that of the best kernel. Empty where not measured."""
+        if method == "initial, median":
+            method = min(MEDIANS, key=lambda m: float(np.mean(self.column(name, m))))
+        rows = self.store.load(name, method)
+        indices = range(self.sets.get(name, 0))
+        if not all(i in rows for i in indices):
+            return []
+        return [rows[i].get(figure, math.nan) for i in indices]
+
+    def mean(self, name: str, method: str, figure: str = "aepe") -> Interval:
+        """Return the mean over a set, its interval over photographs."""
+        values, groups = self._known(name, self.column(name, method, figure))
+        return bootstrap(values, groups=groups)
+
+    def less(self, name: str, method: str, other: str, figure: str = "aepe") -> Interval:
+        """Return what `method` has more than `other`, pair by pair."""
+        first, second = (self.column(name, m, figure) for m in (other, method))
+        if not first or not second:
+            return bootstrap([])
+        return paired(first, second, groups=self._groups(name))
+
+    def _groups(self, name: str) -> list[str]:
+        return [self.store.photos[name][i] for i in range(self.sets[name])]
+
+    def _known(self, name: str, values: Sequence[float]) -> tuple[list[float], list[str] | None]:
+        pairs = zip(values, self._groups(name), strict=True) if values else ()
+        kept = [(v, g) for v, g in pairs if math.isfinite(v)]
+        return [v for v, _ in kept], [g for _, g in kept] or None
+
+
+def tables(found: Found, extra: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Return all tables."""
+    foreign = [n for n in (*GATED, *BESIDE) if n in found.sets]
+    gated = [n for n in GATED if n in found.sets]
+    scenes = [n for n in SCENES if n in found.sets]
+    rough = [n for n in found.sets if " + " in n]
+    result: dict[str, list[dict[str, Any]]] = {}
+    for figure in ("aepe", "pck1", "pck5"):
+        result[f"{figure}, synthetic"] = [
+            {"method": m} | {n: found.mean(n, m, figure) for n in foreign} for m in (*RIVALS, OURS)
+        ]
+    result["aepe, ours less a baseline"] = [
+        {"method": m} | {n: found.less(n, OURS, m) for n in foreign} for m in RIVALS
+    ]
+    for figure in ("aepe", "pck1", "pck5"):
+        result[f"{figure}, scenes"] = [
+            {"method": m} | {n: found.mean(n, m, figure).mean for n in scenes}
+            for m in (*RIVALS, OURS)
+        ]
+    if rough:
+        result["aepe, corrupted"] = [
+            {"set": n} | {m: found.mean(n, m).mean for m in (*RIVALS, OURS)}
+            | {"below all": all(found.less(n, OURS, m).high < 0 for m in RIVALS)}
+            for n in rough
+        ]  # fmt: skip
+    asked = [n for n in (*gated, "graf13", "graf31") if n in found.sets]
+    names = [n for n in (*ABLATIONS, *extra) if any(found.column(s, n) for s in asked)]
+    result["aepe, ablations"] = [
+        {"method": m} | {n: found.mean(n, m).mean for n in asked} for m in (OURS, *names)
+    ]
+    result["aepe, an ablation less ours"] = [
+        {"method": m} | {n: found.less(n, m, OURS) for n in gated} for m in names
+    ]
+    seeds = [n for n in extra if n.startswith("seed")]
+    if seeds:
+        result["aepe, training seeds"] = [
+            {"set": n} | {"seeds": 1 + len(seeds)}
+            | {"mean": bootstrap([found.mean(n, m).mean for m in (OURS, *seeds)])}
+            for n in asked
+        ]  # fmt: skip
+    result["uncertainty"] = [
+        {"set": n}
+        | {
+            f"{f} {d}": found.mean(n, OURS, f"{f} {d}")
+            for d in ("std", "cycle") for f in ("spearman", "ause")
+        }
+        for n in (*foreign, *scenes)
+    ]  # fmt: skip
+    return result
+
+
+def figures(found: Found) -> dict[str, float]:
+    """Return the flat figures."""
+    gated = [n for n in GATED if n in found.sets]
+    rivals = {n: [found.mean(n, m).mean for m in RIVALS] for n in found.sets}
+    result: dict[str, float] = {}
+    for name in (n for n in found.sets if " + " not in n):
+        result[f"aepe_{name}"] = found.mean(name, OURS).mean
+        result[f"best_rival_{name}"] = min(rivals[name])
+        for figure in ("pck1", "pck5"):
+            result[f"{figure}_{name}"] = found.mean(name, OURS, figure).mean
+    for kind in CORRUPTIONS:
+        sets = [n for n in found.sets if n.endswith(f" + {kind}")]
+        if sets:
+            result[f"aepe_{kind}"] = float(np.mean([found.mean(n, OURS).mean for n in sets]))
+            result[f"best_rival_{kind}"] = float(np.mean([min(rivals[n]) for n in sets]))
+    result["beats_all_synthetic"] = float(
+        all(found.less(n, OURS, m).high < 0 for n in gated for m in RIVALS)
+    )
+    graf = [n for n in ("graf13", "graf31") if n in found.sets]
+    result["beats_all_graf"] = float(all(result[f"aepe_{n}"] < min(rivals[n]) for n in graf))
+    if "chessboards" in found.sets:
+        boards = zip(
+            found.column("chessboards", OURS),
+            found.column("chessboards", "DIS medium"),
+            strict=True,
+        )
+        result["chessboards_below_dis"] = float(sum(a < b for a, b in boards))  # fmt: skip
+    for figure in ("spearman", "ause"):
+        for doubt in ("std", "cycle"):
+            values = [found.mean(n, OURS, f"{figure} {doubt}").mean for n in gated]
+            result[f"{figure}_{doubt}"] = float(np.mean(values))
+    return result
+
+
+COST = """
+import time, torch
+from overpaint.match import Matcher, dense
+torch.set_num_threads(2)
+matcher = Matcher.load({folder!r})
+pictures = torch.rand(2, 3, 512, 512, generator=torch.Generator().manual_seed(0))
+seconds = []
+for _ in range({runs}):
+    began = time.perf_counter()
+    dense(pictures[0], pictures[1], matcher=matcher)
+    seconds.append(time.perf_counter() - began)
+peak = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
+print(sorted(seconds)[len(seconds) // 2], seconds[0], peak / 2**20)
+"""
+
+
+def cost_of(folder: Path, runs: int) -> dict[str, float]:
+    """Return seconds of a match at 512x512, and the peak resident GiB of a process that does nothing else."""
+    code = COST.format(folder=str(folder), runs=runs)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    median, first, peak = (float(v) for v in done.stdout.split())
+    return {"seconds_512": median, "seconds_512_first": first, "peak_gib_512": peak}
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], title: str) -> str:
+    """Return a Markdown table."""
+    lines = [f"\n### {title}\n", f"| {' | '.join(rows[0])} |", "|" + "---|" * len(rows[0])]
+    cells = (
+        " | ".join(f"{v:.2f}" if isinstance(v, float) else str(v) for v in r.values()) for r in rows
+    )
+    return "\n".join([*lines, *(f"| {row} |" for row in cells)])
+
+
+def bare(value: Any) -> Any:
+    """Return a value as JSON can hold it."""
+    if isinstance(value, Interval):
+        return {
+            key: bare(getattr(value, key)) for key in ("mean", "low", "high")
+        } | {"n": value.n}  # fmt: skip
+    if isinstance(value, float):
+        return round(value, 4) if math.isfinite(value) else None
+    return value
+
+
+def sizes(plan: Any) -> dict[str, int]:
+    """Return how many pairs of each set to measure."""
+    if plan.quick:
+        return dict.fromkeys(GATED, 2) | {"plain + noise": 1, "graf13": 1, "graf31": 1}
+    some = max(plan.pairs // 4, 1)
+    result = dict.fromkeys(GATED, plan.pairs) | dict.fromkeys(BESIDE, 2 * some)
+    return result | {f"{n} + {c}": some for n in GATED for c in CORRUPTIONS} | SCENES
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="two pairs a set, same code")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--pairs", type=int, default=60, help="of each of the four sets")
+    parser.add_argument("--matcher", default="matcher", help="a folder, or the shipped one")
+    parser.add_argument("--control", type=Path, action="append", default=[], help="a control's")
+    parser.add_argument("--seed-folder", type=Path, action="append", default=[], help="another's")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    plan = parser.parse_args()
+    start = time.perf_counter()
+    torch.set_num_threads(1)  # before the processes fork
+    cv2.setNumThreads(1)
+    plan.sets = sizes(plan)
+    folders = {OURS: zoo.folder("matcher") if plan.matcher == "matcher" else Path(plan.matcher)}
+    folders |= {f"control {p.parent.name}/{p.name}": p for p in plan.control}
+    folders |= {f"seed {p.parent.name}/{p.name}": p for p in plan.seed_folder}
+    LOADED.update({name: Matcher.load(folder) for name, folder in folders.items()})
+    photographs.fetch(PHOTOS)
+    prints = {name: fingerprint(folder) for name, folder in folders.items()}
+    extra = [n for n in folders if n != OURS]
+    name = f"quick-{os.getpid()}" if plan.quick else f"v{VERSION}"
+    store = Store(Path("runs/quality_match") / name, prints)
+    measure(jobs(plan, store, extra), store, plan.workers, start)
+    found = Found(plan, store)
+    cost = cost_of(folders[OURS], 1 if plan.quick else 5)
+    result = figures(found) | cost | {"seconds": time.perf_counter() - start}
+    report(plan, tables(found, extra), {k: bare(v) for k, v in result.items()}, prints)
+
+
+def measure(wanted: Sequence[Job], store: Store, workers: int, start: float) -> None:
+    """Measure what is left, in processes that share the matchers, and keep it."""
+    forked = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, mp_context=forked) as pool:
+        for i, (job, photo, found) in enumerate(pool.map(measured, wanted), 1):
+            store.add(job, photo, found)
+            if i == len(wanted) or wanted[i].set != job.set:
+                took = time.perf_counter() - start
+                print(f"{job.set}: {i} of {len(wanted)} pairs, {took:.0f} s", flush=True)
+
+
+def report(
+    plan: Any,
+    made: Mapping[str, Sequence[Mapping[str, Any]]],
+    result: Mapping[str, float],
+    prints: Mapping[str, str],
+) -> None:
+    """Print and write all tables and the flat figures."""
+    for title, rows in made.items():
+        print(markdown(rows, title))
+    protocol = {
+        "matchers": prints, "sets": plan.sets, "size": 256, "samples": 8, "quick": plan.quick,
+        "interval": "95 % bootstrap over photographs", "sift_ratio": 0.8,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cv2": cv2.__version__},
+    }  # fmt: skip
+    told = {t: [{k: bare(v) for k, v in row.items()} for row in rows] for t, rows in made.items()}
+    out = Path("runs/benchmarks") if plan.quick else RESULTS
+    out.mkdir(parents=True, exist_ok=True)
+    beside = out / ".quality_match.part"
+    text = json.dumps({"result": result, "tables": told, "protocol": protocol}, indent=1)
+    beside.write_text(text + "\n")
+    os.replace(beside, out / "quality_match.json")
+    if plan.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
