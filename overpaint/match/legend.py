@@ -64,12 +64,12 @@ class Scale:
         return colormaps["viridis"](1 - np.clip(share, 0, 1))[..., :3].astype(np.float32)
 
     def ticks(self) -> list[float]:
-        """Return the round numbers to write at the scale, six at most."""
+        """Return the round numbers to write at the scale, some eight at most."""
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         for steps in ((1, 2, 5), (1,)):
             found = [10.0**e * s for e in powers for s in steps]
             found = [v for v in found if self.low * 0.999 <= v <= self.high * 1.001]
-            if len(found) <= 6:
+            if len(found) <= 8:
                 break
         return found
 
