@@ -1,0 +1,82 @@
+"""`overpaint match`: what it writes is what the function finds, and bad input is one line."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from overpaint import match
+from overpaint.match import flow
+
+FILES = {"arrows.png", "confidence.png", "flow.flo", "flow.npy", "std.npy", "warped.png", "wheel.png"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """Two pictures of different sizes and a small matcher whose hypotheses differ, on disk."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = torch.Generator().manual_seed(0)
+    blobs = F.interpolate(torch.rand(1, 3, 12, 16, generator=generator), (96, 128), mode="bicubic")
+    pixels = (blobs[0].clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(folder / "a.png")
+    Image.fromarray(pixels[8:88, 6:106]).convert("L").save(folder / "b.png")
+    matcher = match.Matcher.build(match.Config.smoke(), seed=1)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(2)
+        for part in (matcher.coarse, matcher.fine):
+            part.unet.conv_out.weight.normal_(0, 0.05)
+    matcher.save(folder / "matcher")
+    return folder
+
+
+def test_match_writes_what_the_function_finds(run, given, tmp_path):
+    pair = (given / "a.png", given / "b.png")
+    code, out, err = run(
+        "match", *pair, "-o", tmp_path, "--matcher", given / "matcher", "--samples", 2,
+        "--steps", 3, "--seed", 7, "--cycle", "--json",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert {p.name for p in tmp_path.iterdir()} == FILES
+    found = match.dense(*pair, matcher=given / "matcher", samples=2, steps=3, seed=7, cycle=True)
+    assert flow.read_flo(tmp_path / "flow.flo")[0].equal(found.flow)
+    assert (np.load(tmp_path / "std.npy") == found.std.numpy()).all()
+    told = json.loads(out)
+    assert told["size"] == "100x80"
+    assert told["flo"] == str(tmp_path / "flow.flo")
+    assert told["moved_median"] == pytest.approx(found.flow.norm(dim=0).median().item())
+    assert told["inside"] == pytest.approx(found.inside.float().mean().item())
+    assert told["missed_median"] == found.consistency[found.inside].median().item()
+
+
+def test_match_tells_a_line_each_and_draws_on_dark_paper(run, given, tmp_path):
+    command = ("match", given / "a.png", given / "b.png", "--matcher", given / "matcher")
+    code, out, _ = run(*command, "--samples", 1, "--steps", 1, "--dark", "--out", tmp_path)
+    assert code == 0
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert lines["wheel"] == str(tmp_path / "wheel.png")
+    assert "std_median" not in lines  # of one hypothesis there is none
+    with Image.open(tmp_path / "wheel.png") as view:
+        assert view.getpixel((view.width - 2, view.height - 2)) == (24, 27, 34)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("{a}", "{tmp}/none.png"), "`image_b`: there is no file"),
+        (("{tmp}", "{a}"), "`image_a`: cannot read"),
+        (("{a}", "{a}", "--samples", "0"), "`samples` must be at least 1, got 0"),
+        (("{a}", "{a}", "--steps", "9"), "`steps` must be 1 to 5, got 9"),
+        (("{a}", "{a}", "--matcher", "{tmp}/none"), "unknown matcher"),
+        (("{a}",), "Missing argument 'image_b'"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(run, given, tmp_path, arguments, message):
+    filled = [x.format(a=given / "a.png", tmp=tmp_path) for x in arguments]
+    own = () if "--matcher" in arguments else ("--matcher", given / "matcher")
+    code, out, err = run("match", *filled, *own, "-o", tmp_path)
+    assert (code, out) == (2, "")
+    assert message in err and err.splitlines()[-1].startswith("overpaint: ")
+    assert list(tmp_path.iterdir()) == []
