@@ -287,7 +287,7 @@ def tables(found: Found, extra: Sequence[str]) -> dict[str, list[dict[str, Any]]
             f"{f} {d}": found.mean(n, OURS, f"{f} {d}")
             for d in ("std", "cycle") for f in ("spearman", "ause")
         }
-        for n in (*foreign, *scenes)
+        for n in (*foreign, "chessboards", "graf13", "graf31") if n in found.sets
     ]  # fmt: skip
     return result
 
