@@ -46,7 +46,7 @@ __all__ = ["RIDGES", "WEIGHTS", "auto", "preserve_terms"]
 
 Progress = Callable[[int, int, str], None]
 Term = dict[str, Any]
-WEIGHTS = (0.5, 1.5, 5.0, 15.0, 50.0)
+WEIGHTS = (0.5, 1.5, 5.0, 15.0, 50.0, 150.0, 500.0)
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 _ROUNDS = 5
 _PRICE = 10.0  # a movement of the background costs as much as so many missed ones of the concept
