@@ -118,11 +118,8 @@ def edit(
         change = change.complete(loaded).compact(rank=rank)
     change.save(out)
     facts = {key: value for key, value in change.report.items() if isinstance(value, int | float)}
-    moved = change.report.get("tokens")
-    if isinstance(moved, dict):
-        facts |= {
-            "tokens": [name.removesuffix("</w>") for found in moved.values() for name in found]
-        }
+    if moved := _token_names(change.report.get("tokens")):
+        facts |= {"tokens": moved}
     for name, rows in looked.items():
         facts |= {name: [row["concept"] if isinstance(row, dict) else row for row in rows]}
     concepts = [f"{old} → {new}" for old, new in change.pairs.items()]
@@ -218,6 +215,13 @@ def _automatic(
         return auto(
             loaded, dict(zip(erase, replace, strict=True)), preserve=preserve, on_progress=stage, **settings
         )  # fmt: skip
+
+
+def _token_names(told: Any) -> list[str]:
+    """Return the tokens that a report says move; a file may say anything there."""
+    rows = told.values() if isinstance(told, dict) else ()
+    found = [name for row in rows if isinstance(row, list) for name in row]
+    return [name.removesuffix("</w>") for name in found if isinstance(name, str)]
 
 
 def _less(change: "Change", concepts: Sequence[str], loaded: Any) -> "Change":

@@ -6,6 +6,7 @@ import torch
 from overpaint import edit
 from overpaint.edit import Change, stack, tokens
 from overpaint.edit.weights import weight_at
+from overpaint.errors import UnknownSite
 
 SMALL = {"contexts": 24, "background": 32, "vocabulary": ["monet", "snoopy", "van dyck"]}
 DOG = {"dog": "cat"}
@@ -137,3 +138,46 @@ def test_rows_that_are_none_are_refused(tiny_double, tmp_path, rows, said):
     storage.write(tmp_path / "c.safetensors", tensors, record)
     with pytest.raises(ValueError, match=said):
         Change.load(tmp_path / "c.safetensors")
+
+
+def test_a_matrix_of_no_sane_size_is_refused_before_it_is_made(tiny_double, tmp_path):
+    from overpaint.edit import storage
+
+    made = edit.swap_embedding(tiny_double, {"dog": "cat"})
+    for part in ("residuals", "combinations"):
+        tensors, record = storage.pack(made, gram=False)
+        del tensors["0.residuals"]
+        tensors[f"0.{part}"] = torch.zeros(0, 2**27 if part == "residuals" else 1)
+        storage.write(tmp_path / "c.safetensors", tensors, record)
+        with pytest.raises(ValueError, match="not those of a matrix"):
+            Change.load(tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize("concept", ["<|endoftext|>", "cat, dog", "o'ma", "!"])
+def test_marks_and_ends_of_text_are_no_words_of_a_concept(tiny_double, concept):
+    assert tokens.own(tiny_double, {concept: "bird"}, []) == {}
+    assert tokens.own(tiny_double, {"bird": concept}, []) == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"ridge": -1.0}, ValueError, "`ridge` must be"),
+        ({"layer": 99}, UnknownSite, "99"),
+    ],
+)
+def test_what_the_layer_would_refuse_is_refused_for_rows_too(tiny_double, options, error, said):
+    with pytest.raises(error, match=said):
+        edit.auto(tiny_double, DOG, **SMALL, **options)
+
+
+def test_what_is_made_of_the_concept_is_named(tiny_double):
+    found = edit.auto(tiny_double, DOG, **{**SMALL, "vocabulary": ["dog logo", "monet"]})
+    assert found.report["carried"] == ["dog logo"]
+
+
+def test_rows_stack_with_a_layer_that_was_chosen(tiny_double, change):
+    few = {**SMALL, "contexts": 32, "repair": False}
+    rows = edit.auto(tiny_double, DOG, **few, layer="auto")
+    other = edit.auto(tiny_double, {"van gogh": "painting"}, **few, layer=3)
+    assert set(stack(tiny_double, [rows, other]).sites) == {"text.3.self_attn.out_proj", SITE}

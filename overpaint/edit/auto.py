@@ -35,7 +35,7 @@ from overpaint.edit import layers
 from overpaint.edit import repair as repairs
 from overpaint.edit import tokens as token_rows
 from overpaint.edit import vocabulary as vocabularies
-from overpaint.edit.captions import check_pairs
+from overpaint.edit.captions import check_pairs, plan
 from overpaint.edit.change import Change, Movement
 from overpaint.edit.contexts import FRESH, Reader, Sums
 from overpaint.edit.solve import factorise
@@ -102,7 +102,8 @@ def auto(
         The change. Its report holds `scan` (weight, ridge, share missed, drift of the background), `endangered`
         (concept, weight, drift before and after) and `not_kept` (concepts that stay above the bound), as the projection
         alone leaves them; `layer_missed` and `layer_drift` say what the repair makes of it. Where the layer was chosen,
-        `layers` says what an edit of each reached. `tokens` names the tokens that move, concept by concept.
+        `layers` says what an edit of each reached. `tokens` names the tokens that move, concept by concept,
+        and `carried` known concepts that hold one (as "apple logo" holds "apple") and change with it.
 
     Raises:
         ValueError: A concept is empty, equals its target or is to be preserved too; a number is out of range.
@@ -110,6 +111,7 @@ def auto(
     """
     _check_texts(pairs, preserve)
     _check_numbers(contexts, background, bound, preserve_weight, allowance)
+    _check_place(model, pairs, ridge, layer)
     began = time.perf_counter()
     tell = on_progress or (lambda done, total, what: None)
     known = texts.known_concepts(model, vocabulary)
@@ -135,6 +137,7 @@ def auto(
         rows = {token: row for found in apart.values() for token, row in found.items()}
         movements.append(token_rows.movement(model, rows))
         report["tokens"] = {old: token_rows.names(model, found) for old, found in apart.items()}
+        report["carried"] = token_rows.carried(model, rows, [c for c in known if c not in pairs])
     seconds = {"seconds": {"all": round(time.perf_counter() - began, 3)}}
     return Change(tuple(movements), protocol, report | seconds)
 
@@ -440,6 +443,17 @@ def _check_texts(pairs: Mapping[str, str], preserve: Sequence[str]) -> None:
             raise ValueError(
                 f"the preserved prompt {kept[0]!r} holds {old!r}, which is edited: take it off the list."
             )
+
+
+def _check_place(
+    model: TextToImage, pairs: Mapping[str, str], ridge: float | str, layer: int | str
+) -> None:
+    """Refuse what the layer would refuse, also where the token embedding does it all."""
+    if layer != "auto":
+        Reader.of(model, layer)  # type: ignore[arg-type]
+    if ridge != "auto" and not (isinstance(ridge, int | float) and 0 < ridge < math.inf):
+        raise ValueError(f"`ridge` must be 'auto' or positive and finite, got {ridge!r}.")
+    plan(model, dict(pairs), ["{}"], "subject_to_end")
 
 
 def _check_numbers(

@@ -39,7 +39,11 @@ def swap_embedding(model: TextToImage, pairs: Mapping[str, str]) -> Change:
     for old, found in tokens.wanted(model, pairs).items():
         for token, row in found.items():
             if not torch.equal(rows.setdefault(token, row), row):
-                raise ValueError(tokens.twice(model, token, old, pairs[old]))
+                (name,) = tokens.names(model, {token: row})
+                raise ValueError(
+                    f"contradictory pairs: the token {name!r} would get two embeddings, one of them from {old!r} → "
+                    f"{pairs[old]!r}. Swap these concepts one at a time, or use `quickfix`."
+                )
     movement = tokens.movement(model, rows)
     protocol = {"method": "swap_embedding", "model": model.name, "pairs": dict(pairs)}
     rank = movement.left.shape[1]

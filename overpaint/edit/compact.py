@@ -91,6 +91,7 @@ def _cut(movement: Movement, rank: int, dtype: torch.dtype, ridge: float | None)
     """Return one movement cut and rounded, with the keys and residuals that lead to it."""
     if movement.site == EMBEDDING:  # a row a token: none can be left out
         left, right = movement.left.to(dtype), movement.right.to(dtype)
+        _check_range(movement, left, right, dtype)
         return dataclasses.replace(movement, left=left, right=right)
     if ridge is None or (movement.gram is None and not len(movement.keys)):
         left, right = _rounded(movement, *_principal(movement.left, movement.right, rank), dtype)
@@ -131,11 +132,15 @@ def _rounded(
     """Return the factors in `dtype`, the size split evenly, so that neither leaves the range of float16."""
     scale = (left.norm(dim=0) / right.norm(dim=1).clamp(min=1e-150)).sqrt().clamp(min=1e-150)
     left, right = (left / scale).to(dtype), (right * scale[:, None]).to(dtype)
+    _check_range(movement, left, right, dtype)
+    return left, right
+
+
+def _check_range(movement: Movement, left: Tensor, right: Tensor, dtype: torch.dtype) -> None:
     if not bool(left.isfinite().all() and right.isfinite().all()):
         raise ValueError(
             f"{dtype} cannot hold the numbers of the movement of {movement.site}: keep it in torch.float32."
         )
-    return left, right
 
 
 def _pseudo_keys(movement: Movement, wanted: Tensor, rank: int) -> tuple[Tensor, tuple[int, ...]]:

@@ -477,7 +477,8 @@ def _stacked_auto(
             if pairs.setdefault(old, new) != new:
                 targets = " and ".join(f"{old!r} → {t!r}" for t in sorted((pairs[old], new)))
                 raise ValueError(f"contradictory pairs: {targets}. Keep one of them.")
-    settings = [{n: change.protocol.get(n, False) for n in _AUTOMATIC} for change in changes]
+    solved = [change for change in changes if change.protocol["terms"]] or list(changes)
+    settings = [{n: change.protocol.get(n, False) for n in _AUTOMATIC} for change in solved]
     if unlike := [n for n in _AUTOMATIC if any(s[n] != settings[0][n] for s in settings)]:
         _differ(", ".join(unlike))
     if any(change.protocol.get("strength") for change in changes):

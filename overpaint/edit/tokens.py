@@ -20,7 +20,7 @@ from overpaint.edit.change import Movement
 from overpaint.edit.weights import EMBEDDING, fingerprint, weight_at
 from overpaint.model import TextToImage
 
-__all__ = ["movement", "names", "own", "twice", "wanted"]
+__all__ = ["carried", "movement", "names", "own", "wanted"]
 
 Rows = dict[int, Tensor]  # a token's number and the row it gets, (D,)
 
@@ -33,44 +33,45 @@ def wanted(model: TextToImage, pairs: Mapping[str, str]) -> dict[str, Rows]:
     left over.
 
     Raises:
-        ValueError: A concept is empty, or the weight holds NaN.
+        ValueError: A concept is empty, a token would get two rows, or the weight holds NaN.
     """
-    weight = weight_at(model, EMBEDDING).detach().to("cpu", torch.float64)
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError(
-            f"the weight at {EMBEDDING} holds NaN or infinity: load an undamaged model."
-        )
-    found: dict[str, Rows] = {}
-    for old, new in pairs.items():
-        rows: Rows = {}
-        for token, row in _matched(weight, _tokens(model, old), _tokens(model, new)):
-            if not torch.equal(rows.setdefault(token, row), row):
-                raise ValueError(twice(model, token, old, new))
-        found[old] = rows
-    return found
+    weight = _weight(model)
+    found = {old: _rows(model, weight, old, new) for old, new in pairs.items()}
+    for old, rows in found.items():
+        if rows is None:
+            raise ValueError(
+                f"contradictory pairs: a token of {old!r} stands in it twice and would get two embeddings. Swap it in "
+                "other words, or use `quickfix`."
+            )
+    return {old: rows for old, rows in found.items() if rows is not None}
 
 
 def own(model: TextToImage, pairs: Mapping[str, str], kept: Sequence[str]) -> dict[str, Rows]:
     """Return what `wanted` does of those concepts whose tokens occur nowhere else; of the others nothing.
 
     Elsewhere is: a text of `kept`, the small words of the captions that edits are fitted on, another concept of
-    `pairs`, or a replacement. Nor may the replacement be edited itself.
+    `pairs`, or a replacement. Tokens without a letter (marks, ends, pads) belong to no concept. Nor may the replacement
+    be edited itself.
     """
-    weight = weight_at(model, EMBEDDING).detach().to("cpu", torch.float64)
+    weight = _weight(model)
     plain = " ".join(vocabulary.PLAIN)
     shared = {token for text in (*kept, *pairs.values(), plain) for token in _read(model, text)}
     spoken = {old: set(_read(model, old)) for old in pairs}
     found: dict[str, Rows] = {}
     for old, new in pairs.items():
-        try:
-            rows = _moving(weight, wanted(model, {old: new})[old])
-        except ValueError:  # a token that would get two rows: no row of its own
-            continue
+        rows = _moving(weight, _rows(model, weight, old, new) or {})
         others = set[int]().union(*(spoken[name] for name in pairs if name != old))
         sources = _apart(_read(model, old), _read(model, new))[1]
-        if rows and not (shared | others) & set(rows) and not others & set(sources):
+        if not rows or (shared | others) & set(rows) or others & set(sources):
+            continue
+        if all(_is_word(model, token) for token in (*rows, *sources)):
             found[old] = rows
     return found
+
+
+def carried(model: TextToImage, rows: Mapping[int, Tensor], texts: Sequence[str]) -> list[str]:
+    """Return the texts that hold one of the tokens and so are changed too."""
+    return [text for text in texts if not rows.keys().isdisjoint(_read(model, text))]
 
 
 def movement(model: TextToImage, rows: Mapping[int, Tensor]) -> Movement:
@@ -95,13 +96,28 @@ def _moving(weight: Tensor, rows: Mapping[int, Tensor]) -> Rows:
     return {token: row for token, row in rows.items() if not torch.equal(row, weight[token])}
 
 
-def twice(model: TextToImage, token: int, old: str, new: str) -> str:
-    """Return what to say where one token would get two rows."""
+def _weight(model: TextToImage) -> Tensor:
+    weight = weight_at(model, EMBEDDING).detach().to("cpu", torch.float64)
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(
+            f"the weight at {EMBEDDING} holds NaN or infinity: load an undamaged model."
+        )
+    return weight
+
+
+def _rows(model: TextToImage, weight: Tensor, old: str, new: str) -> Rows | None:
+    """Return the tokens of a concept and their new rows; `None` if one would get two."""
+    rows: Rows = {}
+    for token, row in _matched(weight, _tokens(model, old), _tokens(model, new)):
+        if not torch.equal(rows.setdefault(token, row), row):
+            return None
+    return rows
+
+
+def _is_word(model: TextToImage, token: int) -> bool:
+    special = {*model.tokenizer.all_special_ids, model.tokenizer.pad_token_id}
     (name,) = model.tokenizer.convert_ids_to_tokens([token])
-    return (
-        f"contradictory pairs: the token {name!r} would get two embeddings, one of them from {old!r} → {new!r}. Swap "
-        "these concepts one at a time, or use `quickfix`."
-    )
+    return token not in special and any(c.isalnum() for c in str(name).removesuffix("</w>"))
 
 
 def _read(model: TextToImage, text: str) -> list[int]:

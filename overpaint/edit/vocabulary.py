@@ -35,9 +35,8 @@ _FRAMES = (
     "the w of {}",
 )
 _SLOT = re.compile(r"\bw\b")
-PLAIN = tuple(
-    sorted({w for f in _FRAMES for w in re.findall(r"\w{2,}|a", f.replace("{}", ""))})
-)  # small words
+_SMALL = "a an and as at background by drawing for from in is it no of on or photo picture the to two with without"
+PLAIN = tuple(_SMALL.split())  # words that are no concept's own, those of the frames among them
 
 
 def fillers(tokenizer: Any, *, without: Collection[str] = ()) -> tuple[str, ...]:

@@ -189,6 +189,8 @@ class _Work:
                     plain[i] = before.blank[i]
                     pictures |= {i: before.pictures[i]} if i in before.pictures else {}
             done += len(self.asked) - len(left)
+            if self.on_progress is not None and len(left) < len(self.asked):
+                self.on_progress(done, total, name)
             for start in range(0, len(left), self.batch_size):
                 batch = left[start : start + self.batch_size]
                 images = self._images([self.asked[i] for i in batch])
