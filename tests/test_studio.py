@@ -287,7 +287,7 @@ def test_coats_of_two_methods_are_refused_and_nothing_changes(studio):
 
 
 def test_coats_that_are_solved_again_can_be_stopped_on_the_way(tiny_sd1):
-    few = {"contexts": 8, "background": 8, "vocabulary": ["a dog"]}
+    few = {"contexts": 8, "background": 8, "vocabulary": ["a dog"], "tokens": False}
     pairs = ({"blob style": "noto style"}, {"cat": "fox"})
     changes = [op.edit.auto(tiny_sd1, p, **few) for p in pairs]
     told = []
