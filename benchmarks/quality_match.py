@@ -117,7 +117,7 @@ def measured(job: Job) -> tuple[Job, str, dict[str, dict[str, float]]]:
     initial = Initial(ours, pair.source, pair.target)
     found: dict[str, dict[str, float]] = {}
     for name in job.methods:
-        settings: dict[str, int] = {"samples": 8, "steps": ours.config.steps}
+        settings: dict[str, Any] = {"samples": 8, "steps": ours.config.steps}
         matcher = LOADED.get(name, ours)
         if name in BASELINES:
             found[name] = errors(pair, baseline(name, initial, pair))
@@ -400,7 +400,7 @@ def main() -> None:
     folders |= {f"control {p.parent.name}/{p.name}": p for p in plan.control}
     folders |= {f"seed {p.parent.name}/{p.name}": p for p in plan.seed_folder}
     LOADED.update({name: Matcher.load(folder) for name, folder in folders.items()})
-    photographs.fetch(PHOTOS)
+    photographs.fetch(PHOTOS, ("opencv-doc",))
     prints = {name: fingerprint(folder) for name, folder in folders.items()}
     extra = [n for n in folders if n != OURS]
     name = f"quick-{os.getpid()}" if plan.quick else f"v{VERSION}"

@@ -59,7 +59,7 @@ class Matcher:
         Raises:
             ValueError: No such matcher, its weights are missing, or they are not a matcher's.
         """
-        folder = zoo.folder(str(source)) if str(source) == "matcher" else Path(source)
+        folder = zoo.folder("matcher") if source == "matcher" else Path(source)
         if not folder.is_dir():
             raise ValueError(f"unknown matcher {str(source)!r}: name a folder, or 'matcher'.")
         for name in ("config.json", "backbone.safetensors", "coarse.safetensors"):

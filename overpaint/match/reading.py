@@ -47,11 +47,14 @@ def picture(image: Any, name: str) -> Tensor:
     return found.expand(-1, 3, -1, -1).contiguous()
 
 
+_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # none that starts another program
+
+
 def _from_file(path: Path, name: str) -> Tensor:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=_FORMATS) as image:
                 return _from_pil(image, name)
     except FileNotFoundError as error:
         raise ValueError(f"`{name}`: there is no file {str(path)!r}: check the path.") from error

@@ -221,7 +221,7 @@ def _relief(small: Image.Image) -> Floats:
     grey = small.convert("L")
     blurred = grey.filter(ImageFilter.GaussianBlur(max(small.size) / 100))
     detail = np.asarray(grey, dtype=np.float32) - np.asarray(blurred, dtype=np.float32)
-    return np.clip(detail / 255 * 0.35, -0.12, 0.12)
+    return np.clip(detail / 255 * 0.35, -0.12, 0.12).astype(np.float32)
 
 
 def _faded(small: Image.Image, theme: Theme) -> Image.Image:
@@ -236,7 +236,7 @@ def _hatched(painted: Floats, inside: NDArray[np.bool_], theme: Theme) -> Floats
     line = ((x + y) % 12 < 3)[..., None]
     paper, ink = (np.array(Image.new("RGB", (1, 1), c)) / 255 for c in (theme.paper, theme.control))
     outside = np.where(line, ink, 0.7 * paper + 0.3 * painted)
-    return np.where(inside[..., None], painted, outside).astype(np.float32)
+    return np.where(np.expand_dims(inside, -1), painted, outside).astype(np.float32)
 
 
 def _factor(flow: Floats, inside: NDArray[np.bool_], gap: float) -> float:

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -191,6 +192,10 @@ class _Run:
 
     def __init__(self, recipe: Recipe, work: Path, photos: Path, seed: int, device: str) -> None:
         self.recipe, self.work, self.seed, self.device = recipe, work, seed, device
+        if recipe.config.backbone != "xfeat":
+            raise ValueError(
+                f"the recipe trains on the features of xfeat, got {recipe.config.backbone!r}: choose another one."
+            )
         self.backbone = backbones.load().to(device)
         self.networks = {
             "coarse": Denoiser(recipe.config, "coarse").to(device),
@@ -346,4 +351,10 @@ def _sources() -> list[dict[str, str]]:
     return [
         {"package": name, "version": release, "sha256": digest, "licence": licences[name]}
         for name, (release, digest) in photographs.PACKAGES.items()
+    ] + [
+        {"package": name, "version": version(name), "sha256": "", "licence": licence}
+        for name, licence in (
+            ("scikit-image", "BSD-3-Clause AND CC0-1.0"),
+            ("scikit-learn", "CC-BY-2.0"),
+        )
     ]

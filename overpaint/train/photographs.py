@@ -11,7 +11,7 @@ package and in the data's README; scikit-learn's pictures CC-BY-2.0.
 
 import hashlib
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -101,14 +101,16 @@ HELD_OUT = (
 )
 
 
-def fetch(folder: Path) -> None:
-    """Fetch and unpack into `folder` the Debian packages that neither it nor the system has.
+def fetch(folder: Path, names: Collection[str] = ()) -> None:
+    """Fetch and unpack into `folder` the Debian packages that neither it nor the system has; those of `names`, or all.
 
     Raises:
         ValueError: An archive's SHA-256 is not the pinned one.
         OSError: `apt-get` or `dpkg-deb` is missing or fails.
     """
     for name, (version, digest) in PACKAGES.items():
+        if names and name not in names:
+            continue
         if (Path("/") / _FOLDERS[name]).is_dir() and not name.startswith("lomiri"):
             continue
         if (folder / name / _FOLDERS[name]).is_dir():
