@@ -233,7 +233,7 @@ def _faded(small: Image.Image, theme: Theme) -> Image.Image:
 
 def _hatched(painted: Floats, inside: NDArray[np.bool_], theme: Theme) -> Floats:
     y, x = np.indices(inside.shape)
-    line = ((x + y) % 12 < 3)[..., None]
+    line = np.expand_dims(np.asarray((x + y) % 12 < 3), -1)
     paper, ink = (np.array(Image.new("RGB", (1, 1), c)) / 255 for c in (theme.paper, theme.control))
     outside = np.where(line, ink, 0.7 * paper + 0.3 * painted)
     return np.where(np.expand_dims(inside, -1), painted, outside).astype(np.float32)
