@@ -6,6 +6,7 @@ import torch
 from overpaint import edit, evaluate, questions
 from overpaint.evaluate.judged import _Tally, _Work
 from overpaint.metrics import Interval
+from overpaint.model import TextToImage
 from overpaint.scores import Comparison, Paired, Scores
 
 LABELS = {"object": ("cat", "dog", "bird"), "style": ("noto", "blob"), "color": ("red", "blue")}
@@ -19,6 +20,37 @@ class Eyes:
     def classify(self, images, kind):
         mean = images.mean((2, 3)) * 1000  # (B, 3)
         return torch.stack([(mean.sum(1) * (k + 1)).frac() for k in range(len(LABELS[kind]))], 1)
+
+
+class Counted(Eyes):
+    """Counts the pictures it is shown, of each kind once."""
+
+    def __init__(self):
+        self.shown = 0
+
+    def classify(self, images, kind):
+        self.shown += len(images) if kind == "style" else 0
+        return super().classify(images, kind)
+
+
+class Noted(TextToImage):
+    """Notes how many prompts are read at once, but for those that it draws."""
+
+    def __init__(self, pipe):
+        super().__init__(pipe, name="noted")
+        self.reads = []
+        self.is_drawing = False
+
+    def encode(self, prompts):
+        if not self.is_drawing:
+            self.reads.append(len(prompts))
+        return super().encode(prompts)
+
+    def generate(self, *args, **options):
+        self.is_drawing = True
+        found = super().generate(*args, **options)
+        self.is_drawing = False
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +105,29 @@ def test_only_what_reads_other_features_is_drawn_again(tiny_sd1, swap):
     for i in set(range(len(asked))) - set(touched):
         assert all(found.verdicts[k][i] == before.verdicts[k][i] for k in LABELS)
     assert found.pictures.keys() == whole.pictures.keys()
+
+
+def test_the_unedited_model_reads_once_whatever_is_compared(tiny_sd1, swap):
+    bird = edit.swap_embedding(tiny_sd1, {"bird": "cat"})
+    noted, judge = Noted(tiny_sd1.pipe), Counted()
+    few = {"size": 2, "steps": 1, "batch_size": 64, "held_out": ()}
+    found = compare(noted, {"no edit": None, "swap": swap, "bird": bird}, judge=judge, **few).scores
+    assert sum(count > 1 for count in noted.reads) == 1 + 2  # a drift reads the empty prompt alone
+    told = {name: scores.protocol for name, scores in found.items()}
+    asked, reused = told["swap"]["questions"], {n: p["reused_pictures"] for n, p in told.items()}
+    assert reused["no edit"] == asked
+    assert 0 < reused["swap"] < asked
+    assert judge.shown == 3 * asked - reused["swap"] - reused["bird"]
+    alone = compare(tiny_sd1, {"bird": bird}, erase="blob style", replace="noto style", **few)
+    assert alone.scores["bird"].flat() == pytest.approx(found["bird"].flat(), nan_ok=True)
+
+
+def test_the_pictures_before_are_never_those_after_a_change_of_the_unet(tiny_sd1):
+    change = edit.uce(tiny_sd1, {"blob style": "noto style"})
+    judge = Counted()
+    told = compare(tiny_sd1, {"uce": change}, judge=judge, size=1, steps=1).scores["uce"].protocol
+    assert told["reused_pictures"] == 0
+    assert judge.shown == 2 * told["questions"]
 
 
 def test_the_weights_return_when_the_judge_fails(tiny_sd1, swap):

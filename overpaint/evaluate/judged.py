@@ -12,8 +12,9 @@ several styles); the change is taken picture by picture. The relative movement o
 of guidance that every picture shares, is reported beside them.
 """
 
+import dataclasses
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -51,11 +52,17 @@ class Classifier(Protocol):
 
 @dataclass(frozen=True)
 class _Run:
-    """What the judge said of one run's pictures, by kind; the pictures kept, by question; which were of one color."""
+    """What became of the questions in one run."""
 
-    verdicts: Mapping[str, Sequence[str]]
-    pictures: Mapping[int, Tensor]
-    blank: Sequence[bool]
+    verdicts: Mapping[str, Sequence[str]]  # what the judge said, by kind
+    pictures: Mapping[int, Tensor]  # those kept, by question
+    blank: Sequence[bool]  # whether a picture was of one color
+    read: Mapping[str, str]  # the hash of each prompt's text features; none where the UNet moved
+    reused: int  # pictures that are those of the unedited model, and were not drawn again
+
+    def counts(self) -> dict[str, int]:
+        """Return what the protocol counts of a run."""
+        return {"blank_pictures": sum(self.blank), "reused_pictures": self.reused}
 
     def kept(self) -> Tensor:
         """Return the pictures kept, uint8, shape (N, 3, H, W), in the order of the questions."""
@@ -120,7 +127,7 @@ def compare(
     work = _Work(model, judge, asked, kept, steps, guidance_scale, batch_size, on_progress)
     total = len(asked) * (1 + len(pending))
     before = work.run(None, "no edit", done=0, total=total)
-    runs = {name: before for name in changes}
+    runs = {name: dataclasses.replace(before, reused=len(asked)) for name in changes}
     for i, (name, change) in enumerate(pending.items(), start=1):
         runs[name] = work.run(change, name, done=i * len(asked), total=total, before=before)
     protocol = {
@@ -135,7 +142,7 @@ def compare(
             name,
             run.verdicts,
             drift=empty_drift(model, changes[name]),
-            protocol={**protocol, **_digest(changes[name]), "blank_pictures": sum(run.blank)},
+            protocol={**protocol, **_digest(changes[name]), **run.counts()},
         )
         for name, run in runs.items()
     }
@@ -170,41 +177,48 @@ class _Work:
         A prompt whose text features, and those of the empty prompt, are bit for bit what they were `before` has the
         picture it had, unless the UNet moved: it is not drawn again.
         """
-        read = self._read() if before is not None and _is_textual(change) else {}
-        verdicts = {kind: [""] * len(self.asked) for kind in self.judge.labels}
-        pictures: dict[int, Tensor] = {}
-        plain = [False] * len(self.asked)
+        start = self._nothing() if before is None else before
+        verdicts = {kind: list(said) for kind, said in start.verdicts.items()}
+        plain, pictures = list(start.blank), dict(start.pictures)
         with change.applied(self.model) if change is not None else nullcontext():
-            now = self._read() if read else {}
-            still = read.get("", "-") == now.get("")
-            left = [
-                i
-                for i, q in enumerate(self.asked)
-                if not (still and read[q.prompt] == now[q.prompt])
-            ]
-            if before is not None:
-                for i in sorted(set(range(len(self.asked))) - set(left)):
-                    for kind, found in before.verdicts.items():
-                        verdicts[kind][i] = found[i]
-                    plain[i] = before.blank[i]
-                    pictures |= {i: before.pictures[i]} if i in before.pictures else {}
-            done += len(self.asked) - len(left)
-            if self.on_progress is not None and len(left) < len(self.asked):
-                self.on_progress(done, total, name)
-            for start in range(0, len(left), self.batch_size):
-                batch = left[start : start + self.batch_size]
-                images = self._images([self.asked[i] for i in batch])
-                for kind, names in self.judge.labels.items():
-                    best = self.judge.classify(images, kind).argmax(1).tolist()
-                    for i, number in zip(batch, best, strict=True):
-                        verdicts[kind][i] = str(names[int(number)])
+            read = self._read() if _is_textual(change) else {}
+            still = {prompt for prompt, _ in read.items() & start.read.items()}
+            left = [i for i, q in enumerate(self.asked) if not {"", q.prompt} <= still]
+            reused = len(self.asked) - len(left)
+            done += reused
+            if reused:
+                self._tell(done, total, name)
+            for batch, said, images in self._judged(left):
+                for kind, labels in said.items():
+                    for i, label in zip(batch, labels, strict=True):
+                        verdicts[kind][i] = label
                 for i, one, image in zip(batch, blank(images).tolist(), images, strict=True):
                     plain[i] = bool(one)
                     if i in self.kept:
                         pictures[i] = (image * 255).round().to(torch.uint8)
-                if self.on_progress is not None:
-                    self.on_progress(done + start + len(batch), total, name)
-        return _Run(verdicts, pictures, plain)
+                done += len(batch)
+                self._tell(done, total, name)
+        return _Run(verdicts, pictures, plain, read, reused)
+
+    def _nothing(self) -> _Run:
+        """Return a run in which nothing was drawn, read or said."""
+        count = len(self.asked)
+        return _Run({k: [""] * count for k in self.judge.labels}, {}, [False] * count, {}, 0)
+
+    def _judged(
+        self, rows: Sequence[int]
+    ) -> Iterator[tuple[Sequence[int], Mapping[str, Sequence[str]], Tensor]]:
+        """Yield batches of questions: which, what the judge says of their pictures by kind, and those (B, 3, H, W)."""
+        for start in range(0, len(rows), self.batch_size):
+            batch = rows[start : start + self.batch_size]
+            images = self._images([self.asked[i] for i in batch])
+            best = {k: self.judge.classify(images, k).argmax(1).tolist() for k in self.judge.labels}
+            said = {k: [self.judge.labels[k][int(n)] for n in found] for k, found in best.items()}
+            yield batch, said, images
+
+    def _tell(self, done: int, total: int, name: str) -> None:
+        if self.on_progress is not None:
+            self.on_progress(done, total, name)
 
     def _read(self) -> dict[str, str]:
         """Return the hash of each prompt's text features, and of the empty prompt's."""
@@ -228,8 +242,8 @@ class _Work:
 
 
 def _is_textual(change: Change | None) -> bool:
-    """Whether a change moves nothing but text encoders."""
-    return change is not None and all(site.startswith("text") for site in change.sites)
+    """Whether nothing moves but text encoders, if anything does."""
+    return change is None or all(site.startswith("text") for site in change.sites)
 
 
 @dataclass(frozen=True)
