@@ -47,9 +47,8 @@ def test_the_prompt_reads_as_the_other_one_and_no_third_one_moves(tiny_double, c
 @pytest.mark.parametrize(
     ("pairs", "options", "why"),
     [
-        ({"van gogh": "painting"}, {}, "a known concept, van dyck, holds a token"),
-        ({"red bird": "fish"}, {"vocabulary": ["red cat"]}, "a known concept holds red"),
-        ({"red bird": "fish"}, {"preserve": ["a red cat"]}, "a preserved prompt holds red"),
+        ({"van bird": "fish"}, {"vocabulary": ["van dyck", "red bird"]}, "known concepts do"),
+        ({"van bird": "fish"}, {"vocabulary": ["van dyck"], "preserve": ["a bird"]}, "so do both"),
         ({"dog": "red dog"}, {}, "the replacement holds it"),
         ({"and": "cat"}, {}, "a small word of the captions"),
         (DOG, {"tokens": False}, "said so"),
@@ -61,13 +60,48 @@ def test_what_shares_a_token_is_edited_in_the_layer(tiny_double, pairs, options,
     assert "tokens" not in found.report
 
 
-def test_concepts_that_share_a_token_with_one_another_go_to_the_layer(tiny_double):
-    pairs = {"red dog": "cat", "red bird": "fish"}
-    assert tokens.own(tiny_double, pairs, []) == {}
-    assert set(tokens.own(tiny_double, {"red dog": "cat", "bird": "fish"}, [])) == {
-        "red dog",
-        "bird",
-    }
+@pytest.mark.parametrize(
+    ("pairs", "options", "moved"),
+    [
+        ({"van gogh": "painting"}, {}, {"van gogh": ["gogh</w>"]}),
+        ({"red bird": "fish"}, {"vocabulary": ["red cat"]}, {"red bird": ["bird</w>"]}),
+        ({"red bird": "fish"}, {"preserve": ["a red cat"]}, {"red bird": ["bird</w>"]}),
+        (
+            {"red dog": "cat", "red bird": "fish"},
+            {},
+            {"red dog": ["dog</w>"], "red bird": ["bird</w>"]},
+        ),
+        ({"red dog": "cat", "bird": "fish"}, {}, {"red dog": ["red</w>", "dog</w>"], "bird": ["bird</w>"]}),
+    ],
+)  # fmt: skip
+def test_tokens_of_a_concepts_own_move_and_the_layer_does_the_rest(
+    tiny_double, pairs, options, moved
+):
+    found = edit.auto(tiny_double, pairs, **{**SMALL, "repair": False, **options})
+    assert found.report["tokens"] == moved
+    shared = [old for old in pairs if len(moved[old]) < len(old.split())]
+    assert found.report["in_layer"] == shared
+    assert found.sites == (*["text.0.self_attn.out_proj"][: len(shared)], SITE)
+
+
+def test_the_layer_is_fitted_to_what_the_moved_rows_leave(tiny_double):
+    found = edit.auto(tiny_double, {"van gogh": "painting"}, **{**SMALL, "repair": False})
+    rows = tokens.movement(
+        tiny_double, tokens.own(tiny_double, {"van gogh": "painting"}, SMALL["vocabulary"])["van gogh"].rows
+    )  # fmt: skip
+    before = weight_at(tiny_double, SITE).detach().clone()
+    with Change((rows,), {"pairs": {}}, {}).applied(tiny_double):
+        alone = edit.auto(
+            tiny_double, {"van gogh": "painting"}, tokens=False, repair=False, **SMALL
+        )
+    assert torch.equal(found.movements[0].keys, alone.movements[0].keys)
+    assert torch.equal(found.movements[0].delta, alone.movements[0].delta)
+    unmoved = edit.auto(tiny_double, {"van gogh": "painting"}, tokens=False, repair=False, **SMALL)
+    assert not torch.equal(found.movements[0].keys, unmoved.movements[0].keys)
+    assert torch.equal(weight_at(tiny_double, SITE), before)
+
+
+def test_a_replacement_that_is_edited_itself_keeps_a_concept_in_the_layer(tiny_double):
     assert tokens.own(tiny_double, {"dog": "cat", "cat": "fish"}, []) == {}
 
 
@@ -79,7 +113,8 @@ def mixed(tiny_double):
 def test_both_kinds_together_own_their_concepts(tiny_double, mixed):
     assert mixed.sites == ("text.0.self_attn.out_proj", "text.0.mlp.fc2", SITE)
     assert set(mixed.movements[0].owners) == {1}  # van gogh is the second pair
-    assert set(mixed.report["tokens"]) == {"dog"}
+    assert mixed.report["tokens"] == {"dog": ["dog</w>"], "van gogh": ["gogh</w>"]}
+    assert mixed.report["in_layer"] == ["van gogh"]
     before = {s: weight_at(tiny_double, s).detach().clone() for s in mixed.sites}
     with mixed.applied(tiny_double):
         assert not any(torch.equal(weight_at(tiny_double, s), w) for s, w in before.items())

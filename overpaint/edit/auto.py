@@ -2,8 +2,8 @@ r"""Edits that choose what to preserve, and how heavily, from text alone.
 
 `quickfix` fits a concept in four captions and preserves what it is told to. Here
 
-0. a concept whose tokens occur in nothing else to look after is moved in the token embedding, which moves no other
-   prompt at all (`tokens`); what follows is done for the concepts that are left;
+0. tokens of a concept that occur in nothing else to look after are moved in the token embedding, which moves no other
+   prompt at all (`tokens`); what follows is done for the concepts that have other tokens too, with those rows in place;
 1. the concept's keys come from some hundred captions around it, between words of the tokenizer's vocabulary;
 2. some thousand captions without it, and the empty prompt, are the background that should not move;
 3. how far other concepts would drift is known before any picture is drawn: :math:`\|\Delta H\|^2` over the layer's
@@ -23,6 +23,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Literal
@@ -88,9 +89,10 @@ def auto(
         ridge: Pull towards the old weight, in units of a caption's squared keys; positive, or `"auto"`, one of
             `RIDGES`.
         repair: Let the layer's MLP take up what its projection leaves to do: a second weight moves.
-        tokens: Move a concept in the token embedding where its tokens occur in nothing that is looked after, in no
-            other concept and in no replacement; every prompt with one of the tokens changes, and no other one. `False`
-            edits the layer for all concepts, as the paper does. Ordinary words that no list holds are not known to be
+        tokens: Move those tokens of a concept in the token embedding that occur in nothing that is looked after, in no
+            other concept and in no replacement; every prompt with one of them changes, and no other one. The layer is
+            edited for concepts that have other tokens too; the rows are in place meanwhile, and return bit for bit.
+            `False` edits the layer alone, as the paper does. Ordinary words that no list holds are not known to be
             ordinary: name a prompt with them in `preserve`.
         layer: Text layer, from 0; or `"auto"`: each is edited from a quarter of the captions, without repair, and the
             one whose edit does most and harms least at the encoder's output is taken (`layers.scan`). The weights
@@ -102,8 +104,9 @@ def auto(
         The change. Its report holds `scan` (weight, ridge, share missed, drift of the background), `endangered`
         (concept, weight, drift before and after) and `not_kept` (concepts that stay above the bound), as the projection
         alone leaves them; `layer_missed` and `layer_drift` say what the repair makes of it. Where the layer was chosen,
-        `layers` says what an edit of each reached. `tokens` names the tokens that move, concept by concept,
-        and `carried` known concepts that hold one (as "apple logo" holds "apple") and change with it.
+        `layers` says what an edit of each reached. `tokens` names the tokens that move, concept by concept, `in_layer`
+        the concepts that the layer is edited for, and `carried` known concepts that hold a moved token (as "apple logo"
+        holds "apple") and change with it.
 
     Raises:
         ValueError: A concept is empty, equals its target or is to be preserved too; a number is out of range.
@@ -116,15 +119,18 @@ def auto(
     tell = on_progress or (lambda done, total, what: None)
     known = texts.known_concepts(model, vocabulary)
     asked = _Asked(model, dict(pairs), known, tuple(preserve), tuple(without), seed)
-    apart = token_rows.own(model, pairs, [*asked.others, *preserve]) if tokens else {}
-    rest = {old: new for old, new in pairs.items() if old not in apart}
+    own = token_rows.own(model, pairs, [*asked.others, *preserve]) if tokens else {}
+    rest = {old: new for old, new in pairs.items() if old not in own or not own[old].whole}
+    rows = {token: row for found in own.values() for token, row in found.rows.items()}
+    moved = token_rows.movement(model, rows) if rows else None
     fit = _Fit(contexts, background, bound, preserve_weight, allowance, ridge, repair)
-    if not rest:
-        solved = _nothing_left(fit, layer)
-    elif layer == "auto":
-        solved = _at_best_layer(asked, rest, fit, tell)
-    else:
-        solved = _at_layer(asked, rest, fit, layer, tell)
+    with Change((moved,), {"pairs": dict(pairs)}, {}).applied(model) if moved else nullcontext():
+        if not rest:
+            solved = _nothing_left(fit, layer)
+        elif layer == "auto":
+            solved = _at_best_layer(asked, rest, fit, tell)
+        else:
+            solved = _at_layer(asked, rest, fit, layer, tell)
     tell(4, 4, "done")
     protocol = {
         "method": "auto", "model": model.name, "pairs": dict(pairs), "preserve": list(preserve), "positions": "auto",
@@ -133,10 +139,10 @@ def auto(
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }  # fmt: skip
     movements, report = list(solved.movements), dict(solved.report)
-    if apart:
-        rows = {token: row for found in apart.values() for token, row in found.items()}
-        movements.append(token_rows.movement(model, rows))
-        report["tokens"] = {old: token_rows.names(model, found) for old, found in apart.items()}
+    if moved:
+        movements.append(moved)
+        report["tokens"] = {old: token_rows.names(model, found.rows) for old, found in own.items()}
+        report["in_layer"] = list(rest)
         report["carried"] = token_rows.carried(model, rows, [c for c in known if c not in pairs])
     seconds = {"seconds": {"all": round(time.perf_counter() - began, 3)}}
     return Change(tuple(movements), protocol, report | seconds)

@@ -11,6 +11,7 @@ https://openreview.net/forum?id=Qmw9ne6SOQ.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,9 +21,22 @@ from overpaint.edit.change import Movement
 from overpaint.edit.weights import EMBEDDING, fingerprint, weight_at
 from overpaint.model import TextToImage
 
-__all__ = ["carried", "movement", "names", "own", "wanted"]
+__all__ = ["Own", "carried", "movement", "names", "own", "wanted"]
 
 Rows = dict[int, Tensor]  # a token's number and the row it gets, (D,)
+
+
+@dataclass(frozen=True, eq=False)
+class Own:
+    """The tokens of a concept that occur nowhere else.
+
+    Attributes:
+        rows: Each token with the row that it gets, float64 (D,).
+        whole: Whether these are all tokens in which the concept differs from its replacement.
+    """
+
+    rows: Rows
+    whole: bool
 
 
 def wanted(model: TextToImage, pairs: Mapping[str, str]) -> dict[str, Rows]:
@@ -46,26 +60,27 @@ def wanted(model: TextToImage, pairs: Mapping[str, str]) -> dict[str, Rows]:
     return {old: rows for old, rows in found.items() if rows is not None}
 
 
-def own(model: TextToImage, pairs: Mapping[str, str], kept: Sequence[str]) -> dict[str, Rows]:
-    """Return what `wanted` does of those concepts whose tokens occur nowhere else; of the others nothing.
+def own(model: TextToImage, pairs: Mapping[str, str], kept: Sequence[str]) -> dict[str, Own]:
+    """Return what `wanted` does of the tokens that occur nowhere else; nothing of a concept without such tokens.
 
     Elsewhere is: a text of `kept`, the small words of the captions that edits are fitted on, another concept of
-    `pairs`, or a replacement. Tokens without a letter (marks, ends, pads) belong to no concept. Nor may the replacement
-    be edited itself.
+    `pairs`, or a replacement. A concept with tokens without a letter (marks, ends, pads) has none of its own, nor one
+    whose replacement is edited itself.
     """
     weight = _weight(model)
     plain = " ".join(vocabulary.PLAIN)
     shared = {token for text in (*kept, *pairs.values(), plain) for token in _read(model, text)}
     spoken = {old: set(_read(model, old)) for old in pairs}
-    found: dict[str, Rows] = {}
+    found: dict[str, Own] = {}
     for old, new in pairs.items():
         rows = _moving(weight, _rows(model, weight, old, new) or {})
         others = set[int]().union(*(spoken[name] for name in pairs if name != old))
         sources = _apart(_read(model, old), _read(model, new))[1]
-        if not rows or (shared | others) & set(rows) or others & set(sources):
+        if others & set(sources) or not all(_is_word(model, t) for t in (*rows, *sources)):
             continue
-        if all(_is_word(model, token) for token in (*rows, *sources)):
-            found[old] = rows
+        alone = {token: row for token, row in rows.items() if token not in shared | others}
+        if alone:
+            found[old] = Own(alone, len(alone) == len(rows))
     return found
 
 
