@@ -91,8 +91,10 @@ def methods(
 
 def judged(
     model: op.TextToImage, judge: features.Judge, kind: str, old: str, new: str, plan: Any
-) -> dict[str, Scores]:
+) -> tuple[dict[str, Scores], bool]:
     """Return every method's scores on one concept, from disk where they are there.
+
+    And whether ours moves it in the token embedding alone.
 
     Rivals and `auto` are kept apart, since an `auto` with other settings is another change; the pictures before are the
     same ones, drawn twice.
@@ -104,17 +106,25 @@ def judged(
     name = hashlib.sha256(f"{kind} {old} {new}".encode()).hexdigest()[:12]
     ours = {n: makers.pop(n)({old: new}) for n in (OURS, LAYER)}
     digests = "-".join(change.digest[:12] for change in ours.values())
-    found = compared(plan.folder / f"{name}-{digests}", model, ours, options)
-    rivals = {n: make({old: new}) for n, make in makers.items()}
-    return {**compared(plan.folder / name, model, rivals, options), **found}
+    found = compared(plan.folder / f"{name}-{digests}", model, lambda: ours, options)
+    rivals = compared(
+        plan.folder / name,
+        model,
+        lambda: {n: make({old: new}) for n, make in makers.items()},
+        options,
+    )
+    return {**rivals, **found}, ours[OURS].sites == ("text.token_embedding",)
 
 
 def compared(
-    folder: Path, model: op.TextToImage, changes: Mapping[str, Change], options: dict[str, Any]
+    folder: Path,
+    model: op.TextToImage,
+    changes: Callable[[], Mapping[str, Change]],
+    options: dict[str, Any],
 ) -> Mapping[str, Scores]:
-    """Return the scores of changes, from disk where they are there."""
+    """Return the scores of changes, from disk where they are there; the changes are made where they are not."""
     if not (folder / "comparison.json").exists():
-        evaluate.compare(model, changes, **options).save(folder)
+        evaluate.compare(model, changes(), **options).save(folder)
     return Comparison.load(folder).scores
 
 
@@ -303,9 +313,11 @@ def main() -> None:
     found: dict[str, list[Scores]] = {}
     ceilings: list[float] = []
     kinds: list[str] = []
+    plan.rows_alone = 0
     for kind, pairs in plan.concepts.items():
         for old, new in pairs.items():
-            scores = judged(model, judge, kind, old, new, plan)
+            scores, rows_alone = judged(model, judge, kind, old, new, plan)
+            plan.rows_alone += rows_alone
             ceilings.append(reached(model, judge, new, plan))
             kinds.append(kind)
             for method, score in scores.items():
@@ -359,7 +371,7 @@ def report(
         "layer_target_after": layer["target"].mean, "layer_redirection": layer["redirection"].mean,
         "layer_others_drop": layer["others_drop"].mean, "layer_rest_drop": layer["rest_drop"].mean,
         "layer_harmonic": layer["harmonic"].mean,
-        "beats_all": float(ours["harmonic"].mean > max(rivals)),
+        "concepts": len(kinds), "in_embedding_alone": plan.rows_alone, "beats_all": float(ours["harmonic"].mean > max(rivals)),
         f"kept_at_{last['concepts']}": last["kept"].mean, f"target_at_{last['concepts']}": last["target"].mean,
         "seconds": time.perf_counter() - start,
     }  # fmt: skip
