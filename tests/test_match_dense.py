@@ -127,10 +127,24 @@ def test_grey_is_spread_and_the_transparent_lies_on_white(tmp_path):
         found = reading.picture(form, "image")[0]
         assert found[:, :10].max() == 0
         assert found[:, 10:].min() == 1
+
+
+def test_the_number_that_stands_for_white_is_that_of_the_kind(tmp_path):
+    """Bytes end at 255, 16 bits at 65535 in either order of bytes, booleans and floats at 1."""
+    grey = (texture(20, 30)[0] * 255).round().byte().numpy()
+    wanted = torch.from_numpy(grey).expand(3, -1, -1) / 255
     deep = grey.astype(np.uint16) * 257
     Image.fromarray(deep).save(tmp_path / "deep.png")
-    for form in (deep, tmp_path / "deep.png"):
-        assert (reading.picture(form, "image")[0] - wanted).abs().max() < 1e-4
+    share = (grey / 255).astype(np.float32)
+    forms = [
+        deep, deep.astype(">u2"), torch.from_numpy(deep), tmp_path / "deep.png", Image.fromarray(deep),
+        Image.fromarray(deep.astype(np.int32)), share, share.astype(">f8"), Image.fromarray(share),
+        torch.from_numpy(share)[None], grey[:, ::-1][:, ::-1],
+    ]  # fmt: skip
+    for form in forms:
+        assert (reading.picture(form, "image")[0] - wanted).abs().max() < 1e-6
+    half = torch.from_numpy(share).half()
+    assert (reading.picture(half, "image")[0] - wanted).abs().max() < 1e-3
 
 
 def test_a_camera_on_its_side_is_turned(tmp_path):
@@ -274,8 +288,9 @@ def test_folders_that_hold_no_matcher_are_refused(rough, tmp_path):
         (torch.zeros(2, 9, 9), ValueError, r"must have shape \(3, H, W\), .* got \(2, 9, 9\): give one"),
         (torch.zeros(4, 3, 9, 9), ValueError, r"got \(4, 3, 9, 9\): give one picture"),
         (np.zeros((9, 9, 5)), ValueError, r"must have shape \(H, W\), .* got \(9, 9, 5\)"),
-        (np.zeros((9, 9), np.int64), ValueError, "must be bytes or floats in .*, got torch.int64: divide"),
-        (np.zeros((9, 9), "U3"), TypeError, "an array must hold numbers, got <U3: convert"),
+        (np.zeros((9, 9), np.int64), ValueError, "must be bytes, unsigned 16-bit .*, got torch.int64: make it floats"),
+        (torch.zeros(9, 9).short(), ValueError, "got torch.int16: make it floats, divided by the number"),
+        (np.zeros((9, 9), "U3"), TypeError, "an array must hold numbers of at most 64 bits, got <U3: convert"),
         (7, TypeError, "must be a path, a PIL image, an array or a tensor, got int: convert"),
         ("/nowhere/a.png", ValueError, "there is no file '/nowhere/a.png': check the path"),
     ],
@@ -301,6 +316,21 @@ def test_files_that_hold_no_picture_are_refused(matcher, tmp_path):
     Image.new("1", (14000, 14000)).save(path)
     with pytest.raises(ValueError, match="larger than 60 megapixels: make it smaller"):
         match.dense(path, texture(20, 20), matcher=matcher)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "BMP", "GIF", "PPM"])
+def test_an_open_image_whose_file_ends_early_is_refused(kind, tmp_path):
+    path = tmp_path / "a"
+    rows = np.random.default_rng(0).integers(0, 256, (90, 90, 3), np.uint8)
+    Image.fromarray(rows).save(path, kind)
+    path.write_bytes(path.read_bytes()[:2000])
+    with (
+        Image.open(path) as image,
+        pytest.raises(
+            ValueError, match=r"`a`: the open image cannot be read to its end \(.+\): fetch"
+        ),
+    ):
+        reading.picture(image, "a")
 
 
 def test_arguments_out_of_range_are_refused(matcher):

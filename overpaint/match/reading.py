@@ -20,9 +20,11 @@ def picture(image: Any, name: str) -> Tensor:
     """Return a picture as RGB in [0, 1], float32, shape (1, 3, H, W).
 
     Args:
-        image: A path; a PIL image of any mode; an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), of integers over
-            their full range or of floats in [0, 1]; or a tensor, which has its channels first, with or without a
-            batch of one. Grey is spread over the colors; what is transparent is laid on white.
+        image: A path; a PIL image, grey or colored, with a palette or not; an array (H, W), (H, W, 1), (H, W, 3) or
+            (H, W, 4); or a tensor, which has its channels first, with or without a batch of one. Arrays and tensors
+            hold bytes (white is 255), unsigned 16-bit numbers (65535), booleans or floats (1), and nothing else; PIL
+            images of integers count as 16-bit ones. Grey is spread over the colors; what is transparent is laid on
+            white.
         name: What to call it in errors.
 
     Raises:
@@ -32,7 +34,7 @@ def picture(image: Any, name: str) -> Tensor:
     if isinstance(image, str | os.PathLike):
         found = _from_file(Path(image), name)
     elif isinstance(image, Image.Image):
-        found = _from_pil(image, name)
+        found = _from_open(image, name)
     elif isinstance(image, np.ndarray):
         found = _from_array(torch.from_numpy(_native(image)), name, last=True)
     elif isinstance(image, Tensor):
@@ -68,6 +70,16 @@ def _from_file(path: Path, name: str) -> Tensor:
         ) from error
 
 
+def _from_open(image: Image.Image, name: str) -> Tensor:
+    """Read an image that the caller opened: its file is read only now, and may end too early."""
+    try:
+        return _from_pil(image, name)
+    except (OSError, SyntaxError) as error:
+        raise ValueError(
+            f"`{name}`: the open image cannot be read to its end ({error}): fetch its file again, or save it as PNG."
+        ) from error
+
+
 def _from_pil(image: Image.Image, name: str) -> Tensor:
     _check_size(image.height, image.width, name)
     image = ImageOps.exif_transpose(image)
@@ -83,10 +95,10 @@ def _from_pil(image: Image.Image, name: str) -> Tensor:
 
 def _native(values: np.ndarray) -> np.ndarray:
     """Return the array as torch can take it."""
-    if values.dtype == np.uint16:
-        values = values.astype(np.float32) / 65535
-    elif values.dtype.kind not in "buif":
-        raise TypeError(f"an array must hold numbers, got {values.dtype}: convert it first.")
+    if values.dtype.kind not in "buif" or values.dtype.itemsize > 8:
+        raise TypeError(
+            f"an array must hold numbers of at most 64 bits, got {values.dtype}: convert it first."
+        )
     return np.ascontiguousarray(values.astype(values.dtype.newbyteorder("=")))
 
 
@@ -105,11 +117,14 @@ def _from_array(values: Tensor, name: str, *, last: bool) -> Tensor:
     _check_size(values.shape[1], values.shape[2], name)
     if values.dtype == torch.uint8:
         return values[None].float().div_(255)
+    if values.dtype == torch.uint16:
+        return values[None].float().div_(65535)
     if values.dtype == torch.bool:
         return values[None].float()
     if not values.is_floating_point():
         raise ValueError(
-            f"`{name}` must be bytes or floats in [0, 1], got {values.dtype}: divide by its largest value."
+            f"`{name}` must be bytes, unsigned 16-bit numbers or floats in [0, 1], got {values.dtype}: "
+            "make it floats, divided by the number that stands for white."
         )
     values = values[None].float()
     low, high = values.amin().item(), values.amax().item()
