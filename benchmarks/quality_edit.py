@@ -371,7 +371,8 @@ def report(
         "layer_target_after": layer["target"].mean, "layer_redirection": layer["redirection"].mean,
         "layer_others_drop": layer["others_drop"].mean, "layer_rest_drop": layer["rest_drop"].mean,
         "layer_harmonic": layer["harmonic"].mean,
-        "concepts": len(kinds), "in_embedding_alone": plan.rows_alone, "beats_all": float(ours["harmonic"].mean > max(rivals)),
+        "concepts": len(kinds), "in_embedding_alone": plan.rows_alone,
+        "beats_all": float(ours["harmonic"].mean > max(rivals)),
         f"kept_at_{last['concepts']}": last["kept"].mean, f"target_at_{last['concepts']}": last["target"].mean,
         "seconds": time.perf_counter() - start,
     }  # fmt: skip
