@@ -93,6 +93,32 @@ def test_an_archive_with_another_hash_is_refused(tmp_path: Path) -> None:
         photographs.fetch(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("told", "taken"),
+    [
+        (f"installed {photographs.PACKAGES['opencv-doc'][0]}", True),
+        ("installed 4.5.1+dfsg-5", False),
+        (f"config-files {photographs.PACKAGES['opencv-doc'][0]}", False),
+    ],
+)
+def test_the_systems_photographs_are_taken_in_the_pinned_version_alone(
+    told: str, taken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dpkg-query that says `told` is all there is to run; where the package lies, there is a folder."""
+    query = tmp_path / "bin" / "dpkg-query"
+    query.parent.mkdir()
+    query.write_text(f"#!/bin/sh\nprintf '%s' '{told}'\n")
+    query.chmod(0o755)
+    monkeypatch.setenv("PATH", str(query.parent))
+    monkeypatch.setitem(photographs._FOLDERS, "opencv-doc", str(tmp_path.relative_to("/")))
+    if taken:
+        photographs.fetch(tmp_path / "new", ("opencv-doc",))
+        assert not (tmp_path / "new").exists()
+        return
+    with pytest.raises(FileNotFoundError, match="apt-get is not installed: unpack the package"):
+        photographs.fetch(tmp_path / "new", ("opencv-doc",))
+
+
 def test_a_tool_that_is_missing_or_fails_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"no-such-tool is not installed: unpack the package"

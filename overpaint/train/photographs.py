@@ -1,8 +1,8 @@
 """The photographs that `matcher` is trained and measured on, read from packages; none of them is shipped.
 
 scikit-image and scikit-learn carry a few of their own; the others come from four Debian packages, which are fetched
-once with `apt-get download`, checked against their SHA-256 and unpacked beside, or found where the system has them
-installed. The split is by photograph: no picture of a scene that a figure is measured on is seen in training.
+once with `apt-get download`, checked against their SHA-256 and unpacked beside, or found where the system has the same
+versions installed. The split is by photograph: no picture of a scene that a figure is measured on is seen in training.
 
 Licences: opencv-doc Apache-2.0 and BSD-3-Clause; mate-backgrounds GPL-2+ and CC-BY-SA-4.0; lomiri-wallpapers CC-BY-4.0,
 CC-BY-SA-3.0, CC-BY-SA-4.0 and CC0, scikit-image public domain and CC0, both picture by picture, as written in the
@@ -104,6 +104,9 @@ HELD_OUT = (
 def fetch(folder: Path, names: Collection[str] = ()) -> None:
     """Fetch and unpack into `folder` the Debian packages that neither it nor the system has; those of `names`, or all.
 
+    What is fetched has the pinned SHA-256. The system's own packages count where dpkg names the pinned version; their
+    files, and what already lies unpacked in `folder`, are taken as they are.
+
     Raises:
         ValueError: An archive's SHA-256 is not the pinned one.
         OSError: `apt-get` or `dpkg-deb` is missing or fails.
@@ -111,9 +114,9 @@ def fetch(folder: Path, names: Collection[str] = ()) -> None:
     for name, (version, digest) in PACKAGES.items():
         if names and name not in names:
             continue
-        if (Path("/") / _FOLDERS[name]).is_dir() and not name.startswith("lomiri"):
-            continue
         if (folder / name / _FOLDERS[name]).is_dir():
+            continue
+        if (Path("/") / _FOLDERS[name]).is_dir() and _installed(name) == version:
             continue
         folder.mkdir(parents=True, exist_ok=True)
         archive = folder / f"{name}_{version}_all.deb"
@@ -134,7 +137,7 @@ def locate(name: str, folder: Path) -> Path:
 
     Args:
         name: Source and path within its pictures, as in `TRAINING`.
-        folder: What `fetch` filled; the system's own folders are tried next.
+        folder: What `fetch` filled; the system's own folders are tried next, whatever their version.
 
     Raises:
         FileNotFoundError: Neither has the file; says which package does.
@@ -187,6 +190,17 @@ def read(name: str, folder: Path, *, side: int = 768) -> Tensor:
 def read_all(names: Iterable[str], folder: Path, *, side: int = 768) -> dict[str, Tensor]:
     """Return the photographs by name; arguments and errors as in `read`."""
     return {name: read(name, folder, side=side) for name in names}
+
+
+def _installed(name: str) -> str:
+    """Return the version of a Debian package that the system has installed, or an empty string."""
+    command = ["dpkg-query", "-W", "-f", "${db:Status-Status} ${Version}", name]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
+    status, _, version = found.stdout.partition(" ")
+    return version if status == "installed" else ""
 
 
 def _run(command: list[str], folder: Path, what: str) -> None:
