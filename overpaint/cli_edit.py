@@ -91,7 +91,7 @@ def edit(
     overpaint edit icons --update a.safetensors --erase "a cat" --replace "a dog" --out b.safetensors
     overpaint edit icons --update b.safetensors --without "a cat" --strength 0.5 --out c.safetensors
     """  # noqa: D301
-    from overpaint.edit import Change
+    from overpaint.edit import Change, words
 
     erase, replace = list(erase or []), list(replace or [])
     _check(erase, replace, update, without)
@@ -118,7 +118,7 @@ def edit(
         change = change.complete(loaded).compact(rank=rank)
     change.save(out)
     facts = {key: value for key, value in change.report.items() if isinstance(value, int | float)}
-    if moved := _token_names(change.report.get("tokens")):
+    if moved := words.moved(change.report):
         facts |= {"tokens": moved}
     for name, rows in looked.items():
         facts |= {name: [row["concept"] if isinstance(row, dict) else row for row in rows]}
@@ -215,13 +215,6 @@ def _automatic(
         return auto(
             loaded, dict(zip(erase, replace, strict=True)), preserve=preserve, on_progress=stage, **settings
         )  # fmt: skip
-
-
-def _token_names(told: Any) -> list[str]:
-    """Return the tokens that a report says move; a file may say anything there."""
-    rows = told.values() if isinstance(told, dict) else ()
-    found = [name for row in rows if isinstance(row, list) for name in row]
-    return [name.removesuffix("</w>") for name in found if isinstance(name, str)]
 
 
 def _less(change: "Change", concepts: Sequence[str], loaded: Any) -> "Change":

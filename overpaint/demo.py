@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from overpaint import edit, evaluate, features, probes, questions, report, trace
-from overpaint.edit import Change
+from overpaint.edit import Change, words
 from overpaint.features import Judge
 from overpaint.model import TextToImage
 from overpaint.probes import Probe
@@ -237,9 +237,7 @@ def _run_facts(
 
 def _edit_facts(change: Change) -> str:
     solved, asked = change.report, change.protocol
-    moved = [
-        name.removesuffix("</w>") for found in solved.get("tokens", {}).values() for name in found
-    ]
+    moved = words.moved(solved)
     rows = f"the tokens {', '.join(moved)}, which nothing else that is looked after holds"
     if not asked["terms"]:
         return rows

@@ -105,6 +105,25 @@ def test_edit_updates_takes_out_dials_and_cuts(run, tiny_folder, tmp_path):
         assert edited.encode(["a cat"]).equal(model.encode(["a cat"]))
 
 
+def test_an_automatic_edit_names_the_words_whose_rows_move(run, tiny_folder, tmp_path):
+    out = tmp_path / "a.safetensors"
+    code, told, err = run(
+        "edit",
+        tiny_folder,
+        "--erase",
+        "fish",
+        "--replace",
+        "bird",
+        "--auto",
+        "--out",
+        out,
+        "--json",
+    )
+    assert (code, err) == (0, "")
+    facts = json.loads(told)
+    assert (facts["site"], facts["tokens"]) == ("text.token_embedding", ["fish"])
+
+
 def test_trace_saves_what_report_draws(run, tiny_folder, tmp_path):
     code, out, _ = run(
         "trace", tiny_folder, "--features-only", "--limit", 1, "--out", tmp_path, "--json"
