@@ -15,7 +15,6 @@ fluent-emoji-high-contrast, circle-flags MIT; logos CC0-1.0.
 import hashlib
 import io
 import json
-import subprocess
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from overpaint.errors import MissingExtra
+from overpaint.train import programs
 
 __all__ = [
     "ACTIONS",
@@ -189,14 +189,7 @@ def fetch(folder: Path) -> dict[str, dict]:
     for name, (version, digest) in PACKAGES.items():
         archive = folder / f"iconify-json-{name}-{version}.tgz"
         if not archive.exists():
-            command = [
-                "npm",
-                "pack",
-                "--silent",
-                "--ignore-scripts",
-                f"@iconify-json/{name}@{version}",
-            ]
-            _run(command, folder, f"@iconify-json/{name}@{version}")
+            _pack(f"@iconify-json/{name}@{version}", archive)
         data = archive.read_bytes()
         found = hashlib.sha256(data).hexdigest()
         if found != digest:
@@ -210,20 +203,15 @@ def fetch(folder: Path) -> dict[str, dict]:
     return sets
 
 
-def _run(command: list[str], folder: Path, what: str) -> None:
-    try:
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            "the artwork comes from npm, which is not installed: install Node.js, or put the archives into "
-            f"{str(folder)!r} yourself."
-        ) from error
-    except subprocess.CalledProcessError as error:
-        reason = (error.stderr or "").strip().splitlines()
-        raise OSError(
-            f"npm could not fetch {what} ({reason[-1] if reason else 'no reason given'}): check the connection and the "
-            "registry that npm is set to."
-        ) from error
+def _pack(package: str, archive: Path) -> None:
+    programs.run(
+        ["npm", "pack", "--silent", "--ignore-scripts", package],
+        archive.parent,
+        absent="the artwork comes from npm, which is not installed: install Node.js, or put the archives into "
+        f"{str(archive.parent)!r} yourself.",
+        failed=f"npm could not fetch {package}",
+        remedy="check the connection and the registry that npm is set to.",
+    )
 
 
 class World:

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from overpaint.errors import MissingExtra
+from overpaint.train import programs
 
 __all__ = ["HELD_OUT", "PACKAGES", "TRAINING", "VALIDATION", "fetch", "locate", "read", "read_all"]
 
@@ -204,16 +205,11 @@ def _installed(name: str) -> str:
 
 
 def _run(command: list[str], folder: Path, what: str) -> None:
-    try:
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"the photographs of {what} come from Debian, and {command[0]} is not installed: unpack the package into "
-            f"{str(folder / what)!r} yourself."
-        ) from error
-    except subprocess.CalledProcessError as error:
-        reason = (error.stderr or "").strip().splitlines()
-        raise OSError(
-            f"{command[0]} could not fetch or unpack {what} ({reason[-1] if reason else 'no reason given'}): check the "
-            f"connection and Debian's sources, or unpack the package into {str(folder / what)!r} yourself."
-        ) from error
+    by_hand = f"unpack the package into {str(folder / what)!r} yourself."
+    programs.run(
+        command,
+        folder,
+        absent=f"the photographs of {what} come from Debian, and {command[0]} is not installed: {by_hand}",
+        failed=f"{command[0]} could not fetch or unpack {what}",
+        remedy=f"check the connection and Debian's sources, or {by_hand}",
+    )
