@@ -10,7 +10,7 @@ import pytest
 import overpaint as op
 from overpaint import hooks
 from overpaint.edit.weights import fingerprint
-from overpaint.studio import Studio, work
+from overpaint.studio import Studio, pages, work
 from overpaint.studio.collateral import collateral
 from overpaint.studio.private import private
 from overpaint.studio.session import Bench, Coat, Session
@@ -446,6 +446,17 @@ def test_the_forecast_of_other_weights_says_why_there_is_none(tiny_sd1):
     found = collateral(tiny_sd1, op.edit.uce(tiny_sd1, {"blob style": "noto style"}))
     assert found.drifts == ()
     assert found.reason == "it moves the UNet"
+
+
+def test_a_forecast_of_nothing_is_a_sentence_and_no_table(tiny_sd1):
+    settings = {"contexts": 8, "background": 8, "vocabulary": ["a dog"]}
+    pairs = {"blob style": "noto style"}
+    rows = op.edit.auto(tiny_sd1, pairs, **settings)
+    layer = op.edit.auto(tiny_sd1, pairs, **settings, tokens=False)
+    still, moving = (collateral(tiny_sd1, c, vocabulary=["a dog", "a cat"]) for c in (rows, layer))
+    assert "None of the 2 other concepts moves" in pages.forecast(still)
+    assert "<table" not in pages.forecast(still)
+    assert "<table" in pages.forecast(moving)
 
 
 @pytest.mark.parametrize(
