@@ -255,3 +255,22 @@ def test_without_npm_the_message_says_so(tmp_path: Path, monkeypatch: pytest.Mon
         match=r"npm could not fetch @iconify-json/twemoji\S* \(no such host\): check the connection",
     ):
         icon_world.fetch(tmp_path)
+
+
+def test_half_an_archive_is_not_left_for_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (version, _), folder = icon_world.PACKAGES["twemoji"], tmp_path / "artwork"
+    archive = folder / f"iconify-json-twemoji-{version}.tgz"
+    npm = tmp_path / "npm"
+    npm.write_text(f"#!/bin/sh\necho half > {archive.name}\nexit 1\n")
+    npm.chmod(0o755)
+    with pytest.raises(OSError, match=r"npm could not fetch .* \(no reason given\)"):
+        icon_world.fetch(folder)
+    assert list(folder.iterdir()) == []
+    npm.write_text(f"#!/bin/sh\necho whole > {archive.name}\n")
+    with pytest.raises(ValueError, match=r"has SHA-256 .* expected"):
+        icon_world.fetch(folder)
+    assert list(folder.iterdir()) == [archive]
+    assert archive.read_text() == "whole\n"

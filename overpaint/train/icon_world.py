@@ -15,6 +15,8 @@ fluent-emoji-high-contrast, circle-flags MIT; logos CC0-1.0.
 import hashlib
 import io
 import json
+import os
+import shutil
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -204,14 +206,21 @@ def fetch(folder: Path) -> dict[str, dict]:
 
 
 def _pack(package: str, archive: Path) -> None:
-    programs.run(
-        ["npm", "pack", "--silent", "--ignore-scripts", package],
-        archive.parent,
-        absent="the artwork comes from npm, which is not installed: install Node.js, or put the archives into "
-        f"{str(archive.parent)!r} yourself.",
-        failed=f"npm could not fetch {package}",
-        remedy="check the connection and the registry that npm is set to.",
-    )
+    """Have npm write the archive of `package` into a folder beside, and move it to its place."""
+    beside = archive.with_name(f"{archive.name}.partial")
+    beside.mkdir(exist_ok=True)
+    try:
+        programs.run(
+            ["npm", "pack", "--silent", "--ignore-scripts", package],
+            beside,
+            absent="the artwork comes from npm, which is not installed: install Node.js, or put the archives into "
+            f"{str(archive.parent)!r} yourself.",
+            failed=f"npm could not fetch {package}",
+            remedy="check the connection and the registry that npm is set to.",
+        )
+        os.replace(beside / archive.name, archive)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 class World:
