@@ -456,7 +456,7 @@ def _check_place(
 ) -> None:
     """Refuse what the layer would refuse, also where the token embedding does it all."""
     if layer != "auto":
-        Reader.of(model, layer)  # type: ignore[arg-type]
+        weight_at(model, f"text.{layer}.self_attn.out_proj")
     if ridge != "auto" and not (isinstance(ridge, int | float) and 0 < ridge < math.inf):
         raise ValueError(f"`ridge` must be 'auto' or positive and finite, got {ridge!r}.")
     plan(model, dict(pairs), ["{}"], "subject_to_end")
