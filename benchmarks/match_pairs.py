@@ -1,6 +1,7 @@
 """The pairs that `quality_match` measures on: none of their photographs was trained on.
 
-Synthetic ones are warped photographs, 256x256 pixels, as they are or corrupted; scenes have a truth of their own.
+Synthetic ones are warped photographs, 256x256 pixels, as they are or corrupted; scenes have a truth of their own. No
+two sets share their draws, but for a corrupted one, whose pairs are those of the set that it is a copy of.
 """
 
 import io
@@ -15,17 +16,26 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from overpaint.match import flow as fields
-from overpaint.train import photographs, warps
+from overpaint.train import photographs, scenes, warps
 
-__all__ = ["SCENES", "Case", "case"]
+__all__ = ["CORRUPTIONS", "FAMILIES", "SCENES", "SIZE", "Case", "case"]
 
+SIZE = 256  # of a synthetic pair, in pixels
+CORRUPTIONS = ("noise", "blur", "jpeg")
+FAMILIES = {
+    "training": ("homography", "affine", "thin plate"),
+    "tests": ("B-spline", "lens", "homography of a B-spline"),
+}
 SCENES = {"graf13": 1, "graf31": 1, "motorcycle": 1, "aloe": 1, "chessboards": 13}
 BOARDS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14)
 
 
 @dataclass(frozen=True)
 class Case:
-    """Two pictures (3, H, W), the flow (2, H, W) and where it is valid (H, W); or at points (N, 2): (2, 1, N)."""
+    """Two pictures (3, H, W), the flow (2, H, W) and where it is valid (H, W); or at points (N, 2): (2, 1, N).
+
+    `family` is that of the warp, where the warp is of one family and nothing else.
+    """
 
     source: Tensor
     target: Tensor
@@ -33,6 +43,7 @@ class Case:
     valid: Tensor
     photo: str
     points: Tensor | None = None
+    family: str = ""
 
 
 def case(name: str, index: int, folder: Path) -> Case:
@@ -41,12 +52,34 @@ def case(name: str, index: int, folder: Path) -> Case:
         return scene(name, index, folder)
     kind, _, corruption = name.partition(" + ")
     photo = photographs.HELD_OUT[index % len(photographs.HELD_OUT)]
-    made = warps.pair(photographs.read(photo, folder), 10_000 + index, kind)
+    picture = photographs.read(photo, folder)
+    seed = 100_000 * (1 + warps.KINDS.index(kind)) + index
+    made = warps.pair(picture, seed, kind, size=SIZE)
     source, target = made.source[0], made.target[0]
     if corruption:
-        rng = np.random.default_rng(index)
+        rng = np.random.default_rng((seed, CORRUPTIONS.index(corruption)))
         source, target = (corrupted(x, corruption, rng) for x in (source, target))
-    return Case(source, target, made.flow[0], made.valid[0, 0], photo)
+    drawn = family(picture, seed, kind, made.flow[0])
+    return Case(source, target, made.flow[0], made.valid[0, 0], photo, family=drawn)
+
+
+def family(picture: Tensor, seed: int, kind: str, flow: Tensor) -> str:
+    """Return the family that `warps.pair` drew `flow` from; empty if layers, patches or a shift came on top.
+
+    The draws are made once more up to the first warp, which is then compared with the flow.
+    """
+    names = FAMILIES["training" if kind == "training" else "tests"]
+    draws = (
+        (warps._homography, warps._affine, warps._thin_plate)
+        if kind == "training"
+        else (warps._spline, warps._lens, warps._composed)
+    )
+    generator = torch.Generator().manual_seed(seed)
+    warps._scene(scenes.canvas(picture, 2 * SIZE, generator), kind, generator)
+    grid = warps._places(SIZE)
+    drawn = int(scenes.uniform(generator, 0, len(names)))
+    first = (draws[drawn](grid, generator) - grid) * (SIZE / 2)
+    return names[drawn] if torch.equal(first.permute(2, 0, 1).float(), flow) else ""
 
 
 def corrupted(image: Tensor, kind: str, rng: np.random.Generator) -> Tensor:
