@@ -3,33 +3,37 @@
     python benchmarks/quality_match.py [--quick] [--json] [--pairs N] [--matcher FOLDER]
                                        [--control FOLDER ...] [--seed-folder FOLDER ...]
 
-Test pairs, none of whose photographs was trained on: four synthetic sets of 256x256 pixels (plain, textureless,
+Test pairs, none of whose seven photographs was trained on: four synthetic sets of 256x256 pixels (plain, textureless,
 repetitive, large), warped by other families than in training; layered ones and ones of the training's own families
 beside; the four again under noise, blur and JPEG (severity 3 of ImageNet-C, on both pictures); graf1 and graf3 both
 ways; motorcycle and aloe (depth edges); the corners of 13 pairs of chessboards (cv2.findChessboardCorners).
 
 Asked of each method: the mean distance from the truth (AEPE, pixels) and the share of places within 1 and 5 pixels
 (PCK), where the truth lies in the source and only there; the difference to ours in the same pairs. Intervals are 95 %
-bootstrap over photographs, with all of their pairs, since pairs of one photograph are not independent. Then: fewer
-steps, fewer hypotheses, no fine stage; controls (the same network trained to answer once) and other training seeds from
-the folders given; whether the spread knows the error (Spearman, AUSE; the cycle error of the initial flow beside);
-seconds and peak resident memory of a match at 512x512 in a process of its own.
+bootstrap over photographs, with all of their pairs, since pairs of one photograph are not independent; over so few
+photographs they are wide. Then: the error by family of warps; fewer steps, fewer hypotheses, no fine stage; controls
+(the same network trained to answer once) and other training seeds from the folders given; whether the spread knows the
+error (Spearman, AUSE; the cycle error of the initial flow beside); seconds and peak resident memory of a match at
+512x512 in a process of its own.
 
-Baselines are as `match_baselines.py` says; of three median filters that with the lowest error of a set is taken, in the
+Baselines are as `match_baselines.py` says, the initial flow from pictures of 256x256, as the matcher sees them, and of
+512x512, which suits the larger scenes; of three median filters that with the lowest error of a set is taken, in the
 baseline's favour.
 
-Takes some 25 minutes with the default pairs on two free cores (two processes of one thread each): about 8 core-seconds
-a pair with all ablations, 5 without; each `--seed-folder` 9 minutes more, each `--control` 3. Errors are kept pair by
-pair in `runs/quality_match`: stop it, start it again. Writes `benchmarks/results/quality_match.json`.
+Takes some 30 minutes with the default pairs on two free cores (two processes of one thread each): about 9 core-seconds
+a pair with all ablations, 6 without; each `--seed-folder` 9 minutes more, each `--control` 3. Errors are kept pair by
+pair in `runs/quality_match`, under the hashes of the code and weights that made them: stop it, start it again. Writes
+`benchmarks/results/quality_match.json`.
 """
 
 import argparse
-import hashlib
+import functools
 import json
 import math
 import multiprocessing
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -42,29 +46,32 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from match_baselines import Initial, dis, farneback, sift, zero
-from match_pairs import SCENES, Case, case
+from match_baselines import OFFSET, RATIO, Initial, dis, farneback, sift, zero
+from match_pairs import CORRUPTIONS, FAMILIES, SCENES, SIZE, Case, case
+from match_store import Origin, Store, card_of, code, fingerprint
 from torch import Tensor
 from torch.nn import functional as F
 
 from overpaint import zoo
 from overpaint.match import Matcher, dense
 from overpaint.metrics import Interval, bootstrap, matching, paired
-from overpaint.train import photographs
+from overpaint.train import card, photographs
 
-RESULTS = Path(__file__).parent / "results"
-VERSION = 1  # of the pairs and the measures; errors of another are not read
+HERE, PACKAGE = Path(__file__).parent, Path(photographs.__file__).parents[1]
+RESULTS = HERE / "results"
+VERSION = 2  # of `errors` and `measured` below; errors of another are not read
 GATED = ("plain", "textureless", "repetitive", "large")
 BESIDE = ("layered", "training")
-CORRUPTIONS = ("noise", "blur", "jpeg")
-
 OURS = "ours"
-MEDIANS = tuple(f"initial, median {k}" for k in (3, 5, 7))
+SIDES = {"initial": 256, "initial at 512": 512}
+MEDIANS = {"initial": (3, 5, 7), "initial at 512": (5, 7, 11)}  # kernels
 PLAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "zero": zero, "DIS medium": dis, "Farneback": farneback, "SIFT, interpolated": sift,
 }  # fmt: skip
-BASELINES = (*PLAIN, "initial", *MEDIANS, "initial, mutual")
-RIVALS = (*PLAIN, "initial", "initial, median", "initial, mutual")
+BASELINES = (*PLAIN, *(
+    f"{n}{f}" for n in SIDES for f in ("", ", mutual", *(f", median {k}" for k in MEDIANS[n]))
+))  # fmt: skip
+RIVALS = (*PLAIN, *(f"{n}{f}" for n in SIDES for f in ("", ", median", ", mutual")))
 # Settings of `dense`, and whether the fine stage runs.
 ABLATIONS: dict[str, tuple[dict[str, int], bool]] = {
     "5 steps, 1 hypothesis": ({"samples": 1, "steps": 5}, True),
@@ -109,12 +116,12 @@ LOADED: dict[str, Matcher] = {}  # by name; filled before the processes fork
 PHOTOS = Path("runs/photographs")
 
 
-def measured(job: Job) -> tuple[Job, str, dict[str, dict[str, float]]]:
-    """Return the pair's photograph and the errors of each method; runs in a process of its own."""
+def measured(job: Job) -> tuple[Job, Origin, dict[str, dict[str, float]]]:
+    """Return where the pair comes from and the errors of each method; runs in a process of its own."""
     torch.set_num_threads(1)
     pair = case(job.set, job.index, PHOTOS)
     ours = LOADED[OURS]
-    initial = Initial(ours, pair.source, pair.target)
+    initial = functools.cache(lambda side: Initial(ours, pair.source, pair.target, side))
     found: dict[str, dict[str, float]] = {}
     for name in job.methods:
         settings: dict[str, Any] = {"samples": 8, "steps": ours.config.steps}
@@ -128,61 +135,36 @@ def measured(job: Job) -> tuple[Job, str, dict[str, dict[str, float]]]:
         elif not matcher.config.diffusion:
             settings = {"samples": 1, "steps": 1}
         made = dense(pair.source, pair.target, matcher=matcher, **settings)
-        doubts = {"std": made.std, "cycle": initial.doubt()} if name == OURS else {}
+        doubts = {}
+        if name == OURS:
+            doubts = {"std": made.std, "cycle": initial(ours.config.image).doubt()}
         found[name] = errors(pair, made.flow, **doubts)
-    return job, pair.photo, found
+    return job, Origin(pair.photo, pair.family), found
 
 
-def baseline(name: str, initial: Initial, pair: Case) -> Tensor:
-    """Return a baseline's flow."""
+def baseline(name: str, initial: Callable[[int], Initial], pair: Case) -> Tensor:
+    """Return a baseline's flow; `initial` makes the initial flow from pictures of a side."""
     if name in PLAIN:
         return PLAIN[name](pair.source, pair.target)
-    if name in MEDIANS:
-        return initial.median(int(name[-1]))
-    return initial.mutual() if name == "initial, mutual" else initial.flow()
+    flow, _, filtered = name.partition(", ")
+    found = initial(SIDES[flow])
+    if filtered.startswith("median"):
+        return found.median(int(filtered.split()[1]))
+    return found.mutual() if filtered else found.flow()
 
 
-class Store:
-    """Errors by set, method and pair, on disk from one run to the next."""
-
-    def __init__(self, folder: Path, prints: Mapping[str, str]) -> None:
-        self.folder, self.prints = folder, prints
-        self.rows: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
-        self.photos: dict[str, dict[int, str]] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def load(self, name: str, method: str) -> dict[int, dict[str, float]]:
-        """Return the known errors of a method on a set."""
-        key = (name, method)
-        if key not in self.rows:
-            self.rows[key] = {}
-            if (path := self._path(*key)).exists():
-                for index, (photo, row) in json.loads(path.read_text()).items():
-                    self.rows[key][int(index)] = row
-                    self.photos.setdefault(name, {})[int(index)] = photo
-        return self.rows[key]
-
-    def add(self, job: Job, photo: str, found: Mapping[str, dict[str, float]]) -> None:
-        """Keep a pair's errors, in memory and on disk."""
-        self.photos.setdefault(job.set, {})[job.index] = photo
-        for method, row in found.items():
-            self.load(job.set, method)[job.index] = row
-            told = {i: (self.photos[job.set][i], r) for i, r in self.rows[job.set, method].items()}
-            path = self._path(job.set, method)
-            beside = path.with_suffix(".part")
-            beside.write_text(json.dumps(told))
-            os.replace(beside, path)
-
-    def _path(self, name: str, method: str) -> Path:
-        plain = "".join(c if c.isalnum() else "-" for c in f"{name}--{method}")
-        own = "" if method in PLAIN else f"-{self.prints.get(method, self.prints[OURS])}"
-        return self.folder / f"{plain}{own}.json"
+def marks(prints: Mapping[str, str]) -> Callable[[str], str]:
+    """Return what names the code and weights behind a method's errors, of matchers of these fingerprints."""
+    own = HERE / "match_baselines.py"
+    parts = ("backbone", "conditions", "cost", "denoise", "dense", "flow", "matcher", "reading")
+    plain, matched = code(own), code(own, *(PACKAGE / "match" / f"{name}.py" for name in parts))
+    return lambda m: plain if m in PLAIN else f"{prints.get(m, prints[OURS])}-{matched}"
 
 
-def fingerprint(folder: Path) -> str:
-    """Return a short name for the matcher in a folder."""
-    parts = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
-    return hashlib.sha256(b"".join(p.read_bytes() for p in parts)).hexdigest()[:12]
+def pairs_code() -> str:
+    """Return a short name for the code that makes the pairs and measures a flow on them."""
+    parts = ("train/warps", "train/scenes", "train/photographs", "match/flow", "metrics/matching")
+    return code(HERE / "match_pairs.py", *(PACKAGE / f"{name}.py" for name in parts))
 
 
 def jobs(plan: Any, store: Store, extra: Sequence[str]) -> list[Job]:
@@ -211,9 +193,11 @@ class Found:
         self.store = store
 
     def column(self, name: str, method: str, figure: str = "aepe") -> list[float]:
-        """Return a figure of a set's pairs; of "initial, median" that of the best kernel. Empty where not measured."""
-        if method == "initial, median":
-            method = min(MEDIANS, key=lambda m: float(np.mean(self.column(name, m))))
+        """Return a figure of a set's pairs; of a "median" that of the best kernel. Empty where not measured."""
+        if method.endswith(", median"):
+            kernels = MEDIANS[method.partition(", ")[0]]
+            tried = [f"{method} {k}" for k in kernels]
+            method = min(tried, key=lambda m: float(np.mean(self.column(name, m))))
         rows = self.store.load(name, method)
         indices = range(self.sets.get(name, 0))
         if not all(i in rows for i in indices):
@@ -233,12 +217,28 @@ class Found:
         return paired(first, second, groups=self._groups(name))
 
     def _groups(self, name: str) -> list[str]:
-        return [self.store.photos[name][i] for i in range(self.sets[name])]
+        return [self.store.origins[name][i].photo for i in range(self.sets[name])]
 
     def _known(self, name: str, values: Sequence[float]) -> tuple[list[float], list[str] | None]:
         pairs = zip(values, self._groups(name), strict=True) if values else ()
         kept = [(v, g) for v, g in pairs if math.isfinite(v)]
         return [v for v, _ in kept], [g for _, g in kept] or None
+
+
+def by_family(found: Found) -> list[dict[str, Any]]:
+    """Return the errors by family of warps; "in layers" are the training's that are broken up after it."""
+    families = [("training", f, ("training",)) for f in (*FAMILIES["training"], "")]
+    families += [("tests", f, GATED[:3]) for f in FAMILIES["tests"]]
+    rows = []
+    for kind, family, sets in families:
+        pairs = [(n, i) for n in sets for i in range(found.sets.get(n, 0))]
+        pairs = [(n, i) for n, i in pairs if found.store.origins[n][i].family == family]
+        if pairs:
+            row = {"family": f"{kind}: {family or 'in layers'}", "pairs": len(pairs)}
+            for method in (*RIVALS, OURS):
+                row[method] = float(np.mean([found.column(n, method)[i] for n, i in pairs]))
+            rows.append(row)
+    return rows
 
 
 def tables(found: Found, extra: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
@@ -255,6 +255,7 @@ def tables(found: Found, extra: Sequence[str]) -> dict[str, list[dict[str, Any]]
     result["aepe, ours less a baseline"] = [
         {"method": m} | {n: found.less(n, OURS, m) for n in foreign} for m in RIVALS
     ]
+    result["aepe, by family of warps"] = by_family(found)
     for figure in ("aepe", "pck1", "pck5"):
         result[f"{figure}, scenes"] = [
             {"method": m} | {n: found.mean(n, m, figure).mean for n in scenes}
@@ -329,7 +330,7 @@ def figures(found: Found) -> dict[str, float]:
 COST = """
 import time, torch
 from overpaint.match import Matcher, dense
-torch.set_num_threads(2)
+torch.set_num_threads({threads})
 matcher = Matcher.load({folder!r})
 pictures = torch.rand(2, 3, 512, 512, generator=torch.Generator().manual_seed(0))
 seconds = []
@@ -342,10 +343,15 @@ print(sorted(seconds)[len(seconds) // 2], seconds[0], peak / 2**20)
 """
 
 
-def cost_of(folder: Path, runs: int) -> dict[str, float]:
-    """Return seconds of a match at 512x512, and the peak resident GiB of a process that does nothing else."""
-    code = COST.format(folder=str(folder), runs=runs)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+def cost_of(folder: Path, runs: int, threads: int) -> dict[str, float]:
+    """Return seconds of a match at 512x512, and the peak resident GiB of a process that does nothing else.
+
+    What that process says on stderr goes to this one's.
+    """
+    run = COST.format(folder=str(folder), runs=runs, threads=threads)
+    done = subprocess.run(
+        [sys.executable, "-c", run], stdout=subprocess.PIPE, text=True, check=True
+    )
     median, first, peak = (float(v) for v in done.stdout.split())
     return {"seconds_512": median, "seconds_512_first": first, "peak_gib_512": peak}
 
@@ -373,9 +379,10 @@ def bare(value: Any) -> Any:
 def sizes(plan: Any) -> dict[str, int]:
     """Return how many pairs of each set to measure."""
     if plan.quick:
-        return dict.fromkeys(GATED, 2) | {"plain + noise": 1, "graf13": 1, "graf31": 1}
-    some = max(plan.pairs // 4, 1)
-    result = dict.fromkeys(GATED, plan.pairs) | dict.fromkeys(BESIDE, 2 * some)
+        return dict.fromkeys((*GATED, "plain + noise", "graf13", "graf31"), 1)
+    pairs: int = plan.pairs
+    some = max(pairs // 4, 1)
+    result = dict.fromkeys(GATED, pairs) | dict.fromkeys(BESIDE, 2 * some)
     return result | {f"{n} + {c}": some for n in GATED for c in CORRUPTIONS} | SCENES
 
 
@@ -384,13 +391,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="two pairs a set, same code")
+    parser.add_argument("--quick", action="store_true", help="one pair a set, same code")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--pairs", type=int, default=60, help="of each of the four sets")
     parser.add_argument("--matcher", default="matcher", help="a folder, or the shipped one")
     parser.add_argument("--control", type=Path, action="append", default=[], help="a control's")
     parser.add_argument("--seed-folder", type=Path, action="append", default=[], help="another's")
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes of one thread, or threads for the timing"
+    )
     plan = parser.parse_args()
     start = time.perf_counter()
     torch.set_num_threads(1)  # before the processes fork
@@ -401,47 +410,65 @@ def main() -> None:
     folders |= {f"seed {p.parent.name}/{p.name}": p for p in plan.seed_folder}
     LOADED.update({name: Matcher.load(folder) for name, folder in folders.items()})
     photographs.fetch(PHOTOS, ("opencv-doc",))
+    told = protocol(plan, folders)
     prints = {name: fingerprint(folder) for name, folder in folders.items()}
     extra = [n for n in folders if n != OURS]
-    name = f"quick-{os.getpid()}" if plan.quick else f"v{VERSION}"
-    store = Store(Path("runs/quality_match") / name, prints)
-    measure(jobs(plan, store, extra), store, plan.workers, start)
-    found = Found(plan, store)
-    cost = cost_of(folders[OURS], 1 if plan.quick else 5)
-    result = figures(found) | cost | {"seconds": time.perf_counter() - start}
-    report(plan, tables(found, extra), {k: bare(v) for k, v in result.items()}, prints)
+    name = f"quick-{os.getpid()}" if plan.quick else f"v{VERSION}-{pairs_code()}"
+    store = Store(Path("runs/quality_match") / name, marks(prints))
+    try:
+        measure(jobs(plan, store, extra), store, plan.workers, start)
+        found = Found(plan, store)
+        cost = cost_of(folders[OURS], 1 if plan.quick else 5, plan.workers)
+        result = figures(found) | cost | {"seconds": time.perf_counter() - start}
+        report(plan, tables(found, extra), {k: bare(v) for k, v in result.items()}, told)
+    finally:
+        if plan.quick:
+            shutil.rmtree(store.folder)
 
 
 def measure(wanted: Sequence[Job], store: Store, workers: int, start: float) -> None:
     """Measure what is left, in processes that share the matchers, and keep it."""
     forked = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(workers, mp_context=forked) as pool:
-        for i, (job, photo, found) in enumerate(pool.map(measured, wanted), 1):
-            store.add(job, photo, found)
+        for i, (job, origin, found) in enumerate(pool.map(measured, wanted), 1):
+            store.add(job.set, job.index, origin, found)
             if i == len(wanted) or wanted[i].set != job.set:
                 took = time.perf_counter() - start
                 print(f"{job.set}: {i} of {len(wanted)} pairs, {took:.0f} s", flush=True)
+
+
+def protocol(plan: Any, folders: Mapping[str, Path]) -> dict[str, Any]:
+    """Return what the figures were made with."""
+    device = next(LOADED[OURS].coarse.parameters()).device
+    return {
+        "commit": card.commit() or "unknown",
+        "device": f"{device}, {os.cpu_count()} cores, {platform.machine()}",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cv2": cv2.__version__},
+        "matchers": {name: card_of(folder) for name, folder in folders.items()},
+        "sets": plan.sets, "size": SIZE, "samples": 8, "quick": plan.quick, "threads_512": plan.workers,
+        "interval": "95 % bootstrap over photographs",
+        "note": f"{len(photographs.HELD_OUT)} photographs, so intervals are wide",
+        "baselines": {"sift_ratio": RATIO, "initial_sides": SIDES, "initial_offset_cells": OFFSET},
+    }  # fmt: skip
 
 
 def report(
     plan: Any,
     made: Mapping[str, Sequence[Mapping[str, Any]]],
     result: Mapping[str, float],
-    prints: Mapping[str, str],
+    told: Mapping[str, Any],
 ) -> None:
-    """Print and write all tables and the flat figures."""
+    """Print and write all tables and the flat figures, with what they were made with."""
     for title, rows in made.items():
         print(markdown(rows, title))
-    protocol = {
-        "matchers": prints, "sets": plan.sets, "size": 256, "samples": 8, "quick": plan.quick,
-        "interval": "95 % bootstrap over photographs", "sift_ratio": 0.8,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cv2": cv2.__version__},
-    }  # fmt: skip
-    told = {t: [{k: bare(v) for k, v in row.items()} for row in rows] for t, rows in made.items()}
+    print(f"\n{told['note']}.")
+    rounded = {
+        t: [{k: bare(v) for k, v in row.items()} for row in rows] for t, rows in made.items()
+    }
     out = Path("runs/benchmarks") if plan.quick else RESULTS
     out.mkdir(parents=True, exist_ok=True)
     beside = out / ".quality_match.part"
-    text = json.dumps({"result": result, "tables": told, "protocol": protocol}, indent=1)
+    text = json.dumps({"result": result, "tables": rounded, "protocol": told}, indent=1)
     beside.write_text(text + "\n")
     os.replace(beside, out / "quality_match.json")
     if plan.json:
