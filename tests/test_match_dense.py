@@ -1,6 +1,7 @@
 """Matching two pictures: what comes out, of anything that goes in, and what is refused."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -369,6 +370,18 @@ def test_the_shipped_one_comes_back():
     found = match.dense(a, b, matcher=match.Matcher.load(), samples=4, cycle=True)
     assert found.consistency is not None
     assert found.consistency[found.inside].median() < 2
+
+
+@pytest.mark.skipif(not SHIPPED, reason="the matcher's weights are not there")
+def test_the_guide_tells_the_errors_of_the_card():
+    figures = json.loads((zoo.folder("matcher") / "card.json").read_text())["figures"]
+    names = ("coarse_given", "coarse_steps_5", "fine_steps_5")
+    given, coarse, fine = (f"{figures[name]:.1f}" for name in names)
+    guide = (Path(__file__).parent.parent / "docs" / "guides" / "match.md").read_text()
+    told = (
+        f"off by {given} pixels in the mean, the coarse flow by {coarse} and the fine one by {fine}"
+    )
+    assert told in " ".join(guide.split())
 
 
 def test_denoisers_start_at_nothing(matcher):
