@@ -1,6 +1,7 @@
 """Every Python block of the README and of docs/ runs, page by page from top to bottom."""
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -68,3 +69,19 @@ def test_every_listed_error_is_raised_somewhere():
     rows = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE)
     assert len(rows) > 20
     assert [row for row in rows if row not in joined] == []
+
+
+def last_table():
+    """Return the last part of the benchmarks' README: a line a script of what it found last."""
+    rows = []
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        found = json.loads(path.read_text())
+        found = found.get("result") or found.get("figures") or found
+        told = (f"{k} {v:.4g}" for k, v in found.items() if isinstance(v, int | float))
+        rows.append(f"| `{path.stem}` | {', '.join(told)} |\n")
+    return "| benchmark | figures of the last full run |\n|---|---|\n" + "".join(rows)
+
+
+def test_the_readme_of_the_benchmarks_shows_what_they_found_last():
+    shown = (ROOT / "benchmarks" / "README.md").read_text()
+    assert shown.endswith(last_table()), f"let it end with:\n{last_table()}"
