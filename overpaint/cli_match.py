@@ -21,6 +21,9 @@ def match(
     ),
     samples: Annotated[int, typer.Option(help="Hypotheses; from 2 on, their spread is told.")] = 8,
     steps: Annotated[int, typer.Option(help="Of denoising, for each hypothesis.")] = 5,
+    refine: Annotated[
+        bool, typer.Option(help="Add what the matcher's cells are too coarse for, by optical flow.")
+    ] = True,
     cycle: Annotated[
         bool, typer.Option("--cycle", help="Match both ways, and tell by how much that misses.")
     ] = False,
@@ -42,6 +45,7 @@ def match(
     with progress(as_json) as stage:
         found = dense(
             image_a, image_b, matcher=matcher, samples=samples, steps=steps, seed=seed, cycle=cycle,
+            refine=refine,
             on_progress=lambda done, total: stage(done, total, "matching"),
         )  # fmt: skip
     written = views.save(found, image_b, out, theme=DARK if dark else LIGHT)

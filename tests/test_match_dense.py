@@ -81,7 +81,7 @@ def test_the_flow_is_on_b_and_points_into_a(matcher):
 def test_sizes_may_differ_and_each_picture_counts_its_own_pixels(matcher):
     a = texture(128, 128)
     b = F.interpolate(a[None], (64, 96), mode="bilinear", antialias=True)[0]
-    found = match.dense(a, b, matcher=matcher, samples=1)
+    found = match.dense(a, b, matcher=matcher, samples=1, refine=False)
     assert found.flow.shape == (2, 64, 96)
     assert found.std.shape == found.inside.shape == (64, 96)
     assert found.warped.shape == (3, 64, 96)
@@ -173,7 +173,7 @@ def test_the_spread_is_that_of_both_stages_in_pixels(rough):
     from overpaint.match import denoise
 
     a, b = texture(128, 128), texture(128, 128, seed=1)
-    found = match.dense(a, b, matcher=rough, samples=4)
+    found = match.dense(a, b, matcher=rough, samples=4, refine=False)
     config, generator = rough.config, torch.Generator().manual_seed(0)
     told = denoise.coarse_conditions(rough.backbone, config, a[None], b[None])
     coarse = denoise.sample(rough.coarse, told, samples=4, generator=generator)
@@ -232,7 +232,9 @@ def test_a_matcher_survives_its_folder(rough, tmp_path):
     again = match.Matcher.load(tmp_path / "m")
     assert again.config == rough.config
     a, b = texture(64, 64), texture(64, 64, seed=1)
-    one, two = (match.dense(a, b, matcher=m, samples=1) for m in (rough, tmp_path / "m"))
+    one, two = (
+        match.dense(a, b, matcher=m, samples=1, refine=False) for m in (rough, tmp_path / "m")
+    )
     assert (one.flow - two.flow).abs().mean() < 0.05  # half precision
     assert two.protocol["matcher"] == str(tmp_path / "m")
     for name, tensor in rough.backbone.state_dict().items():
@@ -345,9 +347,6 @@ def test_arguments_out_of_range_are_refused(matcher):
 
 
 @pytest.mark.skipif(not SHIPPED, reason="the matcher's weights are not there")
-@pytest.mark.xfail(
-    strict=True, reason="the first matcher that ships moves an unmoved picture by 0.6 px"
-)
 def test_the_shipped_one_leaves_a_picture_where_it_is():
     a = texture(320, 320)[:, 32:288, 32:288]
     same = match.dense(a, a, matcher=match.Matcher.load(), samples=4)

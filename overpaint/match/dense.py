@@ -2,7 +2,7 @@ r"""Match two pictures: where each place of one lies in the other, and how sure 
 
 Source: Nam et al., 2024 (DiffMatch), https://arxiv.org/abs/2305.19094, sections 4.4 to 4.6.
 Deviations: the uncertainty, which the paper shows in a figure only; starting again from the mean (`reinit`), of the
-paper's first version.
+paper's first version; the refinement (`refine`).
 """
 
 from collections.abc import Callable
@@ -19,9 +19,11 @@ from overpaint.match.conditions import Conditions, Features, coarse_of, describe
 from overpaint.match.denoise import Denoiser, sample
 from overpaint.match.matcher import Matcher
 from overpaint.match.reading import picture
+from overpaint.match.refine import refined
 
 __all__ = ["Match", "dense"]
 
+_WORK = 1024  # pixels of the longer side that a flow is refined at
 _ROWS = 256  # of a picture at a time, so that large ones fit into memory
 
 
@@ -56,6 +58,7 @@ def dense(
     steps: int = 5,
     seed: int = 0,
     reinit: int = 0,
+    refine: bool = True,
     cycle: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Match:
@@ -63,13 +66,15 @@ def dense(
 
     Args:
         image_a: The source: a path, a PIL image, an array (H, W, C) or a tensor (C, H, W); grey, RGB or RGBA, floats
-            in [0, 1] or bytes, up to 60 megapixels.
+            in [0, 1], bytes or 16-bit integers, up to 60 megapixels.
         image_b: The target; its size may be another.
         matcher: A matcher, on whatever device, its folder, or the name of the one that ships.
         samples: Hypotheses whose mean is the flow; from 2 on their spread says how sure it is.
         steps: Of denoising, at most what the matcher was trained for.
         seed: Of the noise that the hypotheses start from.
         reinit: How often the coarse flow is sought again around the mean of its hypotheses.
+        refine: Whether optical flow adds what the matcher's cells are too coarse for, on pictures of up to 1,024 pixels
+            a side.
         cycle: Whether to match both ways, and tell by how much there-and-back misses. Takes twice as long.
         on_progress: Called after each stage with the stages done and the stages in all.
 
@@ -92,24 +97,25 @@ def dense(
         describe(found.backbone, found.config, _shrink(x, found.config.image).to(device))
         for x in (source, target)
     )
+    small = (_reduced(source), _reduced(target)) if refine and not flat else None
     del target  # a large picture's bytes may be needed
     ways = [(a, b), (b, a)] if cycle else [(a, b)]
     step = _Steps(on_progress, (1 + reinit + (found.fine is not None)) * len(ways))
     fine = [_search(found, s, t, samples, steps, seed, reinit, step) for s, t in ways]
     corners = found.config.align_corners
-    flow = _full(fine[0][0], size_a, size_b, corners)
+    flow = _flow(fine[0][0], size_a, size_b, corners, small)
     std = _deviation(fine[0][1], size_a, size_b, corners)
     if flat:
         std.clamp_(min=_anywhere(size_a))
     missed = None
     if cycle:
-        back = _full(fine[1][0], size_b, size_a, corners)
+        back = _flow(fine[1][0], size_b, size_a, corners, small and (small[1], small[0]))
         missed = fields.consistency(flow, back)[0, 0]
     warped, inside = _seen(source, flow)
     protocol = {
         "matcher": "given" if isinstance(matcher, Matcher) else str(matcher),
         "source": size_a, "target": size_b,
-        "samples": samples, "steps": steps, "seed": seed, "reinit": reinit,
+        "samples": samples, "steps": steps, "seed": seed, "reinit": reinit, "refine": refine,
     }  # fmt: skip
     return Match(flow[0], std, warped, inside, missed, protocol)
 
@@ -156,6 +162,35 @@ def _search(
     return fine.cpu(), (more + _grow(variance, (fine.shape[2], fine.shape[3]))).cpu()
 
 
+def _flow(
+    flow: Tensor,
+    source: tuple[int, int],
+    target: tuple[int, int],
+    corners: bool,
+    pictures: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Bring a flow over its side to full size, (1, 2, H, W), by way of `pictures` (source, target) where given."""
+    if pictures is None:
+        return _full(flow, source, target, corners)
+    first, second = ((x.shape[2], x.shape[3]) for x in pictures)
+    near = refined(*pictures, _full(flow, first, second, corners))
+    return (
+        near
+        if (first, second) == (source, target)
+        else _full(_shares(near, first), source, target, False)
+    )
+
+
+def _shares(flow: Tensor, source: tuple[int, int]) -> Tensor:
+    """Undo what `_full` does, on the grid that the flow is on."""
+    h, w = flow.shape[2:]
+    places = (2 * fields.to_mapping(flow) + 1) / flow.new_tensor([source[1], source[0]]).view(
+        1, 2, 1, 1
+    )
+    own = (2 * fields.pixel_grid(h, w) + 1) / flow.new_tensor([w, h]).view(1, 2, 1, 1)
+    return (places - own) / 2
+
+
 def _full(flow: Tensor, source: tuple[int, int], target: tuple[int, int], corners: bool) -> Tensor:
     """Bring a flow over its side to the target's grid and the source's pixels, (1, 2, H, W)."""
     shares = _grow(flow, target, corners)
@@ -178,6 +213,17 @@ def _deviation(
 
 def _grow(values: Tensor, size: tuple[int, int], corners: bool = False) -> Tensor:
     return F.interpolate(values, size, mode="bilinear", align_corners=corners)
+
+
+def _reduced(image: Tensor) -> Tensor:
+    """Return the picture, its longer side at most 1,024 pixels."""
+    h, w = image.shape[2:]
+    factor = _WORK / max(h, w)
+    if factor >= 1:
+        return image
+    size = (max(1, round(h * factor)), max(1, round(w * factor)))
+    small = F.interpolate(image, size, mode="bilinear", antialias=True, align_corners=False)
+    return small.clamp_(0, 1)
 
 
 def _shrink(image: Tensor, side: int) -> Tensor:
