@@ -11,17 +11,17 @@ ways; motorcycle and aloe (depth edges); the corners of 13 pairs of chessboards 
 Asked of each method: the mean distance from the truth (AEPE, pixels) and the share of places within 1 and 5 pixels
 (PCK), where the truth lies in the source and only there; the difference to ours in the same pairs. Intervals are 95 %
 bootstrap over photographs, with all of their pairs, since pairs of one photograph are not independent; over so few
-photographs they are wide. Then: the error by family of warps; fewer steps, fewer hypotheses, no fine stage; controls
-(the same network trained to answer once) and other training seeds from the folders given; whether the spread knows the
-error (Spearman, AUSE; the cycle error of the initial flow beside); seconds and peak resident memory of a match at
-512x512 in a process of its own.
+photographs they are wide. Then: the error by family of warps; no refinement by optical flow, and without it fewer
+steps, fewer hypotheses, no fine stage, controls (the same network trained to answer once) and other training seeds from
+the folders given; whether the spread knows the error (Spearman, AUSE; the cycle error of the initial flow beside);
+seconds and peak resident memory of a match at 512x512 in a process of its own.
 
 Baselines are as `match_baselines.py` says, the initial flow from pictures of 256x256, as the matcher sees them, and of
-512x512, which suits the larger scenes; of three median filters that with the lowest error of a set is taken, in the
-baseline's favour.
+512x512, which suits the larger scenes, three of them refined by optical flow as ours is; of three median filters that
+with the lowest error of a set is taken, in the baseline's favour.
 
 Takes some 30 minutes with the default pairs on two free cores (two processes of one thread each): about 9 core-seconds
-a pair with all ablations, 6 without; each `--seed-folder` 9 minutes more, each `--control` 3. Errors are kept pair by
+a pair with all ablations, 6 without; each `--seed-folder` 18 minutes more, each `--control` 6. Errors are kept pair by
 pair in `runs/quality_match`, under the hashes of the code and weights that made them: stop it, start it again. Writes
 `benchmarks/results/quality_match.json`.
 """
@@ -54,12 +54,13 @@ from torch.nn import functional as F
 
 from overpaint import zoo
 from overpaint.match import Matcher, dense
+from overpaint.match.refine import refined
 from overpaint.metrics import Interval, bootstrap, matching, paired
 from overpaint.train import card, photographs
 
 HERE, PACKAGE = Path(__file__).parent, Path(photographs.__file__).parents[1]
 RESULTS = HERE / "results"
-VERSION = 2  # of `errors` and `measured` below; errors of another are not read
+VERSION = 3  # of `errors` and `measured` below; errors of another are not read
 GATED = ("plain", "textureless", "repetitive", "large")
 BESIDE = ("layered", "training")
 OURS = "ours"
@@ -68,20 +69,22 @@ MEDIANS = {"initial": (3, 5, 7), "initial at 512": (5, 7, 11)}  # kernels
 PLAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "zero": zero, "DIS medium": dis, "Farneback": farneback, "SIFT, interpolated": sift,
 }  # fmt: skip
+REFINED = tuple(  # as ours is
+    f"{n}, refined" for n in ("SIFT, interpolated", "initial, mutual", "initial at 512, mutual")
+)
 BASELINES = (*PLAIN, *(
     f"{n}{f}" for n in SIDES for f in ("", ", mutual", *(f", median {k}" for k in MEDIANS[n]))
-))  # fmt: skip
-RIVALS = (*PLAIN, *(f"{n}{f}" for n in SIDES for f in ("", ", median", ", mutual")))
+), *REFINED)  # fmt: skip
+RIVALS = (*PLAIN, *(f"{n}{f}" for n in SIDES for f in ("", ", median", ", mutual")), *REFINED)
+RAW = "no refinement"
 # Settings of `dense`, and whether the fine stage runs.
-ABLATIONS: dict[str, tuple[dict[str, int], bool]] = {
-    "5 steps, 1 hypothesis": ({"samples": 1, "steps": 5}, True),
-    "1 step, 1 hypothesis": ({"samples": 1, "steps": 1}, True),
+ABLATIONS: dict[str, tuple[dict[str, Any], bool]] = {
+    RAW: ({"samples": 8, "steps": 5, "refine": False}, True),
+    f"5 steps, 1 hypothesis, {RAW}": ({"samples": 1, "steps": 5, "refine": False}, True),
+    f"1 step, 1 hypothesis, {RAW}": ({"samples": 1, "steps": 1, "refine": False}, True),
+    f"no fine stage, {RAW}": ({"samples": 8, "steps": 5, "refine": False}, False),
     "no fine stage": ({"samples": 8, "steps": 5}, False),
-    "no fine stage, 1 step, 1 hypothesis": ({"samples": 1, "steps": 1}, False),
 }
-
-
-# --- the errors -------------------------------------------------------------------------------------------------------
 
 
 def errors(case: Case, flow: Tensor, **doubts: Tensor) -> dict[str, float]:
@@ -134,6 +137,8 @@ def measured(job: Job) -> tuple[Job, Origin, dict[str, dict[str, float]]]:
             matcher = ours if fine else replace(ours, fine=None)
         elif not matcher.config.diffusion:
             settings = {"samples": 1, "steps": 1}
+        if name.endswith(RAW):
+            settings = settings | {"refine": False}
         made = dense(pair.source, pair.target, matcher=matcher, **settings)
         doubts = {}
         if name == OURS:
@@ -144,10 +149,13 @@ def measured(job: Job) -> tuple[Job, Origin, dict[str, dict[str, float]]]:
 
 def baseline(name: str, initial: Callable[[int], Initial], pair: Case) -> Tensor:
     """Return a baseline's flow; `initial` makes the initial flow from pictures of a side."""
+    if name in REFINED:
+        flow = baseline(name.removesuffix(", refined"), initial, pair)
+        return refined(pair.source[None], pair.target[None], flow[None])[0]
     if name in PLAIN:
         return PLAIN[name](pair.source, pair.target)
-    flow, _, filtered = name.partition(", ")
-    found = initial(SIDES[flow])
+    start, _, filtered = name.partition(", ")
+    found = initial(SIDES[start])
     if filtered.startswith("median"):
         return found.median(int(filtered.split()[1]))
     return found.mutual() if filtered else found.flow()
@@ -156,7 +164,17 @@ def baseline(name: str, initial: Callable[[int], Initial], pair: Case) -> Tensor
 def marks(prints: Mapping[str, str]) -> Callable[[str], str]:
     """Return what names the code and weights behind a method's errors, of matchers of these fingerprints."""
     own = HERE / "match_baselines.py"
-    parts = ("backbone", "conditions", "cost", "denoise", "dense", "flow", "matcher", "reading")
+    parts = (
+        "backbone",
+        "conditions",
+        "cost",
+        "denoise",
+        "dense",
+        "flow",
+        "matcher",
+        "reading",
+        "refine",
+    )
     plain, matched = code(own), code(own, *(PACKAGE / "match" / f"{name}.py" for name in parts))
     return lambda m: plain if m in PLAIN else f"{prints.get(m, prints[OURS])}-{matched}"
 
@@ -180,9 +198,6 @@ def jobs(plan: Any, store: Store, extra: Sequence[str]) -> list[Job]:
             if missing:
                 wanted.append(Job(name, index, missing))
     return wanted
-
-
-# --- the tables -------------------------------------------------------------------------------------------------------
 
 
 class Found:
@@ -272,10 +287,11 @@ def tables(found: Found, extra: Sequence[str]) -> dict[str, list[dict[str, Any]]
     result["aepe, ablations"] = [
         {"method": m} | {n: found.mean(n, m).mean for n in asked} for m in (OURS, *names)
     ]
-    result["aepe, an ablation less ours"] = [
-        {"method": m} | {n: found.less(n, m, OURS) for n in gated} for m in names
-    ]
-    seeds = [n for n in extra if n.startswith("seed")]
+    result["aepe, an ablation less ours, both refined or neither"] = [
+        {"method": m} | {n: found.less(n, m, RAW if m.endswith(RAW) and m != RAW else OURS) for n in gated}
+        for m in names
+    ]  # fmt: skip
+    seeds = [n for n in extra if n.startswith("seed") and not n.endswith(RAW)]
     if seeds:
         result["aepe, training seeds"] = [
             {"set": n} | {"seeds": 1 + len(seeds)}
@@ -330,6 +346,7 @@ def figures(found: Found) -> dict[str, float]:
 COST = """
 import time, torch
 from overpaint.match import Matcher, dense
+from overpaint.match.refine import refined
 torch.set_num_threads({threads})
 matcher = Matcher.load({folder!r})
 pictures = torch.rand(2, 3, 512, 512, generator=torch.Generator().manual_seed(0))
@@ -379,7 +396,7 @@ def bare(value: Any) -> Any:
 def sizes(plan: Any) -> dict[str, int]:
     """Return how many pairs of each set to measure."""
     if plan.quick:
-        return dict.fromkeys((*GATED, "plain + noise", "graf13", "graf31"), 1)
+        return dict.fromkeys(("plain", "large", "plain + noise", "graf13"), 1)
     pairs: int = plan.pairs
     some = max(pairs // 4, 1)
     result = dict.fromkeys(GATED, pairs) | dict.fromkeys(BESIDE, 2 * some)
@@ -391,7 +408,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="one pair a set, same code")
+    parser.add_argument("--quick", action="store_true", help="one pair of four sets")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--pairs", type=int, default=60, help="of each of the four sets")
     parser.add_argument("--matcher", default="matcher", help="a folder, or the shipped one")
@@ -411,6 +428,8 @@ def main() -> None:
     LOADED.update({name: Matcher.load(folder) for name, folder in folders.items()})
     photographs.fetch(PHOTOS, ("opencv-doc",))
     told = protocol(plan, folders)
+    folders |= {f"{name}, {RAW}": folder for name, folder in folders.items() if name != OURS}
+    LOADED.update({name: LOADED[name.removesuffix(f", {RAW}")] for name in folders})
     prints = {name: fingerprint(folder) for name, folder in folders.items()}
     extra = [n for n in folders if n != OURS]
     name = f"quick-{os.getpid()}" if plan.quick else f"v{VERSION}-{pairs_code()}"
