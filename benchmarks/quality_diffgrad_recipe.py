@@ -8,7 +8,7 @@ the recipe's rate and at twice it. Each seed has one start and one order of pict
 counts is the mean over the last fifth of the steps; differences are paired, intervals Student's. 100 steps are a start
 and not a training: they can say that DiffGrad loses, and not that it would win after 25 minutes.
 
-About 20 minutes on one idle core; finished runs are kept in `runs/quality_diffgrad_recipe`. Writes
+About 25 minutes on one idle core; finished runs are kept in `runs/quality_diffgrad_recipe`. Writes
 `benchmarks/results/quality_diffgrad_recipe.json`; with `--quick` (two seeds, 2 steps), into `runs/benchmarks`.
 """
 
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two seeds, 2 steps")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     seeds, steps = (2, 2) if arguments.quick else (arguments.seeds, arguments.steps)
