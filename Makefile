@@ -5,6 +5,8 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 OUT ?= runs/demo
 ARGS ?=
+# Processes that the tests run in; each takes one thread and up to 3 GB.
+WORKERS ?= 2
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -16,7 +18,7 @@ demo: $(STAMP)
 	$(BIN)/overpaint demo --out $(OUT) $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu" $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
