@@ -238,7 +238,7 @@ def _run_facts(
 def _edit_facts(change: Change) -> str:
     solved, asked = change.report, change.protocol
     moved = words.moved(solved)
-    rows = f"the tokens {', '.join(moved)}, which nothing else that is looked after holds"
+    rows = f"rows of the token embedding, which nothing else that is looked after reads: {', '.join(moved)}"
     if not asked["terms"]:
         return rows
     layer = (
