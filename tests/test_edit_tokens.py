@@ -101,6 +101,29 @@ def test_the_layer_is_fitted_to_what_the_moved_rows_leave(tiny_double):
     assert torch.equal(weight_at(tiny_double, SITE), before)
 
 
+def test_a_model_that_shares_the_weights_reads_what_it_did_meanwhile(tiny_double):
+    from overpaint.studio.private import private
+
+    twin, asked, seen = private(tiny_double), ["a van gogh", "a gogh"], []
+    before, weight = tiny_double.encode(asked), weight_at(twin, SITE)
+    edit.auto(
+        twin, {"van gogh": "painting"}, **{**SMALL, "repair": False},
+        on_progress=lambda done, total, what: seen.append(
+            (tiny_double.encode(asked), twin.encode(asked))
+        ),
+    )  # fmt: skip
+    assert all(torch.equal(theirs, before) for theirs, _ in seen)
+    assert not any(torch.equal(mine, before) for _, mine in seen[:-1])
+    assert weight_at(twin, SITE) is weight
+
+    def stop(done, total, what):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        edit.auto(twin, {"van gogh": "painting"}, **SMALL, on_progress=stop)
+    assert weight_at(twin, SITE) is weight
+
+
 def test_a_replacement_that_is_edited_itself_keeps_a_concept_in_the_layer(tiny_double):
     assert tokens.own(tiny_double, {"dog": "cat", "cat": "fish"}, []) == {}
 

@@ -23,7 +23,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Literal
@@ -91,7 +90,7 @@ def auto(
         repair: Let the layer's MLP take up what its projection leaves to do: a second weight moves.
         tokens: Move those tokens of a concept in the token embedding that occur in nothing that is looked after, in no
             other concept and in no replacement; every prompt with one of them changes, and no other one. The layer is
-            edited for concepts that have other tokens too; the rows are in place meanwhile, and return bit for bit.
+            edited for concepts that have other tokens too, and reads the moved rows from a copy of the embedding.
             `False` edits the layer alone, as the paper does. Ordinary words that no list holds are not known to be
             ordinary: name a prompt with them in `preserve`.
         layer: Text layer, from 0; or `"auto"`: each is edited from a quarter of the captions, without repair, and the
@@ -122,9 +121,8 @@ def auto(
     own = token_rows.own(model, pairs, [*asked.others, *preserve]) if tokens else {}
     rest = {old: new for old, new in pairs.items() if old not in own or not own[old].whole}
     rows = {token: row for found in own.values() for token, row in found.rows.items()}
-    moved = token_rows.movement(model, rows) if rows else None
     fit = _Fit(contexts, background, bound, preserve_weight, allowance, ridge, repair)
-    with Change((moved,), {"pairs": dict(pairs)}, {}).applied(model) if moved else nullcontext():
+    with token_rows.placed(model, rows):
         if not rest:
             solved = _nothing_left(fit, layer)
         elif layer == "auto":
@@ -139,8 +137,8 @@ def auto(
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }  # fmt: skip
     movements, report = list(solved.movements), dict(solved.report)
-    if moved:
-        movements.append(moved)
+    if rows:
+        movements.append(token_rows.movement(model, rows))
         report["tokens"] = {old: token_rows.names(model, found.rows) for old, found in own.items()}
         report["in_layer"] = list(rest)
         report["carried"] = token_rows.carried(model, rows, [c for c in known if c not in pairs])

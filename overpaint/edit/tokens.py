@@ -10,18 +10,19 @@ Source: ours; that token embeddings should be compared with, was asked by the re
 https://openreview.net/forum?id=Qmw9ne6SOQ.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from overpaint.edit import vocabulary
 from overpaint.edit.change import Movement
 from overpaint.edit.weights import EMBEDDING, fingerprint, weight_at
 from overpaint.model import TextToImage
 
-__all__ = ["Own", "carried", "movement", "names", "own", "wanted"]
+__all__ = ["Own", "carried", "movement", "names", "own", "placed", "wanted"]
 
 Rows = dict[int, Tensor]  # a token's number and the row it gets, (D,)
 
@@ -100,6 +101,28 @@ def movement(model: TextToImage, rows: Mapping[int, Tensor]) -> Movement:
     right = torch.stack(moved) if moved else weight.new_zeros(0, weight.shape[1])
     keys, residuals = torch.zeros(0, weight.shape[1]), torch.zeros(0, len(weight))
     return Movement(EMBEDDING, fingerprint(parameter), left, right, keys, residuals, (), None)
+
+
+@contextmanager
+def placed(model: TextToImage, rows: Mapping[int, Tensor]) -> Iterator[None]:
+    """Let the model read `rows` in place of its own tokens' while the block runs.
+
+    A copy of the embedding stands in for it: no weight is written to, so that another model which shares the weight
+    reads what it did.
+    """
+    if not rows:
+        yield
+        return
+    own = weight_at(model, EMBEDDING)
+    changed = own.detach().clone()
+    for token, row in rows.items():
+        changed[token] = row.to(changed)
+    module = model.text_encoder.get_input_embeddings()
+    module.weight = nn.Parameter(changed, requires_grad=own.requires_grad)
+    try:
+        yield
+    finally:
+        module.weight = own
 
 
 def names(model: TextToImage, rows: Mapping[int, Tensor]) -> list[str]:
