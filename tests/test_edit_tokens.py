@@ -1,5 +1,8 @@
 """Token rows: what is moved there and what is not, that no other prompt moves, files, stacks and bad input."""
 
+import copy
+
+import accelerate
 import pytest
 import torch
 
@@ -122,6 +125,14 @@ def test_a_model_that_shares_the_weights_reads_what_it_did_meanwhile(tiny_double
     with pytest.raises(KeyboardInterrupt):
         edit.auto(twin, {"van gogh": "painting"}, **SMALL, on_progress=stop)
     assert weight_at(twin, SITE) is weight
+
+
+def test_an_offloaded_model_reads_the_rows_too(tiny_double):
+    mine, options = copy.deepcopy(tiny_double), {**SMALL, "repair": False}
+    accelerate.cpu_offload(mine.text_encoder, execution_device=torch.device("cpu"))
+    made, wanted = (edit.auto(m, {"van gogh": "painting"}, **options) for m in (mine, tiny_double))
+    assert made.digest == wanted.digest
+    assert mine.text_encoder.get_input_embeddings().weight.device.type == "meta"
 
 
 def test_a_replacement_that_is_edited_itself_keeps_a_concept_in_the_layer(tiny_double):

@@ -90,7 +90,7 @@ def auto(
         repair: Let the layer's MLP take up what its projection leaves to do: a second weight moves.
         tokens: Move those tokens of a concept in the token embedding that occur in nothing that is looked after, in no
             other concept and in no replacement; every prompt with one of them changes, and no other one. The layer is
-            edited for concepts that have other tokens too, and reads the moved rows from a copy of the embedding.
+            edited for concepts that have other tokens too, as it reads the moved rows; no weight is written to.
             `False` edits the layer alone, as the paper does. Ordinary words that no list holds are not known to be
             ordinary: name a prompt with them in `preserve`.
         layer: Text layer, from 0; or `"auto"`: each is edited from a quarter of the captions, without repair, and the

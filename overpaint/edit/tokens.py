@@ -13,10 +13,12 @@ https://openreview.net/forum?id=Qmw9ne6SOQ.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from overpaint import hooks
 from overpaint.edit import vocabulary
 from overpaint.edit.change import Movement
 from overpaint.edit.weights import EMBEDDING, fingerprint, weight_at
@@ -65,7 +67,7 @@ def own(model: TextToImage, pairs: Mapping[str, str], kept: Sequence[str]) -> di
     """Return what `wanted` does of the tokens that occur nowhere else; nothing of a concept without such tokens.
 
     Elsewhere is: a text of `kept`, the small words of the captions that edits are fitted on, another concept of
-    `pairs`, or a replacement. A concept with tokens without a letter (marks, ends, pads) has none of its own, nor one
+    `pairs`, or a replacement. A concept with tokens that are no word (marks, ends, pads) has none of its own, nor one
     whose replacement is edited itself.
     """
     weight = _weight(model)
@@ -107,22 +109,28 @@ def movement(model: TextToImage, rows: Mapping[int, Tensor]) -> Movement:
 def placed(model: TextToImage, rows: Mapping[int, Tensor]) -> Iterator[None]:
     """Let the model read `rows` in place of its own tokens' while the block runs.
 
-    A copy of the embedding stands in for it: no weight is written to, so that another model which shares the weight
-    reads what it did.
+    What the embedding returns is patched and no weight is written to: another model that shares the weight reads what
+    it did, and a weight that is kept elsewhere stays there.
     """
     if not rows:
         yield
         return
-    own = weight_at(model, EMBEDDING)
-    changed = own.detach().clone()
-    for token, row in rows.items():
-        changed[token] = row.to(changed)
     module = model.text_encoder.get_input_embeddings()
-    module.weight = nn.Parameter(changed, requires_grad=own.requires_grad)
-    try:
+    asked: list[Tensor] = []  # the tokens of the call at hand
+
+    def hear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        asked[:] = [args[0] if args else kwargs["input"]]
+        return args, kwargs
+
+    def read(found: Tensor) -> Tensor:
+        for token, row in rows.items():
+            found = torch.where(
+                (asked[0] == token).to(found.device)[..., None], row.to(found), found
+            )
+        return found
+
+    with hooks.patch_arguments({module: hear}), hooks.patch({module: read}):
         yield
-    finally:
-        module.weight = own
 
 
 def names(model: TextToImage, rows: Mapping[int, Tensor]) -> list[str]:
