@@ -17,7 +17,7 @@ the folders given; whether the spread knows the error (Spearman, AUSE; the cycle
 seconds and peak resident memory of a match at 512x512 in a process of its own.
 
 Baselines are as `match_baselines.py` says, the initial flow from pictures of 256x256, as the matcher sees them, and of
-512x512, which suits the larger scenes, three of them refined by optical flow as ours is; of three median filters that
+512x512, which suits the larger scenes, four of them refined by optical flow as ours is; of three median filters that
 with the lowest error of a set is taken, in the baseline's favour.
 
 Takes some 30 minutes with the default pairs on two free cores (two processes of one thread each): about 9 core-seconds
@@ -70,7 +70,8 @@ PLAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "zero": zero, "DIS medium": dis, "Farneback": farneback, "SIFT, interpolated": sift,
 }  # fmt: skip
 REFINED = tuple(  # as ours is
-    f"{n}, refined" for n in ("SIFT, interpolated", "initial, mutual", "initial at 512, mutual")
+    f"{n}, refined"
+    for n in ("zero", "SIFT, interpolated", "initial, mutual", "initial at 512, mutual")
 )
 BASELINES = (*PLAIN, *(
     f"{n}{f}" for n in SIDES for f in ("", ", mutual", *(f", median {k}" for k in MEDIANS[n]))
