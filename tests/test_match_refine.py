@@ -92,3 +92,13 @@ def test_a_large_picture_is_refined_small():
     assert found.shape == truth.shape
     assert errors(given, truth).median() > 2
     assert errors(found, truth).median() < 0.5
+
+
+def test_a_long_thin_picture_is_not_brought_through_a_small_one():
+    source, target = texture(40, 3000), texture(40, 3000, seed=1)
+    pictures = tuple(dense._reduced(x) for x in (source, target))
+    assert min(pictures[0].shape[2:]) < 16
+    coarse = 0.02 * torch.randn(1, 2, 64, 64, generator=torch.Generator().manual_seed(0))
+    sizes = (40, 3000), (40, 3000)
+    plain, found = (dense._flow(coarse, *sizes, False, way) for way in (None, pictures))
+    assert torch.equal(found, plain)

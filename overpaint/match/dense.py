@@ -173,12 +173,13 @@ def _flow(
     if pictures is None:
         return _full(flow, source, target, corners)
     first, second = ((x.shape[2], x.shape[3]) for x in pictures)
-    near = refined(*pictures, _full(flow, first, second, corners))
-    return (
-        near
-        if (first, second) == (source, target)
-        else _full(_shares(near, first), source, target, False)
-    )
+    given = _full(flow, first, second, corners)
+    near = refined(*pictures, given)
+    if near is given:  # too few pixels to refine
+        return _full(flow, source, target, corners)
+    if (first, second) == (source, target):
+        return near
+    return _full(_shares(near, first), source, target, False)
 
 
 def _shares(flow: Tensor, source: tuple[int, int]) -> Tensor:

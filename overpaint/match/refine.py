@@ -7,6 +7,7 @@ Source: Kroeger et al., 2016 (DIS optical flow), https://arxiv.org/abs/1603.0359
 Deviations: ours; neither paper puts the one behind the other.
 """
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ __all__ = ["FARTHEST", "refined"]
 
 FARTHEST = 1 / 16  # of the longer side: what lies beyond is no refinement
 _LEAST = 16  # pixels of a side that patches of 8 need
+_ONE = threading.Lock()
 
 
 def refined(source: Tensor, target: Tensor, flow: Tensor) -> Tensor:
@@ -54,12 +56,13 @@ def _dis(target: NDArray[np.uint8], seen: NDArray[np.uint8]) -> NDArray[np.float
 
     solver: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     solver.setFinestScale(0)
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)
-    try:
-        return solver.calc(target, seen, None)
-    finally:
-        cv2.setNumThreads(threads)
+    with _ONE:  # the number of threads is the process's
+        threads = cv2.getNumThreads()
+        cv2.setNumThreads(1)
+        try:
+            return solver.calc(target, seen, None)
+        finally:
+            cv2.setNumThreads(threads)
 
 
 def _grey(image: Tensor) -> NDArray[np.uint8]:

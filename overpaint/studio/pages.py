@@ -150,8 +150,8 @@ def forecast(found: Collateral | None) -> str:
         )
     if found.drifts[0].share == 0:
         return (
-            f'<dl class="op-tiles">{shown}</dl><p class="op-note">None of the {len(found.drifts)} other concepts moves: '
-            "no prompt about them reads what was changed.</p>"
+            f'<dl class="op-tiles">{shown}</dl><p class="op-note">None of the {len(found.drifts)} other concepts '
+            "moves: no prompt about them reads what was changed.</p>"
         )
     shown_drifts = found.drifts[:_SHOWN]
     kept = any(drift.kept for drift in shown_drifts)
