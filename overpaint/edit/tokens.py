@@ -116,6 +116,8 @@ def placed(model: TextToImage, rows: Mapping[int, Tensor]) -> Iterator[None]:
         yield
         return
     module = model.text_encoder.get_input_embeddings()
+    tokens = torch.tensor(sorted(rows))
+    table = torch.stack([rows[token] for token in sorted(rows)])
     asked: list[Tensor] = []  # the tokens of the call at hand
 
     def hear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
@@ -123,11 +125,10 @@ def placed(model: TextToImage, rows: Mapping[int, Tensor]) -> Iterator[None]:
         return args, kwargs
 
     def read(found: Tensor) -> Tensor:
-        for token, row in rows.items():
-            found = torch.where(
-                (asked[0] == token).to(found.device)[..., None], row.to(found), found
-            )
-        return found
+        ids = asked[0].to("cpu")
+        place = torch.searchsorted(tokens, ids).clamp(max=len(tokens) - 1)
+        moved = (tokens[place] == ids)[..., None].to(found.device)
+        return torch.where(moved, table[place].to(found), found)
 
     with hooks.patch_arguments({module: hear}), hooks.patch({module: read}):
         yield

@@ -12,7 +12,7 @@ mirrored and transposed with their costs, since a pair takes longer to make than
 The second is the control, whose network answers once; the steps have to be those on the card of what it is a control
 to.
 
-Promised on half a CPU core of 2.5 GHz in 100 minutes: the card's figures, in `overpaint/zoo/weights/matcher/card.json`.
+What 122 minutes on one busy CPU core gave, and in how many steps, is in `overpaint/zoo/weights/matcher/card.json`.
 A run that was killed and resumed fills the store anew, so that it is not the uninterrupted run bit for bit.
 
 Source: Nam et al., 2024 (DiffMatch), https://arxiv.org/abs/2305.19094; the fine stage's jitter is the conditioning
