@@ -21,7 +21,7 @@ Baselines are as `match_baselines.py` says, the initial flow from pictures of 25
 with the lowest error of a set is taken, in the baseline's favour.
 
 Takes some 30 minutes with the default pairs on two free cores (two processes of one thread each): about 9 core-seconds
-a pair with all ablations, 6 without; each `--seed-folder` 18 minutes more, each `--control` 6. Errors are kept pair by
+a pair with all ablations, 6 without; each `--seed-folder` 9 minutes more, each `--control` 6. Errors are kept pair by
 pair in `runs/quality_match`, under the hashes of the code and weights that made them: stop it, start it again. Writes
 `benchmarks/results/quality_match.json`.
 """
@@ -165,19 +165,19 @@ def baseline(name: str, initial: Callable[[int], Initial], pair: Case) -> Tensor
 def marks(prints: Mapping[str, str]) -> Callable[[str], str]:
     """Return what names the code and weights behind a method's errors, of matchers of these fingerprints."""
     own = HERE / "match_baselines.py"
-    parts = (
-        "backbone",
-        "conditions",
-        "cost",
-        "denoise",
-        "dense",
-        "flow",
-        "matcher",
-        "reading",
-        "refine",
+    seen = ("backbone", "conditions", "cost", "flow", "matcher", "refine")
+    begun, matched = (
+        code(*(PACKAGE / "match" / f"{name}.py" for name in parts), *beside)
+        for parts, beside in ((seen, (own,)), ((*seen, "denoise", "dense", "reading"), ()))
     )
-    plain, matched = code(own), code(own, *(PACKAGE / "match" / f"{name}.py" for name in parts))
-    return lambda m: plain if m in PLAIN else f"{prints.get(m, prints[OURS])}-{matched}"
+    plain = code(own)
+
+    def mark(method: str) -> str:
+        if method in BASELINES:
+            return plain if method in PLAIN else f"{prints[OURS]}-{begun}"
+        return f"{prints.get(method, prints[OURS])}-{matched}"
+
+    return mark
 
 
 def pairs_code() -> str:
@@ -429,7 +429,7 @@ def main() -> None:
     LOADED.update({name: Matcher.load(folder) for name, folder in folders.items()})
     photographs.fetch(PHOTOS, ("opencv-doc",))
     told = protocol(plan, folders)
-    folders |= {f"{name}, {RAW}": folder for name, folder in folders.items() if name != OURS}
+    folders |= {f"{n}, {RAW}": folder for n, folder in folders.items() if n.startswith("control")}
     LOADED.update({name: LOADED[name.removesuffix(f", {RAW}")] for name in folders})
     prints = {name: fingerprint(folder) for name, folder in folders.items()}
     extra = [n for n in folders if n != OURS]

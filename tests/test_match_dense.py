@@ -169,7 +169,37 @@ def test_a_seed_decides_and_hypotheses_spread(rough):
     assert match.dense(a, b, matcher=rough, samples=1).std.max() == 0
 
 
-def test_the_spread_is_that_of_both_stages_in_pixels(rough):
+def test_the_spread_is_how_far_refined_hypotheses_lie_from_the_flow(rough):
+    from overpaint.match import denoise
+    from overpaint.match.refine import refined
+
+    a, b = texture(128, 128), texture(128, 128, seed=1)
+    found = match.dense(a, b, matcher=rough, samples=3)
+    told = denoise.coarse_conditions(rough.backbone, rough.config, a[None], b[None])
+    squares = []
+    for rows in denoise.sample(rough.coarse, told, samples=3):
+        own = F.interpolate(rows, (128, 128), mode="bilinear") * 128
+        squares.append((refined(a[None], b[None], own) - found.flow) ** 2)
+    wanted = torch.cat(squares).mean(0).sum(0).sqrt()
+    assert (found.std - wanted).abs().max() < 1e-3
+
+
+def test_the_spread_is_in_pixels_of_a_whatever_the_size(rough):
+    a, b = texture(256, 256), texture(256, 256, seed=1)
+    large = F.interpolate(a[None], (512, 512), mode="bilinear")[0]
+    small, twice = (match.dense(x, b, matcher=rough, samples=3) for x in (a, large))
+    assert twice.std.shape == (256, 256)
+    assert 1.8 < float(twice.std.median() / small.std.median()) < 2.2
+
+
+def test_a_picture_too_thin_to_compare_hypotheses_in_has_a_spread(rough):
+    found = match.dense(texture(20, 600), texture(22, 640, seed=1), matcher=rough, samples=2)
+    assert found.std.shape == (22, 640)
+    assert found.std.min() > 0
+    assert torch.isfinite(found.std).all()
+
+
+def test_without_refinement_the_spread_is_that_of_both_stages_in_pixels(rough):
     from overpaint.match import denoise
 
     a, b = texture(128, 128), texture(128, 128, seed=1)

@@ -2,7 +2,8 @@ r"""Match two pictures: where each place of one lies in the other, and how sure 
 
 Source: Nam et al., 2024 (DiffMatch), https://arxiv.org/abs/2305.19094, sections 4.4 to 4.6.
 Deviations: the uncertainty, which the paper shows in a figure only; starting again from the mean (`reinit`), of the
-paper's first version; the refinement (`refine`).
+paper's first version; the refinement (`refine`), which the hypotheses go through too before they are compared: where
+the pictures leave no doubt, it brings all of them to one place.
 """
 
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from overpaint.match.refine import refined
 __all__ = ["Match", "dense"]
 
 _WORK = 1024  # pixels of the longer side that a flow is refined at
+_DOUBT = 256  # pixels of the longer side that each hypothesis is refined at, to see where it ends
 _ROWS = 256  # of a picture at a time, so that large ones fit into memory
 
 
@@ -34,7 +36,8 @@ class Match:
     Attributes:
         flow: On `image_b`'s grid, pointing into `image_a`, in pixels, (x, y), float32, shape (2, H, W): pixel p of b
             shows what a shows at p + flow(p), each in its own picture's pixels.
-        std: The spread of the hypotheses, in pixels of `image_a`, shape (H, W): the larger, the less sure.
+        std: How far the hypotheses lie from the flow, each refined as it is: the root of the mean square, in pixels
+            of `image_a`, shape (H, W); the larger, the less sure. 0 of a single hypothesis.
         warped: `image_a` as seen from `image_b`, RGB in [0, 1], shape (3, H, W); black where it ends.
         inside: Where the flow stays within `image_a`, bool, shape (H, W).
         consistency: By how many pixels there-and-back misses, shape (H, W); None unless asked for.
@@ -97,19 +100,21 @@ def dense(
         describe(found.backbone, found.config, _shrink(x, found.config.image).to(device))
         for x in (source, target)
     )
-    small = (_reduced(source), _reduced(target)) if refine and not flat else None
+    small = _reduced(source, target, _WORK) if refine and not flat else None
     del target  # a large picture's bytes may be needed
     ways = [(a, b), (b, a)] if cycle else [(a, b)]
     step = _Steps(on_progress, (1 + reinit + (found.fine is not None)) * len(ways))
     fine = [_search(found, s, t, samples, steps, seed, reinit, step) for s, t in ways]
     corners = found.config.align_corners
-    flow = _flow(fine[0][0], size_a, size_b, corners, small)
-    std = _deviation(fine[0][1], size_a, size_b, corners)
+    near = _near(fine[0].flow, corners, small)
+    flow = _flow(fine[0].flow, size_a, size_b, corners, near)
+    std = _std(fine[0], size_a, size_b, corners, near)
     if flat:
         std.clamp_(min=_anywhere(size_a))
     missed = None
     if cycle:
-        back = _flow(fine[1][0], size_b, size_a, corners, small and (small[1], small[0]))
+        other = _near(fine[1].flow, corners, (small[1], small[0]) if small else None)
+        back = _flow(fine[1].flow, size_b, size_a, corners, other)
         missed = fields.consistency(flow, back)[0, 0]
     warped, inside = _seen(source, flow)
     protocol = {
@@ -134,6 +139,34 @@ class _Steps:
             self.tell(self.done, self.total)
 
 
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """What the networks say, over their sides.
+
+    Attributes:
+        flow: The answer, (1, 2, g, g).
+        hypotheses: The coarse stage's, (n, 2, g, g).
+        variance: Of the two numbers of the answer, both stages together, (1, 2, g, g).
+    """
+
+    flow: Tensor
+    hypotheses: Tensor
+    variance: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Near:
+    """A refined flow, (1, 2, h, w), and the pictures it was refined by, in whose pixels it is."""
+
+    source: Tensor
+    target: Tensor
+    flow: Tensor
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        return _size(self.source), _size(self.target)
+
+
 def _search(
     matcher: Matcher,
     source: Features,
@@ -143,23 +176,34 @@ def _search(
     seed: int,
     reinit: int,
     step: Callable[[], None],
-) -> tuple[Tensor, Tensor]:
-    """Return the mean flow over its side, (1, 2, g, g), and the variance of each of its two numbers."""
+) -> _Found:
+    """Draw hypotheses, coarse ones and then fine ones around their mean."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(denoiser: Denoiser, conditions: Conditions) -> tuple[Tensor, Tensor]:
+    def draw(denoiser: Denoiser, conditions: Conditions) -> tuple[Tensor, Tensor, Tensor]:
         flows = sample(denoiser, conditions, samples=samples, steps=steps, generator=generator)
         step()
-        return flows.mean(0), flows.var(0, unbiased=samples > 1)
+        return flows[:, 0], flows.mean(0), flows.var(0, unbiased=samples > 1)
 
-    mean, variance = draw(matcher.coarse, coarse_of(matcher.config, source, target))
+    flows, mean, variance = draw(matcher.coarse, coarse_of(matcher.config, source, target))
     for _ in range(reinit):
-        mean, variance = draw(matcher.coarse, coarse_of(matcher.config, source, target, mean))
+        conditions = coarse_of(matcher.config, source, target, mean)
+        flows, mean, variance = draw(matcher.coarse, conditions)
     if matcher.fine is None:
-        return mean.cpu(), variance.cpu()
-    fine, more = draw(matcher.fine, fine_of(matcher.config, source, target, mean))
+        return _Found(mean.cpu(), flows.cpu(), variance.cpu())
+    _, fine, more = draw(matcher.fine, fine_of(matcher.config, source, target, mean))
     # The fine stage starts from the coarse mean and knows nothing of the coarse hypotheses' doubt.
-    return fine.cpu(), (more + _grow(variance, (fine.shape[2], fine.shape[3]))).cpu()
+    total = more + _grow(variance, (fine.shape[2], fine.shape[3]))
+    return _Found(fine.cpu(), flows.cpu(), total.cpu())
+
+
+def _near(flow: Tensor, corners: bool, pictures: tuple[Tensor, Tensor] | None) -> _Near | None:
+    """Refine a flow over its side by `pictures` (source, target); None without them, or if they are too small."""
+    if pictures is None:
+        return None
+    given = _full(flow, _size(pictures[0]), _size(pictures[1]), corners)
+    near = refined(*pictures, given)
+    return None if near is given else _Near(*pictures, near)
 
 
 def _flow(
@@ -167,19 +211,33 @@ def _flow(
     source: tuple[int, int],
     target: tuple[int, int],
     corners: bool,
-    pictures: tuple[Tensor, Tensor] | None,
+    near: _Near | None,
 ) -> Tensor:
-    """Bring a flow over its side to full size, (1, 2, H, W), by way of `pictures` (source, target) where given."""
-    if pictures is None:
+    """Bring a flow over its side to full size, (1, 2, H, W); `near` where it was refined."""
+    if near is None:
         return _full(flow, source, target, corners)
-    first, second = ((x.shape[2], x.shape[3]) for x in pictures)
-    given = _full(flow, first, second, corners)
-    near = refined(*pictures, given)
-    if near is given:  # too few pixels to refine
-        return _full(flow, source, target, corners)
-    if (first, second) == (source, target):
-        return near
-    return _full(_shares(near, first), source, target, False)
+    if near.sizes == (source, target):
+        return near.flow
+    return _full(_shares(near.flow, near.sizes[0]), source, target, False)
+
+
+def _std(
+    found: _Found,
+    source: tuple[int, int],
+    target: tuple[int, int],
+    corners: bool,
+    near: _Near | None,
+) -> Tensor:
+    """Return how far the hypotheses lie from the answer, on the target's grid, in the source's pixels, (H, W)."""
+    if near is None or len(found.hypotheses) == 1:
+        return _deviation(found.variance, source, target, corners)
+    pictures = _reduced(near.source, near.target, _DOUBT)
+    first, second = _size(pictures[0]), _size(pictures[1])
+    answer = _flow(near.flow, first, second, corners, near)
+    each = (refined(*pictures, _full(h[None], first, second, corners)) for h in found.hypotheses)
+    squares = torch.stack([(answer - x) ** 2 for x in each]).mean(0)
+    shares = squares / squares.new_tensor([first[1], first[0]]).view(1, 2, 1, 1) ** 2
+    return _deviation(shares, source, target, False)
 
 
 def _shares(flow: Tensor, source: tuple[int, int]) -> Tensor:
@@ -216,15 +274,23 @@ def _grow(values: Tensor, size: tuple[int, int], corners: bool = False) -> Tenso
     return F.interpolate(values, size, mode="bilinear", align_corners=corners)
 
 
-def _reduced(image: Tensor) -> Tensor:
-    """Return the picture, its longer side at most 1,024 pixels."""
-    h, w = image.shape[2:]
-    factor = _WORK / max(h, w)
-    if factor >= 1:
-        return image
-    size = (max(1, round(h * factor)), max(1, round(w * factor)))
-    small = F.interpolate(image, size, mode="bilinear", antialias=True, align_corners=False)
-    return small.clamp_(0, 1)
+def _size(image: Tensor) -> tuple[int, int]:
+    return image.shape[2], image.shape[3]
+
+
+def _reduced(source: Tensor, target: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Return the pictures, the longer side of each at most so many pixels."""
+    result = []
+    for image in (source, target):
+        h, w = _size(image)
+        factor = most / max(h, w)
+        if factor < 1:
+            size = (max(1, round(h * factor)), max(1, round(w * factor)))
+            image = F.interpolate(
+                image, size, mode="bilinear", antialias=True, align_corners=False
+            ).clamp_(0, 1)
+        result.append(image)
+    return result[0], result[1]
 
 
 def _shrink(image: Tensor, side: int) -> Tensor:

@@ -117,7 +117,7 @@ def arrows(match: Match, target: Any, *, theme: Theme = LIGHT) -> Image.Image:
 
 
 def confidence(match: Match, target: Any, *, theme: Theme = LIGHT) -> Image.Image:
-    """Return how far the hypotheses lie apart: bright where they agree, dark where they do not.
+    """Return how far the hypotheses lie from the flow: bright where they agree, dark where they do not.
 
     The target's outlines show through, so that one sees where one is; its tones do not, which would change the colors.
 
@@ -136,7 +136,7 @@ def confidence(match: Match, target: Any, *, theme: Theme = LIGHT) -> Image.Imag
     if scale.empty:
         sheet.text(["One hypothesis has no spread:", "match with two samples or more."], 0)
     else:
-        sheet.text(["How far the hypotheses lie apart", "(standard deviation, on a log scale)."], 0)
+        sheet.text(["How far the hypotheses lie from", "the flow (pixels, on a log scale)."], 0)
         sheet.bar(scale, "sure", "unsure")
     return sheet.image
 
