@@ -13,7 +13,8 @@ Asked of each method: the mean distance from the truth (AEPE, pixels) and the sh
 bootstrap over photographs, with all of their pairs, since pairs of one photograph are not independent; over so few
 photographs they are wide. Then: the error by family of warps; no refinement by optical flow, and without it fewer
 steps, fewer hypotheses, no fine stage, controls (the same network trained to answer once) and other training seeds from
-the folders given; whether the spread knows the error (Spearman, AUSE; the cycle error of the initial flow beside);
+the folders given; whether the spread knows the error (Spearman, AUSE; beside it how far the refinement moves the flow,
+which a single answer has too, and the cycle error of the initial flow);
 seconds and peak resident memory of a match at 512x512 in a process of its own.
 
 Baselines are as `match_baselines.py` says, the initial flow from pictures of 256x256, as the matcher sees them, and of
@@ -34,8 +35,6 @@ import multiprocessing
 import os
 import platform
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -47,20 +46,21 @@ import cv2
 import numpy as np
 import torch
 from match_baselines import OFFSET, RATIO, Initial, dis, farneback, sift, zero
+from match_cost import cost_of
 from match_pairs import CORRUPTIONS, FAMILIES, SCENES, SIZE, Case, case
 from match_store import Origin, Store, card_of, code, fingerprint
 from torch import Tensor
 from torch.nn import functional as F
 
 from overpaint import zoo
-from overpaint.match import Matcher, dense
+from overpaint.match import Match, Matcher, dense
 from overpaint.match.refine import refined
 from overpaint.metrics import Interval, bootstrap, matching, paired
 from overpaint.train import card, photographs
 
 HERE, PACKAGE = Path(__file__).parent, Path(photographs.__file__).parents[1]
 RESULTS = HERE / "results"
-VERSION = 3  # of `errors` and `measured` below; errors of another are not read
+VERSION = 4  # of `errors` and `measured` below; errors of another are not read
 GATED = ("plain", "textureless", "repetitive", "large")
 BESIDE = ("layered", "training")
 OURS = "ours"
@@ -126,26 +126,38 @@ def measured(job: Job) -> tuple[Job, Origin, dict[str, dict[str, float]]]:
     pair = case(job.set, job.index, PHOTOS)
     ours = LOADED[OURS]
     initial = functools.cache(lambda side: Initial(ours, pair.source, pair.target, side))
+    answers = functools.cache(lambda name: answer(name, pair))
     found: dict[str, dict[str, float]] = {}
     for name in job.methods:
-        settings: dict[str, Any] = {"samples": 8, "steps": ours.config.steps}
-        matcher = LOADED.get(name, ours)
         if name in BASELINES:
             found[name] = errors(pair, baseline(name, initial, pair))
             continue
-        if name in ABLATIONS:
-            settings, fine = ABLATIONS[name]
-            matcher = ours if fine else replace(ours, fine=None)
-        elif not matcher.config.diffusion:
-            settings = {"samples": 1, "steps": 1}
-        if name.endswith(RAW):
-            settings = settings | {"refine": False}
-        made = dense(pair.source, pair.target, matcher=matcher, **settings)
         doubts = {}
         if name == OURS:
-            doubts = {"std": made.std, "cycle": initial(ours.config.image).doubt()}
-        found[name] = errors(pair, made.flow, **doubts)
+            doubts = {"std": answers(OURS).std, "cycle": initial(ours.config.image).doubt()}
+            if is_ablated(job.set):
+                doubts["moved"] = (answers(OURS).flow - answers(RAW).flow).norm(dim=0)
+        found[name] = errors(pair, answers(name).flow, **doubts)
     return job, Origin(pair.photo, pair.family), found
+
+
+def is_ablated(name: str) -> bool:
+    """Say whether the ablations are measured on a set."""
+    return name in GATED or name.startswith("graf")
+
+
+def answer(name: str, pair: Case) -> Match:
+    """Return what our matcher finds, as an ablation does, or another matcher."""
+    matcher = LOADED.get(name, LOADED[OURS])
+    settings: dict[str, Any] = {"samples": 8, "steps": matcher.config.steps}
+    if name in ABLATIONS:
+        settings, fine = ABLATIONS[name]
+        matcher = matcher if fine else replace(matcher, fine=None)
+    elif not matcher.config.diffusion:
+        settings = {"samples": 1, "steps": 1}
+    if name.endswith(RAW):
+        settings = settings | {"refine": False}
+    return dense(pair.source, pair.target, matcher=matcher, **settings)
 
 
 def baseline(name: str, initial: Callable[[int], Initial], pair: Case) -> Tensor:
@@ -192,7 +204,7 @@ def jobs(plan: Any, store: Store, extra: Sequence[str]) -> list[Job]:
     ablations = [n for n in ABLATIONS if LOADED[OURS].fine or not n.startswith("no fine")]
     for name, count in plan.sets.items():
         methods = [*BASELINES, OURS]
-        if name in GATED or name.startswith("graf"):
+        if is_ablated(name):
             methods += [*ablations, *extra]
         for index in range(count):
             missing = tuple(m for m in methods if index not in store.load(name, m))
@@ -303,7 +315,7 @@ def tables(found: Found, extra: Sequence[str]) -> dict[str, list[dict[str, Any]]
         {"set": n}
         | {
             f"{f} {d}": found.mean(n, OURS, f"{f} {d}")
-            for d in ("std", "cycle") for f in ("spearman", "ause")
+            for d in ("std", "moved", "cycle") for f in ("spearman", "ause")
         }
         for n in (*foreign, "chessboards", "graf13", "graf31") if n in found.sets
     ]  # fmt: skip
@@ -338,40 +350,10 @@ def figures(found: Found) -> dict[str, float]:
         )
         result["chessboards_below_dis"] = float(sum(a < b for a, b in boards))  # fmt: skip
     for figure in ("spearman", "ause"):
-        for doubt in ("std", "cycle"):
+        for doubt in ("std", "moved", "cycle"):
             values = [found.mean(n, OURS, f"{figure} {doubt}").mean for n in gated]
             result[f"{figure}_{doubt}"] = float(np.mean(values))
     return result
-
-
-COST = """
-import time, torch
-from overpaint.match import Matcher, dense
-from overpaint.match.refine import refined
-torch.set_num_threads({threads})
-matcher = Matcher.load({folder!r})
-pictures = torch.rand(2, 3, 512, 512, generator=torch.Generator().manual_seed(0))
-seconds = []
-for _ in range({runs}):
-    began = time.perf_counter()
-    dense(pictures[0], pictures[1], matcher=matcher)
-    seconds.append(time.perf_counter() - began)
-peak = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
-print(sorted(seconds)[len(seconds) // 2], seconds[0], peak / 2**20)
-"""
-
-
-def cost_of(folder: Path, runs: int, threads: int) -> dict[str, float]:
-    """Return seconds of a match at 512x512, and the peak resident GiB of a process that does nothing else.
-
-    What that process says on stderr goes to this one's.
-    """
-    run = COST.format(folder=str(folder), runs=runs, threads=threads)
-    done = subprocess.run(
-        [sys.executable, "-c", run], stdout=subprocess.PIPE, text=True, check=True
-    )
-    median, first, peak = (float(v) for v in done.stdout.split())
-    return {"seconds_512": median, "seconds_512_first": first, "peak_gib_512": peak}
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], title: str) -> str:
