@@ -107,14 +107,14 @@ def dense(
     fine = [_search(found, s, t, samples, steps, seed, reinit, step) for s, t in ways]
     corners = found.config.align_corners
     near = _near(fine[0].flow, corners, small)
-    flow = _flow(fine[0].flow, size_a, size_b, corners, near)
+    flow = near.at(size_a, size_b) if near else _full(fine[0].flow, size_a, size_b, corners)
     std = _std(fine[0], size_a, size_b, corners, near)
     if flat:
         std.clamp_(min=_anywhere(size_a))
     missed = None
     if cycle:
         other = _near(fine[1].flow, corners, (small[1], small[0]) if small else None)
-        back = _flow(fine[1].flow, size_b, size_a, corners, other)
+        back = other.at(size_b, size_a) if other else _full(fine[1].flow, size_b, size_a, corners)
         missed = fields.consistency(flow, back)[0, 0]
     warped, inside = _seen(source, flow)
     protocol = {
@@ -162,9 +162,11 @@ class _Near:
     target: Tensor
     flow: Tensor
 
-    @property
-    def sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        return _size(self.source), _size(self.target)
+    def at(self, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
+        """Return the flow between pictures of other sizes, (1, 2, H, W)."""
+        if (_size(self.source), _size(self.target)) == (source, target):
+            return self.flow
+        return _full(_shares(self.flow, _size(self.source)), source, target, False)
 
 
 def _search(
@@ -206,21 +208,6 @@ def _near(flow: Tensor, corners: bool, pictures: tuple[Tensor, Tensor] | None) -
     return None if near is given else _Near(*pictures, near)
 
 
-def _flow(
-    flow: Tensor,
-    source: tuple[int, int],
-    target: tuple[int, int],
-    corners: bool,
-    near: _Near | None,
-) -> Tensor:
-    """Bring a flow over its side to full size, (1, 2, H, W); `near` where it was refined."""
-    if near is None:
-        return _full(flow, source, target, corners)
-    if near.sizes == (source, target):
-        return near.flow
-    return _full(_shares(near.flow, near.sizes[0]), source, target, False)
-
-
 def _std(
     found: _Found,
     source: tuple[int, int],
@@ -233,7 +220,7 @@ def _std(
         return _deviation(found.variance, source, target, corners)
     pictures = _reduced(near.source, near.target, _DOUBT)
     first, second = _size(pictures[0]), _size(pictures[1])
-    answer = _flow(near.flow, first, second, corners, near)
+    answer = near.at(first, second)
     each = (refined(*pictures, _full(h[None], first, second, corners)) for h in found.hypotheses)
     squares = torch.stack([(answer - x) ** 2 for x in each]).mean(0)
     shares = squares / squares.new_tensor([first[1], first[0]]).view(1, 2, 1, 1) ** 2
