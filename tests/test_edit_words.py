@@ -10,7 +10,9 @@ def test_the_words_of_an_automatic_change_are_named_without_their_ends(tiny_sd1)
     change = edit.auto(tiny_sd1, {"grumpy fish": "red bird"}, vocabulary=["a dog"])
     assert change.report["tokens"] == {"grumpy fish": ["grumpy</w>", "fish</w>"]}
     assert words.moved(change.report) == ["grumpy", "fish"]
-    assert demo._edit_facts(change).endswith("nothing else that is looked after reads: grumpy, fish")
+    assert demo._edit_facts(change).endswith(
+        "nothing else that is looked after reads: grumpy, fish"
+    )
 
 
 @pytest.mark.parametrize(

@@ -257,6 +257,13 @@ def test_without_npm_the_message_says_so(tmp_path: Path, monkeypatch: pytest.Mon
         icon_world.fetch(tmp_path)
 
 
+def test_without_git_a_card_names_no_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert card.commit() == ""
+
+
 def test_half_an_archive_is_not_left_for_a_whole_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

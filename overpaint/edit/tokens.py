@@ -163,8 +163,10 @@ def _rows(model: TextToImage, weight: Tensor, old: str, new: str) -> Rows | None
 
 def _is_word(model: TextToImage, token: int) -> bool:
     special = {*model.tokenizer.all_special_ids, model.tokenizer.pad_token_id}
-    (name,) = model.tokenizer.convert_ids_to_tokens([token])
-    return token not in special and any(c.isalnum() for c in str(name).removesuffix("</w>"))
+    if token in special:
+        return False
+    # A byte of a letter, which many letters share, reads as U+FFFD: no word either.
+    return any(c.isalnum() for c in model.tokenizer.decode([token]))
 
 
 def _read(model: TextToImage, text: str) -> list[int]:

@@ -172,7 +172,10 @@ def _write(path: Path, card: dict[str, Any]) -> Path:
 
 
 def commit() -> str:
-    """Return the commit of the checkout that this runs from, or an empty string outside one."""
+    """Return the commit of the checkout that this runs from; an empty string outside one, or without git."""
     command = ["git", "rev-parse", "HEAD"]
-    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
     return found.stdout.strip() if found.returncode == 0 else ""
