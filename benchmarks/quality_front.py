@@ -5,7 +5,9 @@
 Two concepts that no other table asks about are edited in the text layer with every weight of what should stay that
 `auto` tries. Text tells what each misses and how far other captions drift, as in `report["scan"]`; `icons-judge` tells
 what is left of the concept in pictures and what else is no longer recognised. A weight is on the front if no other
-erases more and spares more. Spearman's rank correlation says how well text foretells pictures.
+erases more and spares more. That is asked of these two aims, and of three: a weight that is too large erases and puts
+nothing in its place, so that pictures seen as the replacement are the third. Spearman's rank correlation says how well
+text foretells pictures.
 Writes `benchmarks/results/quality_front.json`; with `--quick`, into `runs/benchmarks`.
 """
 
@@ -60,10 +62,18 @@ def rows(
                 "drift": round(change.report["layer_drift"], 5),
                 "target": score.efficacy.after.mean,
                 "redirection": score.redirection.after.mean,
+                "missing": 1 - score.redirection.after.mean,
                 "lost": round(lost(score), 4),
             }
         )
-    return [{**row, "on_front": on_front(row, told)} for row in told]
+    return [
+        {
+            **row,
+            "on_front": on_front(row, told, ("target", "lost")),
+            "on_front_of_three": on_front(row, told, ("target", "lost", "missing")),
+        }
+        for row in told
+    ]
 
 
 def lost(score: Scores) -> float:
@@ -73,14 +83,13 @@ def lost(score: Scores) -> float:
     return 1 - sum(p.after.mean * p.after.n for p in pairs) / before if before else 0.0
 
 
-def on_front(row: Mapping[str, Any], among: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether no other row leaves less of the target and loses less, one of them strictly."""
-    return not any(
-        other["target"] <= row["target"]
-        and other["lost"] <= row["lost"]
-        and (other["target"], other["lost"]) != (row["target"], row["lost"])
-        for other in among
-    )
+def on_front(
+    row: Mapping[str, Any], among: Sequence[Mapping[str, Any]], aims: Sequence[str]
+) -> bool:
+    """Whether no other row is as small in all aims and smaller in one."""
+    own = [row[aim] for aim in aims]
+    rivals = [[other[aim] for aim in aims] for other in among]
+    return not any(r != own and all(a <= b for a, b in zip(r, own, strict=True)) for r in rivals)
 
 
 def main() -> None:
@@ -105,15 +114,22 @@ def main() -> None:
         for row in rows(model, judge, {old: new}, weights, size=size, steps=steps)
     ]
     for row in found:
+        fronts = "".join(
+            f"  {key.removeprefix('on_').replace('_', ' ')}"
+            for key in ("on_front", "on_front_of_three")
+            if row[key]
+        )
         print(
             f"{row['concept']:12} weight {row['weight']:<5g}{' chosen' if row['chosen'] else '':8}"
             f"missed {row['missed']:.3f}  drift {row['drift']:.4f}  | target {row['target']:.2f}  "
-            f"redirection {row['redirection']:.2f}  lost {row['lost']:.3f}{'  front' if row['on_front'] else ''}"
+            f"redirection {row['redirection']:.2f}  lost {row['lost']:.3f}{fronts}"
         )
     drifts = [(row["drift"], row["lost"]) for row in found]
     chosen = [row for row in found if row["chosen"]]
     result = {
         "chosen_on_front": sum(row["on_front"] for row in chosen) / max(len(chosen), 1),
+        "chosen_on_front_of_three": sum(row["on_front_of_three"] for row in chosen)
+        / max(len(chosen), 1),
         "chosen_lost": sum(row["lost"] for row in chosen) / max(len(chosen), 1),
         "drift_to_lost": round(metrics.spearman(*(list(x) for x in zip(*drifts, strict=True))), 3),
         "seconds": round(time.perf_counter() - start, 1),
