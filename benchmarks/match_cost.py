@@ -9,7 +9,6 @@ __all__ = ["cost_of"]
 COST = """
 import time, torch
 from overpaint.match import Matcher, dense
-from overpaint.match.refine import refined
 torch.set_num_threads({threads})
 matcher = Matcher.load({folder!r})
 pictures = torch.rand(2, 3, 512, 512, generator=torch.Generator().manual_seed(0))

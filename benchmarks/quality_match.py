@@ -12,10 +12,10 @@ Asked of each method: the mean distance from the truth (AEPE, pixels) and the sh
 (PCK), where the truth lies in the source and only there; the difference to ours in the same pairs. Intervals are 95 %
 bootstrap over photographs, with all of their pairs, since pairs of one photograph are not independent; over so few
 photographs they are wide. Then: the error by family of warps; no refinement by optical flow, and without it fewer
-steps, fewer hypotheses, no fine stage, controls (the same network trained to answer once) and other training seeds from
-the folders given; whether the spread knows the error (Spearman, AUSE; beside it how far the refinement moves the flow,
-which a single answer has too, and the cycle error of the initial flow);
-seconds and peak resident memory of a match at 512x512 in a process of its own.
+steps and hypotheses; no fine stage and controls (the same network trained to answer once), both ways; other training seeds;
+whether the spread knows the error (Spearman, AUSE), beside how far the flow of the coarse stage alone lies from that of
+both, which a single answer has too, and the cycle error of the initial flow; seconds and peak resident memory of a
+match at 512x512 in a process of its own.
 
 Baselines are as `match_baselines.py` says, the initial flow from pictures of 256x256, as the matcher sees them, and of
 512x512, which suits the larger scenes, four of them refined by optical flow as ours is; of three median filters that
@@ -60,7 +60,7 @@ from overpaint.train import card, photographs
 
 HERE, PACKAGE = Path(__file__).parent, Path(photographs.__file__).parents[1]
 RESULTS = HERE / "results"
-VERSION = 4  # of `errors` and `measured` below; errors of another are not read
+VERSION = 4  # of the constants and of `errors`, `measured`, `answer`, `baseline`; errors of another are not read
 GATED = ("plain", "textureless", "repetitive", "large")
 BESIDE = ("layered", "training")
 OURS = "ours"
@@ -78,13 +78,15 @@ BASELINES = (*PLAIN, *(
 ), *REFINED)  # fmt: skip
 RIVALS = (*PLAIN, *(f"{n}{f}" for n in SIDES for f in ("", ", median", ", mutual")), *REFINED)
 RAW = "no refinement"
+NO_FINE = "no fine stage"
+ROUGH = ", coarse"  # of a control without its fine stage
 # Settings of `dense`, and whether the fine stage runs.
 ABLATIONS: dict[str, tuple[dict[str, Any], bool]] = {
     RAW: ({"samples": 8, "steps": 5, "refine": False}, True),
     f"5 steps, 1 hypothesis, {RAW}": ({"samples": 1, "steps": 5, "refine": False}, True),
     f"1 step, 1 hypothesis, {RAW}": ({"samples": 1, "steps": 1, "refine": False}, True),
-    f"no fine stage, {RAW}": ({"samples": 8, "steps": 5, "refine": False}, False),
-    "no fine stage": ({"samples": 8, "steps": 5}, False),
+    f"{NO_FINE}, {RAW}": ({"samples": 8, "steps": 5, "refine": False}, False),
+    NO_FINE: ({"samples": 8, "steps": 5}, False),
 }
 
 
@@ -132,12 +134,13 @@ def measured(job: Job) -> tuple[Job, Origin, dict[str, dict[str, float]]]:
         if name in BASELINES:
             found[name] = errors(pair, baseline(name, initial, pair))
             continue
-        doubts = {}
+        flow, doubts = answers(name).flow, {}
         if name == OURS:
             doubts = {"std": answers(OURS).std, "cycle": initial(ours.config.image).doubt()}
-            if is_ablated(job.set):
-                doubts["moved"] = (answers(OURS).flow - answers(RAW).flow).norm(dim=0)
-        found[name] = errors(pair, answers(name).flow, **doubts)
+        if is_ablated(job.set) and is_whole(name):
+            rough = NO_FINE if name == OURS else f"{name}{ROUGH}"
+            doubts["stages"] = (flow - answers(rough).flow).norm(dim=0)
+        found[name] = errors(pair, flow, **doubts)
     return job, Origin(pair.photo, pair.family), found
 
 
@@ -146,9 +149,16 @@ def is_ablated(name: str) -> bool:
     return name in GATED or name.startswith("graf")
 
 
+def is_whole(name: str) -> bool:
+    """Say whether a method is ours or a control, both stages and the refinement."""
+    return name == OURS or (name.startswith("control") and not name.endswith(RAW))
+
+
 def answer(name: str, pair: Case) -> Match:
-    """Return what our matcher finds, as an ablation does, or another matcher."""
-    matcher = LOADED.get(name, LOADED[OURS])
+    """Return what our matcher finds, as an ablation does, or another matcher, or one of them without its fine stage."""
+    matcher = LOADED.get(name.removesuffix(ROUGH), LOADED[OURS])
+    if name.endswith(ROUGH):
+        name, matcher = name.removesuffix(ROUGH), replace(matcher, fine=None)
     settings: dict[str, Any] = {"samples": 8, "steps": matcher.config.steps}
     if name in ABLATIONS:
         settings, fine = ABLATIONS[name]
@@ -180,14 +190,15 @@ def marks(prints: Mapping[str, str]) -> Callable[[str], str]:
     seen = ("backbone", "conditions", "cost", "flow", "matcher", "refine")
     begun, matched = (
         code(*(PACKAGE / "match" / f"{name}.py" for name in parts), *beside)
-        for parts, beside in ((seen, (own,)), ((*seen, "denoise", "dense", "reading"), ()))
+        for parts, beside in ((seen, (own,)), ((*seen, "denoise", "dense", "reading", "sizes"), ()))
     )
     plain = code(own)
 
     def mark(method: str) -> str:
         if method in BASELINES:
             return plain if method in PLAIN else f"{prints[OURS]}-{begun}"
-        return f"{prints.get(method, prints[OURS])}-{matched}"
+        beside = f"-{plain}" if method == OURS else ""  # the initial flow's doubt
+        return f"{prints.get(method, prints[OURS])}-{matched}{beside}"
 
     return mark
 
@@ -304,18 +315,24 @@ def tables(found: Found, extra: Sequence[str]) -> dict[str, list[dict[str, Any]]
         {"method": m} | {n: found.less(n, m, RAW if m.endswith(RAW) and m != RAW else OURS) for n in gated}
         for m in names
     ]  # fmt: skip
-    seeds = [n for n in extra if n.startswith("seed") and not n.endswith(RAW)]
+    seeds = [n for n in extra if n.startswith("seed")]
     if seeds:
         result["aepe, training seeds"] = [
             {"set": n} | {"seeds": 1 + len(seeds)}
             | {"mean": bootstrap([found.mean(n, m).mean for m in (OURS, *seeds)])}
             for n in asked
         ]  # fmt: skip
+    controls = [n for n in extra if is_whole(n)]
+    result["uncertainty, of controls"] = [
+        {"method": m, "set": n}
+        | {f"{f} stages": found.mean(n, m, f"{f} stages") for f in ("spearman", "ause")}
+        for m in controls for n in asked
+    ]  # fmt: skip
     result["uncertainty"] = [
         {"set": n}
         | {
             f"{f} {d}": found.mean(n, OURS, f"{f} {d}")
-            for d in ("std", "moved", "cycle") for f in ("spearman", "ause")
+            for d in ("std", "stages", "cycle") for f in ("spearman", "ause")
         }
         for n in (*foreign, "chessboards", "graf13", "graf31") if n in found.sets
     ]  # fmt: skip
@@ -350,7 +367,7 @@ def figures(found: Found) -> dict[str, float]:
         )
         result["chessboards_below_dis"] = float(sum(a < b for a, b in boards))  # fmt: skip
     for figure in ("spearman", "ause"):
-        for doubt in ("std", "moved", "cycle"):
+        for doubt in ("std", "stages", "cycle"):
             values = [found.mean(n, OURS, f"{figure} {doubt}").mean for n in gated]
             result[f"{figure}_{doubt}"] = float(np.mean(values))
     return result

@@ -222,9 +222,7 @@ def test_a_matrix_of_no_sane_size_is_refused_before_it_is_made(tiny_double, tmp_
             Change.load(tmp_path / "c.safetensors")
 
 
-@pytest.mark.parametrize(
-    "concept", ["<|endoftext|>", "cat, dog", "o'ma", "!", "—", "«dog»", "caf\u00e9"]
-)
+@pytest.mark.parametrize("concept", ["<|endoftext|>", "cat, dog", "o'ma", "!", "—", "à la carte"])
 def test_marks_bytes_and_ends_of_text_are_no_words_of_a_concept(tiny_double, concept):
     assert tokens.own(tiny_double, {concept: "bird"}, []) == {}
     assert tokens.own(tiny_double, {"bird": concept}, []) == {}

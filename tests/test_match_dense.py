@@ -1,6 +1,7 @@
 """Matching two pictures: what comes out, of anything that goes in, and what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ from overpaint import match, zoo
 from overpaint.errors import UnsupportedModel
 from overpaint.match import backbone, reading
 from overpaint.match import flow as fields
+from overpaint.match.denoise import Denoiser
 
+STAGES = ("coarse", "fine")
 SHIPPED = (zoo.folder("matcher") / "config.json").is_file()
 
 
@@ -184,19 +187,54 @@ def test_the_spread_is_how_far_refined_hypotheses_lie_from_the_flow(rough):
     assert (found.std - wanted).abs().max() < 1e-3
 
 
-def test_the_spread_is_in_pixels_of_a_whatever_the_size(rough):
-    a, b = texture(256, 256), texture(256, 256, seed=1)
-    large = F.interpolate(a[None], (512, 512), mode="bilinear")[0]
-    small, twice = (match.dense(x, b, matcher=rough, samples=3) for x in (a, large))
-    assert twice.std.shape == (256, 256)
-    assert 1.8 < float(twice.std.median() / small.std.median()) < 2.2
+def test_the_spread_is_in_pixels_of_a_along_each_axis(rough, monkeypatch):
+    import importlib
+
+    from overpaint.match import denoise
+
+    for name in ("dense", "sizes"):
+        module = importlib.import_module(f"overpaint.match.{name}")
+        monkeypatch.setattr(module, "refined", lambda source, target, flow: flow.clone())
+    a, b = texture(400, 700), texture(600, 300, seed=1)
+    found = match.dense(a, b, matcher=rough, samples=3)
+    side = rough.config.image
+    small = (
+        F.interpolate(x[None], (side, side), mode="bilinear", antialias=True).clamp(0, 1)
+        for x in (a, b)
+    )
+    told = denoise.coarse_conditions(rough.backbone, rough.config, *small)
+    coarse = denoise.sample(rough.coarse, told, samples=3)[:, 0]
+    final = found.flow[None].clone()
+    # Without the shift of one picture's pixels to the other's, over its sides, at most 256 pixels a side.
+    for axis, (size, other) in enumerate(((700, 300), (400, 600))):
+        own = torch.arange(other)
+        shift = (own + 0.5) * size / other - 0.5 - own
+        final[:, axis] -= shift if axis == 0 else shift[:, None]
+        final[:, axis] /= size
+    apart = F.interpolate(coarse, (256, 128), mode="bilinear") - F.interpolate(
+        final, (256, 128), mode="bilinear"
+    )
+    squares = (apart * torch.tensor([700.0, 400.0]).view(1, 2, 1, 1)).square().sum(1).mean(0)
+    wanted = F.interpolate(squares[None, None], (600, 300), mode="bilinear")[0, 0].sqrt()
+    assert found.std.median() > 1
+    assert (found.std - wanted).abs().max() < 0.01 * wanted.max()
 
 
-def test_a_picture_too_thin_to_compare_hypotheses_in_has_a_spread(rough):
-    found = match.dense(texture(20, 600), texture(22, 640, seed=1), matcher=rough, samples=2)
-    assert found.std.shape == (22, 640)
-    assert found.std.min() > 0
-    assert torch.isfinite(found.std).all()
+def test_hypotheses_that_are_too_thin_to_refine_are_compared_as_they_are(rough):
+    a, b = texture(20, 600), texture(22, 640, seed=1)
+    found, plain = (match.dense(a, b, matcher=rough, samples=2, refine=r) for r in (True, False))
+    assert torch.equal(found.std, plain.std)
+    assert not torch.equal(found.flow, plain.flow)
+
+
+def test_a_control_draws_nothing_and_has_no_spread(rough):
+    config = replace(rough.config, diffusion=False)
+    parts = [Denoiser(config, stage) for stage in STAGES]
+    for part, other in zip(parts, (rough.coarse, rough.fine), strict=True):
+        part.load_state_dict(other.state_dict())
+    control = match.Matcher(rough.backbone, *parts, config)
+    a, b = texture(64, 64), texture(64, 64, seed=1)
+    assert match.dense(a, b, matcher=control, samples=3).std.max() == 0
 
 
 def test_without_refinement_the_spread_is_that_of_both_stages_in_pixels(rough):
