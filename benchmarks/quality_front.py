@@ -4,9 +4,9 @@
 
 Two concepts that no other table asks about are edited in the text layer with every weight of what should stay that
 `auto` tries. Text tells what each misses and how far other captions drift, as in `report["scan"]`; `icons-judge` tells
-what is left of the concept in pictures and what else is no longer recognised. A weight is on the front if no other is as
-good at erasing and sparing and better at one. That is asked of these two aims, and of three: a weight that is too large
-erases and puts nothing in its place, so that pictures seen as the replacement are the third. Spearman's rank
+what is left of the concept in pictures and what else is no longer recognised. A weight is on the front if no other is
+as good at erasing and sparing and better at one. That is asked of these two aims, and of three: a weight that is too
+large erases and puts nothing in its place, so that pictures seen as the replacement are the third. Spearman's rank
 correlation says how well text foretells pictures.
 Writes `benchmarks/results/quality_front.json`; with `--quick`, into `runs/benchmarks`.
 """

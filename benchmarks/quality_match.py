@@ -11,8 +11,8 @@ ways; motorcycle and aloe (depth edges); the corners of 13 pairs of chessboards 
 Asked of each method: the mean distance from the truth (AEPE, pixels) and the share of places within 1 and 5 pixels
 (PCK), where the truth lies in the source and only there; the difference to ours in the same pairs. Intervals are 95 %
 bootstrap over photographs, with all of their pairs, since pairs of one photograph are not independent; over so few
-photographs they are wide. Then: the error by family of warps; no refinement by optical flow, and without it fewer
-steps and hypotheses; no fine stage and controls (the same network trained to answer once), both ways; other training seeds;
+photographs they are wide. Then: the error by family of warps; no refinement by optical flow, and without it fewer steps
+and hypotheses; no fine stage and controls (the same network trained to answer once), both ways; other training seeds;
 whether the spread knows the error (Spearman, AUSE), beside how far the flow of the coarse stage alone lies from that of
 both, which a single answer has too, and the cycle error of the initial flow; seconds and peak resident memory of a
 match at 512x512 in a process of its own.

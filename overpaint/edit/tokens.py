@@ -67,8 +67,8 @@ def own(model: TextToImage, pairs: Mapping[str, str], kept: Sequence[str]) -> di
     """Return what `wanted` does of the tokens that occur nowhere else; nothing of a concept without such tokens.
 
     Elsewhere is: a text of `kept`, the small words of the captions that edits are fitted on, another concept of
-    `pairs`, or a replacement. A concept with tokens that are no word (marks, ends, pads, single bytes) has none of its own, nor one
-    whose replacement is edited itself.
+    `pairs`, or a replacement. A concept with tokens that are no word (marks, ends, pads, single bytes) has none of its
+    own, nor one whose replacement is edited itself.
     """
     weight = _weight(model)
     plain = " ".join(vocabulary.PLAIN)
