@@ -21,9 +21,9 @@ Baselines are as `match_baselines.py` says, the initial flow from pictures of 25
 512x512, which suits the larger scenes, four of them refined by optical flow as ours is; of three median filters that
 with the lowest error of a set is taken, in the baseline's favour.
 
-Takes some 30 minutes with the default pairs on two free cores (two processes of one thread each): about 9 core-seconds
-a pair with all ablations, 6 without; each `--seed-folder` 9 minutes more, each `--control` 6. Errors are kept pair by
-pair in `runs/quality_match`, under the hashes of the code and weights that made them: stop it, start it again. Writes
+Takes about an hour with the default pairs on two cores (two processes of one thread each): some 20 core-seconds a pair
+with all ablations, 8 without, and 4 more of the former for each `--seed-folder`. Errors are kept pair by pair in
+`runs/quality_match`, under the hashes of the code and weights that made them: stop it, start it again. Writes
 `benchmarks/results/quality_match.json`.
 """
 
