@@ -136,7 +136,7 @@ def confidence(match: Match, target: Any, *, theme: Theme = LIGHT) -> Image.Imag
     if scale.empty:
         sheet.text(["One hypothesis has no spread:", "match with two samples or more."], 0)
     else:
-        sheet.text(["How far the hypotheses lie from", "the flow (pixels, on a log scale)."], 0)
+        sheet.text(["How sure each place is", "how far the hypotheses lie from the flow"], 0)
         sheet.bar(scale, "sure", "unsure")
     return sheet.image
 
