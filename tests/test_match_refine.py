@@ -1,16 +1,13 @@
 """Refinement of a flow: what is small is found, what is far is left, and sizes fit."""
 
-from importlib import import_module
-
 import cv2
 import pytest
 import torch
 from torch.nn import functional as F
 
 from overpaint.match import flow as fields
+from overpaint.match import sizes
 from overpaint.match.refine import FARTHEST, refined
-
-dense = import_module("overpaint.match.dense")  # in the package the name is the function's
 
 
 def texture(h, w, seed=0):
@@ -74,31 +71,29 @@ def test_pictures_of_a_few_pixels_are_left_alone():
 
 def test_shares_of_the_sides_are_pixels_again():
     flow = 9 * torch.randn(1, 2, 30, 44)
-    shares = dense._shares(flow, (77, 51))
-    assert torch.allclose(dense._full(shares, (77, 51), (30, 44), False), flow, atol=1e-4)
+    shares = sizes._shares(flow, (77, 51))
+    assert torch.allclose(sizes.enlarged(shares, (77, 51), (30, 44), False), flow, atol=1e-4)
 
 
 def test_a_large_picture_is_refined_small():
     source = texture(1300, 1100)
     truth = waves(1400, 1200, 6.0) - 20
     target = fields.warp(source, truth)
-    pictures = tuple(dense._reduced(x) for x in (source, target))
+    pictures = sizes.reduced(source, target, 1024)
     assert [tuple(x.shape[2:]) for x in pictures] == [(1024, 866), (1024, 878)]
-    coarse = dense._shares(truth, (1300, 1100))
+    coarse = sizes._shares(truth, (1300, 1100))
     coarse = F.interpolate(coarse, (16, 16), mode="bilinear", antialias=True, align_corners=False)
-    given, found = (
-        dense._flow(coarse, (1300, 1100), (1400, 1200), False, way) for way in (None, pictures)
-    )
+    given = sizes.enlarged(coarse, (1300, 1100), (1400, 1200), False)
+    near = sizes.Refined.of(coarse, False, *pictures)
+    assert near is not None
+    found = near.at((1300, 1100), (1400, 1200))
     assert found.shape == truth.shape
     assert errors(given, truth).median() > 2
     assert errors(found, truth).median() < 0.5
 
 
 def test_a_long_thin_picture_is_not_brought_through_a_small_one():
-    source, target = texture(40, 3000), texture(40, 3000, seed=1)
-    pictures = tuple(dense._reduced(x) for x in (source, target))
+    pictures = sizes.reduced(texture(40, 3000), texture(40, 3000, seed=1), 1024)
     assert min(pictures[0].shape[2:]) < 16
     coarse = 0.02 * torch.randn(1, 2, 64, 64, generator=torch.Generator().manual_seed(0))
-    sizes = (40, 3000), (40, 3000)
-    plain, found = (dense._flow(coarse, *sizes, False, way) for way in (None, pictures))
-    assert torch.equal(found, plain)
+    assert sizes.Refined.of(coarse, False, *pictures) is None
