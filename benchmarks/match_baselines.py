@@ -16,8 +16,8 @@ from scipy.spatial import KDTree
 from torch import Tensor
 from torch.nn import functional as F
 
-from overpaint.match import Matcher, cost
-from overpaint.match.conditions import describe
+from overpaint.match import Matcher, correlation
+from overpaint.match.conditioning import describe
 
 __all__ = ["Initial", "dis", "farneback", "sift", "zero"]
 
@@ -85,10 +85,10 @@ class Initial:
             for x in (source, target)
         )
         a, b = (describe(matcher.backbone, config, x) for x in shrunk)
-        volume = cost.global_cost(a.coarse, b.coarse)
+        volume = correlation.global_cost(a.coarse, b.coarse)
         self.size = (target.shape[1], target.shape[2])
-        self.cells = cost.initial_flow(volume)[0].numpy()  # (2, g, g)
-        self.missed = cost.cycle_error(volume)[0, 0].numpy()
+        self.cells = correlation.initial_flow(volume)[0].numpy()  # (2, g, g)
+        self.missed = correlation.cycle_error(volume)[0, 0].numpy()
 
     def flow(self) -> Tensor:
         """Return it as it is, enlarged."""

@@ -33,11 +33,14 @@ import torch
 from torch import Tensor
 
 import overpaint as op
-from overpaint import evaluate, features, metrics, questions, sample
+from overpaint import evaluate, metrics
 from overpaint.edit import Change
+from overpaint.evaluate.results import Comparison, Scores
 from overpaint.metrics import Interval, bootstrap
-from overpaint.scores import Comparison, Scores
-from overpaint.trace.identity import fingerprint
+from overpaint.model import sampling
+from overpaint.probes import questions
+from overpaint.scorers import judge as features
+from overpaint.trace.provenance import fingerprint
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, SIZE = 8, 3
@@ -302,7 +305,7 @@ def main() -> None:
     start = time.perf_counter()
     torch.set_num_threads(plan.threads)
     model, judge = op.load("icons"), features.load()
-    model.pipe.scheduler = sample.solver(model, "dpm")  # few steps, close to many
+    model.pipe.scheduler = sampling.solver(model, "dpm")  # few steps, close to many
     plan.concepts = {k: dict(list(v.items())[: plan.concepts]) for k, v in CONCEPTS.items()}
     plan.many, plan.unrelated = MANY, 96
     if plan.quick:

@@ -22,9 +22,12 @@ from typing import Any
 import torch
 
 import overpaint as op
-from overpaint import evaluate, features, metrics, questions, sample
-from overpaint.edit.auto import WEIGHTS
-from overpaint.scores import Scores
+from overpaint import evaluate, metrics
+from overpaint.edit.methods.automatic import WEIGHTS
+from overpaint.evaluate.results import Scores
+from overpaint.model import sampling
+from overpaint.probes import questions
+from overpaint.scorers import judge as features
 from overpaint.train import card
 
 RESULTS = Path(__file__).parent / "results"
@@ -104,7 +107,7 @@ def main() -> None:
     torch.set_num_threads(plan.threads)
     start = time.perf_counter()
     model, judge = op.load("icons"), features.load()
-    model.pipe.scheduler = sample.solver(model, "dpm")  # few steps, close to many
+    model.pipe.scheduler = sampling.solver(model, "dpm")  # few steps, close to many
     concepts, weights, size, steps = CONCEPTS, WEIGHTS, 4, 8
     if plan.quick:
         concepts, weights, size, steps = {"dog": "bear"}, (5.0, 15.0), 1, 4

@@ -22,7 +22,9 @@ from typing import Any
 import torch
 
 import overpaint as op
-from overpaint import features, metrics, questions, zoo
+from overpaint import metrics, zoo
+from overpaint.probes import questions
+from overpaint.scorers import judge as features
 from overpaint.train import card, icon_world
 
 RESULTS = Path(__file__).parent / "results"

@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 
 import overpaint as op
-from overpaint import features, questions
 from overpaint.edit import Change
+from overpaint.probes import questions
+from overpaint.scorers import judge as features
 from overpaint.train import card
 
 RESULTS = Path(__file__).parent / "results"

@@ -54,7 +54,7 @@ from torch.nn import functional as F
 
 from overpaint import zoo
 from overpaint.match import Match, Matcher, dense
-from overpaint.match.refine import refined
+from overpaint.match.optical_flow import refined
 from overpaint.metrics import Interval, bootstrap, matching, paired
 from overpaint.train import card, photographs
 

@@ -39,12 +39,12 @@ import pyarrow as pa
 import torch
 
 import overpaint as op
-from overpaint import features
 from overpaint.metrics import Interval, bootstrap
+from overpaint.model.token_spans import find_span
 from overpaint.probes import Probe
-from overpaint.spans import find_span
-from overpaint.trace import Effects, corrupt, screen
-from overpaint.trace.identity import fingerprint
+from overpaint.scorers import judge as features
+from overpaint.trace import Effects, corruption, screening
+from overpaint.trace.provenance import fingerprint
 
 RESULTS = Path(__file__).parent / "results"
 ATTRIBUTES = ("style", "object", "color", "count", "action", "fact")
@@ -294,7 +294,7 @@ def solver_rows(plan: Plan) -> list[Row]:
     probes = [
         p for a in plan.attributes[:2] for p in chosen(plan.model, a, -(-plan.solver_prompts // 2))
     ][: plan.solver_prompts]
-    _, sigma = corrupt.corruptions(plan.model, probes, noise_samples=1, sigma="3std")
+    _, sigma = corruption.corruptions(plan.model, probes, noise_samples=1, sigma="3std")
     settings = [("ddim", plan.reference), *plan.solvers]
     found: dict[tuple[str, int], list[Maps]] = {setting: [] for setting in settings}
     seconds = dict.fromkeys(settings, 0.0)
@@ -356,8 +356,8 @@ def _screened(plan: Plan, attribute: str, name: str, last: int) -> Effects:
     probes = chosen(plan.model, attribute, plan.prompts)
     options = {"last": last, "steps": plan.steps, "solver": plan.solver, "score": plan.judge.score}
     if name == "text":
-        return screen.text_encoder(plan.model, probes, **options)
-    return screen.unet(plan.model, probes, source=name, **options)
+        return screening.text_encoder(plan.model, probes, **options)
+    return screening.unet(plan.model, probes, source=name, **options)
 
 
 def table(title: str, rows: Sequence[Row]) -> str:

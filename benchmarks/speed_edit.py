@@ -32,14 +32,15 @@ import torch
 from torch import Tensor
 
 import overpaint as op
-from overpaint import features, questions
-from overpaint.edit.quickfix import FRAMES
+from overpaint.edit.methods.quickfix import FRAMES
 from overpaint.edit.weights import text_layers, weight_at
-from overpaint.hooks import record_inputs
-from overpaint.sites import find_unet
-from overpaint.spans import end_of_text, find_span
+from overpaint.model.hooks import record_inputs
+from overpaint.model.sites import find_unet
+from overpaint.model.token_spans import end_of_text, find_span
+from overpaint.probes import questions
+from overpaint.scorers import judge as features
 from overpaint.train import card
-from overpaint.zoo import build
+from overpaint.zoo import builders
 
 RESULTS = Path(__file__).parent / "results"
 OLD, NEW, RIDGE, SITE = "van gogh", "painting", 0.01, "text.0.self_attn.out_proj"
@@ -54,7 +55,7 @@ def sd14(*, seed: int = 0) -> op.TextToImage:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    tokenizer = build.clip_tokenizer()
+    tokenizer = builders.clip_tokenizer()
     config = CLIPTextConfig(
         vocab_size=49408,
         hidden_size=768,

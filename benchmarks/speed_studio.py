@@ -52,8 +52,8 @@ from PIL import Image
 
 import overpaint as op
 from overpaint.edit.vocabulary import concepts
-from overpaint.studio.desk import Studio
-from overpaint.studio.serve import open_studio
+from overpaint.studio.app import Studio
+from overpaint.studio.server import open_studio
 from overpaint.train import card
 
 RESULTS = Path(__file__).parent / "results"

@@ -44,8 +44,9 @@ from torch import Tensor
 from torch.nn import Module
 
 import overpaint as op
-from overpaint import features, sites
-from overpaint.trace import Effects, corrupt
+from overpaint.model import sites
+from overpaint.scorers import judge as features
+from overpaint.trace import Effects, corruption
 from overpaint.trace.memory import peak_bytes
 
 RESULTS = Path(__file__).parent / "results"
@@ -59,7 +60,7 @@ class Case:
 
     model: op.TextToImage
     judge: features.Judge
-    made: corrupt.Corruption
+    made: corruption.Corruption
     steps: int
 
     def scores(self, embeds: Tensor) -> list[float]:
@@ -185,7 +186,7 @@ def ways(case: Case, *, quick: bool) -> dict[str, Callable[[], Map]]:
         (site, role, position)
         for site in named.values()
         if site.part == "text" and site.index in kept
-        for role, position in corrupt.places(case.made, corrupt.ROLES)
+        for role, position in corruption.places(case.made, corruption.ROLES)
     ]
     traced = [site for site in named.values() if site.part == "unet"]
     text = [(site.module(case.model), position) for site, _, position in states]
@@ -260,7 +261,7 @@ def load(steps: int) -> Case:
     model, judge = op.load("icons"), features.load()
     model.pipe.set_progress_bar_config(disable=True)
     probe = op.probes.load("style")[2]
-    (made,), _ = corrupt.corruptions(model, [probe], noise_samples=1, sigma="3std")
+    (made,), _ = corruption.corruptions(model, [probe], noise_samples=1, sigma="3std")
     return Case(model, judge, made, steps)
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from quality_trace import ATTRIBUTES, FIRST, TRACES, cells, in_gaps, pooled
 
-from overpaint import figures
-from overpaint.figures import Bar, BarPanel, Panel
+from overpaint.images import charts
+from overpaint.images.charts import Bar, BarPanel, Panel
 from overpaint.metrics import Interval, paired
 from overpaint.trace import Effects, states
 from overpaint.trace.plot import bar_panels
-from overpaint.trace.shards import read
+from overpaint.trace.resume import read
 from overpaint.trace.states import ROLES
 
 IMAGES = Path(__file__).parent / "images"
@@ -46,8 +46,8 @@ def draw_text(maps: Maps) -> None:
         )
         rows = tuple(s.split(".")[1] + (" attn" if s.endswith("attn") else " MLP") for s in sites)
         panels.append(Panel(attribute, rows, tuple(r.replace("_", " ") for r in roles), values))
-    drawing = figures.heat_map(
-        panels, theme=figures.LIGHT, columns=3, unit="share of the mean gap that one state restores"
+    drawing = charts.heat_map(
+        panels, theme=charts.LIGHT, columns=3, unit="share of the mean gap that one state restores"
     )
     drawing.save(IMAGES / "findings_text.png")
 
@@ -59,8 +59,8 @@ def draw_places(maps: Maps) -> None:
         BarPanel(title, (("", tuple(_bar(a, c[FIRST[0], role]) for a, c in found.items())),))
         for role, title in PLACES.items()
     ]
-    drawing = figures.bar_chart(
-        panels, theme=figures.LIGHT, unit="probability of the concept: restored minus corrupted"
+    drawing = charts.bar_chart(
+        panels, theme=charts.LIGHT, unit="probability of the concept: restored minus corrupted"
     )
     drawing.save(IMAGES / "findings_places.png")
 
@@ -74,8 +74,8 @@ def draw_unet(maps: Maps) -> None:
         )
         for a in ("color", "fact", "style")
     ]
-    drawing = figures.bar_chart(
-        panels, theme=figures.LIGHT, unit="probability of the concept: restored minus corrupted"
+    drawing = charts.bar_chart(
+        panels, theme=charts.LIGHT, unit="probability of the concept: restored minus corrupted"
     )
     drawing.save(IMAGES / "findings_unet.png")
 

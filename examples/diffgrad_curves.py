@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch.optim import Adam, Optimizer
 
-from overpaint.figures import DARK, LIGHT, Theme
+from overpaint.images.charts import DARK, LIGHT, Theme
 from overpaint.optim import DiffGrad
 
 UPDATES, START, BETAS = 299, -1.0, (0.95, 0.999)

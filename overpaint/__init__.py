@@ -6,13 +6,21 @@
 'an apple in noto style'
 """
 
-from overpaint import edit, evaluate, match, optim, probes, report, trace
+from overpaint import (
+    edit,
+    evaluate,
+    match,
+    optim,
+    probes,
+    report,
+    trace,
+)
 from overpaint.edit import Change
 from overpaint.errors import MissingExtra, OverpaintError, UnknownSite, UnsupportedModel
+from overpaint.evaluate.results import Scores
+from overpaint.images.pictures import Pictures
 from overpaint.model import TextToImage, load
-from overpaint.pictures import Pictures
-from overpaint.scores import Scores
-from overpaint.sites import Site
+from overpaint.model.sites import Site
 from overpaint.trace import Effects
 
 __version__ = "0.1.0"

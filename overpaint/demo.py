@@ -17,12 +17,19 @@ from typing import Any
 
 import torch
 
-from overpaint import edit, evaluate, features, probes, questions, report, trace
+from overpaint import (
+    edit,
+    evaluate,
+    probes,
+    report,
+    trace,
+)
 from overpaint.edit import Change, words
-from overpaint.features import Judge
+from overpaint.evaluate.results import Comparison
 from overpaint.model import TextToImage
-from overpaint.probes import Probe
-from overpaint.scores import Comparison
+from overpaint.probes import Probe, questions
+from overpaint.scorers import judge as features
+from overpaint.scorers.judge import Judge
 
 __all__ = ["FULL", "QUICK", "Size", "run"]
 
@@ -94,7 +101,7 @@ def run(
     asked = questions.ask(
         kind, label, labels=judge.labels, held_out=composed, size=size.questions, seed=seed
     )
-    report.drift.save(report.drift.predict(model, changes, asked, kind=kind), out)
+    report.drift_section.save(report.drift_section.predict(model, changes, asked, kind=kind), out)
     summary = _summary(comparison, judge)
     summary |= {"edit_seconds": seconds, "seconds": time.perf_counter() - began}
     _write_json(

@@ -21,18 +21,18 @@ def _repeatable():
 def tiny_sd1():
     """A random pipeline in SD-1.4's layout, float32. Read only: an edit must be reverted."""
     import overpaint
-    from overpaint.zoo import build
+    from overpaint.zoo import builders
 
-    return overpaint.load(build.tiny())
+    return overpaint.load(builders.tiny())
 
 
 @pytest.fixture(scope="session")
 def tiny_sd2():
     """The same in SD-2's layout: velocity prediction, other padding."""
     import overpaint
-    from overpaint.zoo import build
+    from overpaint.zoo import builders
 
-    return overpaint.load(build.tiny("sd2"))
+    return overpaint.load(builders.tiny("sd2"))
 
 
 @pytest.fixture(scope="session")
@@ -43,9 +43,9 @@ def tiny_xl():
     stays. One encoding puts them there, so that a test which counts hooks before and after finds no more.
     """
     import overpaint
-    from overpaint.zoo import build
+    from overpaint.zoo import builders
 
-    model = overpaint.load(build.tiny("sdxl", text_layers=2))
+    model = overpaint.load(builders.tiny("sdxl", text_layers=2))
     model.encode([""])
     return model
 
@@ -54,18 +54,18 @@ def tiny_xl():
 def tiny_double():
     """`tiny_sd1` in float64, for laws that hold exactly."""
     import overpaint
-    from overpaint.zoo import build
+    from overpaint.zoo import builders
 
-    return overpaint.load(build.tiny().to(torch.float64))
+    return overpaint.load(builders.tiny().to(torch.float64))
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """`tiny_sd1` as a pipeline folder on disk."""
-    from overpaint.zoo import build
+    from overpaint.zoo import builders
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    build.tiny().save_pretrained(folder)
+    builders.tiny().save_pretrained(folder)
     return folder
 
 

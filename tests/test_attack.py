@@ -6,9 +6,10 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
-from overpaint import attack, edit
+from overpaint import edit
+from overpaint.evaluate import attack
+from overpaint.model.token_spans import end_of_text
 from overpaint.probes import Case, EvaluationSet
-from overpaint.spans import end_of_text
 
 PROMPTS = ("a cat in blob style", "a blob style dog")
 CASES = EvaluationSet(

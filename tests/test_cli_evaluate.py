@@ -7,7 +7,8 @@ import shlex
 import pytest
 
 import overpaint as op
-from overpaint import attack, metrics
+from overpaint import metrics
+from overpaint.evaluate import attack
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from overpaint.edit import auto as make
-from overpaint.edit import layers, vocabulary
 from overpaint.edit import stack as op_stack
-from overpaint.edit.auto import RIDGES, preserve_terms
+from overpaint.edit import vocabulary
 from overpaint.edit.captions import gather, layer_inputs, plan
+from overpaint.edit.methods import layer_scan
+from overpaint.edit.methods.automatic import RIDGES, preserve_terms
 from overpaint.edit.weights import weight_at
 
 SITE = "text.0.self_attn.out_proj"
@@ -120,7 +121,7 @@ def test_it_is_undone_bit_for_bit(tiny_double, change):
 
 
 def test_where_a_known_concept_begins_the_edit_waits_for_the_last_token(tiny_double):
-    from overpaint.edit.contexts import placed
+    from overpaint.edit.caption_sums import placed
 
     (whole,) = plan(tiny_double, PAIR, ["{}"], "subject_to_end")
     free, bound = placed(whole, "van gogh", []), placed(whole, "van gogh", ["van"])
@@ -230,7 +231,7 @@ def test_what_a_layer_is_said_to_miss_is_what_the_encoder_gives(tiny_double, cha
         with torch.no_grad():
             return tiny_double.text_encoder(ids)[0]
 
-    rows = layers.scan(tiny_double, lambda _: change, pairs=[found], unseen=["a dog"])
+    rows = layer_scan.scan(tiny_double, lambda _: change, pairs=[found], unseen=["a dog"])
     ((a, b),) = found.positions
     before, other = last(ids), last(tiny_double.tokenize(["a dog"]))
     with change.applied(tiny_double):

@@ -68,7 +68,7 @@ def test_random_sites_follow_the_seed_and_avoid_the_first_layer(tiny_sd1):
 
 def test_a_random_site_needs_a_second_layer():
     import overpaint
-    from overpaint.zoo import build
+    from overpaint.zoo import builders
 
     with pytest.raises(ValueError, match="a random site needs a second text layer"):
-        edit.random_site(overpaint.load(build.tiny(text_layers=1)), {"dog": "cat"})
+        edit.random_site(overpaint.load(builders.tiny(text_layers=1)), {"dog": "cat"})

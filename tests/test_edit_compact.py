@@ -9,7 +9,7 @@ import torch
 import overpaint as op
 from overpaint import edit
 from overpaint.edit import Change
-from overpaint.edit.solve import factorise
+from overpaint.edit.least_squares import factorise
 from overpaint.edit.weights import weight_at
 
 OPENMOJI, TWEMOJI = {"openmoji style": "noto style"}, {"twemoji style": "noto style"}

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 import overpaint
 from overpaint import edit, zoo
-from overpaint.edit import export, ldm
+from overpaint.edit import export
 from overpaint.edit.change import Change, Movement
+from overpaint.edit.export import formats, ldm
 from overpaint.edit.weights import fingerprint, weight_at
 from overpaint.errors import UnsupportedModel
 from overpaint.model import TextToImage
@@ -400,7 +401,7 @@ def test_places_that_cannot_be_written_are_named(own, tmp_path, kind, monkeypatc
     def write(path):
         if kind == "lora":
             return export.lora(change, path)
-        return getattr(export, kind)(own, change, path)
+        return getattr(formats, kind)(own, change, path)
 
     with pytest.raises(FileNotFoundError, match=r"cannot write the export .* exists and is yours"):
         write(tmp_path / "missing" / "c.safetensors")

@@ -6,8 +6,8 @@ import torch
 from overpaint import edit
 from overpaint.edit.weights import fingerprint, weight_at
 from overpaint.errors import UnknownSite
-from overpaint.sites import find_unet
-from overpaint.spans import find_span
+from overpaint.model.sites import find_unet
+from overpaint.model.token_spans import find_span
 
 GOGH = {"van gogh": "painting"}
 FRAMES = ("", "a photo of ", "an image of ", "a picture of ")

@@ -8,7 +8,7 @@ import torch
 import overpaint
 from overpaint.edit import Change, Movement
 from overpaint.edit.weights import fingerprint, weight_at
-from overpaint.zoo import build
+from overpaint.zoo import builders
 
 OUT, Q, V, K = (f"text.0.self_attn.{name}_proj" for name in ("out", "q", "v", "k"))
 
@@ -16,7 +16,7 @@ OUT, Q, V, K = (f"text.0.self_attn.{name}_proj" for name in ("out", "q", "v", "k
 @pytest.fixture(scope="module")
 def small():
     """A model of one text layer, whose weights are quickly looked up."""
-    return overpaint.load(build.tiny(text_layers=1))
+    return overpaint.load(builders.tiny(text_layers=1))
 
 
 def change(model, sites, seed):

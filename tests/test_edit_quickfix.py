@@ -9,12 +9,12 @@ import torch
 
 from overpaint import edit
 from overpaint.edit import captions
-from overpaint.edit.solve import solve
+from overpaint.edit.least_squares import solve
 from overpaint.edit.weights import fingerprint, text_layers, weight_at
 from overpaint.errors import UnknownSite, UnsupportedModel
-from overpaint.hooks import record, record_inputs
 from overpaint.model import TextToImage
-from overpaint.spans import find_span
+from overpaint.model.hooks import record, record_inputs
+from overpaint.model.token_spans import find_span
 
 MONET = {"van gogh": "painting"}
 FRAMES = ("", "a photo of ", "an image of ", "a picture of ")

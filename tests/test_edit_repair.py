@@ -5,8 +5,8 @@ import torch
 
 from overpaint import edit
 from overpaint.edit import Change, stack, vocabulary
+from overpaint.edit.caption_sums import background_captions, placed, spared
 from overpaint.edit.captions import plan
-from overpaint.edit.contexts import background_captions, placed, spared
 from overpaint.edit.weights import text_layers, weight_at
 
 SMALL = {

@@ -6,7 +6,13 @@ import time
 import pytest
 import torch
 
-from overpaint.edit.solve import compress, contradiction, factorise, product, solve
+from overpaint.edit.least_squares import (
+    compress,
+    contradiction,
+    factorise,
+    product,
+    solve,
+)
 
 D_OUT, D_IN, PAIRS, RIDGE = 40, 48, 12, 0.01
 

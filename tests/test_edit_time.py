@@ -5,7 +5,7 @@ import torch
 
 from overpaint import edit
 from overpaint.edit.captions import caption
-from overpaint.edit.time import align
+from overpaint.edit.methods.time_edit import align
 from overpaint.edit.weights import fingerprint, weight_at
 
 APPLE = {"a apple tree": "a red apple tree"}

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from overpaint import edit
-from overpaint.edit import Change, stack, tokens
+from overpaint.edit import Change, stack
+from overpaint.edit.methods import token_rows
 from overpaint.edit.weights import weight_at
 from overpaint.errors import UnknownSite
 
@@ -89,8 +90,8 @@ def test_tokens_of_a_concepts_own_move_and_the_layer_does_the_rest(
 
 def test_the_layer_is_fitted_to_what_the_moved_rows_leave(tiny_double):
     found = edit.auto(tiny_double, {"van gogh": "painting"}, **{**SMALL, "repair": False})
-    rows = tokens.movement(
-        tiny_double, tokens.own(tiny_double, {"van gogh": "painting"}, SMALL["vocabulary"])["van gogh"].rows
+    rows = token_rows.movement(
+        tiny_double, token_rows.own(tiny_double, {"van gogh": "painting"}, SMALL["vocabulary"])["van gogh"].rows
     )  # fmt: skip
     before = weight_at(tiny_double, SITE).detach().clone()
     with Change((rows,), {"pairs": {}}, {}).applied(tiny_double):
@@ -105,7 +106,7 @@ def test_the_layer_is_fitted_to_what_the_moved_rows_leave(tiny_double):
 
 
 def test_a_model_that_shares_the_weights_reads_what_it_did_meanwhile(tiny_double):
-    from overpaint.studio.private import private
+    from overpaint.studio.model_copy import private
 
     twin, asked, seen = private(tiny_double), ["a van gogh", "a gogh"], []
     before, weight = tiny_double.encode(asked), weight_at(twin, SITE)
@@ -136,7 +137,7 @@ def test_an_offloaded_model_reads_the_rows_too(tiny_double):
 
 
 def test_a_replacement_that_is_edited_itself_keeps_a_concept_in_the_layer(tiny_double):
-    assert tokens.own(tiny_double, {"dog": "cat", "cat": "fish"}, []) == {}
+    assert token_rows.own(tiny_double, {"dog": "cat", "cat": "fish"}, []) == {}
 
 
 @pytest.fixture(scope="module")
@@ -224,8 +225,8 @@ def test_a_matrix_of_no_sane_size_is_refused_before_it_is_made(tiny_double, tmp_
 
 @pytest.mark.parametrize("concept", ["<|endoftext|>", "cat, dog", "o'ma", "!", "—", "à la carte"])
 def test_marks_bytes_and_ends_of_text_are_no_words_of_a_concept(tiny_double, concept):
-    assert tokens.own(tiny_double, {concept: "bird"}, []) == {}
-    assert tokens.own(tiny_double, {"bird": concept}, []) == {}
+    assert token_rows.own(tiny_double, {concept: "bird"}, []) == {}
+    assert token_rows.own(tiny_double, {"bird": concept}, []) == {}
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from overpaint import edit
-from overpaint.edit.projections import projections, read, spot
-from overpaint.edit.solve import factorise, solve
-from overpaint.edit.uce import ARTISTS, OBJECTS
+from overpaint.edit.least_squares import factorise, solve
+from overpaint.edit.methods.cross_attention import projections, read, spot
+from overpaint.edit.methods.uce import ARTISTS, OBJECTS
 from overpaint.edit.weights import fingerprint, weight_at
 from overpaint.errors import UnknownSite, UnsupportedModel
 from overpaint.model import TextToImage
-from overpaint.sites import get
+from overpaint.model.sites import get
 
 MONET = {"van gogh": "painting", "snoopy": ""}
 

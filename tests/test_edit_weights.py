@@ -11,10 +11,16 @@ from peft import LoraConfig
 from overpaint import edit
 from overpaint.edit import Change, Movement
 from overpaint.edit import change as changes
-from overpaint.edit.weights import fingerprint, is_site, text_layers, weight_at, weights_at
+from overpaint.edit.weights import (
+    fingerprint,
+    is_site,
+    text_layers,
+    weight_at,
+    weights_at,
+)
 from overpaint.errors import UnknownSite, UnsupportedModel
 from overpaint.model import TextToImage
-from overpaint.sites import find_unet
+from overpaint.model.sites import find_unet
 
 GOGH = {"van gogh": "painting"}
 SITES = ("text.3.self_attn.q_proj", "unet.cross_attn.7.to_k", "unet.cross_attn.0.to_out")

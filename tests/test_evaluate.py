@@ -3,11 +3,12 @@ import math
 import pytest
 import torch
 
-from overpaint import edit, evaluate, questions
-from overpaint.evaluate.judged import _Tally, _Work
+from overpaint import edit, evaluate
+from overpaint.evaluate.recognition import _Tally, _Work
+from overpaint.evaluate.results import Comparison, Paired, Scores
 from overpaint.metrics import Interval
 from overpaint.model import TextToImage
-from overpaint.scores import Comparison, Paired, Scores
+from overpaint.probes import questions
 
 LABELS = {"object": ("cat", "dog", "bird"), "style": ("noto", "blob"), "color": ("red", "blue")}
 

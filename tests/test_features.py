@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from overpaint import features, zoo
-from overpaint.features import Judge
+from overpaint import zoo
 from overpaint.probes import Probe
+from overpaint.scorers import judge as features
+from overpaint.scorers.judge import Judge
 
 
 @pytest.fixture(scope="module")

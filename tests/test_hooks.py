@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from overpaint import hooks
+from overpaint.model import hooks
 
 
 @pytest.fixture

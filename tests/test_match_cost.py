@@ -7,7 +7,7 @@ import torch
 from test_match_flow import graf  # noqa: F401
 from torch.nn import functional as F
 
-from overpaint.match import backbone, cost
+from overpaint.match import backbone, correlation
 from overpaint.match import flow as fields
 
 
@@ -17,7 +17,7 @@ def features(*shape, seed=0):
 
 def test_the_volume_is_that_of_a_loop():
     source, target = features(2, 5, 6, 7), features(2, 5, 4, 3, seed=1)
-    volume = cost.global_cost(source, target)
+    volume = correlation.global_cost(source, target)
     assert volume.shape == (2, 4, 3, 6, 7)
     assert volume.abs().max() <= 1 + 1e-6
     for b, y, x, v, u in ((0, 0, 0, 0, 0), (1, 3, 2, 5, 6), (1, 2, 0, 1, 4), (0, 3, 1, 4, 2)):
@@ -30,46 +30,46 @@ def test_the_volume_is_that_of_a_loop():
 def test_best_places_are_found_and_lead_back():
     source = features(1, 16, 6, 7)
     target = torch.roll(source, (1, -2), (2, 3))  # what stood at (x, y) stands at (x - 2, y + 1)
-    volume = cost.global_cost(source, target)
-    flow = cost.initial_flow(volume)
+    volume = correlation.global_cost(source, target)
+    flow = correlation.initial_flow(volume)
     assert flow[0, :, 1:, :5].flatten(1).unique(dim=1).tolist() == [[2.0], [-1.0]]
-    assert cost.cycle_error(volume).max() == 0
-    assert cost.max_cosine(volume).min() > 1 - 1e-5
+    assert correlation.cycle_error(volume).max() == 0
+    assert correlation.max_cosine(volume).min() > 1 - 1e-5
 
 
 def test_the_cycle_error_is_the_way_home():
     volume = torch.zeros(1, 1, 4, 1, 4)  # target x, source x
     volume[0, 0, 0, 0, 1] = 0.5  # 0 likes 1,
     volume[0, 0, 3, 0, 1] = 0.9  # which likes 3
-    assert cost.cycle_error(volume)[0, 0, 0, 0] == 3
-    assert cost.cycle_error(volume)[0, 0, 0, 3] == 0
+    assert correlation.cycle_error(volume)[0, 0, 0, 0] == 3
+    assert correlation.cycle_error(volume)[0, 0, 0, 3] == 0
 
 
 def test_a_window_lists_offsets_row_by_row():
     volume = torch.zeros(1, 5, 5, 9, 9)
     volume[0, 2, 2, 5, 3] = 1  # from the centre one to the right and three down
-    window = cost.slice_cost(volume, torch.zeros(1, 2, 5, 5), radius=4)
+    window = correlation.slice_cost(volume, torch.zeros(1, 2, 5, 5), radius=4)
     peak = int(window[0, :, 2, 2].argmax())
     assert peak == (3 + 4) * 9 + (1 + 4)
     assert window.sum() == 1
 
 
 def test_a_window_is_the_volume_at_whole_cells_and_nothing_outside():
-    volume = cost.global_cost(features(2, 8, 6, 7), features(2, 8, 6, 7, seed=1))
+    volume = correlation.global_cost(features(2, 8, 6, 7), features(2, 8, 6, 7, seed=1))
     flow = torch.randint(-3, 4, (2, 2, 6, 7)).float()
-    window = cost.slice_cost(volume, flow, radius=2)
+    window = correlation.slice_cost(volume, flow, radius=2)
     for b, y, x, dy, dx in ((0, 0, 0, 0, 0), (1, 5, 6, -2, 1), (1, 3, 3, 2, 2), (0, 4, 1, -1, -2)):
         u, v = (int(n) for n in flow[b, :, y, x] + torch.tensor([x + dx, y + dy]))
         wanted = volume[b, y, x, v, u] if 0 <= v < 6 and 0 <= u < 7 else torch.tensor(0.0)
         assert window[b, (dy + 2) * 5 + dx + 2, y, x] == wanted
-    away = cost.slice_cost(volume, torch.full((2, 2, 6, 7), 20.0), radius=2)
+    away = correlation.slice_cost(volume, torch.full((2, 2, 6, 7), 20.0), radius=2)
     assert away.abs().max() == 0
 
 
 def test_between_cells_a_window_reads_as_grid_sample_does():
-    volume = cost.global_cost(features(1, 8, 6, 7), features(1, 8, 6, 7, seed=1))
+    volume = correlation.global_cost(features(1, 8, 6, 7), features(1, 8, 6, 7, seed=1))
     flow = 3 * features(1, 2, 6, 7, seed=2)
-    window = cost.slice_cost(volume, flow, radius=1)
+    window = correlation.slice_cost(volume, flow, radius=1)
     for i, (dy, dx) in enumerate((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)):
         place = fields.to_mapping(flow) + torch.tensor([dx, dy]).view(1, 2, 1, 1)
         grid = (2 * place + 1) / torch.tensor([7, 6]).view(1, 2, 1, 1) - 1
@@ -81,15 +81,15 @@ def test_between_cells_a_window_reads_as_grid_sample_does():
 def test_a_window_without_the_volume_is_the_same():
     source, target = features(2, 12, 9, 8), features(2, 12, 6, 7, seed=1)
     flow = 4 * features(2, 2, 6, 7, seed=2)
-    whole = cost.slice_cost(cost.global_cost(source, target), flow, radius=3)
-    assert (cost.local_cost(source, target, flow, radius=3) - whole).abs().max() < 1e-5
+    whole = correlation.slice_cost(correlation.global_cost(source, target), flow, radius=3)
+    assert (correlation.local_cost(source, target, flow, radius=3) - whole).abs().max() < 1e-5
 
 
 def test_a_picture_matches_itself():
     image = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     image = F.interpolate(image[:, :, ::4, ::4], (256, 256), mode="bicubic").clamp(0, 1)
     found = backbone.load()(image)[0]
-    flow = cost.initial_flow(cost.global_cost(found, found))
+    flow = correlation.initial_flow(correlation.global_cost(found, found))
     assert (flow.abs().sum(1) == 0).double().mean() > 0.99
 
 
@@ -110,7 +110,7 @@ def test_the_argmax_on_graf_is_what_was_measured_with_the_authors_module(graf): 
     module = backbone.load()
     found = [module(F.interpolate(v, (512, 512), mode="bilinear"))[0] for v in views]
     for source, target, flow, wanted in ((0, 1, flows[0], 23.4), (1, 0, flows[1], 37.7)):
-        cells = cost.initial_flow(cost.global_cost(found[source], found[target]))
+        cells = correlation.initial_flow(correlation.global_cost(found[source], found[target]))
         error = (fields.resize(cells, (640, 800)) - flow).norm(dim=1)
         assert error[fields.inside(flow)[:, 0]].mean() == pytest.approx(wanted, abs=3)
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from overpaint.match import cost
-from overpaint.match import denoise as d
+from overpaint.match import correlation
+from overpaint.match import denoiser as d
 from overpaint.match import flow as fields
-from overpaint.match.matcher import Matcher
+from overpaint.match.config import Matcher
 
 SMOKE = d.Config.smoke()
 
@@ -181,12 +181,14 @@ def test_conditions_hold_what_they_say(untrained):
     source, target = pictures(2), pictures(2, seed=1)
     told = d.coarse_conditions(untrained.backbone, SMOKE, source, target)
     features = [d.describe(untrained.backbone, SMOKE, x).coarse for x in (source, target)]
-    volume = cost.global_cost(*features)
-    assert torch.equal(told.initial, cost.initial_flow(volume) / 16)
+    volume = correlation.global_cost(*features)
+    assert torch.equal(told.initial, correlation.initial_flow(volume) / 16)
     assert told.stack.shape == (2, SMOKE.stacked, 16, 16)
     # the window's middle is the best cosine, for the initial flow points there
     assert (told.stack[:, 40] - told.stack[:, 81]).abs().max() < 1e-5
-    assert (told.stack[:, 82] - torch.exp(-cost.cycle_error(volume) / 2)[:, 0]).abs().max() < 1e-6
+    assert (
+        told.stack[:, 82] - torch.exp(-correlation.cycle_error(volume) / 2)[:, 0]
+    ).abs().max() < 1e-6
     assert told.stack[0, 83, 0, 0] == -1
     assert told.stack[0, 84, -1, 3] == 1
     assert told.stack[0, 83, 5, -1] == 1
@@ -199,7 +201,7 @@ def test_the_fine_stage_starts_from_the_coarse_flow(untrained):
     assert (told.initial - 0.125).abs().max() < 1e-6
     assert told.initial.shape == (1, 2, 32, 32)
     a, b = (d.describe(untrained.backbone, SMOKE, x).fine for x in (source, target))
-    window = cost.local_cost(a, b, torch.full((1, 2, 32, 32), 4.0))
+    window = correlation.local_cost(a, b, torch.full((1, 2, 32, 32), 4.0))
     assert (told.stack[:, :81] - window).abs().max() < 1e-5
     assert torch.equal(told.stack[:, 82], told.stack[:, 40])
 

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from overpaint import match, zoo
 from overpaint.errors import UnsupportedModel
-from overpaint.match import backbone, reading
+from overpaint.images import read as reading
+from overpaint.match import backbone
 from overpaint.match import flow as fields
-from overpaint.match.denoise import Denoiser
+from overpaint.match.denoiser import Denoiser
 
 STAGES = ("coarse", "fine")
 SHIPPED = (zoo.folder("matcher") / "config.json").is_file()
@@ -173,14 +174,14 @@ def test_a_seed_decides_and_hypotheses_spread(rough):
 
 
 def test_the_spread_is_how_far_refined_hypotheses_lie_from_the_flow(rough):
-    from overpaint.match import denoise
-    from overpaint.match.refine import refined
+    from overpaint.match import denoiser
+    from overpaint.match.optical_flow import refined
 
     a, b = texture(128, 128), texture(128, 128, seed=1)
     found = match.dense(a, b, matcher=rough, samples=3)
-    told = denoise.coarse_conditions(rough.backbone, rough.config, a[None], b[None])
+    told = denoiser.coarse_conditions(rough.backbone, rough.config, a[None], b[None])
     squares = []
-    for rows in denoise.sample(rough.coarse, told, samples=3):
+    for rows in denoiser.sample(rough.coarse, told, samples=3):
         own = F.interpolate(rows, (128, 128), mode="bilinear") * 128
         squares.append((refined(a[None], b[None], own) - found.flow) ** 2)
     wanted = torch.cat(squares).mean(0).sum(0).sqrt()
@@ -190,7 +191,7 @@ def test_the_spread_is_how_far_refined_hypotheses_lie_from_the_flow(rough):
 def test_the_spread_is_in_pixels_of_a_along_each_axis(rough, monkeypatch):
     import importlib
 
-    from overpaint.match import denoise
+    from overpaint.match import denoiser
 
     for name in ("dense", "sizes"):
         module = importlib.import_module(f"overpaint.match.{name}")
@@ -202,8 +203,8 @@ def test_the_spread_is_in_pixels_of_a_along_each_axis(rough, monkeypatch):
         F.interpolate(x[None], (side, side), mode="bilinear", antialias=True).clamp(0, 1)
         for x in (a, b)
     )
-    told = denoise.coarse_conditions(rough.backbone, rough.config, *small)
-    coarse = denoise.sample(rough.coarse, told, samples=3)[:, 0]
+    told = denoiser.coarse_conditions(rough.backbone, rough.config, *small)
+    coarse = denoiser.sample(rough.coarse, told, samples=3)[:, 0]
     final = found.flow[None].clone()
     # Without the shift of one picture's pixels to the other's, over its sides, at most 256 pixels a side.
     for axis, (size, other) in enumerate(((700, 300), (400, 600))):
@@ -238,15 +239,15 @@ def test_a_control_draws_nothing_and_has_no_spread(rough):
 
 
 def test_without_refinement_the_spread_is_that_of_both_stages_in_pixels(rough):
-    from overpaint.match import denoise
+    from overpaint.match import denoiser
 
     a, b = texture(128, 128), texture(128, 128, seed=1)
     found = match.dense(a, b, matcher=rough, samples=4, refine=False)
     config, generator = rough.config, torch.Generator().manual_seed(0)
-    told = denoise.coarse_conditions(rough.backbone, config, a[None], b[None])
-    coarse = denoise.sample(rough.coarse, told, samples=4, generator=generator)
-    told = denoise.fine_conditions(rough.backbone, config, a[None], b[None], coarse.mean(0))
-    fine = denoise.sample(rough.fine, told, samples=4, generator=generator)
+    told = denoiser.coarse_conditions(rough.backbone, config, a[None], b[None])
+    coarse = denoiser.sample(rough.coarse, told, samples=4, generator=generator)
+    told = denoiser.fine_conditions(rough.backbone, config, a[None], b[None], coarse.mean(0))
+    fine = denoiser.sample(rough.fine, told, samples=4, generator=generator)
     flow = F.interpolate(fine.mean(0), (128, 128), mode="bilinear") * 128
     assert (found.flow - flow[0]).abs().max() < 1e-3
     total = fine.var(0) + F.interpolate(coarse.var(0), (32, 32), mode="bilinear")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from overpaint.images.read import picture
 from overpaint.match import flow as fields
-from overpaint.match.reading import picture
 
 PHOTOGRAPHS = Path(__file__).parent.parent / "runs" / "photographs"
 

@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional as F
 
 from overpaint.match import flow as fields
-from overpaint.match import sizes
-from overpaint.match.refine import FARTHEST, refined
+from overpaint.match import resampling as sizes
+from overpaint.match.optical_flow import FARTHEST, refined
 
 
 def texture(h, w, seed=0):

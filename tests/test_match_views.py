@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageColor
 
-from overpaint.figures import DARK, LIGHT
+from overpaint.images.charts import DARK, LIGHT
 from overpaint.match import Match, flow, legend, views
 
 HEIGHT, WIDTH = 90, 120

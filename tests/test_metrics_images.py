@@ -9,7 +9,8 @@ import torch
 from scipy import ndimage
 
 import overpaint as op
-from overpaint import evaluate, features, metrics
+from overpaint import evaluate, metrics
+from overpaint.scorers import judge as features
 
 PROMPTS = [
     f"a {thing} in {style} style"

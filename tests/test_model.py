@@ -8,11 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import overpaint as op
-from overpaint import hooks, sites
 from overpaint.errors import UnsupportedModel
-from overpaint.model import text_features
-from overpaint.sample import denoise
-from overpaint.zoo import build
+from overpaint.model import hooks, sites, text_features
+from overpaint.model.sampling import denoise
+from overpaint.zoo import builders
 
 
 @pytest.fixture
@@ -22,7 +21,7 @@ def copy(tiny_folder, tmp_path):
 
 
 def test_load_a_folder_as_float32_whatever_is_on_disk(tiny_sd1, tmp_path):
-    build.tiny().to(torch.bfloat16).save_pretrained(tmp_path)
+    builders.tiny().to(torch.bfloat16).save_pretrained(tmp_path)
     model = op.load(tmp_path)
     assert model.dtype == torch.float32
     assert model.device.type == "cpu"
@@ -46,7 +45,7 @@ def test_a_folder_states_its_own_guidance(copy):
 
 
 def test_a_live_pipeline_stays_the_same_object():
-    pipe = build.tiny()
+    pipe = builders.tiny()
     model = op.load(pipe)
     assert model.pipe is pipe
     assert model.unet is pipe.unet
@@ -118,7 +117,7 @@ def test_sdxl_encodes_the_empty_prompt_as_its_settings_say(tiny_xl):
         full, empty, full_pooled, empty_pooled = pipe.encode_prompt("a cat", device="cpu")
         return torch.cat([empty, full]), torch.cat([empty_pooled, full_pooled])
 
-    model = op.load(build.tiny("sdxl", text_layers=2))
+    model = op.load(builders.tiny("sdxl", text_layers=2))
     for zeros in (True, False):
         model.pipe.register_to_config(force_zeros_for_empty_prompt=zeros)
         with torch.no_grad():
@@ -169,7 +168,7 @@ def test_sdxl_from_a_folder(tiny_xl, tmp_path):
 
 def test_sdxl_decodes_half_precision_in_float32(tiny_xl):
     """With large weights the decoder overflows in float16, as SDXL's own does."""
-    model = op.load(build.tiny("sdxl", text_layers=1).to(torch.float16))
+    model = op.load(builders.tiny("sdxl", text_layers=1).to(torch.float16))
     vae, latents = model.vae, tiny_xl.initial_latents([0, 1], steps=20).half()
     with torch.no_grad():
         vae.post_quant_conv.weight.mul_(30000)
@@ -252,7 +251,7 @@ def test_pndm_takes_one_step_more_and_each_run_starts_anew(tiny_sd1):
 def test_ancestral_noise_comes_from_the_row_alone(tiny_sd1):
     from diffusers import EulerAncestralDiscreteScheduler
 
-    pipe = build.tiny()
+    pipe = builders.tiny()
     pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
     model = op.load(pipe)
     both = model.generate(["a cat", "a dog"], seed=[1, 2], steps=3)
@@ -360,7 +359,7 @@ def test_weights_of_another_model_are_refused(copy, part):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(value):
-    pipe = build.tiny()
+    pipe = builders.tiny()
     with torch.no_grad():
         pipe.unet.conv_out.weight[0, 0] = value
     with pytest.raises(UnsupportedModel, match="unet.conv_out.weight hold NaN or infinite values"):
@@ -372,12 +371,12 @@ def test_other_pipelines_are_refused():
         UnsupportedModel, match="Linear is not a Stable Diffusion pipeline: it has no"
     ):
         op.load(torch.nn.Linear(1, 1))
-    pipe = build.tiny()
+    pipe = builders.tiny()
     pipe.text_encoder_2 = pipe.text_encoder
     with pytest.raises(UnsupportedModel, match="has two text encoders but is not SDXL"):
         op.load(pipe)
-    both = build.tiny("sdxl", text_layers=1)
-    pipe = build.tiny()
+    both = builders.tiny("sdxl", text_layers=1)
+    pipe = builders.tiny()
     pipe.unet = both.unet
     with pytest.raises(UnsupportedModel, match="UNet .* also takes 'text_time', which one text"):
         op.load(pipe)
@@ -421,7 +420,7 @@ def test_damaged_settings_are_refused(tiny_folder, tmp_path, words):
 
 
 def test_pictures_of_one_color_are_told():
-    from overpaint.pictures import blank
+    from overpaint.images.pictures import blank
 
     images = torch.stack([torch.zeros(3, 4, 4), torch.rand(3, 4, 4), torch.full((3, 4, 4), 0.5)])
     images[2, 0] = 1.0  # one color, if not grey

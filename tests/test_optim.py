@@ -10,7 +10,7 @@ from gradients import FUSED, LISTS, LOOP, PATHS, draw, feed, gap, leaves, one, r
 from torch import nn
 
 from overpaint.optim import DiffGrad, friction
-from overpaint.optim.friction import resistance
+from overpaint.optim.friction_variants import resistance
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "diffgrad_curves.py"
 

@@ -8,10 +8,10 @@ from transformers import CLIPTokenizerFast
 
 import overpaint
 from overpaint import probes
+from overpaint.model.token_spans import find_span
 from overpaint.probes import Probe
-from overpaint.probes import prompts as module
-from overpaint.spans import find_span
-from overpaint.zoo import build
+from overpaint.probes import probe as module
+from overpaint.zoo import builders
 
 SIZES = {
     "style": (36, 80), "object": (32, 168), "color": (24, 160), "action": (32, 160),
@@ -34,7 +34,7 @@ def test_the_lists_have_their_sizes():
 
 @pytest.mark.parametrize(("kind", "vocabulary"), TABLES)
 def test_every_probe_holds_its_concept_once_and_within_the_limit(kind, vocabulary):
-    tokenizer = build.clip_tokenizer()
+    tokenizer = builders.clip_tokenizer()
     table = probes.load(kind, vocabulary=vocabulary)
     assert len({probe.id for probe in table}) == len(table)
     assert len({probe.prompt for probe in table}) == len(table)

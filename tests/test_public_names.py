@@ -13,14 +13,14 @@ ROOT = Path(__file__).parent.parent
 ROOMS = (
     "edit",
     "evaluate",
-    "features",
+    "images",
     "match",
     "metrics",
     "model",
     "optim",
     "probes",
     "report",
-    "sites",
+    "scorers",
     "trace",
     "zoo",
 )

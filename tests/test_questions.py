@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from overpaint import questions
+from overpaint.probes import questions
 
 LABELS = {
     "object": ("apple", "cat", "rocket", "python logo", "flag of japan"),

@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from overpaint import figures, report
+from overpaint import report
+from overpaint.evaluate.results import Comparison, Paired, Scores
+from overpaint.images import charts
 from overpaint.metrics import Interval
-from overpaint.questions import Question
+from overpaint.probes.questions import Question
 from overpaint.report import tables
-from overpaint.scores import Comparison, Paired, Scores
 from overpaint.trace.effects import Effects
 
 
@@ -228,12 +229,12 @@ def test_the_table_of_methods_shows_shares_changes_and_absent_values(comparison)
 
 
 def test_figures_differ_by_theme_and_data():
-    panel = figures.Panel("p", ("r",), ("a", "b"), ((0.0, 1.0),))
-    other = figures.Panel("p", ("r",), ("a", "b"), ((1.0, 0.0),))
-    light = figures.heat_map([panel], theme=figures.LIGHT).png()
-    assert light == figures.heat_map([panel], theme=figures.LIGHT).png()
-    assert light != figures.heat_map([other], theme=figures.LIGHT).png()
-    png = figures.heat_map([panel], theme=figures.DARK).png()
+    panel = charts.Panel("p", ("r",), ("a", "b"), ((0.0, 1.0),))
+    other = charts.Panel("p", ("r",), ("a", "b"), ((1.0, 0.0),))
+    light = charts.heat_map([panel], theme=charts.LIGHT).png()
+    assert light == charts.heat_map([panel], theme=charts.LIGHT).png()
+    assert light != charts.heat_map([other], theme=charts.LIGHT).png()
+    png = charts.heat_map([panel], theme=charts.DARK).png()
     dark = Image.open(io.BytesIO(png)).convert("RGB")
     assert dark.getpixel((0, 0)) == (0x18, 0x1B, 0x22)
 

@@ -10,9 +10,9 @@ from PIL import Image
 from test_report import effect, scores, share
 
 from overpaint import report
-from overpaint.questions import Question
-from overpaint.report import drift
-from overpaint.scores import Comparison
+from overpaint.evaluate.results import Comparison
+from overpaint.probes.questions import Question
+from overpaint.report import drift_section
 from overpaint.trace.effects import Effects
 
 EVIL = '"><script>document.title="owned"</script><img src=x onerror=document.title="owned">'
@@ -45,7 +45,7 @@ def filled(folder, *, evil=""):
     baseline = {"style": share(0.9, 0).before, "style held out": share(0.7, 0).before}
     Comparison(found, baseline, asked, pictures).save(folder)
     predicted = {name: {"noto": 0.1 * i, "blob": 0.2 * i} for i, name in enumerate(names)}
-    drift.save(predicted, folder)
+    drift_section.save(predicted, folder)
     rows = [effect(f"text.{n}.mlp", "text", "mlp", n, "eos", 0.5 / (1 + n)) for n in range(2)]
     about = {"scorer": f"eyes{evil}", "probes": 1, "steps": 2}
     Effects.of(rows, about).save(folder / "text.parquet")

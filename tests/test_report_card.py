@@ -8,9 +8,10 @@ from test_report import scores
 
 import overpaint
 from overpaint import edit, report
-from overpaint.edit import card, export
-from overpaint.report.card import add_scores
-from overpaint.scores import Comparison
+from overpaint.edit import export
+from overpaint.edit.export import model_card
+from overpaint.evaluate.results import Comparison
+from overpaint.report.model_card import add_scores
 
 EVIL = "<script>alert(1)</script> | `x` **b**\n## What a judge saw"
 
@@ -45,8 +46,8 @@ def test_an_exported_folder_has_a_card_that_the_hub_reads(tiny_sd1, change, tmp_
 
 
 def test_a_hub_id_is_the_base_model_and_a_folder_is_not_told(change, tmp_path):
-    assert ModelCard(card.text(change, model="owner/name")).data.base_model == "owner/name"
-    private = card.text(change, model=str(tmp_path / "secret"))
+    assert ModelCard(model_card.text(change, model="owner/name")).data.base_model == "owner/name"
+    private = model_card.text(change, model=str(tmp_path / "secret"))
     assert ModelCard(private).data.base_model is None
     assert str(tmp_path) not in private
     assert "# secret, edited: van gogh" in private
@@ -56,7 +57,7 @@ def test_names_are_shown_and_never_read_as_markdown_or_html(change, tmp_path):
     protocol = {**change.protocol, "pairs": {EVIL: EVIL}, "method": EVIL}
     report_ = {**change.report, "not_kept": [EVIL], "endangered": [{"concept": EVIL}]}
     hostile = type(change)(change.movements, protocol, report_)
-    text = card.write(tmp_path, hostile, model="a/<b>\n---").read_text()
+    text = model_card.write(tmp_path, hostile, model="a/<b>\n---").read_text()
     assert "<script" not in text
     assert not re.search(r"^## What a judge saw", text, re.MULTILINE)
     assert r"&lt;script&gt;alert(1)&lt;/script&gt; \| \`x\` \*\*b\*\* \#\# What a judge saw" in text
@@ -65,7 +66,7 @@ def test_names_are_shown_and_never_read_as_markdown_or_html(change, tmp_path):
 
 
 def test_what_a_judge_saw_goes_on_the_card_once(change, comparison, tmp_path):
-    card.write(tmp_path, change, model="icons")
+    model_card.write(tmp_path, change, model="icons")
     before = (tmp_path / "README.md").read_text()
     once = add_scores(tmp_path, comparison).read_text()
     assert add_scores(tmp_path, comparison).read_text() == once
@@ -83,7 +84,7 @@ def test_the_name_of_the_model_is_told_as_it_is_though_its_title_is_escaped(
     change, comparison, tmp_path
 ):
     hostile = type(change)(change.movements, {**change.protocol, "pairs": {"<a> & *b*": "c"}}, {})
-    card.write(tmp_path, hostile, model="icons")
+    model_card.write(tmp_path, hostile, model="icons")
     found = ModelCard(add_scores(tmp_path, comparison).read_text())
     assert found.data.model_name == "icons, edited: <a> & *b* → c"
 
@@ -91,7 +92,7 @@ def test_the_name_of_the_model_is_told_as_it_is_though_its_title_is_escaped(
 def test_the_command_line_puts_figures_on_a_card(run, change, comparison, tmp_path):
     results, model = tmp_path / "results", tmp_path / "model"
     model.mkdir()
-    card.write(model, change, model="icons")
+    model_card.write(model, change, model="icons")
     comparison.save(results)
     code, told, complaint = run("report", results, "--card", model, "--json")
     assert code == 0, complaint
@@ -102,7 +103,7 @@ def test_the_command_line_puts_figures_on_a_card(run, change, comparison, tmp_pa
 def test_a_missing_card_method_or_judgement_is_refused(change, comparison, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no README.md: name a folder that"):
         add_scores(tmp_path, comparison)
-    card.write(tmp_path, change, model="icons")
+    model_card.write(tmp_path, change, model="icons")
     with pytest.raises(ValueError, match="no method 'other': choose one of change, or judge"):
         add_scores(tmp_path, comparison, method="other")
     with pytest.raises(FileNotFoundError, match="nothing that a judge saw: name a folder"):

@@ -8,13 +8,13 @@ import torch
 from test_report import scores
 
 from overpaint import edit, report
-from overpaint.attack import Attack, Attempt
 from overpaint.evaluate import Measure, Measures
-from overpaint.figures import Point
+from overpaint.evaluate.attack import Attack, Attempt
+from overpaint.evaluate.results import Comparison
+from overpaint.images.charts import Point
 from overpaint.metrics import Interval
-from overpaint.questions import Question
-from overpaint.report import drift, measured
-from overpaint.scores import Comparison
+from overpaint.probes.questions import Question
+from overpaint.report import drift_section, metrics_section
 
 NONE = Interval(math.nan, math.nan, math.nan, 0)
 
@@ -34,7 +34,7 @@ def asked(*pairs):
 def test_predicted_drift_is_the_movement_in_units_of_what_the_prompt_says(tiny_sd1, change):
     texts = ("a cat, monet", "a dog, monet")
     questions = asked(("other", "monet", texts[0]), ("other held out", "monet", texts[1]))
-    found = drift.predict(tiny_sd1, {"one": change}, questions, kind="style")
+    found = drift_section.predict(tiny_sd1, {"one": change}, questions, kind="style")
     before = [tiny_sd1.encode([t])[0].double() for t in (*texts, "")]
     with change.applied(tiny_sd1):
         after = [tiny_sd1.encode([t])[0].double() for t in texts]
@@ -47,7 +47,9 @@ def test_predicted_drift_is_the_movement_in_units_of_what_the_prompt_says(tiny_s
 def test_a_change_that_does_nothing_drifts_nothing_and_the_model_is_left_alone(tiny_sd1, change):
     before = tiny_sd1.encode(["a cat, monet"])
     changes = {"no edit": None, "none": change * 0.0, "half": change * 0.5, "whole": change}
-    found = drift.predict(tiny_sd1, changes, asked(("other", "x", "a cat, monet")), kind="style")
+    found = drift_section.predict(
+        tiny_sd1, changes, asked(("other", "x", "a cat, monet")), kind="style"
+    )
     assert list(found) == ["none", "half", "whole"]
     assert found["none"]["x"] == 0
     assert 0 < found["half"]["x"] < found["whole"]["x"]
@@ -57,12 +59,17 @@ def test_a_change_that_does_nothing_drifts_nothing_and_the_model_is_left_alone(t
 def test_changes_of_the_unet_are_left_out_as_text_says_nothing_of_them(tiny_sd1):
     unet = edit.uce(tiny_sd1, {"van gogh": "painting"})
     assert all(site.startswith("unet") for site in unet.sites)
-    assert drift.predict(tiny_sd1, {"uce": unet}, asked(("other", "x", "a")), kind="style") == {}
+    assert (
+        drift_section.predict(tiny_sd1, {"uce": unet}, asked(("other", "x", "a")), kind="style")
+        == {}
+    )
 
 
 def test_points_pair_what_was_predicted_with_what_was_lost():
     comparison = Comparison({"a": scores("a", 0.02)}, {}, (), {})
-    found = drift.points(comparison, {"a": {"noto": 0.3, "unknown": 1}, "gone": {"noto": 1}})
+    found = drift_section.points(
+        comparison, {"a": {"noto": 0.3, "unknown": 1}, "gone": {"noto": 1}}
+    )
     (point,) = found["a"]
     assert list(found) == ["a"]
     assert (point.x, point.label) == (0.3, "noto")
@@ -71,18 +78,18 @@ def test_points_pair_what_was_predicted_with_what_was_lost():
 
 def test_the_rank_correlation_is_one_for_what_grows_together_and_none_where_nothing_differs():
     rows = [Point(x, x**3, 0, 0, "") for x in (0.1, 0.5, 0.2)]
-    assert drift.rank_correlation({"a": rows[:2], "b": rows[2:]}) == pytest.approx(1)
-    assert drift.rank_correlation({"a": [Point(-p.x, p.y, 0, 0, "") for p in rows]}) < -0.99
-    assert math.isnan(drift.rank_correlation({"a": [Point(0, 1, 0, 0, "")] * 3}))
+    assert drift_section.rank_correlation({"a": rows[:2], "b": rows[2:]}) == pytest.approx(1)
+    assert drift_section.rank_correlation({"a": [Point(-p.x, p.y, 0, 0, "") for p in rows]}) < -0.99
+    assert math.isnan(drift_section.rank_correlation({"a": [Point(0, 1, 0, 0, "")] * 3}))
 
 
 def test_drift_comes_back_from_its_file_and_a_damaged_file_is_refused(tmp_path):
-    assert drift.load(tmp_path) == {}
-    drift.save({"a": {"noto": 0.25}}, tmp_path)
-    assert drift.load(tmp_path) == {"a": {"noto": 0.25}}
-    (tmp_path / drift.FILE).write_text('{"predicted": {"a": 3}}')
+    assert drift_section.load(tmp_path) == {}
+    drift_section.save({"a": {"noto": 0.25}}, tmp_path)
+    assert drift_section.load(tmp_path) == {"a": {"noto": 0.25}}
+    (tmp_path / drift_section.FILE).write_text('{"predicted": {"a": 3}}')
     with pytest.raises(ValueError, match=r"drift.json' is damaged .*: .* or delete it"):
-        drift.load(tmp_path)
+        drift_section.load(tmp_path)
 
 
 def test_an_evaluation_set_is_shown_with_the_meaning_of_each_metric(tmp_path):
@@ -103,7 +110,7 @@ def test_an_evaluation_set_is_shown_with_the_meaning_of_each_metric(tmp_path):
     words = json.loads(page.with_suffix(".json").read_text())
     first = words["tables"][0]["rows"][0]
     assert first["Change"] == {"mean": -0.8, "low": -0.9, "high": -0.7, "n": 20}
-    (tmp_path / measured.FILE).write_text("{}")
+    (tmp_path / metrics_section.FILE).write_text("{}")
     with pytest.raises(
         ValueError, match=r"measures.json' is damaged .*Make it again with .overpaint evaluate"
     ):

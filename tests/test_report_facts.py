@@ -6,8 +6,8 @@ import pytest
 from test_report import comparison
 
 from overpaint import report
-from overpaint.attack import Attack, Attempt
 from overpaint.evaluate import Measure, Measures
+from overpaint.evaluate.attack import Attack, Attempt
 from overpaint.metrics import Interval
 
 __all__ = ["comparison"]  # a fixture

@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from overpaint import hooks, sites
 from overpaint.errors import UnknownSite, UnsupportedModel
-from overpaint.model import TextToImage
-from overpaint.trace import proof
-from overpaint.zoo import build
+from overpaint.model import TextToImage, hooks, sites
+from overpaint.trace import hook_check
+from overpaint.zoo import builders
 
 # Width and side of each level of SD-1.4 at 512 pixels, and the blocks that run there in order.
 LEVELS = {"a": (320, 64), "b": (640, 32), "c": (1280, 16), "d": (1280, 8)}
@@ -52,7 +51,7 @@ def sd21():
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    pipe = build.tiny("sd2", text_layers=1)
+    pipe = builders.tiny("sd2", text_layers=1)
     with torch.device("meta"):
         pipe.text_encoder = CLIPTextModel(text_config(1024, 23, 16, projection=512))
         pipe.unet = UNet2DConditionModel(
@@ -71,7 +70,7 @@ def sdxl():
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    pipe = build.tiny("sdxl", text_layers=1)
+    pipe = builders.tiny("sdxl", text_layers=1)
     with torch.device("meta"):
         pipe.text_encoder = CLIPTextModel(
             text_config(768, 12, 12, projection=768, activation="quick_gelu")
@@ -148,7 +147,7 @@ def test_paths_of_sd14(sd14):
 
 
 def test_census_and_order_of_sd21(sd21):
-    found = proof.probe(sd21)
+    found = hook_check.probe(sd21)
     unet = [site for site in found if site.part == "unet"]
     assert Counter(site.kind for site in unet) == {
         "resnet": 22, "self_attn": 16, "cross_attn": 16, "mlp": 16,
@@ -161,7 +160,7 @@ def test_census_and_order_of_sd21(sd21):
 
 
 def test_census_and_order_of_sdxl(sdxl):
-    found = proof.probe(sdxl)
+    found = hook_check.probe(sdxl)
     unet = [site for site in found if site.part == "unet"]
     assert Counter(site.kind for site in unet) == {
         "resnet": 17, "self_attn": 70, "cross_attn": 70, "mlp": 70,
@@ -279,7 +278,7 @@ def test_other_modules_are_refused():
 
 
 def test_models_that_hide_their_modules_are_refused():
-    unet = build.tiny().unet
+    unet = builders.tiny().unet
     unet.fuse_qkv_projections()
     with pytest.raises(UnsupportedModel, match="projections are fused.*unfuse_qkv_projections"):
         sites.find_unet(unet)
@@ -295,7 +294,7 @@ def test_models_that_hide_their_modules_are_refused():
 
 
 def test_parts_compiled_in_place_are_refused():
-    pipe = build.tiny("sdxl", text_layers=1)
+    pipe = builders.tiny("sdxl", text_layers=1)
     pipe.unet.up_blocks[0].compile()
     with pytest.raises(UnsupportedModel, match=r"is compiled \(up_blocks.0\), which hides"):
         sites.find_unet(pipe.unet)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from overpaint.errors import UnsupportedModel
-from overpaint.spans import Span, end_of_text, find_span, span_at
-from overpaint.zoo import build
+from overpaint.model.token_spans import Span, end_of_text, find_span, span_at
+from overpaint.zoo import builders
 
 # As CLIP's BPE splits them; the tiny tokenizer has the same merges for these words.
 COUNTS = {
@@ -28,7 +28,7 @@ COUNTS = {
 
 @pytest.fixture(scope="module")
 def words():
-    return build.clip_tokenizer()
+    return builders.clip_tokenizer()
 
 
 @pytest.mark.parametrize(("concept", "tokens"), COUNTS.items())
@@ -90,7 +90,7 @@ def test_a_slow_tokenizer_is_refused():
 
 @pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
 def test_the_end_of_text_is_the_first_one_whatever_the_padding(pad):
-    tokenizer = build.clip_tokenizer(pad=pad)
+    tokenizer = builders.clip_tokenizer(pad=pad)
     ids = tokenizer(["a cat"], padding="max_length", return_tensors="pt").input_ids[0]
     assert len(ids) == 77
     assert end_of_text(tokenizer, ids) == 3

@@ -8,14 +8,21 @@ from dataclasses import replace
 import pytest
 
 import overpaint as op
-from overpaint import hooks
 from overpaint.edit.weights import fingerprint
-from overpaint.studio import Studio, pages, work
-from overpaint.studio.collateral import collateral
-from overpaint.studio.private import private
+from overpaint.model import hooks
+from overpaint.studio import Studio, html, tasks
+from overpaint.studio.model_copy import private
+from overpaint.studio.scheduler import (
+    Done,
+    Part,
+    Progress,
+    Stopped,
+    Turns,
+    watch,
+)
 from overpaint.studio.session import Bench, Coat, Session
-from overpaint.studio.turns import Done, Part, Progress, Stopped, Turns, watch
-from overpaint.studio.work import Question
+from overpaint.studio.side_effects import collateral
+from overpaint.studio.tasks import Question
 
 ASKED = Question("a cat in blob style", "blob style", (3,), 1)
 
@@ -202,7 +209,7 @@ def test_a_session_that_ended_says_so(studio):
 
 
 def test_of_too_many_sessions_the_longest_unused_goes_and_none_at_work(studio, monkeypatch):
-    monkeypatch.setattr("overpaint.studio.desk.SESSIONS", 3)
+    monkeypatch.setattr("overpaint.studio.app.SESSIONS", 3)
     first, second, third = (studio.open() for _ in range(3))
     studio.session(first)
     with studio.session(second).working():
@@ -235,17 +242,17 @@ def test_nothing_is_kept_for_a_session_that_ended(studio):
 
 def test_a_restored_state_of_the_whole_first_layer_is_what_tracing_measured(tiny_sd1):
     question = Question("a cat in blob style", "blob style", (0,), 2)
-    found = work.trace_text(tiny_sd1, question, nothing)
+    found = tasks.trace_text(tiny_sd1, question, nothing)
     probe = op.probes.Probe("studio", "concept", question.prompt, "blob style")
     effects = op.trace.text_encoder(tiny_sd1, [probe], control=False, generate=False)
     table = {(r["site"], r["position"]): r["embed_recovery"] for r in effects.table.to_pylist()}
     row, column = found.best
     place = found.columns[column][1]
     assert found.values[row][column] == pytest.approx(table[found.sites[row], place])
-    clean, corrupted, restored = work.restore(tiny_sd1, found, row, column, nothing)
+    clean, corrupted, restored = tasks.restore(tiny_sd1, found, row, column, nothing)
     assert len({pixels(p.image) for p in (clean, corrupted, restored)}) == 3
     with pytest.raises(ValueError, match=r"no cell \(99, 0\)"):
-        work.restore(tiny_sd1, found, 99, 0, nothing)
+        tasks.restore(tiny_sd1, found, 99, 0, nothing)
 
 
 def test_painting_shows_the_forecast_before_the_pictures_and_undo_takes_it_off(studio):
@@ -298,7 +305,7 @@ def test_coats_that_are_solved_again_can_be_stopped_on_the_way(tiny_sd1):
             raise Stopped
 
     with pytest.raises(Stopped):
-        work.combine(tiny_sd1, changes, step)
+        tasks.combine(tiny_sd1, changes, step)
     assert told[1][0] < told[2][0] < told[2][1]
 
 
@@ -343,7 +350,7 @@ def test_a_file_whose_opening_was_stopped_is_not_on_the_shelf(studio, tmp_path, 
         studio.session(key).stop()
         step(0, 1, "foretelling")
 
-    monkeypatch.setattr("overpaint.studio.desk.collateral", stopped)
+    monkeypatch.setattr("overpaint.studio.app.collateral", stopped)
     with pytest.raises(Stopped):
         last(studio.add(key, path))
     assert studio.session(key).shelf == {}
@@ -454,9 +461,9 @@ def test_a_forecast_of_nothing_is_a_sentence_and_no_table(tiny_sd1):
     rows = op.edit.auto(tiny_sd1, pairs, **settings)
     layer = op.edit.auto(tiny_sd1, pairs, **settings, tokens=False)
     still, moving = (collateral(tiny_sd1, c, vocabulary=["a dog", "a cat"]) for c in (rows, layer))
-    assert "None of the 2 other concepts moves" in pages.forecast(still)
-    assert "<table" not in pages.forecast(still)
-    assert "<table" in pages.forecast(moving)
+    assert "None of the 2 other concepts moves" in html.forecast(still)
+    assert "<table" not in html.forecast(still)
+    assert "<table" in html.forecast(moving)
 
 
 @pytest.mark.parametrize(
@@ -475,8 +482,8 @@ def test_questions_out_of_range_are_refused(question, words):
 
 def test_words_that_are_not_there_and_methods_that_are_not_known(tiny_sd1):
     with pytest.raises(ValueError, match="no words to look for: name words of the prompt"):
-        work.trace_text(tiny_sd1, Question("a cat"), nothing)
+        tasks.trace_text(tiny_sd1, Question("a cat"), nothing)
     with pytest.raises(ValueError, match="'dog' is not in the prompt 'a cat'"):
-        work.trace_text(tiny_sd1, Question("a cat", "dog"), nothing)
+        tasks.trace_text(tiny_sd1, Question("a cat", "dog"), nothing)
     with pytest.raises(ValueError, match="unknown method 'magic': choose auto or quickfix"):
-        work.make(tiny_sd1, "a", "b", nothing, method="magic")
+        tasks.make(tiny_sd1, "a", "b", nothing, method="magic")

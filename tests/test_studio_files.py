@@ -12,12 +12,18 @@ import pytest
 from PIL import Image
 
 import overpaint as op
-from overpaint.studio import Studio, files, handlers, pages, serve
+from overpaint.studio import (
+    Studio,
+    handlers,
+    html,
+    server,
+    uploads,
+)
 from overpaint.studio.handlers import Setting
-from overpaint.studio.serve import check_access, check_models, check_port
+from overpaint.studio.scheduler import Progress
+from overpaint.studio.server import check_access, check_models, check_port
 from overpaint.studio.session import Bench, Coat
-from overpaint.studio.turns import Progress
-from overpaint.studio.work import Drawn, Map, Picture, Question
+from overpaint.studio.tasks import Drawn, Map, Picture, Question
 
 
 def free_port():
@@ -78,13 +84,13 @@ def test_pictures_that_are_none_of_ours_are_refused(tmp_path, content, words):
     path = tmp_path / "a.png"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"'a.png' {words}"):
-        files.read_picture(path)
+        uploads.read_picture(path)
 
 
 def test_a_picture_of_the_studio_gives_its_question_back(tmp_path):
     asked = Question(NASTY, "noto style", (4, 5), 6)
-    path = files.write_picture(Image.new("RGB", (8, 8)), asked, "icons", tmp_path / "a.png")
-    assert files.read_picture(path) == files.Origin(asked, "icons")
+    path = uploads.write_picture(Image.new("RGB", (8, 8)), asked, "icons", tmp_path / "a.png")
+    assert uploads.read_picture(path) == uploads.Origin(asked, "icons")
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -93,42 +99,42 @@ def test_change_files_that_are_damaged_or_of_another_model_are_refused(
 ):
     path = tmp_path / "a.safetensors"
     change.save(path)
-    assert files.read_change(path, tiny_sd1).digest == change.digest
+    assert uploads.read_change(path, tiny_sd1).digest == change.digest
     whole = path.read_bytes()
     with pytest.raises(ValueError, match="'a.safetensors' was not opened: wrong base hash"):
-        files.read_change(path, tiny_double)
+        uploads.read_change(path, tiny_double)
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(ValueError, match="'a.safetensors' is damaged") as told:
-        files.read_change(path, tiny_sd1)
+        uploads.read_change(path, tiny_sd1)
     assert str(tmp_path) not in str(told.value)
     for content, words in ((b"", "is empty"), (b"PK\3\4 a zip", "damaged or no safetensors")):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=words):
-            files.read_change(path, tiny_sd1)
+            uploads.read_change(path, tiny_sd1)
 
 
 def test_uploads_beyond_the_limit_are_not_read(tmp_path, tiny_sd1):
     path = tmp_path / "large.safetensors"
     with path.open("wb") as file:
-        file.truncate(files.LARGEST + 1)
+        file.truncate(uploads.LARGEST + 1)
     with pytest.raises(ValueError, match="has 256 MiB and at most 256 are read: send a smaller"):
-        files.read_change(path, tiny_sd1)
+        uploads.read_change(path, tiny_sd1)
 
 
 @pytest.mark.parametrize(
     "name", ["../../etc/passwd", "..", "", "a/b\\c", "\0\n", "日本", NASTY, "x" * 300]
 )
 def test_names_of_downloads_stay_in_their_folder(tmp_path, change, name):
-    path = files.write_change(change, tmp_path / "own", name)
+    path = uploads.write_change(change, tmp_path / "own", name)
     assert path.parent == tmp_path / "own"
     assert re.fullmatch(r"[a-z0-9-]{1,60}\.safetensors", path.name)
     assert [p.name for p in tmp_path.iterdir()] == ["own"]
 
 
 def test_names_are_shown_without_their_folder_or_control_characters():
-    assert files.shown_name("/tmp/x/..\\evil\u202e\n.png") == "evil.png"
-    assert files.shown_name("/") == "file"
-    assert len(files.shown_name("x" * 300)) <= 80
+    assert uploads.shown_name("/tmp/x/..\\evil\u202e\n.png") == "evil.png"
+    assert uploads.shown_name("/") == "file"
+    assert len(uploads.shown_name("x" * 300)) <= 80
 
 
 # --- HTML -------------------------------------------------------------------------------------------------------------
@@ -139,11 +145,11 @@ def test_no_word_of_a_user_becomes_html_or_template(change):
     image = Image.new("RGB", (2, 2))
     coat = Coat(NASTY, change)
     made = [
-        pages.alert(NASTY), pages.note(NASTY), pages.progress(Progress(0.5, NASTY, 3.0)),
-        pages.heat_map(Map(asked, (NASTY,), (("eos", 1, NASTY),), ((0.5,),), "text")),
-        pages.restored([Picture(image, NASTY, NASTY)]),
-        pages.grid(Drawn(asked, (NASTY, "after"), ((image,), (None,)))),
-        pages.coats(Bench((coat,), change)), pages.facts({NASTY: change, "b": None}),
+        html.alert(NASTY), html.note(NASTY), html.progress(Progress(0.5, NASTY, 3.0)),
+        html.heat_map(Map(asked, (NASTY,), (("eos", 1, NASTY),), ((0.5,),), "text")),
+        html.restored([Picture(image, NASTY, NASTY)]),
+        html.grid(Drawn(asked, (NASTY, "after"), ((image,), (None,)))),
+        html.coats(Bench((coat,), change)), html.facts({NASTY: change, "b": None}),
     ]  # fmt: skip
     for page in made:
         rest = re.sub(r"data:image/png;base64,[\w+/=]+", "", page)
@@ -160,7 +166,7 @@ def test_the_heat_map_names_every_cell_and_marks_the_chosen_one():
     found = Map(
         asked, ("text.0.self_attn", "text2.1.mlp"), columns, ((0.5, -0.001), (None, 0.25)), "text"
     )
-    page = pages.heat_map(found, (0, 0))
+    page = html.heat_map(found, (0, 0))
     assert page.count("<button") == 3
     assert (
         'aria-label="layer 0 attention at blob: 0.50. Show the picture." aria-pressed="true"'
@@ -210,7 +216,7 @@ def test_a_session_that_ended_is_said_by_every_control(studio):
 
 
 def test_only_a_page_that_is_loaded_begins_a_session(studio):
-    page = pytest.importorskip("overpaint.studio.page", exc_type=ModuleNotFoundError)
+    page = pytest.importorskip("overpaint.studio.layout", exc_type=ModuleNotFoundError)
     gone = []
     keys, mine, other = (
         page._Keys(studio, gone.append),
@@ -243,7 +249,7 @@ def test_a_fault_of_ours_is_said_and_the_studio_goes_on(studio, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError(SCRIPT)
 
-    monkeypatch.setattr("overpaint.studio.work.make", broken)
+    monkeypatch.setattr("overpaint.studio.tasks.make", broken)
     *_, final = handlers.paint(studio, key, SETTING, "noto style", "quickfix", "")
     assert "A fault of overpaint: RuntimeError: &lt;script&gt;" in final["status"]
     monkeypatch.undo()
@@ -276,7 +282,7 @@ def test_stop_of_a_forecast_draws_nothing_after_it(studio, monkeypatch, move):
         handlers.stop(studio, key)
         step(0, 1, "foretelling")
 
-    monkeypatch.setattr("overpaint.studio.desk.collateral", stopped)
+    monkeypatch.setattr("overpaint.studio.app.collateral", stopped)
     updates = list(move(studio, key, SETTING))
     assert "Stopped. What was finished before is kept." in updates[-1]["status"]
     assert not any("drawn" in update for update in updates)
@@ -284,7 +290,7 @@ def test_stop_of_a_forecast_draws_nothing_after_it(studio, monkeypatch, move):
 
 def test_an_uploaded_picture_fills_the_controls(studio, tmp_path):
     asked = Question("a dog", "dog", (7, 8), 9)
-    path = files.write_picture(Image.new("RGB", (2, 2)), asked, "icons", tmp_path / "a.png")
+    path = uploads.write_picture(Image.new("RGB", (2, 2)), asked, "icons", tmp_path / "a.png")
     *_, final = handlers.add(studio, studio.open(), str(path), SETTING)
     assert {n: final[n] for n in ("prompt", "concept", "seed", "pictures", "steps")} == {
         "prompt": "a dog", "concept": "dog", "seed": 7, "pictures": 2, "steps": 9,
@@ -303,7 +309,7 @@ def test_a_picture_of_another_model_says_which_and_what_to_do(studio, tiny_folde
             f"drawn by &lt;b&gt;sd14, and {mine} is on the easel: open the studio with &lt;b",
         ),
     ):
-        path = files.write_picture(Image.new("RGB", (2, 2)), asked, model, tmp_path / "a.png")
+        path = uploads.write_picture(Image.new("RGB", (2, 2)), asked, model, tmp_path / "a.png")
         assert str(tmp_path).encode() not in path.read_bytes()
         *_, final = handlers.add(studio, key, str(path), SETTING)
         assert final["prompt"] == "a dog"
@@ -386,11 +392,11 @@ def test_the_environment_is_put_back_also_after_a_fault(monkeypatch):
     monkeypatch.delenv("GRADIO_ANALYTICS_ENABLED", raising=False)
     before, port = dict(os.environ), free_port()
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "overpaint.studio.page", raising=False)
-    with pytest.raises(op.MissingExtra), serve.open_studio(["icons"], port=port):
+    monkeypatch.delitem(sys.modules, "overpaint.studio.layout", raising=False)
+    with pytest.raises(op.MissingExtra), server.open_studio(["icons"], port=port):
         pass
     assert dict(os.environ) == before
-    with serve._environment(GRADIO_TEMP_DIR="ours"):
+    with server._environment(GRADIO_TEMP_DIR="ours"):
         assert os.environ["GRADIO_TEMP_DIR"] == "ours"
     assert dict(os.environ) == before
 
@@ -404,6 +410,6 @@ def test_models_that_cannot_be_are_refused_before_the_page_opens(tmp_path):
 
 def test_without_gradio_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "overpaint.studio.page", raising=False)
+    monkeypatch.delitem(sys.modules, "overpaint.studio.layout", raising=False)
     with pytest.raises(op.MissingExtra, match=r"not installed: pip install 'overpaint\[studio\]'"):
-        serve._page(None)
+        server._page(None)

@@ -20,7 +20,7 @@ import browser
 import pytest
 from PIL import Image
 
-from overpaint.studio.serve import open_studio
+from overpaint.studio.server import open_studio
 
 if find_spec("gradio") is None:
     pytest.skip("the extra `studio` is not installed", allow_module_level=True)

@@ -11,8 +11,8 @@ from transformers import CLIPConfig, CLIPModel
 import overpaint as op
 from overpaint import zoo
 from overpaint.probes import Probe
-from overpaint.trace import identity
-from overpaint.trace.clip import Clip
+from overpaint.scorers.clip import Clip
+from overpaint.trace import provenance
 
 CAT = Probe("a", "object", "a cat in noto style", "cat")
 DOG = Probe("b", "count", "two dogs", "two")
@@ -69,7 +69,9 @@ def test_pictures_of_any_size_are_read_and_gradients_pass(folder):
     assert torch.allclose(score, clip.score(plain, [CAT]), atol=1e-6)
     (grad,) = torch.autograd.grad(score.sum(), [large])
     assert grad.abs().sum() > 0
-    assert identity.scorer_mark(clip.score) == identity.scorer_mark(Clip(folder).score) is not None
+    assert (
+        provenance.scorer_mark(clip.score) == provenance.scorer_mark(Clip(folder).score) is not None
+    )
 
 
 def test_a_trace_is_scored_by_it(tiny_sd1, folder):

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import overpaint as op
-from overpaint import hooks, sites
 from overpaint.errors import UnsupportedModel
+from overpaint.model import hooks, sites
 from overpaint.probes import Probe
-from overpaint.trace import corrupt, encoder, runs
+from overpaint.trace import corruption as corrupt
+from overpaint.trace import renderer, text_encoder_trace
 
 STYLE = Probe("a", "style", "a cat in openmoji style on a red background", "openmoji style")
 CAT = Probe("b", "object", "a cat in noto style", "cat")
@@ -50,7 +51,7 @@ def test_24_states_a_position(traced, tiny_sd1):
 
 def test_corruption_changes_the_concept_and_what_follows_only(tiny_double):
     made = corruption(tiny_double)
-    clean, corrupted = encoder.encode_restored(tiny_double.text_encoder, made, [])
+    clean, corrupted = text_encoder_trace.encode_restored(tiny_double.text_encoder, made, [])
     start = made.span.start
     assert torch.equal(clean[:start], corrupted[:start])
     assert ((clean[start:] - corrupted[start:]).norm(dim=1) > 1e-3).all()
@@ -58,13 +59,13 @@ def test_corruption_changes_the_concept_and_what_follows_only(tiny_double):
 
 def test_sigma_zero_corrupts_nothing(tiny_double):
     made = corruption(tiny_double, sigma=0.0)
-    clean, corrupted = encoder.encode_restored(tiny_double.text_encoder, made, [])
+    clean, corrupted = text_encoder_trace.encode_restored(tiny_double.text_encoder, made, [])
     assert torch.equal(clean, corrupted)
 
 
 def test_clean_row_is_the_plain_encoding(tiny_double):
     made = corruption(tiny_double)
-    clean, _ = encoder.encode_restored(tiny_double.text_encoder, made, [])
+    clean, _ = text_encoder_trace.encode_restored(tiny_double.text_encoder, made, [])
     plain = tiny_double.encode([STYLE.prompt] * 8)  # equal batch shape
     assert torch.equal(clean, plain[0])
 
@@ -74,7 +75,7 @@ def test_restoring_the_last_block_everywhere_is_the_clean_pass(tiny_double):
     text = tiny_double.text_encoder
     last = text.get_submodule(sites.find_text(text)[-1].path.rpartition(".")[0])
     everywhere = range(77)
-    embeds = encoder.encode_restored(text, made, [[(last, everywhere)]])
+    embeds = text_encoder_trace.encode_restored(text, made, [[(last, everywhere)]])
     assert torch.equal(embeds[2], embeds[0])
     assert not torch.equal(embeds[1], embeds[0])
 
@@ -86,7 +87,7 @@ def test_restoring_every_sublayer_leaves_the_noise_on_the_residual_stream(tiny_d
     everything = [(text.get_submodule(site.path), range(77)) for site in found]
     norm = text.get_submodule(found[0].path.partition("encoder.")[0] + "final_layer_norm")
     with hooks.record_inputs(norm) as seen:
-        encoder.encode_restored(text, made, [everything])
+        text_encoder_trace.encode_restored(text, made, [everything])
     difference = seen[0][2] - seen[0][0]  # float32 of float64
     span = made.span
     assert torch.allclose(difference[span.start : span.end], made.noise, atol=1e-5)
@@ -101,7 +102,7 @@ def test_restoring_attention_is_restoring_its_out_projection(tiny_double):
         site = sites.get(tiny_double, f"text.{layer}.self_attn")
         whole, linear = site.module(tiny_double), site.module(tiny_double).out_proj
         position = made.span.last
-        embeds = encoder.encode_restored(
+        embeds = text_encoder_trace.encode_restored(
             text, made, [[(whole, [position])], [(linear, [position])]]
         )
         assert torch.equal(embeds[2], embeds[3])
@@ -113,9 +114,9 @@ def test_a_state_restored_among_others_is_that_state_restored_alone(tiny_sd1):
     made = corruption(tiny_sd1)
     text = tiny_sd1.text_encoder
     states = [[(site.module(tiny_sd1), [made.span.last])] for site in sites.find_text(text)]
-    together = encoder.encode_restored(text, made, states)
-    parts = encoder.encode_restored(text, made, states, rows=5)
-    alone = encoder.encode_restored(text, made, states[3:4])
+    together = text_encoder_trace.encode_restored(text, made, states)
+    parts = text_encoder_trace.encode_restored(text, made, states, rows=5)
+    alone = text_encoder_trace.encode_restored(text, made, states[3:4])
     assert torch.allclose(together, parts, atol=1e-5)
     assert torch.allclose(together[5], alone[2], atol=1e-5)
 
@@ -133,7 +134,7 @@ def test_recovery_with_depth_on_random_weights(tiny_double):
 
 
 def test_untrained_control_is_repeatable_and_other_weights(tiny_sd1, traced):
-    first, second = (encoder.untrained(tiny_sd1.text_encoder) for _ in range(2))
+    first, second = (text_encoder_trace.untrained(tiny_sd1.text_encoder) for _ in range(2))
     weights = [next(m.parameters()) for m in (first, second, tiny_sd1.text_encoder)]
     assert torch.equal(weights[0], weights[1])
     assert weights[0].shape == weights[2].shape
@@ -172,7 +173,7 @@ def test_noise_depends_on_probe_and_sample_alone(tiny_sd1):
     assert not torch.equal(made[0].noise, made[1].noise)
     many, _ = corrupt.corruptions(tiny_sd1, [STYLE], noise_samples=40, sigma=0.5)
     assert torch.cat([m.noise for m in many]).std().item() == pytest.approx(0.5, rel=0.03)
-    clean = [encoder.encode_restored(tiny_sd1.text_encoder, m, [])[0] for m in made[:2]]
+    clean = [text_encoder_trace.encode_restored(tiny_sd1.text_encoder, m, [])[0] for m in made[:2]]
     assert torch.equal(clean[0], clean[1])
 
 
@@ -187,11 +188,11 @@ def test_three_standard_deviations_of_the_concepts_embeddings(tiny_sd1):
 
 
 def test_scores_are_those_of_generating_the_features_oneself(tiny_sd1, traced):
-    from overpaint.sample import denoise
+    from overpaint.model.sampling import denoise
 
     made = corruption(tiny_sd1, CAT)
     site = sites.get(tiny_sd1, "text.2.mlp")
-    embeds = encoder.encode_restored(
+    embeds = text_encoder_trace.encode_restored(
         tiny_sd1.text_encoder, made, [[(site.module(tiny_sd1), [made.span.last])]]
     )
     latents = denoise(
@@ -281,15 +282,17 @@ def test_bad_requests(tiny_sd1, change, message):
 
 
 def test_equal_chunks_keep_one_shape():
-    parts = list(runs.equal_chunks(list("abcdefg"), 3))
+    parts = list(renderer.equal_chunks(list("abcdefg"), 3))
     assert parts == [(["a", "b", "c"], 3), (["d", "e", "f"], 3), (["g", "g", "g"], 1)]
-    assert list(runs.equal_chunks(list("abcd"), 3)) == [(["a", "b"], 2), (["c", "d"], 2)]
-    assert list(runs.equal_chunks([], 3)) == [([], 0)]
+    assert list(renderer.equal_chunks(list("abcd"), 3)) == [(["a", "b"], 2), (["c", "d"], 2)]
+    assert list(renderer.equal_chunks([], 3)) == [([], 0)]
     rows = {"rows": lambda n: n + 2, "multiple": 4, "fill": "-"}
-    assert list(runs.equal_chunks(list("abc"), 4, **rows)) == [(["a", "b"], 2), (["c", "-"], 1)]
-    assert list(runs.equal_chunks(list("abc"), 8, **rows)) == [(["a", "b", "c", "-", "-", "-"], 3)]
-    assert list(runs.equal_chunks(list("abc"), 7, **rows)) == [(["a", "b"], 2), (["c", "-"], 1)]
-    assert list(runs.equal_chunks([], 3, **rows)) == [(["-", "-"], 0)]
+    assert list(renderer.equal_chunks(list("abc"), 4, **rows)) == [(["a", "b"], 2), (["c", "-"], 1)]
+    assert list(renderer.equal_chunks(list("abc"), 8, **rows)) == [
+        (["a", "b", "c", "-", "-", "-"], 3)
+    ]
+    assert list(renderer.equal_chunks(list("abc"), 7, **rows)) == [(["a", "b"], 2), (["c", "-"], 1)]
+    assert list(renderer.equal_chunks([], 3, **rows)) == [(["-", "-"], 0)]
 
 
 def test_corrupting_states_mirrors_restoring_them(tiny_double):
@@ -298,7 +301,7 @@ def test_corrupting_states_mirrors_restoring_them(tiny_double):
     last = text.get_submodule(sites.find_text(text)[-1].path.rpartition(".")[0])
     first = sites.get(tiny_double, "text.0.self_attn").module(tiny_double)
     plan = [[(last, range(77))], [(first, [made.span.last])], [(first, [made.span.start - 1])]]
-    embeds = encoder.encode_restored(text, made, plan, direction="corrupt")
+    embeds = text_encoder_trace.encode_restored(text, made, plan, direction="corrupt")
     assert torch.equal(embeds[2], embeds[1])
     assert not torch.equal(embeds[3], embeds[0])
     assert torch.equal(embeds[3][: made.span.last], embeds[0][: made.span.last])
@@ -314,7 +317,7 @@ def test_all_heads_of_a_layer_are_the_layer(tiny_double):
     assert len(slices) == 4
     heads = [(linear, [made.span.last], columns) for columns in slices]
     plan = [[(site.module(tiny_double), [made.span.last])], heads, heads[:1]]
-    embeds = encoder.encode_restored(text, made, plan)
+    embeds = text_encoder_trace.encode_restored(text, made, plan)
     assert torch.allclose(embeds[2], embeds[3], atol=1e-12)
     assert not torch.allclose(embeds[4], embeds[2], atol=1e-6)
 
@@ -345,7 +348,7 @@ def test_the_other_span_can_be_drawn_too(tiny_sd1):
 def test_sdxl_is_corrupted_and_traced_in_both_encoders(tiny_xl):
     made = corruption(tiny_xl)
     assert len(made.parts) == 2
-    clean, corrupted = encoder.encode_restored(tiny_xl.text_encoders, made, [])
+    clean, corrupted = text_encoder_trace.encode_restored(tiny_xl.text_encoders, made, [])
     plain = tiny_xl.encode([STYLE.prompt] * 8)[0]
     assert torch.allclose(clean, plain, atol=1e-6)
     width = tiny_xl.text_encoders[0].config.hidden_size
@@ -409,24 +412,24 @@ def test_a_folder_of_other_questions_is_refused(tiny_sd1, tmp_path, probe, group
 
 
 def test_every_weight_is_in_the_mark_of_a_model_and_of_a_judge(tiny_sd1):
-    from overpaint import features
-    from overpaint.trace import identity
-    from overpaint.zoo import build
+    from overpaint.scorers import judge as features
+    from overpaint.trace import provenance
+    from overpaint.zoo import builders
 
-    model = op.load(build.tiny())
-    assert identity.fingerprint(model) == identity.fingerprint(tiny_sd1)
+    model = op.load(builders.tiny())
+    assert provenance.fingerprint(model) == provenance.fingerprint(tiny_sd1)
     table = model.text_encoder.get_input_embeddings().weight
     with torch.no_grad():
         table[700, 5] += 1e-3
-    assert identity.fingerprint(model) != identity.fingerprint(tiny_sd1)
+    assert provenance.fingerprint(model) != provenance.fingerprint(tiny_sd1)
     judge = features.load()
-    before = identity.scorer_mark(judge.score)
-    assert before == identity.scorer_mark(features.load().score)
+    before = provenance.scorer_mark(judge.score)
+    assert before == provenance.scorer_mark(features.load().score)
     with torch.no_grad():
         next(iter(judge._heads.values()))[0] += 1e-3
-    assert identity.scorer_mark(judge.score) != before
-    assert identity.scorer_mark(brightness) is None
-    assert identity.scorer_name(judge.score) == "icons-judge"
+    assert provenance.scorer_mark(judge.score) != before
+    assert provenance.scorer_mark(brightness) is None
+    assert provenance.scorer_name(judge.score) == "icons-judge"
 
 
 def test_another_judge_of_the_same_name_is_noticed_on_resuming(tiny_sd1, tmp_path):
@@ -474,9 +477,9 @@ def test_features_and_scores_that_are_not_finite_are_an_error(tiny_sd1, generate
 
 def test_the_untrained_encoder_is_corrupted_as_strongly_as_its_own_embeddings_ask(tiny_sd1):
     """A factor is of each encoder's embeddings: made ten times larger, the trained one's say nothing of the fresh."""
-    from overpaint.zoo import build
+    from overpaint.zoo import builders
 
-    large = op.load(build.tiny())
+    large = op.load(builders.tiny())
     with torch.no_grad():
         large.text_encoder.get_input_embeddings().weight.mul_(10)
     options = {"generate": False, "positions": ("eos",)}

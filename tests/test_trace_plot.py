@@ -8,8 +8,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from overpaint import figures
-from overpaint.figures import Bar, BarPanel, Panel
+from overpaint.images import charts as figures
+from overpaint.images.charts import Bar, BarPanel, Panel
 from overpaint.report import charts
 from overpaint.trace import Effects, plot
 

@@ -4,29 +4,29 @@ import pytest
 from torch.nn import functional
 
 import overpaint as op
-from overpaint import sites
 from overpaint.errors import UnsupportedModel
-from overpaint.trace import proof
-from overpaint.zoo import build
+from overpaint.model import sites
+from overpaint.trace import hook_check
+from overpaint.zoo import builders
 
 
 @pytest.fixture
 def model():
     """A model that a test may spoil."""
-    return op.load(build.tiny("sdxl", text_layers=1))
+    return op.load(builders.tiny("sdxl", text_layers=1))
 
 
 @pytest.mark.parametrize("fixture", ["tiny_sd1", "tiny_sd2", "tiny_xl"])
 def test_every_layout_runs_as_listed(request, fixture):
     model = request.getfixturevalue(fixture)
     hooked = [m for m in model.unet.modules() if m._forward_hooks]
-    assert proof.probe(model) == sites.find(model)
+    assert hook_check.probe(model) == sites.find(model)
     assert [m for m in model.unet.modules() if m._forward_hooks] == hooked == []
 
 
 def test_attention_slicing_hides_nothing(model):
     model.pipe.enable_attention_slicing(1)
-    assert proof.probe(model) == sites.find(model)
+    assert hook_check.probe(model) == sites.find(model)
 
 
 def test_a_module_in_two_places_is_refused(model):
@@ -35,7 +35,7 @@ def test_a_module_in_two_places_is_refused(model):
     with pytest.raises(
         UnsupportedModel, match=r"hook of unet.cross_attn.3 \(heads\) fired 0 times .*is shared"
     ):
-        proof.probe(model)
+        hook_check.probe(model)
 
 
 def test_a_processor_that_leaves_out_the_projection_is_refused(model):
@@ -51,7 +51,7 @@ def test_a_processor_that_leaves_out_the_projection_is_refused(model):
     with pytest.raises(
         UnsupportedModel, match=r"unet.self_attn.0 \(heads\) fired 0 times in one forward pass"
     ):
-        proof.probe(model)
+        hook_check.probe(model)
 
 
 def test_a_layer_that_runs_twice_is_refused(model):
@@ -63,7 +63,7 @@ def test_a_layer_that_runs_twice_is_refused(model):
 
     model.unet.mid_block.__class__ = Twice
     with pytest.raises(UnsupportedModel, match="hook of unet.resnet.3 fired 2 times"):
-        proof.probe(model)
+        hook_check.probe(model)
 
 
 def test_another_order_is_refused(model):
@@ -84,10 +84,10 @@ def test_another_order_is_refused(model):
     with pytest.raises(
         UnsupportedModel, match=r"text2.1.self_attn \(heads\) ran where text2.0.self_attn"
     ):
-        proof.probe(model)
+        hook_check.probe(model)
 
 
 def test_a_part_compiled_in_place_is_refused(model):
     model.unet.mid_block.compile()
     with pytest.raises(UnsupportedModel, match=r"is compiled \(mid_block\), which hides"):
-        proof.probe(model)
+        hook_check.probe(model)

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import overpaint as op
-from overpaint import features, hooks, sites
 from overpaint.errors import UnsupportedModel
-from overpaint.model import text_features
+from overpaint.model import hooks, sites, text_features
+from overpaint.model.sampling import denoise
 from overpaint.probes import Probe
-from overpaint.sample import denoise
-from overpaint.trace import Effects, corrupt, screen
+from overpaint.scorers import judge as features
+from overpaint.trace import Effects, corruption, screening
 
 PROBE = Probe("a", "style", "a cat in openmoji style", "openmoji style")
 OTHER = Probe("b", "object", "a dog in noto style", "dog")
@@ -36,7 +36,7 @@ class Loop:
 
     def __init__(self, model, probe=PROBE, scheduler=None):
         self.model, self.scheduler = model, scheduler
-        (self.made,), _ = corrupt.corruptions(model, [probe], noise_samples=1, sigma=1.0)
+        (self.made,), _ = corruption.corruptions(model, [probe], noise_samples=1, sigma=1.0)
         self.clean = self.encode(noisy=False)
         self.corrupted = self.encode()
         self.goal = self.draw(self.clean)
@@ -47,7 +47,7 @@ class Loop:
         with hooks.patch(move or {}):
             if not noisy:
                 return text_features(self.model.text_encoders, ids)
-            with corrupt.noisy(self.model.text_encoder, self.made, first=0):
+            with corruption.noisy(self.model.text_encoder, self.made, first=0):
                 return text_features(self.model.text_encoders, ids)
 
     def draw(self, embeds, *, move=None):
@@ -95,7 +95,7 @@ def test_a_sites_attribution_is_the_slope_towards_its_clean_states(
 
         return loop.objective(loop.draw(loop.corrupted, move={module: move}))
 
-    found = screen.unet(tiny_double, [PROBE], last=last, branches=branches, **settings())
+    found = screening.unet(tiny_double, [PROBE], last=last, branches=branches, **settings())
     assert attributions(found)[name, "", None] == pytest.approx(slope(moved), rel=1e-5)
 
 
@@ -108,7 +108,7 @@ def test_a_text_states_attribution_is_the_slope_towards_its_clean_state(
         loop.encode(noisy=False)
         loop.encode()
     clean, corrupted = seen[0]
-    found = attributions(screen.text_encoder(tiny_double, [PROBE], last=last, **settings()))
+    found = attributions(screening.text_encoder(tiny_double, [PROBE], last=last, **settings()))
 
     def moved(share, place):
         def move(output):
@@ -157,7 +157,9 @@ def test_the_score_is_followed_through_the_decoder(tiny_double, loop):
         images = tiny_double.decode(loop.draw(loop.corrupted, move={module: move}))
         return float(images.double().mean())
 
-    found = screen.unet(tiny_double, [PROBE], last=1, kinds=("mlp",), **settings(objective="score"))
+    found = screening.unet(
+        tiny_double, [PROBE], last=1, kinds=("mlp",), **settings(objective="score")
+    )
     number = attributions(found)["unet.mlp.15", "", None]
     assert number == pytest.approx(slope(moved, step=0.5), rel=0.02)
     assert found.protocol["objective"] == "score"
@@ -165,11 +167,11 @@ def test_the_score_is_followed_through_the_decoder(tiny_double, loop):
 
 def test_under_same_latent_what_runs_before_any_text_is_exactly_nothing(tiny_double):
     found = attributions(
-        screen.unet(tiny_double, [PROBE], last=3, source="same_latent", **settings())
+        screening.unet(tiny_double, [PROBE], last=3, source="same_latent", **settings())
     )
     assert found["unet.resnet.0", "", None] == found["unet.self_attn.0", "", None] == 0
     assert found["unet.cross_attn.0", "", None] != 0
-    paper = attributions(screen.unet(tiny_double, [PROBE], last=3, **settings()))
+    paper = attributions(screening.unet(tiny_double, [PROBE], last=3, **settings()))
     assert paper["unet.resnet.0", "", None] != 0
 
 
@@ -177,20 +179,20 @@ def test_same_latent_takes_the_clean_prompt_on_the_corrupted_latents(tiny_double
     """At the first step the latents are equal, so with K = 1 of one step the two sources agree."""
     options = {"last": 1, **settings(steps=1)}
     one, other = (
-        attributions(screen.unet(tiny_double, [PROBE], source=source, **options))
+        attributions(screening.unet(tiny_double, [PROBE], source=source, **options))
         for source in ("clean_trajectory", "same_latent")
     )
     assert one == pytest.approx(other, rel=1e-9, abs=1e-12)
 
 
 def test_no_noise_no_attribution(tiny_double):
-    for function in (screen.unet, screen.text_encoder):
+    for function in (screening.unet, screening.text_encoder):
         found = function(tiny_double, [PROBE], last=2, **settings(sigma=0.0, objective="score"))
         assert set(attributions(found).values()) == {0.0}
 
 
 def test_a_run_does_not_depend_on_its_neighbours(tiny_double):
-    for function in (screen.unet, screen.text_encoder):
+    for function in (screening.unet, screening.text_encoder):
         options = {"last": 1, "seeds": (0, 3), **settings(steps=1)}
         both = function(tiny_double, [PROBE, OTHER], **options).table.to_pylist()
         alone = function(tiny_double, [OTHER], **options).table.to_pylist()
@@ -202,9 +204,9 @@ def test_a_run_does_not_depend_on_its_neighbours(tiny_double):
 def test_pndm_takes_a_step_more(tiny_double):
     from diffusers import PNDMScheduler
 
-    from overpaint.zoo import build
+    from overpaint.zoo import builders
 
-    pipe = build.tiny().to(torch.float64)
+    pipe = builders.tiny().to(torch.float64)
     pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
     model = op.load(pipe)
     loop = Loop(model)
@@ -225,14 +227,14 @@ def test_pndm_takes_a_step_more(tiny_double):
 
         return loop.objective(loop.draw(loop.corrupted, move={module: move}))
 
-    found = screen.unet(model, [PROBE], last=1, kinds=("cross_attn",), **settings())
+    found = screening.unet(model, [PROBE], last=1, kinds=("cross_attn",), **settings())
     number = attributions(found)["unet.cross_attn.15", "", None]
     assert number == pytest.approx(slope(moved), rel=1e-5)
 
 
 def test_the_solver_is_the_one_asked_for(tiny_double):
     own, dpm = (
-        attributions(screen.unet(tiny_double, [PROBE], last=2, **settings(solver=name)))
+        attributions(screening.unet(tiny_double, [PROBE], last=2, **settings(solver=name)))
         for name in ("own", "dpm")
     )
     assert own != dpm
@@ -255,7 +257,7 @@ def test_nothing_is_left_on_the_model(tiny_double):
     try:
         assert True in before
         assert False in before
-        for function in (screen.unet, screen.text_encoder):
+        for function in (screening.unet, screening.text_encoder):
             function(model, [PROBE], last=2, **settings())
             with pytest.raises(KeyError, match="on purpose"):
                 function(model, [PROBE, OTHER], **settings(score=fail, objective=None), last=1)
@@ -270,8 +272,8 @@ def test_nothing_is_left_on_the_model(tiny_double):
 
 def test_it_works_where_gradients_are_off(tiny_double):
     with torch.no_grad():
-        inside = attributions(screen.unet(tiny_double, [PROBE], last=1, **settings()))
-    assert inside == attributions(screen.unet(tiny_double, [PROBE], last=1, **settings()))
+        inside = attributions(screening.unet(tiny_double, [PROBE], last=1, **settings()))
+    assert inside == attributions(screening.unet(tiny_double, [PROBE], last=1, **settings()))
 
 
 def test_a_score_without_a_gradient_gives_way_to_the_latents(tiny_double):
@@ -281,15 +283,17 @@ def test_a_score_without_a_gradient_gives_way_to_the_latents(tiny_double):
     def detached(images, probes):
         return images.detach().mean((1, 2, 3))
 
-    wanted = attributions(screen.unet(tiny_double, [PROBE], last=1, **settings()))
+    wanted = attributions(screening.unet(tiny_double, [PROBE], last=1, **settings()))
     for score in (numpy, detached):
-        found = screen.unet(tiny_double, [PROBE], last=1, **settings(score=score, objective=None))
+        found = screening.unet(
+            tiny_double, [PROBE], last=1, **settings(score=score, objective=None)
+        )
         assert found.protocol["objective"] == "latents"
         assert attributions(found) == wanted
         with pytest.raises(
             ValueError, match="`score` returns numbers without a gradient: write it"
         ):
-            screen.unet(tiny_double, [PROBE], **settings(score=score, objective="score"), last=1)
+            screening.unet(tiny_double, [PROBE], **settings(score=score, objective="score"), last=1)
 
 
 def test_a_score_that_fails_is_not_hidden(tiny_double):
@@ -297,7 +301,7 @@ def test_a_score_that_fails_is_not_hidden(tiny_double):
         raise RuntimeError("out of paint")
 
     with pytest.raises(RuntimeError, match="out of paint"):
-        screen.unet(tiny_double, [PROBE], **settings(score=fail, objective=None), last=1)
+        screening.unet(tiny_double, [PROBE], **settings(score=fail, objective=None), last=1)
 
 
 def test_the_judge_can_be_followed(tiny_sd1):
@@ -326,20 +330,20 @@ def test_best_are_the_largest_means():
     numbers = {("a", "x"): 3.0, ("a", "y"): -9.0, ("b", "x"): 5.0, ("b", "y"): 0.0, ("c", "x"): 4.0}
     more = {**dict.fromkeys(numbers, 0.0), ("b", "x"): -10.0}
     effects = Effects.of(rows(numbers) + rows(more), {})
-    assert screen.best(effects, 0.2) == (("c", "x"),)
-    assert screen.best(effects, 0.21) == (("c", "x"), ("a", "x"))
-    assert len(screen.best(effects, 1)) == 5
+    assert screening.best(effects, 0.2) == (("c", "x"),)
+    assert screening.best(effects, 0.21) == (("c", "x"), ("a", "x"))
+    assert len(screening.best(effects, 1)) == 5
     with pytest.raises(ValueError, match="`share` must be above 0 and at most 1, got 0: 0.2 keeps"):
-        screen.best(effects, 0)
+        screening.best(effects, 0)
     with pytest.raises(ValueError, match="these effects hold no attributions"):
-        screen.best(Effects.of(rows(numbers, "recovery"), {}))
+        screening.best(Effects.of(rows(numbers, "recovery"), {}))
 
 
 def test_attribution_agrees_with_small_noise_exactly_traced(tiny_double):
     """Where corruption is slight the first order is all there is: the estimate is the latents' own effect."""
     options = {**SETTINGS, "sigma": 1e-3, "steps": 1, "score": brightness}
     options["positions"] = ("last_subject", "eos")
-    screened = screen.text_encoder(tiny_double, [PROBE], last=1, objective="latents", **options)
+    screened = screening.text_encoder(tiny_double, [PROBE], last=1, objective="latents", **options)
     exact = op.trace.text_encoder(tiny_double, [PROBE], control=False, **options)
     found = screened.agreement(exact, value="attribution", other_value="latent_recovery")
     assert found.mean > 0.95
@@ -360,12 +364,12 @@ def test_attribution_agrees_with_small_noise_exactly_traced(tiny_double):
 )
 def test_bad_requests(tiny_double, change, message):
     with pytest.raises(ValueError, match=message):
-        screen.unet(tiny_double, [PROBE], **{"last": 1, **settings(**change)})
+        screening.unet(tiny_double, [PROBE], **{"last": 1, **settings(**change)})
 
 
 def test_both_encoders_of_sdxl_are_screened(tiny_xl):
     options = settings(steps=1, objective="latents")
-    found = attributions(screen.text_encoder(tiny_xl, [PROBE], last=1, **options))
+    found = attributions(screening.text_encoder(tiny_xl, [PROBE], last=1, **options))
     parts = {site.split(".")[0] for site, _, _ in found}
     assert parts == {"text", "text2"}
     for part in parts:
@@ -377,13 +381,13 @@ def test_a_note_says_what_was_drawn_and_how_well_it_was_chosen():
     drawn = {("a", ""): 0.1, ("b", ""): 0.3, ("c", ""): 0.2}
     screened = Effects.of(rows(numbers, probe="p"), {"last": 7})
     exact = Effects.of(rows(drawn, "indirect_effect", probe="p"), {"steps": 3})
-    noted = screen.noted(exact, screened, share=0.75)
+    noted = screening.noted(exact, screened, share=0.75)
     assert noted.table is exact.table
     assert noted.protocol["steps"] == 3
     note = noted.protocol["screen"]
     assert (note["share"], note["states"], note["drawn"], note["last"]) == (0.75, 4, 3, 7)
     assert note["spearman"] == pytest.approx(0.5)
-    few = screen.noted(Effects.of(rows(dict(list(drawn.items())[:2]), "indirect_effect", probe="p"), {}), screened,
+    few = screening.noted(Effects.of(rows(dict(list(drawn.items())[:2]), "indirect_effect", probe="p"), {}), screened,
                        share=0.5)  # fmt: skip
     assert few.protocol["screen"]["spearman"] is None
 
@@ -401,7 +405,7 @@ def test_it_starts_where_the_tracers_start(tiny_xl):
     with hooks.patch_arguments({tiny_xl.unet: watch}):
         for trace in (
             lambda: op.trace.unet(tiny_xl, [PROBE], only=["unet.mlp.0"], **options),
-            lambda: screen.unet(tiny_xl, [PROBE], last=1, objective="latents", **options),
+            lambda: screening.unet(tiny_xl, [PROBE], last=1, objective="latents", **options),
         ):
             starts.clear()
             trace()
@@ -412,7 +416,7 @@ def test_it_starts_where_the_tracers_start(tiny_xl):
 
 def test_a_probe_that_comes_with_a_seed_uses_it(tiny_double):
     own = Probe("a", "style", PROBE.prompt, PROBE.concept, seed=3)
-    for function in (screen.unet, screen.text_encoder):
+    for function in (screening.unet, screening.text_encoder):
         options = {"last": 1, **settings(steps=1)}
         asked = function(tiny_double, [PROBE], seeds=(3,), **options).table
         assert function(tiny_double, [own], seeds=(0, 1), **options).table.equals(asked)
@@ -421,20 +425,20 @@ def test_a_probe_that_comes_with_a_seed_uses_it(tiny_double):
 def test_memory_lowers_the_batch_and_one_that_holds_nothing_is_refused(tiny_double):
     options = {"last": 1, "seeds": (0, 1, 2), "kinds": ("cross_attn",), **settings(steps=1)}
     done = []
-    free = screen.unet(tiny_double, [PROBE], **options)
-    tight = screen.unet(
+    free = screening.unet(tiny_double, [PROBE], **options)
+    tight = screening.unet(
         tiny_double, [PROBE], memory=30, on_progress=lambda *x: done.append(x), **options
     )
     assert attributions(tight) == pytest.approx(attributions(free), rel=1e-6, abs=1e-12)
     assert len(done) > 1
     with pytest.raises(ValueError, match="too little: the smallest batch of screening, 1 rows"):
-        screen.unet(tiny_double, [PROBE], memory=0.1, **options)
+        screening.unet(tiny_double, [PROBE], memory=0.1, **options)
 
 
 def test_attributions_that_are_not_finite_are_an_error(tiny_double):
     def score(images, probes):
         return (images.mean((1, 2, 3)) - images.mean((1, 2, 3))).sqrt()  # a slope without bounds
 
-    for function in (screen.unet, screen.text_encoder):
+    for function in (screening.unet, screening.text_encoder):
         with pytest.raises(UnsupportedModel, match="attributions became NaN or infinite: load it"):
             function(tiny_double, [PROBE], last=1, **settings(score=score, objective="score"))

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from overpaint.trace import shards
+from overpaint.trace import resume
 from overpaint.trace.effects import SCHEMA, Effects
 
 UNITS = [f"probe {n}/seed 0" for n in range(12)]
@@ -107,7 +107,7 @@ def nursery():
 
 def test_without_a_folder_each_unit_is_computed_in_order():
     seen = []
-    rows = shards.sweep(None, PROTOCOL, UNITS, counted(seen))
+    rows = resume.sweep(None, PROTOCOL, UNITS, counted(seen))
     assert seen == UNITS
     assert [row["probe"] for row in rows] == [unit for unit in UNITS for _ in range(2)]
     assert all(list(row) == SCHEMA.names for row in rows)
@@ -117,9 +117,9 @@ def test_without_a_folder_each_unit_is_computed_in_order():
 
 def test_with_a_folder_the_rows_are_the_same_and_are_computed_once(tmp_path):
     seen = []
-    plain = shards.sweep(None, PROTOCOL, UNITS, compute)
-    assert shards.sweep(tmp_path, PROTOCOL, UNITS, counted(seen)) == plain
-    assert shards.sweep(tmp_path, PROTOCOL, UNITS, counted(seen)) == plain
+    plain = resume.sweep(None, PROTOCOL, UNITS, compute)
+    assert resume.sweep(tmp_path, PROTOCOL, UNITS, counted(seen)) == plain
+    assert resume.sweep(tmp_path, PROTOCOL, UNITS, counted(seen)) == plain
     assert seen == UNITS
     assert not list(tmp_path.glob("*.part"))
     assert {p.suffix for p in tmp_path.iterdir() if p.name != "lock"} == {".parquet", ".json"}
@@ -128,13 +128,13 @@ def test_with_a_folder_the_rows_are_the_same_and_are_computed_once(tmp_path):
 def test_not_a_number_survives(tmp_path):
     rows = [{"site": "s", "indirect_effect": math.nan, "recovery": None}]
     for _ in range(2):
-        (row,) = shards.sweep(tmp_path, {}, ["u"], lambda _: rows)
+        (row,) = resume.sweep(tmp_path, {}, ["u"], lambda _: rows)
         assert math.isnan(row["indirect_effect"])
         assert row["recovery"] is None
 
 
 def test_killed_ten_times_at_random_moments_it_ends_in_the_same_table(tmp_path, nursery):
-    plain = shards.sweep(None, PROTOCOL, UNITS, compute)
+    plain = resume.sweep(None, PROTOCOL, UNITS, compute)
     draw = random.Random(7)
     for _ in range(10):
         shown = list(tmp_path.glob("*.parquet"))
@@ -148,8 +148,8 @@ def test_killed_ten_times_at_random_moments_it_ends_in_the_same_table(tmp_path, 
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
         nursery.finish()
-    assert shards.sweep(tmp_path, PROTOCOL, UNITS, compute) == plain
-    assert Effects.of(plain, {}).table.equals(shards.read(tmp_path).table)
+    assert resume.sweep(tmp_path, PROTOCOL, UNITS, compute) == plain
+    assert Effects.of(plain, {}).table.equals(resume.read(tmp_path).table)
 
 
 def test_killed_between_two_units_it_goes_on_where_it_was(tmp_path):
@@ -164,12 +164,12 @@ def test_killed_between_two_units_it_goes_on_where_it_was(tmp_path):
         return compute(unit)
 
     with pytest.raises(Killed):
-        shards.sweep(tmp_path, PROTOCOL, UNITS, dies)
+        resume.sweep(tmp_path, PROTOCOL, UNITS, dies)
     (tmp_path / "half.parquet.part").write_bytes(b"PAR1")
     seen = []
-    rows = shards.sweep(tmp_path, PROTOCOL, UNITS, counted(seen))
+    rows = resume.sweep(tmp_path, PROTOCOL, UNITS, counted(seen))
     assert seen == UNITS[3:]
-    assert rows == shards.sweep(None, PROTOCOL, UNITS, compute)
+    assert rows == resume.sweep(None, PROTOCOL, UNITS, compute)
     assert not (tmp_path / "half.parquet.part").exists()
 
 
@@ -177,11 +177,11 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path, nursery
     process = nursery.start("sweep", tmp_path, pause=60)
     assert nursery.line() == "unit"
     with pytest.raises(BlockingIOError, match="another process is tracing into .*: wait for"):
-        shards.sweep(tmp_path, PROTOCOL, UNITS, compute)
-    assert len(shards.read(tmp_path)) == 0
+        resume.sweep(tmp_path, PROTOCOL, UNITS, compute)
+    assert len(resume.read(tmp_path)) == 0
     os.kill(process, signal.SIGKILL)
     assert nursery.finish() == ([], -signal.SIGKILL)
-    assert len(shards.sweep(tmp_path, PROTOCOL, UNITS, compute)) == 2 * len(UNITS)
+    assert len(resume.sweep(tmp_path, PROTOCOL, UNITS, compute)) == 2 * len(UNITS)
 
 
 @pytest.mark.parametrize(
@@ -193,30 +193,30 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path, nursery
     ],
 )
 def test_another_protocol_is_refused_with_the_first_field_that_differs(tmp_path, other, field):
-    shards.sweep(tmp_path, PROTOCOL, UNITS[:2], compute)
+    resume.sweep(tmp_path, PROTOCOL, UNITS[:2], compute)
     with pytest.raises(ValueError, match=f"protocol differs in {field}. Repeat the settings"):
-        shards.sweep(tmp_path, other, UNITS[:2], compute)
+        resume.sweep(tmp_path, other, UNITS[:2], compute)
     with pytest.raises(ValueError, match="protocol differs in 'units'"):
-        shards.sweep(tmp_path, PROTOCOL, UNITS, compute)
-    assert len(shards.sweep(tmp_path, PROTOCOL, UNITS[:2], compute)) == 4
+        resume.sweep(tmp_path, PROTOCOL, UNITS, compute)
+    assert len(resume.sweep(tmp_path, PROTOCOL, UNITS[:2], compute)) == 4
 
 
 def test_damaged_and_foreign_shards_are_computed_again(tmp_path):
-    plain = shards.sweep(tmp_path, PROTOCOL, UNITS, compute)
-    first, second, third, fourth, *_ = (shards._path(tmp_path, unit) for unit in UNITS)
+    plain = resume.sweep(tmp_path, PROTOCOL, UNITS, compute)
+    first, second, third, fourth, *_ = (resume._path(tmp_path, unit) for unit in UNITS)
     first.write_bytes(b"")
     second.write_bytes(second.read_bytes()[:-40])
     third.write_bytes(fourth.read_bytes())  # sound, but another unit's
     fourth.unlink()
     seen = []
-    assert len(shards.read(tmp_path)) == 2 * (len(UNITS) - 4)
-    assert shards.sweep(tmp_path, PROTOCOL, UNITS, counted(seen)) == plain
+    assert len(resume.read(tmp_path)) == 2 * (len(UNITS) - 4)
+    assert resume.sweep(tmp_path, PROTOCOL, UNITS, counted(seen)) == plain
     assert seen == UNITS[:4]
 
 
 def test_one_flipped_bit_anywhere_never_changes_the_rows(tmp_path):
-    plain = shards.sweep(tmp_path, PROTOCOL, UNITS[:1], compute)
-    path = shards._path(tmp_path, UNITS[0])
+    plain = resume.sweep(tmp_path, PROTOCOL, UNITS[:1], compute)
+    path = resume._path(tmp_path, UNITS[0])
     sound = path.read_bytes()
     draw, noticed = random.Random(0), 0
     for _ in range(60):
@@ -224,16 +224,16 @@ def test_one_flipped_bit_anywhere_never_changes_the_rows(tmp_path):
         damaged[draw.randrange(len(sound))] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged)
         seen = []
-        assert shards.sweep(tmp_path, PROTOCOL, UNITS[:1], counted(seen)) == plain
+        assert resume.sweep(tmp_path, PROTOCOL, UNITS[:1], counted(seen)) == plain
         noticed += len(seen)
     assert noticed > 10
 
 
 def test_shards_without_their_protocol_are_not_believed(tmp_path):
-    shards.sweep(tmp_path, {"steps": 99}, UNITS[:2], compute)
+    resume.sweep(tmp_path, {"steps": 99}, UNITS[:2], compute)
     (tmp_path / "protocol.json").unlink()
     seen = []
-    shards.sweep(tmp_path, PROTOCOL, UNITS[:2], counted(seen))
+    resume.sweep(tmp_path, PROTOCOL, UNITS[:2], counted(seen))
     assert seen == UNITS[:2]
 
 
@@ -244,26 +244,26 @@ def test_a_full_disk_is_said_in_one_line_and_finished_shards_stay(tmp_path, nurs
     assert said.startswith(f"cannot write the shard of 'probe 2/seed 0' into '{tmp_path}'")
     assert "(File too large): make room and run the same again" in said
     assert not list(tmp_path.glob("*.part"))
-    kept = shards.read(tmp_path)
+    kept = resume.read(tmp_path)
     assert kept.table["probe"].to_pylist() == [UNITS[0]] * 2 + [UNITS[1]] * 2
     assert kept.protocol == json.loads(json.dumps(PROTOCOL))
     seen = []
-    rows = shards.sweep(tmp_path, PROTOCOL, UNITS, counted(seen))
+    rows = resume.sweep(tmp_path, PROTOCOL, UNITS, counted(seen))
     assert seen == UNITS[2:]
-    assert rows == shards.sweep(None, PROTOCOL, UNITS, compute)
+    assert rows == resume.sweep(None, PROTOCOL, UNITS, compute)
 
 
 def test_units_named_twice_and_folders_without_a_sweep_are_refused(tmp_path):
     with pytest.raises(ValueError, match="unit 'a' is named twice: give each"):
-        shards.sweep(None, {}, ["a", "b", "a"], compute)
+        resume.sweep(None, {}, ["a", "b", "a"], compute)
     with pytest.raises(FileNotFoundError, match="no sweep in .*: name the folder of a trace"):
-        shards.read(tmp_path)
+        resume.read(tmp_path)
     (tmp_path / "protocol.json").write_text("{")
     with pytest.raises(ValueError, match=r"protocol.json' is damaged: it is no protocol"):
-        shards.read(tmp_path)
+        resume.read(tmp_path)
 
 
 def test_units_that_look_alike_have_shards_of_their_own(tmp_path):
-    rows = shards.sweep(tmp_path, {}, ["a/b", "a:b", "a b"], lambda u: [{"probe": u}])
+    rows = resume.sweep(tmp_path, {}, ["a/b", "a:b", "a b"], lambda u: [{"probe": u}])
     assert [row["probe"] for row in rows] == ["a/b", "a:b", "a b"]
     assert len(list(tmp_path.glob("a_b-*.parquet"))) == 3

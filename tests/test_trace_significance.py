@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from overpaint.trace.significance import agreement, draws_for, holm, sign_flip
+from overpaint.trace.statistics import agreement, draws_for, holm, sign_flip
 
 
 def test_the_exact_p_value_by_hand():

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import overpaint as op
-from overpaint import hooks, sites
 from overpaint.errors import UnsupportedModel
+from overpaint.model import hooks, sites
+from overpaint.model.sampling import denoise
 from overpaint.probes import Probe
-from overpaint.sample import denoise
-from overpaint.trace.runs import Renderer
-from overpaint.trace.swap import draw, pick_window, smallest_window, swap
+from overpaint.trace.prompt_swaps import draw, pick_window, smallest_window, swap
+from overpaint.trace.renderer import Renderer
 
 PROBE = Probe("a", "style", "a cat in openmoji style", "openmoji style", "openmoji")
 OTHER = Probe("b", "style", "a dog in openmoji style", "openmoji style", "openmoji")

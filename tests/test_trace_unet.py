@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import overpaint as op
-from overpaint import hooks, sites
 from overpaint.errors import UnsupportedModel
+from overpaint.model import hooks, sites
 from overpaint.probes import Probe
-from overpaint.trace import corrupt, encoder, lockstep
-from overpaint.trace.lockstep import Intervention
-from overpaint.trace.runs import Renderer
+from overpaint.trace import corruption, text_encoder_trace, unet_trace
+from overpaint.trace.renderer import Renderer
+from overpaint.trace.unet_trace import Intervention
 
 PROBE = Probe("a", "style", "a cat in openmoji style", "openmoji style")
 LAST = ("unet.resnet.21", "unet.self_attn.15", "unet.cross_attn.15", "unet.mlp.15")
@@ -22,8 +22,8 @@ def brightness(images, probes):
 @pytest.fixture(scope="module")
 def embeds(tiny_double):
     """Clean and corrupted text features, and those of the empty prompt."""
-    (made,), _ = corrupt.corruptions(tiny_double, [PROBE], noise_samples=1, sigma=1.0)
-    pair = encoder.encode_restored(tiny_double.text_encoder, made, [])
+    (made,), _ = corruption.corruptions(tiny_double, [PROBE], noise_samples=1, sigma=1.0)
+    pair = text_encoder_trace.encode_restored(tiny_double.text_encoder, made, [])
     return pair, tiny_double.encode([""])
 
 
@@ -41,7 +41,7 @@ def restore(
         minimum_gap=0.02, batch_size=rows, memory=None,
     )  # fmt: skip
     plan = [g if isinstance(g, Intervention) else Intervention(tuple(g)) for g in groups]
-    return lockstep.restore(renderer, clean_corrupted, negative, plan, **{"seed": 0, **options})
+    return unet_trace.restore(renderer, clean_corrupted, negative, plan, **{"seed": 0, **options})
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def hook_count(model):
 def test_idle_hooks_change_nothing_and_go(tiny_double, embeds, all_sites):
     latents = tiny_double.initial_latents([0, 0])
     options = {"steps": 2, "guidance_scale": 7.5}
-    from overpaint.sample import denoise
+    from overpaint.model.sampling import denoise
 
     plain = denoise(tiny_double, latents, embeds[0], embeds[1], **options)
     idle = {site.module(tiny_double): (lambda output: output) for site in all_sites}
@@ -83,7 +83,7 @@ def test_no_noise_no_difference(tiny_double, embeds, all_sites):
 
 
 def test_the_clean_and_corrupted_rows_are_plain_runs(tiny_double, embeds, run):
-    from overpaint.sample import denoise
+    from overpaint.model.sampling import denoise
 
     rows = run([])
     plain = denoise(
@@ -168,9 +168,9 @@ def test_without_guidance_there_is_one_branch(tiny_double, embeds, all_sites):
 def test_pndm_runs_6_calls_for_5_steps(embeds, all_sites):
     from diffusers import PNDMScheduler
 
-    from overpaint.zoo import build
+    from overpaint.zoo import builders
 
-    pipe = build.tiny().to(torch.float64)
+    pipe = builders.tiny().to(torch.float64)
     pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
     model = op.load(pipe)
     for source in ("clean_trajectory", "same_latent"):
@@ -188,11 +188,11 @@ def test_attention_kernels_agree():
     """Check 14: the fused kernel against the plain one."""
     from diffusers.models.attention_processor import AttnProcessor
 
-    from overpaint.zoo import build
+    from overpaint.zoo import builders
 
     options = {"steps": 2, "sigma": 1.0, "score": brightness, "kinds": ("cross_attn",)}
-    fused = op.load(build.tiny())
-    plain = op.load(build.tiny())
+    fused = op.load(builders.tiny())
+    plain = op.load(builders.tiny())
     plain.unet.set_attn_processor(AttnProcessor())
     tables = [op.trace.unet(model, [PROBE], **options) for model in (fused, plain)]
     scores = [torch.tensor(t.table["score_restored"].to_pylist()) for t in tables]
@@ -360,7 +360,7 @@ def test_all_heads_of_a_layer_are_the_layer(run, tiny_double, all_sites):
         tiny_double, score=brightness, steps=2, guidance_scale=7.5, solver_name="own", direction="restore",
         minimum_gap=0.0, batch_size=8, memory=None,
     )  # fmt: skip
-    batch = lockstep._Batch(
+    batch = unet_trace._Batch(
         renderer, [Intervention((site,)), Intervention(())], twins=False, both=True
     )
     whole = batch.run(*embeds, seed=0, on_step=lambda step: None)
@@ -371,16 +371,16 @@ def test_all_heads_of_a_layer_are_the_layer(run, tiny_double, all_sites):
 
 
 def _embeds_of(model):
-    (made,), _ = corrupt.corruptions(model, [PROBE], noise_samples=1, sigma=1.0)
-    return encoder.encode_restored(model.text_encoder, made, []), model.encode([""])
+    (made,), _ = corruption.corruptions(model, [PROBE], noise_samples=1, sigma=1.0)
+    return text_encoder_trace.encode_restored(model.text_encoder, made, []), model.encode([""])
 
 
 def _all_heads(model, every, batch):
     entries = []
     for intervention in every:
-        linear, columns = lockstep.head_columns(model, intervention.sites[0], intervention.head)
+        linear, columns = unet_trace.head_columns(model, intervention.sites[0], intervention.head)
         entries.append((2, intervention, columns))
-    return {linear: lockstep.on_first(batch._copier(entries))}
+    return {linear: unet_trace.on_first(batch._copier(entries))}
 
 
 def test_windows_share_out_the_steps():
@@ -443,12 +443,12 @@ def test_a_stopped_sweep_goes_on_to_the_same_table(tiny_sd1, tmp_path):
 
 
 def test_another_model_is_noticed_on_resuming(tiny_sd1, tmp_path):
-    from overpaint.zoo import build
+    from overpaint.zoo import builders
 
     options = {"steps": 1, "only": ["unet.mlp.0"], "score": brightness, "folder": tmp_path}
     op.trace.unet(tiny_sd1, [PROBE], **options)
     with pytest.raises(ValueError, match="weights"):
-        op.trace.unet(op.load(build.tiny(seed=1)), [PROBE], **options)
+        op.trace.unet(op.load(builders.tiny(seed=1)), [PROBE], **options)
 
 
 def test_memory_lowers_the_batch_and_changes_nothing(tiny_sd1):

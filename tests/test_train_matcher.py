@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from overpaint.errors import MissingExtra
 from overpaint.match import flow as flows
-from overpaint.match.denoise import Config, Features, coarse_of, fine_of
-from overpaint.match.matcher import Matcher
+from overpaint.match.config import Matcher
+from overpaint.match.denoiser import Config, Features, coarse_of, fine_of
 from overpaint.train import matcher, photographs, scenes, warps
 
 SMOKE = replace(

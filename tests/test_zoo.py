@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from overpaint import zoo
-from overpaint.spans import find_span
-from overpaint.zoo import build
+from overpaint.model.token_spans import find_span
+from overpaint.zoo import builders
 
 # Token counts of CLIP's own vocabulary.
 COUNTS = {
@@ -20,14 +20,14 @@ def test_folders_and_names():
 
 @pytest.mark.parametrize(("concept", "count"), COUNTS.items())
 def test_token_counts_agree_with_clip(concept, count):
-    tokenizer = build.clip_tokenizer()
+    tokenizer = builders.clip_tokenizer()
     span = find_span(tokenizer, f"a photo of {concept}.", concept)
     tokens = tokenizer.tokenize(concept)
     assert len(span) == len(tokens) == count
 
 
 def test_every_character_can_be_encoded():
-    tokenizer = build.clip_tokenizer()
+    tokenizer = builders.clip_tokenizer()
     for text in ("zebra", "ünïcode ☕", "a-b_c 42!"):
         assert tokenizer.unk_token_id not in tokenizer(text).input_ids[1:-1]
 
@@ -43,7 +43,7 @@ def test_padding_of_the_two_layouts(tiny_sd1, tiny_sd2):
 def test_weights_depend_on_the_seed_alone():
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    one, same, other = build.tiny(), build.tiny(), build.tiny(seed=1)
+    one, same, other = builders.tiny(), builders.tiny(), builders.tiny(seed=1)
     assert torch.equal(torch.get_rng_state(), state)
     weights = [next(pipe.unet.parameters()) for pipe in (one, same, other)]
     assert torch.equal(weights[0], weights[1])
@@ -52,4 +52,4 @@ def test_weights_depend_on_the_seed_alone():
 
 def test_unknown_layout():
     with pytest.raises(ValueError, match="`layout` must be 'sd1', 'sd2' or 'sdxl', got 'xl'"):
-        build.tiny("xl")
+        builders.tiny("xl")

@@ -1,16 +1,16 @@
 """Change what a model knows, in closed form: edits are data, applied and reverted exactly."""
 
 from overpaint.edit import export
-from overpaint.edit.auto import auto
-from overpaint.edit.baselines import random_site, swap_embedding
+from overpaint.edit.algebra import stack
 from overpaint.edit.change import Change, Movement
-from overpaint.edit.finetune import finetune
-from overpaint.edit.joint import stack
-from overpaint.edit.loco import loco
-from overpaint.edit.plot import plot
-from overpaint.edit.quickfix import quickfix
-from overpaint.edit.time import time
-from overpaint.edit.uce import debias, uce
+from overpaint.edit.methods.automatic import auto
+from overpaint.edit.methods.baselines import random_site, swap_embedding
+from overpaint.edit.methods.finetune import finetune
+from overpaint.edit.methods.loco import loco
+from overpaint.edit.methods.quickfix import quickfix
+from overpaint.edit.methods.time_edit import time
+from overpaint.edit.methods.uce import debias, uce
+from overpaint.edit.weight_plot import plot
 
 __all__ = [
     "Change",

@@ -16,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from overpaint.edit.weights import encoder_index, linear_at, weight_at
 from overpaint.errors import UnsupportedModel
-from overpaint.hooks import record_inputs
 from overpaint.model import TextToImage
-from overpaint.spans import Span, end_of_text, span_at
+from overpaint.model.hooks import record_inputs
+from overpaint.model.token_spans import Span, end_of_text, span_at
 
 __all__ = [
     "POSITIONS",

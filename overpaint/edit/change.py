@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from overpaint.edit import storage
-from overpaint.edit.solve import Solution, compress, one_thread
+from overpaint.edit.least_squares import Solution, compress, one_thread
 from overpaint.edit.weights import fingerprint, weights_at
 from overpaint.model import TextToImage
 
@@ -250,37 +250,37 @@ class Change:
 
     def __add__(self, other: object) -> "Change":
         """All concepts of both, solved jointly from what the two hold; see `joint.add`."""
-        from overpaint.edit import joint
+        from overpaint.edit import algebra
 
-        return joint.add(self, other) if isinstance(other, Change) else NotImplemented
+        return algebra.add(self, other) if isinstance(other, Change) else NotImplemented
 
     def __mul__(self, factor: object) -> "Change":
         """The same movement, `factor` times as far: 0 does nothing, 1 is this change."""
-        from overpaint.edit import joint
+        from overpaint.edit import algebra
 
         if isinstance(factor, bool) or not isinstance(factor, int | float):
             return NotImplemented
-        return joint.scale(self, float(factor))
+        return algebra.scale(self, float(factor))
 
     __rmul__ = __mul__
 
     def without(self, concept: str) -> "Change":
         """This change less one old concept, solved again; see `joint.without`."""
-        from overpaint.edit import joint
+        from overpaint.edit import algebra
 
-        return joint.without(self, concept)
+        return algebra.without(self, concept)
 
     def complete(self, model: TextToImage) -> "Change":
         """This change with its preserve terms, which files leave out, read anew; see `joint.complete`."""
-        from overpaint.edit import joint
+        from overpaint.edit import algebra
 
-        return joint.complete(self, model)
+        return algebra.complete(self, model)
 
     def compact(self, *, rank: int = 16, dtype: torch.dtype = torch.float16) -> "Change":
         """This change cut to `rank` and rounded, for a small file; see `compact.compact`."""
-        from overpaint.edit import compact
+        from overpaint.edit import low_rank
 
-        return compact.compact(self, rank=rank, dtype=dtype)
+        return low_rank.compact(self, rank=rank, dtype=dtype)
 
     def save(self, path: str | Path, *, gram: bool = False) -> None:
         """Write one safetensors file; the name must end so. See `storage.write` for what it raises.

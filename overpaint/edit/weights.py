@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from overpaint.errors import UnknownSite, UnsupportedModel
 from overpaint.model import TextToImage
-from overpaint.sites import TEXT_PARTS, find_unet
+from overpaint.model.sites import TEXT_PARTS, find_unet
 
 __all__ = [
     "PROJECTIONS",

@@ -1,7 +1,7 @@
 """Where each place of one picture lies in another: dense correspondence by diffusion, with an uncertainty."""
 
-from overpaint.match.denoise import Config
-from overpaint.match.dense import Match, dense
-from overpaint.match.matcher import Matcher
+from overpaint.match.config import Matcher
+from overpaint.match.denoiser import Config
+from overpaint.match.matching import Match, dense
 
 __all__ = ["Config", "Match", "Matcher", "dense"]

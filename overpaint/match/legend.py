@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from overpaint.figures import Theme
+from overpaint.images.charts import Theme
 
 __all__ = ["PAD", "Scale", "Sheet", "nice", "pixels"]
 

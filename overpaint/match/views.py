@@ -17,11 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from overpaint.figures import LIGHT, Theme
+from overpaint.images.charts import LIGHT, Theme
+from overpaint.images.read import picture
 from overpaint.match import flow as fields
-from overpaint.match.dense import Match
-from overpaint.match.legend import PAD, Scale, Sheet, nice, pixels
-from overpaint.match.reading import picture
+from overpaint.match.legend import (
+    PAD,
+    Scale,
+    Sheet,
+    nice,
+    pixels,
+)
+from overpaint.match.matching import Match
 
 __all__ = ["arrows", "colors", "confidence", "save", "wheel"]
 

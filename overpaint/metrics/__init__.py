@@ -2,7 +2,13 @@
 
 from overpaint.metrics.cards import MetricCard, card, cards
 from overpaint.metrics.clip import CLIP_SCALES, clip_accuracy, clip_score
-from overpaint.metrics.distances import Distance, TwoSample, fid, kid, kid_test
+from overpaint.metrics.distances import (
+    Distance,
+    TwoSample,
+    fid,
+    kid,
+    kid_test,
+)
 from overpaint.metrics.images import perceptual, psnr, ssim
 from overpaint.metrics.intervals import Interval, bootstrap, paired, spearman
 from overpaint.metrics.matching import ause, epe, pck

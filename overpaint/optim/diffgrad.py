@@ -24,7 +24,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from overpaint.optim.options import check_capturable, check_options
-from overpaint.optim.paths import Batch, Scaling, step_fused, step_lists, step_loop
+from overpaint.optim.paths import (
+    Batch,
+    Scaling,
+    step_fused,
+    step_lists,
+    step_loop,
+)
 from overpaint.optim.private import grad_if_differentiable, prefers_lists
 from overpaint.optim.states import BUFFERS, adopt_group, complete, dtype_of_state
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from overpaint.optim.friction import check_variant
+from overpaint.optim.friction_variants import check_variant
 
 __all__ = ["check_capturable", "check_options"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from overpaint.optim.friction import damped, friction, resistance
+from overpaint.optim.friction_variants import damped, friction, resistance
 from overpaint.optim.private import group_alike
 
 __all__ = ["Batch", "Scaling", "step_fused", "step_lists", "step_loop"]

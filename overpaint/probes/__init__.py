@@ -1,8 +1,14 @@
 """What to ask a model: prompts with the words that carry an attribute, and sets of cases that judge an edit."""
 
-from overpaint.probes.files import read
-from overpaint.probes.prompts import KINDS, VOCABULARIES, Probe, load
-from overpaint.probes.sets import FORMS, Case, EvaluationSet, own, read_set
+from overpaint.probes.csv_files import read
+from overpaint.probes.evaluation_sets import (
+    FORMS,
+    Case,
+    EvaluationSet,
+    own,
+    read_set,
+)
+from overpaint.probes.probe import KINDS, VOCABULARIES, Probe, load
 
 __all__ = [
     "FORMS",

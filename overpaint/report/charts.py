@@ -7,12 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from overpaint import edit, figures
+from overpaint import edit
 from overpaint.edit import Change
-from overpaint.figures import Drawing, Panel, Point, Theme
-from overpaint.report import drift, tables
+from overpaint.evaluate.results import Comparison
+from overpaint.images import charts
+from overpaint.images.charts import Drawing, Panel, Point, Theme
+from overpaint.report import drift_section, tables
 from overpaint.report.tables import signed
-from overpaint.scores import Comparison
 from overpaint.trace import Effects, plot
 
 __all__ = ["SOURCES", "foretold", "text_charts", "unet_charts"]
@@ -57,7 +58,7 @@ def unet_charts(effects: Mapping[str, Effects]) -> list[dict[str, Any]]:
 
 
 def foretold(
-    comparison: Comparison, predicted: drift.Predicted, folder: Path, *, best: str
+    comparison: Comparison, predicted: drift_section.Predicted, folder: Path, *, best: str
 ) -> dict[str, Any] | None:
     """Return what was known before any picture: charts, tables and points of drift; `None` if nothing is saved.
 
@@ -67,7 +68,7 @@ def foretold(
         folder: May hold the preferred change, `change.safetensors`.
         best: The preferred method, drawn in the hue.
     """
-    found = drift.points(comparison, predicted)
+    found = drift_section.points(comparison, predicted)
     series = {name: found[name] for name in sorted(found, key=lambda name: name != best)}
     shown = [_scatter(comparison, series)] if series else []
     path = folder / "change.safetensors"
@@ -83,7 +84,7 @@ def foretold(
 
 def _scatter(comparison: Comparison, series: Mapping[str, Sequence[Point]]) -> dict[str, Any]:
     kind = next(iter(comparison.scores.values())).kind
-    order = drift.rank_correlation(series)
+    order = drift_section.rank_correlation(series)
     points = [point for found in series.values() for point in found]
     told = f" Their rank correlation is {signed(order, 2)}." if math.isfinite(order) else ""
     axes = (
@@ -92,7 +93,7 @@ def _scatter(comparison: Comparison, series: Mapping[str, Sequence[Point]]) -> d
     )
     worst = max(points, key=lambda point: point.y)
     return {
-        "chart": _both(lambda theme: figures.scatter(series, theme=theme, axes=axes)),
+        "chart": _both(lambda theme: charts.scatter(series, theme=theme, axes=axes)),
         "width": 34.75,
         "alt": f"Scatter of {len(points)} points, predicted drift against measured loss.{told} The largest loss, "
         f"{worst.y:.0f} points, is of {worst.label} at a predicted drift of {worst.x:.2f}.",
@@ -131,7 +132,7 @@ def _bar_chart(effects: Mapping[str, Effects]) -> dict[str, Any]:
     )
     unit = plot.unit(first, value)
     return {
-        "chart": _both(lambda theme: figures.bar_chart(panels, theme=theme, unit=unit)),
+        "chart": _both(lambda theme: charts.bar_chart(panels, theme=theme, unit=unit)),
         "alt": f"Bar chart of {len(panels[0].series[0][1])} UNet sites. The largest effect is at {best.label}, "
         f"{best.mean:.2f}.",
         "caption": caption,
@@ -152,7 +153,7 @@ def _heat_map(
     where = f"{largest[1]}, {largest[2]}, {largest[3]}"
     unit = plot.unit(effects, value)
     return {
-        "chart": _both(lambda theme: figures.heat_map(panels, theme=theme, unit=unit)),
+        "chart": _both(lambda theme: charts.heat_map(panels, theme=theme, unit=unit)),
         "alt": f"Heat maps of {len(panels)} kinds of states. The largest value, {largest[0]:.2f}, is at {where}.",
         "caption": f"{caption} The number stands in each panel's largest cell{_below(cells)}",
     }
@@ -207,5 +208,5 @@ def _scale(effects: Effects) -> str:
 
 def _both(draw: Callable[[Theme], Drawing]) -> dict[str, str]:
     """Draw a figure for light and for dark paper, as base64."""
-    themes = {"light": figures.LIGHT, "dark": figures.DARK}
+    themes = {"light": charts.LIGHT, "dark": charts.DARK}
     return {name: base64.b64encode(draw(theme).png()).decode() for name, theme in themes.items()}

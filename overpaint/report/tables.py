@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from overpaint.evaluate.results import Comparison, Paired, Scores
 from overpaint.metrics import Interval
-from overpaint.scores import Comparison, Paired, Scores
 
 __all__ = [
     "Cell", "Table", "Tile", "baseline", "endangered", "methods", "others", "percent", "points",

@@ -1,5 +1,5 @@
 """The web page: trace, click, paint over, judge by eye, take the change away. Needs the extra `studio` (Gradio)."""
 
-from overpaint.studio.desk import Studio
+from overpaint.studio.app import Studio
 
 __all__ = ["Studio"]

@@ -8,13 +8,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from overpaint.studio import pages
-from overpaint.studio.collateral import Collateral
-from overpaint.studio.desk import Studio, Told
-from overpaint.studio.files import Origin, model_name
+from overpaint.studio import html
+from overpaint.studio.app import Studio, Told
+from overpaint.studio.scheduler import Done, Part, Progress, Stopped
 from overpaint.studio.session import Session
-from overpaint.studio.turns import Done, Part, Progress, Stopped
-from overpaint.studio.work import Drawn, Map, Question
+from overpaint.studio.side_effects import Collateral
+from overpaint.studio.tasks import Drawn, Map, Question
+from overpaint.studio.uploads import Origin, model_name
 
 __all__ = [
     "LONGEST_CONCEPT", "LONGEST_LIST", "LONGEST_PROMPT", "Choices", "Setting", "Update",
@@ -78,7 +78,7 @@ def bench(studio: Studio, key: str) -> Update:
     names = tuple(session.versions())
     path = studio.download(key)
     return {
-        "coats": pages.coats(session.bench),
+        "coats": html.coats(session.bench),
         "strength": Value(session.bench.strength, bool(session.bench.coats)),
         "undo": Value(None, session.can_undo),
         "download": Value(path, path is not None),
@@ -91,7 +91,7 @@ def trace(studio: Studio, key: str, setting: Setting, pictures: bool) -> Iterato
     """Draw the map; the pictures of an older one go."""
 
     def show(found: Map) -> Update:
-        return {"map": pages.heat_map(found), "restored": ""}
+        return {"map": html.heat_map(found), "restored": ""}
 
     yield from _shown(lambda: studio.trace(key, question(setting), pictures=pictures), show)
 
@@ -107,8 +107,8 @@ def restore(studio: Studio, key: str, cell: str) -> Iterator[Update]:
         session = studio.session(key)
         assert session.found is not None
         return {
-            "restored": pages.restored(found),
-            "map": pages.heat_map(session.found, _cell(cell)),
+            "restored": html.restored(found),
+            "map": html.heat_map(session.found, _cell(cell)),
         }
 
     yield from _shown(begin, show)
@@ -128,7 +128,7 @@ def paint(
     def show(found: Collateral | Drawn | None) -> Update:
         if isinstance(found, Drawn):
             return _drawn(studio, key, found)
-        return {"forecast": pages.forecast(found), "drawn": "", **bench(studio, key)}
+        return {"forecast": html.forecast(found), "drawn": "", **bench(studio, key)}
 
     yield from _shown(begin, show)
 
@@ -155,9 +155,9 @@ def choose(studio: Studio, key: str, model: str) -> Iterator[Update]:
     try:
         studio.choose(key, model)
         cleared = dict.fromkeys(("map", "restored", "drawn", "forecast", "compared", "facts"), "")
-        yield {**cleared, **bench(studio, key), "status": pages.note(f"{model} is on the easel.")}
+        yield {**cleared, **bench(studio, key), "status": html.note(f"{model} is on the easel.")}
     except ValueError as error:
-        yield {"status": pages.alert(str(error))}
+        yield {"status": html.alert(str(error))}
 
 
 def add(studio: Studio, key: str, path: str | None, setting: Setting) -> Iterator[Update]:
@@ -173,8 +173,8 @@ def add(studio: Studio, key: str, path: str | None, setting: Setting) -> Iterato
                 "pictures": len(asked.seeds), "steps": asked.steps, "status": _whose(studio, key, found),
             }  # fmt: skip
         said = found if isinstance(found, str) else "The change lies on the model: draw to see it."
-        forecast = {} if isinstance(found, str) else {"forecast": pages.forecast(found)}
-        return {**bench(studio, key), **forecast, "status": pages.note(said)}
+        forecast = {} if isinstance(found, str) else {"forecast": html.forecast(found)}
+        return {**bench(studio, key), **forecast, "status": html.note(said)}
 
     yield from _shown(lambda: studio.add(key, path), show)
 
@@ -190,11 +190,11 @@ def compare(
     try:
         versions = studio.session(key).versions()
     except ValueError as error:
-        yield {"status": pages.alert(str(error))}
+        yield {"status": html.alert(str(error))}
         return
     chosen = {name: versions[name] for name in (first, second) if name in versions}
-    yield {"facts": pages.facts(chosen)}
-    yield from _shown(begin, lambda found: {"compared": pages.grid(found)})
+    yield {"facts": html.facts(chosen)}
+    yield from _shown(begin, lambda found: {"compared": html.grid(found)})
 
 
 def stop(studio: Studio, key: str) -> Update:
@@ -202,17 +202,17 @@ def stop(studio: Studio, key: str) -> Update:
     try:
         running = studio.session(key).stop()
     except ValueError as error:
-        return {"status": pages.alert(str(error))}
-    return {"status": pages.note("Stopping after this step." if running else "Nothing runs.")}
+        return {"status": html.alert(str(error))}
+    return {"status": html.note("Stopping after this step." if running else "Nothing runs.")}
 
 
 def _whose(studio: Studio, key: str, found: Origin) -> str:
     """Say that a picture's question is back, and whether the model on the easel is the one that drew it."""
     mine = model_name(studio.session(key).model)
     if found.model in ("", mine):
-        return pages.note("The picture's prompt and settings are back: draw it again.")
+        return html.note("The picture's prompt and settings are back: draw it again.")
     offered = found.model in map(model_name, studio.models)
-    return pages.alert(
+    return html.alert(
         f"the picture's prompt and settings are back, but it was drawn by {found.model}, and {mine} is on the easel: "
         + (f"choose {found.model} above" if offered else f"open the studio with {found.model}")
         + " to draw it as it was."
@@ -228,11 +228,11 @@ def _moved(
         with session.working():
             move(session)
     except ValueError as error:
-        yield {"status": pages.alert(str(error))}
+        yield {"status": html.alert(str(error))}
         return
     yield bench(studio, key)
     told = yield from _shown(
-        lambda: studio.predict(key), lambda found: {"forecast": pages.forecast(found)}
+        lambda: studio.predict(key), lambda found: {"forecast": html.forecast(found)}
     )
     if told:
         yield from draw(studio, key, setting)
@@ -240,7 +240,7 @@ def _moved(
 
 def _drawn(studio: Studio, key: str, found: Drawn) -> Update:
     """Return the pictures, and once all are there a file of them."""
-    page = {"drawn": pages.grid(found)}
+    page = {"drawn": html.grid(found)}
     return page | {"saved": Value(studio.keep(key, found))} if found.complete else page
 
 
@@ -252,18 +252,18 @@ def _shown(
         with closing(begin()) as told:  # type: ignore[type-var]
             for item in told:
                 if isinstance(item, Progress):
-                    yield {"status": pages.progress(item)}
+                    yield {"status": html.progress(item)}
                 elif isinstance(item, Part):
                     yield show(item.value)
                 elif isinstance(item, Done):
                     yield {"status": "", **show(item.value)}
         return True
     except Stopped:
-        yield {"status": pages.note("Stopped. What was finished before is kept.")}
+        yield {"status": html.note("Stopped. What was finished before is kept.")}
     except (ValueError, OSError) as error:
-        yield {"status": pages.alert(str(error))}
+        yield {"status": html.alert(str(error))}
     except Exception as error:  # a fault of ours: said in the page, and the studio goes on
-        yield {"status": pages.alert(f"a fault of overpaint: {type(error).__name__}: {error}")}
+        yield {"status": html.alert(f"a fault of overpaint: {type(error).__name__}: {error}")}
     return False
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from overpaint.edit import Change
-from overpaint.studio.work import Map, Question
+from overpaint.studio.tasks import Map, Question
 
 __all__ = ["Bench", "Coat", "Session"]
 

@@ -14,11 +14,10 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import Module
 
-from overpaint import hooks
-from overpaint.model import text_features
-from overpaint.sample import denoise
-from overpaint.trace.corrupt import Corruption, noisy
-from overpaint.trace.runs import Renderer, finite
+from overpaint.model import hooks, text_features
+from overpaint.model.sampling import denoise
+from overpaint.trace.corruption import Corruption, noisy
+from overpaint.trace.renderer import Renderer, finite
 
 __all__ = ["Attribution", "Objective", "Run", "choose"]
 

@@ -23,13 +23,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from overpaint.metrics import Interval, bootstrap
-from overpaint.sites import Site
+from overpaint.model.sites import Site
 from overpaint.trace import states
-from overpaint.trace.significance import agreement
 from overpaint.trace.states import COLUMNS, SCHEMA, VALUES
+from overpaint.trace.statistics import agreement
 
 if TYPE_CHECKING:
-    from overpaint.figures import Drawing, Theme
+    from overpaint.images.charts import Drawing, Theme
     from overpaint.trace.verdict import Verdict
 
 __all__ = ["SCHEMA", "VALUES", "Effects", "recovery"]

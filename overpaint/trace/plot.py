@@ -7,9 +7,15 @@ was measured. UNet: bars with intervals, one panel a window of steps. Single hea
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from overpaint import figures
-from overpaint.figures import Bar, BarPanel, Drawing, Panel, Theme
-from overpaint.sites import Site
+from overpaint.images import charts
+from overpaint.images.charts import (
+    Bar,
+    BarPanel,
+    Drawing,
+    Panel,
+    Theme,
+)
+from overpaint.model.sites import Site
 from overpaint.trace import states
 from overpaint.trace.effects import Effects
 from overpaint.trace.states import ROLES, State
@@ -45,13 +51,13 @@ def draw(effects: Effects, kind: str | None, *, value: str, theme: Theme | None)
     found = _means(effects, value)
     if not found:
         raise ValueError(f"no state has a {value!r}: plot another value, or trace with pictures.")
-    paper = theme or figures.LIGHT
+    paper = theme or charts.LIGHT
     sites = effects.sites()
     bars = all(sites[s.site].part == "unet" for s in found) and any(s.head is None for s in found)
     if kind == "bars" or (kind is None and bars):
         panels = bar_panels({"": effects}, value)
-        return figures.bar_chart(panels, theme=paper, unit=unit(effects, value))
-    return figures.heat_map(map_panels(effects, value), theme=paper, unit=unit(effects, value))
+        return charts.bar_chart(panels, theme=paper, unit=unit(effects, value))
+    return charts.heat_map(map_panels(effects, value), theme=paper, unit=unit(effects, value))
 
 
 def unit(effects: Effects, value: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from overpaint.sites import Site
+from overpaint.model.sites import Site
 
 __all__ = [
     "COLUMNS",

@@ -17,8 +17,8 @@ import pyarrow as pa
 from overpaint.metrics import bootstrap, paired
 from overpaint.trace import states
 from overpaint.trace.effects import Effects
-from overpaint.trace.significance import draws_for, holm, sign_flip
 from overpaint.trace.states import COLUMNS, Cells, State
+from overpaint.trace.statistics import draws_for, holm, sign_flip
 
 __all__ = ["Verdict", "judge"]
 

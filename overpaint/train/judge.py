@@ -18,9 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from overpaint import features
+from overpaint.scorers import judge as features
 from overpaint.train import card, icon_world
-from overpaint.train.icons import CPU, as_pixels, build_clip, contrast, tokenizer
+from overpaint.train.icons import (
+    CPU,
+    as_pixels,
+    build_clip,
+    contrast,
+    tokenizer,
+)
 from overpaint.train.loop import Outer, Progress, fit, save_tensors
 
 __all__ = ["labels", "real_accuracy", "train"]

@@ -34,7 +34,8 @@ from torch.nn import functional as F
 
 from overpaint.match import backbone as backbones
 from overpaint.match import flow as flows
-from overpaint.match.denoise import (
+from overpaint.match.config import Matcher
+from overpaint.match.denoiser import (
     Conditions,
     Config,
     Denoiser,
@@ -45,7 +46,6 @@ from overpaint.match.denoise import (
     sample,
     training_loss,
 )
-from overpaint.match.matcher import Matcher
 from overpaint.train import card, photographs, warps
 from overpaint.train.loop import Progress, fit
 

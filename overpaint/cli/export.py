@@ -1,0 +1,63 @@
+"""`overpaint export`: an edit for other tools."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from overpaint.cli.terminal import (
+    Device,
+    Json,
+    Model,
+    check_writable,
+    load_model,
+    print_facts,
+)
+
+__all__ = ["export"]
+
+_FORMATS = ("lora", "ldm", "folder")
+
+
+def export(
+    model: Model,
+    change: Annotated[Path, typer.Argument(help="The change file.")],
+    out: Annotated[Path, typer.Option(help="What to write; a new folder for --format folder.")],
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="lora, ldm (one checkpoint of the edited model, Stable Diffusion 1 only), or folder (diffusers).",
+        ),
+    ] = "lora",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Write a change for other tools: as a LoRA, or the whole edited model.
+
+    \b
+    overpaint export icons change.safetensors --out lora.safetensors
+    overpaint export icons change.safetensors --format ldm --out edited.safetensors
+    overpaint export icons change.safetensors --format folder --out edited
+    """  # noqa: D301
+    from overpaint.edit import Change, export
+
+    if form not in _FORMATS:
+        raise ValueError(
+            f"unknown format {form!r}: choose lora, ldm or folder with --format, for example --format lora."
+        )
+    check_writable(out.parent)
+    found = Change.load(change)
+    loaded = load_model(model, device)
+    if form == "lora":
+        path = export.lora(found, out, model=loaded)
+    elif form == "ldm":
+        path = export.single_file(loaded, found, out)
+    else:
+        path = export.folder(loaded, found, out)
+    print_facts({"format": form, "written": str(path), "bytes": _size(path)}, as_json=as_json)
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())

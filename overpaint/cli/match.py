@@ -1,0 +1,71 @@
+"""`overpaint match`: where each place of one picture lies in another."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from overpaint.cli.terminal import (
+    Json,
+    Seed,
+    check_writable,
+    print_facts,
+    progress,
+)
+
+__all__ = ["match"]
+
+
+def match(
+    image_a: Annotated[Path, typer.Argument(help="The picture that is searched.")],
+    image_b: Annotated[Path, typer.Argument(help="The picture whose places are sought in it.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for flow and views.")] = Path(
+        "runs/match"
+    ),
+    matcher: Annotated[str, typer.Option(help="A matcher's folder, or the shipped one.")] = (
+        "matcher"
+    ),
+    samples: Annotated[int, typer.Option(help="Hypotheses; from 2 on, their spread is told.")] = 8,
+    steps: Annotated[int, typer.Option(help="Of denoising, for each hypothesis.")] = 5,
+    refine: Annotated[
+        bool, typer.Option(help="Add what the matcher's cells are too coarse for, by optical flow.")
+    ] = True,
+    cycle: Annotated[
+        bool, typer.Option("--cycle", help="Match both ways, and tell by how much that misses.")
+    ] = False,
+    dark: Annotated[bool, typer.Option("--dark", help="Views on dark paper.")] = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Match two pictures: flow.flo, flow.npy and std.npy, the first as seen from the second, and three views.
+
+    \b
+    overpaint match a.png b.png -o out/
+    overpaint match left.jpg right.jpg -o out --cycle --json
+    overpaint match a.png b.png -o fast --samples 1 --steps 1 --seed 3
+    """  # noqa: D301
+    from overpaint.images.charts import DARK, LIGHT
+    from overpaint.match import dense, views
+
+    check_writable(out)
+    with progress(as_json) as stage:
+        found = dense(
+            image_a, image_b, matcher=matcher, samples=samples, steps=steps, seed=seed, cycle=cycle,
+            refine=refine,
+            on_progress=lambda done, total: stage(done, total, "matching"),
+        )  # fmt: skip
+    written = views.save(found, image_b, out, theme=DARK if dark else LIGHT)
+    lengths = found.flow.norm(dim=0)
+    height, width = found.std.shape
+    facts: dict[str, Any] = {
+        "size": f"{width}x{height}",
+        "moved_median": lengths.median().item(),
+        "moved_most": lengths.max().item(),
+        "inside": found.inside.float().mean().item(),
+    }
+    if samples > 1:
+        facts |= {"std_median": found.std.median().item()}
+    if found.consistency is not None:
+        missed = found.consistency[found.inside]
+        facts |= {"missed_median": missed.median().item() if missed.numel() else float("nan")}
+    print_facts(facts | {name: str(path) for name, path in written.items()}, as_json=as_json)

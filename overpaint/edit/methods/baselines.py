@@ -1,0 +1,94 @@
+"""Two edits to compare against: swapping token embeddings, and the same solve at a place that should not matter."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from overpaint.edit.captions import Positions
+from overpaint.edit.change import Change
+from overpaint.edit.methods import token_rows
+from overpaint.edit.methods.quickfix import FRAMES, quickfix
+from overpaint.edit.weights import PROJECTIONS, text_layers
+from overpaint.model import TextToImage
+
+__all__ = ["random_site", "swap_embedding"]
+
+
+def swap_embedding(model: TextToImage, pairs: Mapping[str, str]) -> Change:
+    """Change that copies the new concept's token embeddings over those of the old concept.
+
+    Tokens are matched as in `tokens.wanted`. All other prompts with one of the old tokens change too, which is the
+    weakness of this baseline.
+
+    Args:
+        model: Its text encoder must be a CLIP; it is not touched.
+        pairs: Old concept to new.
+
+    Raises:
+        ValueError: A concept is empty, or one token would get two embeddings.
+
+    Source: asked for by the reviewers of Basu et al., 2024, https://openreview.net/forum?id=Qmw9ne6SOQ.
+    """
+    if not pairs:
+        raise ValueError(
+            "`pairs` is empty: name at least one concept and its replacement, {'van gogh': 'painting'}."
+        )
+    rows: dict[int, Tensor] = {}
+    for old, found in token_rows.wanted(model, pairs).items():
+        for token, row in found.items():
+            if not torch.equal(rows.setdefault(token, row), row):
+                (name,) = token_rows.names(model, {token: row})
+                raise ValueError(
+                    f"contradictory pairs: the token {name!r} would get two embeddings, one of them from {old!r} → "
+                    f"{pairs[old]!r}. Swap these concepts one at a time, or use `quickfix`."
+                )
+    movement = token_rows.movement(model, rows)
+    protocol = {"method": "swap_embedding", "model": model.name, "pairs": dict(pairs)}
+    rank = movement.left.shape[1]
+    report = {"tokens": rank, "rank": rank, "delta_norm": float(movement.right.norm())}
+    return Change((movement,), protocol, report)
+
+
+def random_site(
+    model: TextToImage,
+    pairs: Mapping[str, str],
+    *,
+    seed: int = 0,
+    preserve: Sequence[str] = (),
+    preserve_weight: float = 0.1,
+    ridge: float = 0.01,
+    positions: Positions = "from_subject_to_end",
+    frames: Sequence[str] = FRAMES,
+) -> Change:
+    """`quickfix` with the same arguments at a layer after the first and a projection, both drawn by `seed`.
+
+    It meets its own targets as well as the real edit does; that the pictures nevertheless stay shows that the place
+    matters and not the size of the movement.
+
+    Raises:
+        ValueError: The model has one text layer only, or as `quickfix`.
+    """
+    last = len(text_layers(model)) - 1
+    if last < 1:
+        raise ValueError(
+            "a random site needs a second text layer: this model has one. Compare with `swap_embedding`."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    layer = int(torch.randint(1, last + 1, (1,), generator=generator))
+    projection = PROJECTIONS[int(torch.randint(len(PROJECTIONS), (1,), generator=generator))]
+    change = quickfix(
+        model,
+        pairs,
+        preserve=preserve,
+        preserve_weight=preserve_weight,
+        ridge=ridge,
+        positions=positions,
+        frames=frames,
+        layer=layer,
+        projection=projection,
+    )
+    return dataclasses.replace(
+        change, protocol={**change.protocol, "method": "random_site", "seed": seed}
+    )

@@ -1,0 +1,5 @@
+"""Read pictures, keep those that a model drew with their prompts and seeds, and draw charts."""
+
+from overpaint.images.pictures import Pictures
+
+__all__ = ["Pictures"]

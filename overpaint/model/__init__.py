@@ -1,0 +1,6 @@
+"""Load a text-to-image model, find its sites, hook them, draw with it."""
+
+from overpaint.model.sites import Site
+from overpaint.model.text_to_image import TextToImage, load, text_features
+
+__all__ = ["Site", "TextToImage", "load", "text_features"]

@@ -1,0 +1,75 @@
+"""Atomic writes: the old file or the new one, and no drafts that stay."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from overpaint import files
+
+
+def test_a_finished_block_replaces_the_file(tmp_path):
+    place = tmp_path / "a.txt"
+    place.write_text("old")
+    with files.atomic(place) as draft:
+        draft.write_text("new")
+        assert place.read_text() == "old"
+    assert place.read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_exception_leaves_the_old_file_and_no_draft(tmp_path, error):
+    place = tmp_path / "a.txt"
+    place.write_text("old")
+    with pytest.raises(error), files.atomic(place) as draft:
+        draft.write_text("half")
+        raise error
+    assert place.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_folder_is_written_as_a_whole(tmp_path):
+    with files.atomic(tmp_path / "model") as draft:
+        draft.mkdir()
+        (draft / "config.json").write_text("{}")
+    assert (tmp_path / "model" / "config.json").read_text() == "{}"
+    with pytest.raises(RuntimeError), files.atomic(tmp_path / "other") as draft:
+        draft.mkdir()
+        (draft / "config.json").write_text("{}")
+        raise RuntimeError
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_drafts_of_killed_processes_are_removed_and_those_of_running_ones_stay(tmp_path):
+    code = (
+        "import os, signal, sys; from overpaint.files import atomic\n"
+        "with atomic(sys.argv[1]) as draft:\n"
+        "    draft.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    place = tmp_path / "a.txt"
+    subprocess.run([sys.executable, "-c", code, str(place)], check=False)
+    assert len(list(tmp_path.iterdir())) == 1
+    running = tmp_path / f".a.txt.{os.getppid()}.part"
+    running.write_text("at work")
+    files.write_text(place, "done")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([running.name, "a.txt"])
+
+
+def test_files_have_the_permissions_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = files.write_text(tmp_path / "a.txt", "text")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_json_has_null_for_numbers_that_it_cannot_hold(tmp_path):
+    value = {"a": float("nan"), "b": [1.5, float("inf")], "c": ("x", None)}
+    path = files.write_json(tmp_path / "a.json", value)
+    assert json.loads(path.read_text()) == {"a": None, "b": [1.5, None], "c": ["x", None]}
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        files.to_json({"a": object()})
