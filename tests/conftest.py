@@ -89,7 +89,7 @@ def axe():
 @pytest.fixture
 def run(capsys):
     """Run the command line in this process: exit code, stdout, stderr."""
-    from overpaint import cli
+    from overpaint.cli import app as cli
 
     def call(*arguments):
         code = cli._run([str(a) for a in arguments])

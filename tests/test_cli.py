@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from overpaint import cli
+from overpaint.cli import app as cli
 
 
 def refused(result):

@@ -8,7 +8,7 @@ import sys
 import pytest
 from typer.main import get_command
 
-from overpaint import cli
+from overpaint.cli import app as cli
 
 GROUP = get_command(cli.app)
 VERBS = sorted(GROUP.commands)
