@@ -7,9 +7,12 @@ from typing import Any, Protocol
 import torch
 from torch import Generator, Tensor
 
-__all__ = ["SOLVERS", "Denoiser", "denoise", "solver"]
+__all__ = ["SOLVERS", "Denoiser", "Progress", "denoise", "solver"]
 
 SOLVERS = ("own", "ddim", "dpm")
+
+Progress = Callable[[int, int, str], None]
+"""Called with (done, total, label)."""
 
 
 class Denoiser(Protocol):
