@@ -2,5 +2,6 @@
 
 from overpaint.scorers.clip import Clip
 from overpaint.scorers.judge import Judge, load
+from overpaint.scorers.protocols import Classifier, FeatureScorer, Scorer, check_size
 
-__all__ = ["Clip", "Judge", "load"]
+__all__ = ["Classifier", "Clip", "FeatureScorer", "Judge", "Scorer", "check_size", "load"]

@@ -1,40 +1,22 @@
-"""Pictures and prompts to features and verdicts.
+"""A CLIP with linear classification heads on its image tower.
 
-A `Judge` is a CLIP with linear heads on its image tower: `icons-judge` ships with the package. It never helped to
-train `icons`, so what it says of that model's pictures is independent evidence.
+The judge `icons-judge` ships with the package. It had no part in the training of `icons`, so its labels for the
+pictures of that model are independent evidence.
 """
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from overpaint import zoo
+from overpaint.scorers.protocols import Scorable
 
-__all__ = ["Judge", "Scorable", "load"]
-
-
-class Scorable(Protocol):
-    """What a score needs to know of a probe: the kind of its concept and the label it should be seen as."""
-
-    @property
-    def kind(self) -> str:
-        """Kind of the concept: `style`, `object`, `color`, `action`, ..."""
-        ...
-
-    @property
-    def label(self) -> str:
-        """What a judge should see."""
-        ...
-
-    @property
-    def prompt(self) -> str:
-        """What was asked for."""
-        ...
+__all__ = ["Judge", "load"]
 
 
 class Judge:
