@@ -413,6 +413,7 @@ def test_a_folder_of_other_questions_is_refused(tiny_sd1, tmp_path, probe, group
 
 def test_every_weight_is_in_the_mark_of_a_model_and_of_a_judge(tiny_sd1):
     from overpaint.scorers import judge as features
+    from overpaint.scorers.protocols import scorer_name
     from overpaint.trace import provenance
     from overpaint.zoo import builders
 
@@ -429,7 +430,7 @@ def test_every_weight_is_in_the_mark_of_a_model_and_of_a_judge(tiny_sd1):
         next(iter(judge._heads.values()))[0] += 1e-3
     assert provenance.scorer_mark(judge.score) != before
     assert provenance.scorer_mark(brightness) is None
-    assert provenance.scorer_name(judge.score) == "icons-judge"
+    assert scorer_name(judge.score) == "icons-judge"
 
 
 def test_another_judge_of_the_same_name_is_noticed_on_resuming(tiny_sd1, tmp_path):

@@ -15,21 +15,13 @@ from torch.nn import Module
 
 from overpaint.model.sites import Site
 
-__all__ = ["asked", "fingerprint", "members", "scorer_mark", "scorer_name"]
+__all__ = ["asked", "fingerprint", "members", "scorer_mark"]
 
 
 def fingerprint(model: Any) -> str:
     """Return a digest of all weights of a `TextToImage`, 16 hexadecimal digits; a second for every few GB."""
     parts = (*model.text_encoders, model.unet, model.vae)
     return _digest((f"{i}.{name}", t) for i, part in enumerate(parts) for name, t in _held(part))
-
-
-def scorer_name(score: Any) -> str:
-    """Return what a protocol calls `score`: its owner's name, or its own; `"none"` for none."""
-    if score is None:
-        return "none"
-    owner = getattr(score, "__self__", None)
-    return str(getattr(owner, "name", None) or getattr(score, "__qualname__", type(score).__name__))
 
 
 def scorer_mark(score: Any) -> str | None:

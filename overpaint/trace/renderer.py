@@ -13,6 +13,7 @@ from overpaint.model import sites
 from overpaint.model.sampling import denoise, solver
 from overpaint.model.sites import Site
 from overpaint.scorers import judge as features
+from overpaint.scorers.protocols import Scorer, check_size, scorer_name
 from overpaint.trace import hook_check, provenance
 from overpaint.trace import memory as memory_of
 from overpaint.trace.effects import recovery
@@ -36,7 +37,6 @@ __all__ = [
     "selected",
 ]
 
-Scorer = Callable[[Tensor, Sequence[Any]], Tensor]
 Direction = Literal["restore", "corrupt"]
 DIRECTIONS: tuple[Direction, ...] = ("restore", "corrupt")
 
@@ -102,7 +102,7 @@ class Renderer:
         scheduler = solver(model, solver_name)
         strength = model.guidance_scale if guidance_scale is None else guidance_scale
         scorer = (score or features.load().score) if draw else None
-        _check_size(model, scorer)
+        check_size(scorer, model)
         rows, decoded = batch_size, batch_size
         if memory is not None and draw:
             rows, decoded = (min(n, batch_size) for n in _fitting(model, memory, strength))
@@ -188,7 +188,7 @@ class Renderer:
             "trace": trace,
             "direction": self.direction,
             "solver": self.solver,
-            "scorer": provenance.scorer_name(self.scorer),
+            "scorer": scorer_name(self.scorer),
             "minimum_gap": self.minimum_gap,
             "batch_size": self.rows,
             "probes": len(probes),
@@ -197,18 +197,6 @@ class Renderer:
             **marks,
             **more,
         }
-
-
-def _check_size(model: Any, scorer: Scorer | None) -> None:
-    """Refuse a judge that reads pictures of one size only, where the model draws others."""
-    judge = getattr(scorer, "__self__", None)
-    size = getattr(judge, "size", None)
-    if size is not None and model.size != (size, size):
-        raise ValueError(
-            f"{provenance.scorer_name(scorer)} reads pictures of {size}x{size} pixels, and {model.name} draws "
-            f"{model.size[1]}x{model.size[0]}: pass `score` (on the command line --scorer) for this size, for example "
-            "that of `overpaint.scorers.clip.Clip`."
-        )
 
 
 def _fitting(model: Any, memory: float, guidance_scale: float) -> tuple[int, int]:
