@@ -2,17 +2,54 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor
 
-__all__ = ["SOLVERS", "Denoiser", "Progress", "denoise", "solver"]
+__all__ = ["SOLVERS", "Denoiser", "Drawing", "Progress", "denoise", "solver"]
 
 SOLVERS = ("own", "ddim", "dpm")
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, label)."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Settings by which pictures are drawn.
+
+    Attributes:
+        steps: Denoising steps.
+        guidance_scale: Weight of the prompt; the model's own if `None`.
+        solver: `"own"` is the model's scheduler, `"ddim"` DDIM, `"dpm"` a multistep solver that needs fewer steps.
+        seeds: Seeds of the start noise.
+        batch_size: Largest number of rows of a batch.
+        memory: Budget for activations in MiB, which lowers `batch_size` to what fits; no limit if `None`.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    steps: int = 10
+    guidance_scale: float | None = None
+    solver: str = "dpm"
+    seeds: Sequence[int] = (0,)
+    batch_size: int = 32
+    memory: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"`steps` must be at least 1, got {self.steps}.")
+        _check_solver(self.solver)
+        if not self.seeds:
+            raise ValueError("`seeds` is empty: give at least one.")
+        if self.batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}.")
+        if self.memory is not None and not self.memory > 0:
+            raise ValueError(f"`memory` must be a positive number of MiB, got {self.memory!r}.")
+        object.__setattr__(self, "seeds", tuple(self.seeds))
 
 
 class Denoiser(Protocol):
@@ -96,8 +133,7 @@ def solver(model: Denoiser, name: str) -> Any:
 
     Source: Song et al., 2021, https://arxiv.org/abs/2010.02502; Lu et al., 2022, https://arxiv.org/abs/2211.01095.
     """
-    if name not in SOLVERS:
-        raise ValueError(f"unknown solver {name!r}: choose one of {', '.join(SOLVERS)}.")
+    _check_solver(name)
     if name == "own":
         return model.scheduler
     import diffusers
@@ -107,6 +143,11 @@ def solver(model: Denoiser, name: str) -> Any:
         "dpm": diffusers.DPMSolverMultistepScheduler,
     }
     return kinds[name].from_config(model.scheduler.config)
+
+
+def _check_solver(name: str) -> None:
+    if name not in SOLVERS:
+        raise ValueError(f"unknown solver {name!r}: choose one of {', '.join(SOLVERS)}.")
 
 
 def _step_options(scheduler: Any, generators: Sequence[Generator] | None) -> dict[str, Any]:
