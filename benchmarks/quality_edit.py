@@ -102,7 +102,7 @@ def judged(
     Rivals and `auto` are kept apart, since an `auto` with other settings is another change; the pictures before are the
     same ones, drawn twice.
     """
-    makers = methods(model, *questions.looked_after(judge.labels))
+    makers = methods(model, *questions.split_concepts(judge.labels))
     options: dict[str, Any] = {
         "judge": judge, "size": plan.size, "steps": plan.steps, "seed": plan.seed, "gallery": 1,
     }  # fmt: skip
@@ -133,8 +133,8 @@ def compared(
 
 def reached(model: op.TextToImage, judge: features.Judge, new: str, plan: Any) -> float:
     """Return how often the unedited model's pictures of the replacement are seen as it."""
-    kind, label = questions.concept(new, judge.labels)
-    asked = questions.ask(
+    kind, label = questions.parse_concept(new, judge.labels)
+    asked = questions.build(
         kind, label, labels=judge.labels, held_out=model.held_out, size=plan.size, seed=plan.seed
     )
     asked = tuple(q for q in asked if q.role == "target")
@@ -208,7 +208,7 @@ def many_rows(model: op.TextToImage, judge: features.Judge, plan: Any) -> list[d
     ]
     asked = {n: [questions.caption(n, "", "", frame=f) for f in range(2)] for n in all_pairs}
     rows: list[dict[str, Any]] = []
-    makers = methods(model, *questions.looked_after(judge.labels))
+    makers = methods(model, *questions.split_concepts(judge.labels))
     seeds = [plan.seed + i for i in range(len(words))]
     before = judge.predict(drawn(model, words, seeds, plan), "object")
     right = [v == n for v, n in zip(before, untouched, strict=True)]
@@ -261,7 +261,7 @@ def kid_rows(model: op.TextToImage, judge: features.Judge, plan: Any) -> list[di
         row("two sets of seeds", first, second),
         row("two other sets of seeds", third, second),
     ]
-    makers = methods(model, *questions.looked_after(judge.labels))
+    makers = methods(model, *questions.split_concepts(judge.labels))
     for kind, pairs in plan.concepts.items():
         old, new = next(iter(pairs.items()))
         for name in (OURS, LAYER):
@@ -305,7 +305,7 @@ def main() -> None:
     start = time.perf_counter()
     torch.set_num_threads(plan.threads)
     model, judge = op.load("icons"), features.load()
-    model.pipe.scheduler = sampling.solver(model, "dpm")  # few steps, close to many
+    model.pipe.scheduler = sampling.make_scheduler(model, "dpm")  # few steps, close to many
     plan.concepts = {k: dict(list(v.items())[: plan.concepts]) for k, v in CONCEPTS.items()}
     plan.many, plan.unrelated = MANY, 96
     if plan.quick:

@@ -44,7 +44,7 @@ def rows(
     steps: int,
 ) -> list[dict[str, Any]]:
     """Return for each weight what text foretold and what the judge saw."""
-    known, asked = questions.looked_after(judge.labels)
+    known, asked = questions.split_concepts(judge.labels)
     options: dict[str, Any] = {"vocabulary": known, "without": asked, "tokens": False}
     changes = {f"{w:g}": op.edit.auto(model, pair, preserve_weight=w, **options) for w in weights}
     (chosen,) = (
@@ -107,7 +107,7 @@ def main() -> None:
     torch.set_num_threads(plan.threads)
     start = time.perf_counter()
     model, judge = op.load("icons"), features.load()
-    model.pipe.scheduler = sampling.solver(model, "dpm")  # few steps, close to many
+    model.pipe.scheduler = sampling.make_scheduler(model, "dpm")  # few steps, close to many
     concepts, weights, size, steps = CONCEPTS, WEIGHTS, 4, 8
     if plan.quick:
         concepts, weights, size, steps = {"dog": "bear"}, (5.0, 15.0), 1, 4

@@ -92,7 +92,7 @@ def grid(model: op.TextToImage, path: Path, *, steps: int) -> None:
 
 def before_after(model: op.TextToImage, judge: features.Judge, path: Path) -> None:
     """Draw one style before and after its edit, and a neighbour before and after: four rows, equal seeds."""
-    known, asked = questions.looked_after(judge.labels)
+    known, asked = questions.split_concepts(judge.labels)
     change = op.edit.auto(model, {"openmoji style": "noto style"}, vocabulary=known, without=asked)
     objects = ["strawberry", "cat", "fish", "umbrella", "bomb", "tulip", "car", "light bulb"]
     rows = []

@@ -68,7 +68,7 @@ def main() -> None:
     start = time.perf_counter()
     model, judge = op.load("icons"), features.load()
     kept = list(
-        questions.neighbours("style", "openmoji", labels=judge.labels, held_out=model.held_out)
+        questions.preserve_prompts("style", "openmoji", labels=judge.labels, held_out=model.held_out)
     )
     pairs = {"openmoji style": "noto style"}
     cases = {

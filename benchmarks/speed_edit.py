@@ -211,7 +211,7 @@ def against_finetune(*, pictures: int, budgets: tuple[int, ...]) -> dict[str, fl
     model, judge = op.load("icons"), features.load()
     asked = [
         q
-        for q in questions.ask(
+        for q in questions.build(
             "style", "openmoji", labels=judge.labels, held_out=model.held_out, size=pictures
         )
         if q.role == "target"

@@ -99,16 +99,16 @@ def draw(path: Path, theme: Theme = LIGHT) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(10, 5.4), dpi=150, facecolor=theme.paper, layout="constrained")
+    figure = Figure(figsize=(10, 5.4), dpi=150, facecolor=theme.background, layout="constrained")
     looks = dict(
-        zip(RUNS, ((theme.cold, "-", "o"), (theme.control, "--", "s"), (theme.hue, "-", "^")), strict=True)
+        zip(RUNS, ((theme.cold, "-", "o"), (theme.control, "--", "s"), (theme.warm, "-", "^")), strict=True)
     )  # fmt: skip
     grid = [-1 + i / 400 for i in range(801)]
     axes = figure.subplots(2, len(CURVES), squeeze=False)
     for (name, curve), upper, lower in zip(CURVES.items(), axes[0], axes[1], strict=True):
-        upper.plot(grid, [curve.value(x) for x in grid], color=theme.ink, linewidth=1.2)
-        upper.set_title(f"{name}: function, and where the runs end", color=theme.ink, fontsize=10)
-        lower.set_title("place over updates", color=theme.ink, fontsize=10)
+        upper.plot(grid, [curve.value(x) for x in grid], color=theme.text, linewidth=1.2)
+        upper.set_title(f"{name}: function, and where the runs end", color=theme.text, fontsize=10)
+        lower.set_title("place over updates", color=theme.text, fontsize=10)
         for run, make in RUNS.items():
             color, line, mark = looks[run]
             places = descend(curve, make)
@@ -116,18 +116,18 @@ def draw(path: Path, theme: Theme = LIGHT) -> None:
             upper.plot(end, curve.value(end), mark, color=color, markersize=7, alpha=0.85)
             lower.plot(places, line, color=color, linewidth=1.6, label=run)
         for ax in (upper, lower):
-            ax.set_facecolor(theme.paper)
-            ax.tick_params(colors=theme.ink, labelsize=8)
+            ax.set_facecolor(theme.background)
+            ax.tick_params(colors=theme.text, labelsize=8)
             ax.xaxis.set_major_locator(MaxNLocator(5))
-            ax.grid(color=theme.faint, linewidth=0.5)
+            ax.grid(color=theme.grid, linewidth=0.5)
             for spine in ax.spines.values():
-                spine.set_color(theme.faint)
+                spine.set_color(theme.grid)
     axes[0][1].set_ylim(-0.05, 1.3)
     handles, labels = axes[1][0].get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=3, frameon=False, labelcolor=theme.ink
+        handles, labels, loc="outside lower center", ncols=3, frameon=False, labelcolor=theme.text
     )
-    figure.savefig(path, facecolor=theme.paper)
+    figure.savefig(path, facecolor=theme.background)
 
 
 def main() -> None:

@@ -84,7 +84,7 @@ def run(
     """
     began = time.perf_counter()
     judge = features.load(device=model.device) if judge is None else judge
-    kind, label = questions.concept(erase, judge.labels)
+    kind, label = questions.parse_concept(erase, judge.labels)
     out.mkdir(parents=True, exist_ok=True)
     tell = on_progress or (lambda done, total, what: None)
 
@@ -98,7 +98,7 @@ def run(
         on_progress=lambda done, total, name: tell(done, total, f"judging, {name}"),
     )  # fmt: skip
     comparison.save(out)
-    asked = questions.ask(
+    asked = questions.build(
         kind, label, labels=judge.labels, held_out=composed, size=size.questions, seed=seed
     )
     report.drift_section.save(report.drift_section.predict(model, changes, asked, kind=kind), out)
@@ -120,7 +120,7 @@ def _changes(
     model: TextToImage, pairs: Mapping[str, str], judge: Judge, seed: int, tell: Progress
 ) -> tuple[dict[str, Change], float]:
     """Return the changes to compare, and the seconds that the preferred one took."""
-    known, asked = questions.looked_after(judge.labels)
+    known, asked = questions.split_concepts(judge.labels)
     options: dict[str, Any] = {
         "vocabulary": known, "without": asked,
         "on_progress": lambda done, total, _: tell(done, total, "editing"),
@@ -147,7 +147,7 @@ def _pick(
     found = probes.load(kind)
     own = [p for p in found if p.label == label] or [
         Probe(f"demo-{kind}-{i:03d}", kind, question.prompt, erase, label)
-        for i, question in enumerate(questions.ask(kind, label, labels=labels, size=4))
+        for i, question in enumerate(questions.build(kind, label, labels=labels, size=4))
         if question.role == "target" and question.prompt.lower().count(erase.lower()) == 1
     ]
     rest = [p for p in found if p.label != label]

@@ -90,7 +90,7 @@ def test_a_change_is_seen_and_the_model_is_left_as_it_was(tiny_sd1, swap):
 
 
 def test_only_what_reads_other_features_is_drawn_again(tiny_sd1, swap):
-    asked = questions.ask("style", "blob", labels=LABELS, held_out=(), size=3, seed=0)
+    asked = questions.build("style", "blob", labels=LABELS, held_out=(), size=3, seed=0)
     drawn = []
     work = _Work(tiny_sd1, Eyes(), asked, [0, 1], 2, None, 4, lambda *told: drawn.append(told[0]))
     before = work.run(None, "no edit", done=0, total=99)

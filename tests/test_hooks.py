@@ -115,7 +115,7 @@ class Scaled(nn.Module):
 
 def test_patch_arguments_replaces_positions_and_keywords_and_counts(net):
     layer = Scaled()
-    with hooks.patch_arguments({layer: lambda a, k: ((a[0] + 1,), {"factor": 3.0})}) as calls:
+    with hooks.patch_inputs({layer: lambda a, k: ((a[0] + 1,), {"factor": 3.0})}) as calls:
         assert torch.equal(layer(torch.ones(2), factor=2.0), torch.full((2,), 6.0))
         layer(torch.ones(2))
     assert calls == {layer: 2}
@@ -127,7 +127,7 @@ def test_patch_arguments_leaves_no_hook_after_an_exception():
     layer = Scaled()
     with (
         pytest.raises(RuntimeError, match="stop"),
-        hooks.patch_arguments({layer: lambda a, k: (a, k)}),
+        hooks.patch_inputs({layer: lambda a, k: (a, k)}),
     ):
         raise RuntimeError("stop")
     assert hook_count(layer) == 0

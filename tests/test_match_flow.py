@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from overpaint.images.read import picture
+from overpaint.images.read import load_picture
 from overpaint.match import flow as fields
 
 PHOTOGRAPHS = Path(__file__).parent.parent / "runs" / "photographs"
@@ -43,7 +43,7 @@ def photograph(name):
 @pytest.fixture(scope="module")
 def graf():
     """Both views, and both flows: on the third pointing into the first, and the other way."""
-    views = [picture(photograph(f"opencv-doc/data/graf{i}.png"), "graf") for i in (1, 3)]
+    views = [load_picture(photograph(f"opencv-doc/data/graf{i}.png"), "graf") for i in (1, 3)]
     text = photograph("opencv-doc/data/H1to3p.xml").read_text()
     found = re.search(r"<data>(.*?)</data>", text, re.DOTALL)
     assert found is not None
@@ -194,15 +194,15 @@ def test_a_grid_of_64_holds_graf_and_mixed_corners_do_not(graf):
 
 
 def test_stereo_pairs_move_left():
-    left = picture(photograph("opencv-doc/data/aloeL.jpg"), "left")
-    right = picture(photograph("opencv-doc/data/aloeR.jpg"), "right")
-    disparity = 255 * picture(photograph("opencv-doc/data/aloeGT.png"), "truth")[:, :1]
+    left = load_picture(photograph("opencv-doc/data/aloeL.jpg"), "left")
+    right = load_picture(photograph("opencv-doc/data/aloeR.jpg"), "right")
+    disparity = 255 * load_picture(photograph("opencv-doc/data/aloeGT.png"), "truth")[:, :1]
     check_stereo(left, right, disparity, disparity > 0)
     motorcycle = [photograph(f"skimage/motorcycle_{side}.png") for side in ("left", "right")]
     found = np.load(photograph("skimage/motorcycle_disp.npz"))["arr_0"]
     disparity = torch.from_numpy(found.astype(np.float32))[None, None]
     known = torch.isfinite(disparity)
-    check_stereo(*(picture(p, "m") for p in motorcycle), disparity.where(known, 0.0), known)
+    check_stereo(*(load_picture(p, "m") for p in motorcycle), disparity.where(known, 0.0), known)
 
 
 def check_stereo(left, right, disparity, known):

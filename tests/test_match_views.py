@@ -89,7 +89,7 @@ def test_long_arrows_are_drawn_shorter_and_short_ones_longer(moved, words):
 def test_where_the_other_picture_ends_there_are_rings():
     """A flow of all of the width leaves it everywhere: no arrow is as large as a ring."""
     far = shown(views.arrows(match(x=200), target()))
-    ink = abs(far - ImageColor.getrgb(LIGHT.ink)).sum(-1) < 60
+    ink = abs(far - ImageColor.getrgb(LIGHT.text)).sum(-1) < 60
     rows, columns = np.nonzero(ink)
     gap = 640 / 24
     away = np.hypot((columns + 0.5) % gap - gap / 2, (rows + 0.5) % gap - gap / 2)
@@ -124,7 +124,7 @@ def test_a_view_of_a_narrow_picture_has_room_for_its_words_on_either_paper():
     for theme in (LIGHT, DARK):
         view = views.wheel(tall, theme=theme)
         assert view.size == (640, 640 + 116)
-        assert view.getpixel((5, 5)) == ImageColor.getrgb(theme.paper)
+        assert view.getpixel((5, 5)) == ImageColor.getrgb(theme.background)
         assert view.getpixel((320, 300)) == (255, 255, 255)
 
 

@@ -420,11 +420,11 @@ def test_damaged_settings_are_refused(tiny_folder, tmp_path, words):
 
 
 def test_pictures_of_one_color_are_told():
-    from overpaint.images.pictures import blank
+    from overpaint.images.pictures import is_blank
 
     images = torch.stack([torch.zeros(3, 4, 4), torch.rand(3, 4, 4), torch.full((3, 4, 4), 0.5)])
     images[2, 0] = 1.0  # one color, if not grey
-    assert blank(images).tolist() == [True, False, True]
+    assert is_blank(images).tolist() == [True, False, True]
 
 
 @pytest.fixture

@@ -159,7 +159,7 @@ def written(folder, text, name="mine.csv"):
 
 
 def test_the_fields_csv_form(tmp_path):
-    first, second, third = probes.read(written(tmp_path, CSV), kind="style", concept="van gogh")
+    first, second, third = probes.load_file(written(tmp_path, CSV), kind="style", concept="van gogh")
     assert first == Probe(
         "mine-style-3", "style", "a house by Van Gogh, at night", "van gogh", source="mine.csv", seed=1234
     )  # fmt: skip
@@ -171,7 +171,7 @@ def test_the_fields_csv_form(tmp_path):
 @pytest.mark.parametrize("column", ["concept", "subject"])
 def test_a_column_may_say_the_concept_and_the_label(column, tmp_path):
     text = f"prompt,{column},label\na cat on a mat,cat,kitten\na dog,dog,\na mouse,,\n"
-    found = probes.read(written(tmp_path, text), kind="object", concept="mouse")
+    found = probes.load_file(written(tmp_path, text), kind="object", concept="mouse")
     assert [(p.concept, p.label) for p in found] == [
         ("cat", "kitten"), ("dog", "dog"), ("mouse", "mouse"),
     ]  # fmt: skip
@@ -198,18 +198,18 @@ def test_a_column_may_say_the_concept_and_the_label(column, tmp_path):
 )  # fmt: skip
 def test_a_bad_csv_is_refused_with_the_line(text, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        probes.read(written(tmp_path, text), kind="object", concept="cat")
+        probes.load_file(written(tmp_path, text), kind="object", concept="cat")
 
 
 def test_without_any_concept_the_reader_asks_for_one(tmp_path):
     path = written(tmp_path, "prompt\na cat\n")
     with pytest.raises(ValueError, match="line 2: nothing says which words .*pass `concept=`"):
-        probes.read(path, kind="object")
+        probes.load_file(path, kind="object")
 
 
 def test_a_table_of_ones_own(tmp_path):
     text = (Path(module.__file__).parent / "style.toml").read_text()
-    found = probes.read(written(tmp_path, text, "mine.toml"), kind="style")
+    found = probes.load_file(written(tmp_path, text, "mine.toml"), kind="style")
     both = (*probes.load("style"), *probes.load("style", vocabulary="natural"))
     assert found == both
     for bad in (
@@ -221,16 +221,16 @@ def test_a_table_of_ones_own(tmp_path):
         with pytest.raises(
             ValueError, match=r"mine.toml' is no table of probes .*: write `source`"
         ):
-            probes.read(written(tmp_path, bad, "mine.toml"), kind="style")
+            probes.load_file(written(tmp_path, bad, "mine.toml"), kind="style")
     with pytest.raises(ValueError, match="`concept` is for CSV files: a table says it"):
-        probes.read(tmp_path / "mine.toml", kind="style", concept="x")
+        probes.load_file(tmp_path / "mine.toml", kind="style", concept="x")
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no probes at .*none.csv': name a"):
-        probes.read(tmp_path / "none.csv", kind="style")
+        probes.load_file(tmp_path / "none.csv", kind="style")
     with pytest.raises(ValueError, match="cannot read probes from 'mine.xlsx': name a .csv"):
-        probes.read(written(tmp_path, "", "mine.xlsx"), kind="style")
+        probes.load_file(written(tmp_path, "", "mine.xlsx"), kind="style")
     (tmp_path / "old.csv").write_bytes("prompt\ncaf\u00e9\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"old.csv' is not UTF-8 text: save it as UTF-8"):
-        probes.read(tmp_path / "old.csv", kind="style", concept="caf")
+        probes.load_file(tmp_path / "old.csv", kind="style", concept="caf")

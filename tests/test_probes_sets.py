@@ -29,7 +29,7 @@ def file(tmp_path):
 
 def test_prompts_by_the_line_are_judged_by_what_is_depicted(file):
     path = file("x_eval.txt", "a snoopy in the rain\r\n\r\n  A dog\nSnoopys\n")
-    found = probes.read_set(path, erase="Snoopy", replace="dog")
+    found = probes.load_set(path, erase="Snoopy", replace="dog")
     old, new = "A photo depicts Snoopy", "A photo depicts dog"
     assert found.cases == (
         Case("a snoopy in the rain", "target", old, new, "Snoopy"),
@@ -37,17 +37,17 @@ def test_prompts_by_the_line_are_judged_by_what_is_depicted(file):
         Case("Snoopys", "other", "Snoopys"),
     )
     assert (found.form, found.erase, found.replace) == ("ablation", "Snoopy", "dog")
-    style = probes.read_set(file("y.txt", "a lake by monet"), erase="monet", kind="style").cases[0]
+    style = probes.load_set(file("y.txt", "a lake by monet"), erase="monet", kind="style").cases[0]
     assert (style.old, style.new) == ("A photo depicts monet style", "")
 
 
 def test_rows_of_esd_and_uce_carry_their_seeds_and_artists(file):
-    found = probes.read_set(file("uce.csv", UCE), erase="ada ray", replace="an oak")
+    found = probes.load_set(file("uce.csv", UCE), erase="ada ray", replace="an oak")
     assert found.cases == (
         Case("Boats by Ada Ray", "target", "Boats by Ada Ray", "Boats by an oak", "Ada Ray", 12),
         Case("Rain, by Kim Lo", "other", "Rain, by Kim Lo", "Rain, by an oak", "Kim Lo", 7),
     )
-    bare = probes.read_set(
+    bare = probes.load_set(
         file("b.csv", "prompt\nan  old cat\na dog\n"), erase="old cat", replace="owl"
     )
     assert [(c.role, c.new, c.seed) for c in bare.cases] == [
@@ -58,7 +58,7 @@ def test_rows_of_esd_and_uce_carry_their_seeds_and_artists(file):
 
 def test_an_edit_a_row_as_timed(file):
     path = file("timed.csv", TIMED, encoding="utf-8-sig")
-    found = probes.read_set(path, erase="a TREE")
+    found = probes.load_set(path, erase="a TREE")
     assert (found.form, found.erase, found.replace) == ("timed", "A tree", "A blue tree")
     assert found.name == "timed.csv: A tree"
     assert found.cases == (
@@ -67,7 +67,7 @@ def test_an_edit_a_row_as_timed(file):
         Case("Trees, far off", "general", "Trees, far off", "Blue trees, far off"),
         Case("A bush", "other", "A bush", "A blue bush"),
     )
-    assert [c.role for c in probes.read_set(path, erase="cup").cases] == [
+    assert [c.role for c in probes.load_set(path, erase="cup").cases] == [
         "target",
         "general",
         "other",
@@ -75,7 +75,7 @@ def test_an_edit_a_row_as_timed(file):
 
 
 def test_an_edit_a_row_as_road(file):
-    found = probes.read_set(file("road.csv", ROAD), erase="Ann")
+    found = probes.load_set(file("road.csv", ROAD), erase="Ann")
     assert found.form == "road"
     assert found.cases == (
         Case("The mayor", "target", "Ann", "Bob", "Ann"),
@@ -85,7 +85,7 @@ def test_an_edit_a_row_as_road(file):
 
 
 def test_our_own_tables_fill_their_slots_and_leave_the_concept_out_of_the_others(file):
-    found = probes.own("style", "openmoji style", "noto style")
+    found = probes.load_shipped_set("style", "openmoji style", "noto style")
     assert found.cases[0] == Case(
         "an apple in openmoji style", "target", "an apple in openmoji style",
         "an apple in noto style", "openmoji style",
@@ -96,11 +96,11 @@ def test_our_own_tables_fill_their_slots_and_leave_the_concept_out_of_the_others
     assert {c.new == "" for c in found.cases if c.concept == "noto style"} == {True}
     for vocabulary in probes.VOCABULARIES:
         for kind in ("style", "object"):
-            cases = probes.own(kind, "cat", "owl", vocabulary=vocabulary).cases
+            cases = probes.load_shipped_set(kind, "cat", "owl", vocabulary=vocabulary).cases
             assert len({c.prompt for c in cases}) == len(cases)
             assert not any("{" in c.prompt + c.new or "(n)" in c.prompt + c.new for c in cases)
     table = 'target = ["a(n) {concept} {where}"]\nothers = []\n[slots]\nwhere = ["here", "there"]\n'
-    mine = probes.read_set(file("t.toml", table), erase="owl", replace="cat")
+    mine = probes.load_set(file("t.toml", table), erase="owl", replace="cat")
     assert [(c.prompt, c.new) for c in mine.cases] == [
         ("an owl here", "a cat here"),
         ("an owl there", "a cat there"),
@@ -111,7 +111,7 @@ def test_a_neighbour_that_names_the_concept_or_is_named_by_it_is_left_out(file):
     table = 'target = ["{concept}"]\nother = ["by {concept}"]\nothers = ["van gogh", "gogh", "vincent"]\n'
     path = file("t.toml", table)
     prompts = [
-        [c.prompt for c in probes.read_set(path, erase=name).cases if c.role == "other"]
+        [c.prompt for c in probes.load_set(path, erase=name).cases if c.role == "other"]
         for name in ("vincent van gogh", "van gogh", "ada ray")
     ]
     assert prompts == [[], ["by vincent"], ["by van gogh", "by gogh", "by vincent"]]
@@ -119,15 +119,15 @@ def test_a_neighbour_that_names_the_concept_or_is_named_by_it_is_left_out(file):
 
 def test_a_prompt_without_its_concept_has_no_second_text(file):
     rows = "prompt,artist\nBoats by Ada,Ada Ray\nRain by Kim,Kim Lo\n"
-    found = probes.read_set(file("a.csv", rows), erase="ada ray", replace="an oak")
+    found = probes.load_set(file("a.csv", rows), erase="ada ray", replace="an oak")
     assert [(c.role, c.new) for c in found.cases] == [("target", ""), ("other", "")]
 
 
 def test_a_thinned_set_keeps_a_few_of_each_role_evenly_spaced():
-    found = probes.own("style", "openmoji style").thinned(2)
+    found = probes.load_shipped_set("style", "openmoji style").thinned(2)
     assert [c.role for c in found.cases] == ["target"] * 2 + ["general"] * 2 + ["other"] * 2
     assert [c.concept for c in found.cases[4:]] == ["noto style", "fluent style"]
-    whole = probes.own("style", "openmoji style")
+    whole = probes.load_shipped_set("style", "openmoji style")
     assert whole.thinned(999) == whole
     with pytest.raises(ValueError, match="`size` must be at least 1, got 0"):
         whole.thinned(0)
@@ -151,15 +151,15 @@ def test_a_thinned_set_keeps_a_few_of_each_role_evenly_spaced():
 )
 def test_a_file_of_no_form_is_named(file, name, text, message):
     with pytest.raises(ValueError, match=message):
-        probes.read_set(file(name, text), erase="cat")
+        probes.load_set(file(name, text), erase="cat")
 
 
 def test_other_bad_input_is_named(file, tmp_path):
     with pytest.raises(FileNotFoundError, match="no evaluation set at .*nowhere.csv"):
-        probes.read_set(tmp_path / "nowhere.csv", erase="cat")
+        probes.load_set(tmp_path / "nowhere.csv", erase="cat")
     with pytest.raises(ValueError, match="is not UTF-8 text"):
-        probes.read_set(file("a.txt", "é", encoding="latin-1"), erase="cat")
+        probes.load_set(file("a.txt", "é", encoding="latin-1"), erase="cat")
     with pytest.raises(ValueError, match="unknown form of evaluation set 'coco': choose one of"):
-        probes.read_set(file("b.txt", "a cat"), erase="cat", form="coco")
+        probes.load_set(file("b.txt", "a cat"), erase="cat", form="coco")
     with pytest.raises(ValueError, match="no evaluation set of ours for 'icons' 'fact'"):
-        probes.own("fact", "japan")
+        probes.load_shipped_set("fact", "japan")

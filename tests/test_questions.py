@@ -13,7 +13,7 @@ HELD_OUT = frozenset({("apple", "openmoji"), ("cat", "noto")})
 
 
 def ask(kind="style", erase="openmoji", **options):
-    return questions.ask(kind, erase, labels=LABELS, held_out=HELD_OUT, **options)
+    return questions.build(kind, erase, labels=LABELS, held_out=HELD_OUT, **options)
 
 
 @pytest.mark.parametrize(
@@ -29,12 +29,12 @@ def ask(kind="style", erase="openmoji", **options):
     ],
 )
 def test_a_concept_is_read_as_the_judge_names_it(text, found):
-    assert questions.concept(text, LABELS) == found
+    assert questions.parse_concept(text, LABELS) == found
 
 
 def test_an_unknown_concept_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"does not know 'van gogh'.*style: noto, openmoji, blob"):
-        questions.concept("van gogh", LABELS)
+        questions.parse_concept("van gogh", LABELS)
 
 
 def test_captions_in_full():
@@ -103,8 +103,8 @@ WIDE = {
 )
 def test_what_is_preserved_is_not_what_is_judged(kind, erase):
     held_out = {(f"thing {i}", "noto") for i in range(0, 60, 7)}
-    kept = questions.neighbours(kind, erase, labels=WIDE, held_out=held_out, size=60)
-    asked = questions.ask(kind, erase, labels=WIDE, held_out=held_out, size=12)
+    kept = questions.preserve_prompts(kind, erase, labels=WIDE, held_out=held_out, size=60)
+    asked = questions.build(kind, erase, labels=WIDE, held_out=held_out, size=12)
     assert kept[0] == ""
     assert len(set(kept)) == len(kept) <= 60
     assert not any(
@@ -123,22 +123,22 @@ def test_what_is_preserved_is_not_what_is_judged(kind, erase):
 
 def test_no_question_begins_with_its_concept():
     for kind, erase in (("style", "openmoji"), ("color", "red")):
-        asked = questions.ask(kind, erase, labels=WIDE, size=12)
+        asked = questions.build(kind, erase, labels=WIDE, size=12)
         assert not [q.prompt for q in asked if q.prompt.startswith(erase)]
 
 
 def test_neighbours_of_a_logo_are_logos_first():
-    kept = questions.neighbours("object", "python logo", labels=WIDE, size=40)
+    kept = questions.preserve_prompts("object", "python logo", labels=WIDE, size=40)
     assert kept[1] == "redis logo"
     assert sum("," in prompt for prompt in kept) >= 5
 
 
 def test_neighbours_never_name_the_erased_concept_nor_an_asked_prompt():
     for kind, erase in (("style", "openmoji"), ("object", "apple"), ("color", "red")):
-        kept = questions.neighbours(kind, erase, labels=LABELS, size=30)
+        kept = questions.preserve_prompts(kind, erase, labels=LABELS, size=30)
         asked = {q.prompt for q in ask(kind, erase, size=12)}
         assert kept[0] == ""
         assert not any(erase in prompt for prompt in kept)
         assert not set(kept) & asked
         assert len(set(kept)) == len(kept) <= 30
-    assert "noto style" in questions.neighbours("style", "openmoji", labels=LABELS)
+    assert "noto style" in questions.preserve_prompts("style", "openmoji", labels=LABELS)

@@ -123,7 +123,7 @@ def test_its_features_and_layers_are_those_of_clips_own_towers_and_measure_an_ed
     assert torch.allclose(clip.image_features(images).norm(dim=1), torch.ones(2))
     assert [tuple(layer.shape) for layer in clip.layers(images)] == [(2, 17, 32)] * 2
     change = op.edit.swap_embedding(tiny_sd1, {"noto style": "blob style"})
-    cases = op.probes.own("style", "noto style", "blob style").thinned(2)
+    cases = op.probes.load_shipped_set("style", "noto style", "blob style").thinned(2)
     found = op.evaluate.measure(
         tiny_sd1, change, cases, eyes=clip, only=["clip_cosine", "perceptual"], steps=1
     )

@@ -526,7 +526,7 @@ def test_memory_lowers_the_text_encoders_rows_too(tiny_sd1):
     tables = []
     for memory in (None, 8):
         largest.clear()
-        with hooks.patch_arguments({norm: watch}):
+        with hooks.patch_inputs({norm: watch}):
             effects = op.trace.text_encoder(tiny_sd1, [CAT], memory=memory, **options)
         assert max(largest) == (32 if memory is None else 8)
         tables.append(torch.tensor(effects.table["score_restored"].to_pylist()))

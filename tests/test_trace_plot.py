@@ -120,7 +120,7 @@ def colors(values, theme=figures.LIGHT):
 
 @pytest.mark.parametrize("theme", [figures.LIGHT, figures.DARK])
 def test_zero_is_paper_and_below_zero_is_another_hue_as_strong_as_above(theme):
-    paper = np.array([int(theme.paper[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    paper = np.array([int(theme.background[i : i + 2], 16) for i in (1, 3, 5)]) / 255
     found = colors([0.8, 0.4, 0.0, -0.4], theme)
     assert found[2] == pytest.approx(paper, abs=0.01)
     warm, cold = found[1] - paper, found[3] - paper
@@ -128,7 +128,7 @@ def test_zero_is_paper_and_below_zero_is_another_hue_as_strong_as_above(theme):
     assert cold[2] > cold[0]
     assert np.abs(found[0] - paper) == pytest.approx(2 * np.abs(warm), abs=0.02)
     assert colors([1.0, 0.0], theme)[0] == pytest.approx(
-        np.array([int(theme.hue[i : i + 2], 16) for i in (1, 3, 5)]) / 255, abs=0.01
+        np.array([int(theme.warm[i : i + 2], 16) for i in (1, 3, 5)]) / 255, abs=0.01
     )
 
 

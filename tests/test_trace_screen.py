@@ -126,7 +126,7 @@ def test_a_text_states_attribution_is_the_slope_towards_its_clean_state(
             full = embeds if step > 3 - last else loop.corrupted
             return args, {**kwargs, "encoder_hidden_states": torch.cat([text[:1], full])}
 
-        with hooks.patch_arguments({tiny_double.unet: late}):
+        with hooks.patch_inputs({tiny_double.unet: late}):
             return loop.objective(loop.draw(loop.corrupted))
 
     places = [(role, place) for site, role, place in found if site == name]
@@ -402,7 +402,7 @@ def test_it_starts_where_the_tracers_start(tiny_xl):
 
     options = {"steps": 3, "sigma": 1.0, "guidance_scale": 3.0, "score": brightness}
     found = []
-    with hooks.patch_arguments({tiny_xl.unet: watch}):
+    with hooks.patch_inputs({tiny_xl.unet: watch}):
         for trace in (
             lambda: op.trace.unet(tiny_xl, [PROBE], only=["unet.mlp.0"], **options),
             lambda: screening.unet(tiny_xl, [PROBE], last=1, objective="latents", **options),

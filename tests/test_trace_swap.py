@@ -249,7 +249,7 @@ def test_text_that_is_not_a_tensor_is_noticed(tiny_double, run, layers):
         return args, {**kwargs, "encoder_hidden_states": (kwargs["encoder_hidden_states"], [])}
 
     with pytest.raises(UnsupportedModel, match="not given its text as one tensor"):
-        run(layers[:1], steps=1, within=hooks.patch_arguments({module: wrap}))
+        run(layers[:1], steps=1, within=hooks.patch_inputs({module: wrap}))
 
 
 def test_a_layer_that_does_not_run_is_noticed(tiny_double, run):

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from overpaint.edit.change import Change
 from overpaint.images import charts
-from overpaint.images.charts import Drawing, Theme
+from overpaint.images.charts import Chart, Theme
 
 __all__ = ["plot"]
 
 
-def plot(change: Change, path: str | Path | None = None, *, theme: Theme = charts.LIGHT) -> Drawing:
+def plot(change: Change, path: str | Path | None = None, *, theme: Theme = charts.LIGHT) -> Chart:
     """Draw the scan of a change made by `auto`: share of the movement reached against drift of the background.
 
     Args:

@@ -379,7 +379,7 @@ class _Hunt:
     def _label(self) -> tuple[str, str] | None:
         labels = getattr(self.eyes, "labels", None)
         try:
-            return questions.concept(self.erase, labels) if labels else None
+            return questions.parse_concept(self.erase, labels) if labels else None
         except ValueError:
             return None
 

@@ -327,7 +327,7 @@ def _label(concept: str, eyes: Eyes) -> tuple[str, str] | None:
     if not labels or not concept:
         return None
     try:
-        return questions.concept(concept, labels)
+        return questions.parse_concept(concept, labels)
     except ValueError:
         return None
 

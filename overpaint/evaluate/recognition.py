@@ -27,7 +27,7 @@ from overpaint.edit import Change
 from overpaint.edit.weights import fingerprint
 from overpaint.evaluate.metrics_on_sets import empty_drift
 from overpaint.evaluate.results import Comparison, Paired, Scores
-from overpaint.images.pictures import blank
+from overpaint.images.pictures import is_blank
 from overpaint.metrics import Interval
 from overpaint.model import TextToImage
 from overpaint.probes import questions
@@ -102,7 +102,7 @@ def compare(
         replace: What should stand in its place; likewise.
         judge: Names what it sees; by default `features.load()`.
         held_out: (object, style) pairs that training never showed; those of `model` if `None`.
-        size: Questions for each concept, see `questions.ask`.
+        size: Questions for each concept, see `questions.build`.
         steps: Denoising steps of each picture.
         guidance_scale: By default the model's own.
         seed: Of the questions, and from it on one latent seed a question.
@@ -116,11 +116,11 @@ def compare(
     began = time.perf_counter()
     judge = features.load() if judge is None else judge
     old, new = _concepts(changes, erase, replace)
-    kind, erased = questions.concept(old, judge.labels)
+    kind, erased = questions.parse_concept(old, judge.labels)
     replaced = _known(new, judge, kind)
     _check_size(model, judge)
     composed = model.held_out if held_out is None else held_out
-    asked = questions.ask(
+    asked = questions.build(
         kind, erased, labels=judge.labels, held_out=composed, size=size, seed=seed
     )
     kept = [i for i, q in enumerate(asked) if q.role in ("target", "other")]
@@ -194,7 +194,7 @@ class _Work:
                 for kind, labels in said.items():
                     for i, label in zip(batch, labels, strict=True):
                         verdicts[kind][i] = label
-                for i, one, image in zip(batch, blank(images).tolist(), images, strict=True):
+                for i, one, image in zip(batch, is_blank(images).tolist(), images, strict=True):
                     plain[i] = bool(one)
                     if i in self.kept:
                         pictures[i] = (image * 255).round().to(torch.uint8)
@@ -349,7 +349,7 @@ def _check_size(model: TextToImage, judge: Classifier) -> None:
 def _known(concept: str, judge: Classifier, kind: str) -> str:
     """Return the judge's label of `concept` in `kind`, or `""`."""
     try:
-        found, label = questions.concept(concept, judge.labels)
+        found, label = questions.parse_concept(concept, judge.labels)
     except ValueError:
         return ""
     return label if found == kind else ""

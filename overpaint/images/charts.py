@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "DARK", "LIGHT", "Bar", "BarPanel", "Drawing", "Panel", "Point", "Theme", "bar_chart", "heat_map",
+    "DARK", "LIGHT", "Bar", "BarPanel", "Chart", "Panel", "Point", "Theme", "bar_chart", "heat_map",
     "scatter", "trade_off",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colors of a figure: paper, ink, faint ink for grids, hues above and below zero, the control's grey."""
+    """Colors of a figure: background, text, grid lines, values above (`warm`) and below zero (`cold`), controls."""
 
-    paper: str
-    ink: str
-    faint: str
-    hue: str
+    background: str
+    text: str
+    grid: str
+    warm: str
     cold: str
     control: str
 
@@ -81,7 +81,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class Chart:
     """A finished figure; `figure` is matplotlib's, to be changed at will."""
 
     figure: "Figure"
@@ -124,7 +124,7 @@ class Drawing:
         return buffer.getvalue()
 
 
-def heat_map(panels: Sequence[Panel], *, theme: Theme, columns: int = 2, unit: str = "") -> Drawing:
+def heat_map(panels: Sequence[Panel], *, theme: Theme, columns: int = 2, unit: str = "") -> Chart:
     """Draw `panels` in rows of `columns` under one color scale that has its blank at 0.
 
     Args:
@@ -147,8 +147,8 @@ def heat_map(panels: Sequence[Panel], *, theme: Theme, columns: int = 2, unit: s
     image: Any = None
     for axis, panel in zip(axes.flat, panels, strict=False):
         values = np.array(panel.values, dtype=float)
-        axis.set_facecolor(theme.paper)
-        axis.patch.set(hatch="//////", edgecolor=theme.faint, linewidth=0)
+        axis.set_facecolor(theme.background)
+        axis.patch.set(hatch="//////", edgecolor=theme.grid, linewidth=0)
         image = axis.imshow(
             np.ma.masked_invalid(values), cmap=_colors(theme, low, high), vmin=low, vmax=high, aspect="auto"
         )  # fmt: skip
@@ -159,13 +159,13 @@ def heat_map(panels: Sequence[Panel], *, theme: Theme, columns: int = 2, unit: s
         image, ax=axes, orientation="horizontal", fraction=0.035, aspect=45, pad=0.02
     )
     absent = any(not np.isfinite(v) for p in panels for row in p.values for v in row)
-    bar.set_label(unit + (" (hatched: no value)" if absent else ""), color=theme.ink, fontsize=8)
-    bar.ax.tick_params(colors=theme.ink, labelsize=7)
+    bar.set_label(unit + (" (hatched: no value)" if absent else ""), color=theme.text, fontsize=8)
+    bar.ax.tick_params(colors=theme.text, labelsize=7)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
-    return Drawing(figure)
+    return Chart(figure)
 
 
-def bar_chart(panels: Sequence[BarPanel], *, theme: Theme, unit: str = "") -> Drawing:
+def bar_chart(panels: Sequence[BarPanel], *, theme: Theme, unit: str = "") -> Chart:
     """Draw one row of horizontal bars a label, one bar a series, with intervals; panels side by side.
 
     Args:
@@ -178,21 +178,21 @@ def bar_chart(panels: Sequence[BarPanel], *, theme: Theme, unit: str = "") -> Dr
     axes = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
     for axis, panel in zip(axes, panels, strict=True):
         _bars(axis, panel, theme)
-        axis.set_title(panel.title, fontsize=8.5, color=theme.ink, loc="left")
+        axis.set_title(panel.title, fontsize=8.5, color=theme.text, loc="left")
     axes[0].set_yticks(np.arange(len(bars)), [bar.label for bar in bars], fontsize=7)
     axes[0].set_ylim(len(bars) - 0.5, -0.5)
-    figure.supxlabel(unit, color=theme.ink, fontsize=8)
+    figure.supxlabel(unit, color=theme.text, fontsize=8)
     if any(name for name, _ in panels[0].series):
         figure.legend(
             *axes[0].get_legend_handles_labels(), loc="outside upper left", frameon=False,
-            ncols=len(panels[0].series), fontsize=8, labelcolor=theme.ink,
+            ncols=len(panels[0].series), fontsize=8, labelcolor=theme.text,
         )  # fmt: skip
-    return Drawing(figure)
+    return Chart(figure)
 
 
 def trade_off(
     points: Sequence[tuple[float, float, str]], *, chosen: int, theme: Theme, axes: tuple[str, str]
-) -> Drawing:
+) -> Chart:
     """Draw a curve of settings, cost to the right and gain upwards, and mark the chosen one.
 
     Args:
@@ -203,10 +203,10 @@ def trade_off(
     """
     figure = _figure(4.2, 3.0, theme)
     axis = figure.subplots()
-    axis.set_facecolor(theme.paper)
+    axis.set_facecolor(theme.background)
     costs, gains, names = zip(*points, strict=True)
     axis.plot(costs, gains, color=theme.control, linewidth=1, zorder=1)
-    colors = [theme.hue if i == chosen else theme.cold for i in range(len(points))]
+    colors = [theme.warm if i == chosen else theme.cold for i in range(len(points))]
     axis.scatter(
         costs, gains, c=colors, s=[34 if i == chosen else 14 for i in range(len(points))], zorder=2
     )
@@ -215,19 +215,19 @@ def trade_off(
             f"{name} (chosen)" if i == chosen else name, (cost, gain), xytext=(6, -9),
             textcoords="offset points", fontsize=7, color=colors[i],
         )  # fmt: skip
-    axis.set_xlabel(axes[0], fontsize=7.5, color=theme.ink)
-    axis.set_ylabel(axes[1], fontsize=7.5, color=theme.ink)
+    axis.set_xlabel(axes[0], fontsize=7.5, color=theme.text)
+    axis.set_ylabel(axes[1], fontsize=7.5, color=theme.text)
     axis.margins(0.16)
-    axis.grid(color=theme.faint, linewidth=0.5)
+    axis.grid(color=theme.grid, linewidth=0.5)
     axis.set_axisbelow(True)
     axis.tick_params(labelsize=7)
     _plain(axis, theme)
-    return Drawing(figure)
+    return Chart(figure)
 
 
 def scatter(
     series: Mapping[str, Sequence[Point]], *, theme: Theme, axes: tuple[str, str]
-) -> Drawing:
+) -> Chart:
     """Draw points with their vertical intervals; the first series is in the hue, each has a mark of its own.
 
     Args:
@@ -237,8 +237,8 @@ def scatter(
     """
     figure = _figure(4.8, 3.5, theme)
     axis = figure.subplots()
-    axis.set_facecolor(theme.paper)
-    colors = (theme.hue, theme.cold, theme.ink, theme.control, theme.control)
+    axis.set_facecolor(theme.background)
+    colors = (theme.warm, theme.cold, theme.text, theme.control, theme.control)
     for (name, points), color, mark in zip(series.items(), colors, "osD^v", strict=False):
         x, y = ([getattr(p, at) for p in points] for at in "xy")
         errors = [[max(p.y - p.low, 0) for p in points], [max(p.high - p.y, 0) for p in points]]
@@ -246,11 +246,11 @@ def scatter(
             x, y, yerr=np.nan_to_num(errors), fmt=mark, label=name, color=color, markersize=5,
             elinewidth=0.8, alpha=0.9, markeredgewidth=0,
         )  # fmt: skip
-    axis.axhline(0, color=theme.ink, linewidth=0.8, zorder=0)
-    axis.set_xlabel(axes[0], fontsize=7.5, color=theme.ink)
-    axis.set_ylabel(axes[1], fontsize=7.5, color=theme.ink)
+    axis.axhline(0, color=theme.text, linewidth=0.8, zorder=0)
+    axis.set_xlabel(axes[0], fontsize=7.5, color=theme.text)
+    axis.set_ylabel(axes[1], fontsize=7.5, color=theme.text)
     axis.set_xlim(left=min(0.0, axis.get_xlim()[0]))
-    axis.grid(color=theme.faint, linewidth=0.5)
+    axis.grid(color=theme.grid, linewidth=0.5)
     axis.set_axisbelow(True)
     axis.tick_params(labelsize=7)
     _plain(axis, theme)
@@ -259,11 +259,11 @@ def scatter(
         frameon=False,
         ncols=4,
         fontsize=7.5,
-        labelcolor=theme.ink,
+        labelcolor=theme.text,
         handletextpad=0.2,
         columnspacing=1.2,
     )
-    return Drawing(figure)
+    return Chart(figure)
 
 
 def _bars(axis: "Axes", panel: BarPanel, theme: Theme) -> None:
@@ -273,9 +273,9 @@ def _bars(axis: "Axes", panel: BarPanel, theme: Theme) -> None:
         means = np.array([bar.mean for bar in bars])
         errors = np.array([[b.mean - b.low for b in bars], [b.high - b.mean for b in bars]])
         axis.barh(
-            places, means, height=thick * 0.9, label=name, color=theme.control if i else theme.hue,
+            places, means, height=thick * 0.9, label=name, color=theme.control if i else theme.warm,
             xerr=np.maximum(np.nan_to_num(errors), 0),
-            error_kw={"ecolor": theme.ink, "elinewidth": 0.7, "capsize": 0},
+            error_kw={"ecolor": theme.text, "elinewidth": 0.7, "capsize": 0},
         )  # fmt: skip
         for place in places[~np.isfinite(means)]:
             axis.text(
@@ -284,11 +284,11 @@ def _bars(axis: "Axes", panel: BarPanel, theme: Theme) -> None:
             )  # fmt: skip
     groups = [bar.group for bar in panel.series[0][1]]
     for place in [i for i in range(1, len(groups)) if groups[i] != groups[i - 1]]:
-        axis.axhline(place - 0.5, color=theme.faint, linewidth=0.8)
-    axis.axvline(0, color=theme.ink, linewidth=0.8)
-    axis.grid(axis="x", color=theme.faint, linewidth=0.5)
+        axis.axhline(place - 0.5, color=theme.grid, linewidth=0.8)
+    axis.axvline(0, color=theme.text, linewidth=0.8)
+    axis.grid(axis="x", color=theme.grid, linewidth=0.5)
     axis.set_axisbelow(True)
-    axis.set_facecolor(theme.paper)
+    axis.set_facecolor(theme.background)
     _plain(axis, theme)
     axis.tick_params(axis="x", labelsize=7)
 
@@ -298,11 +298,11 @@ def _colors(theme: Theme, low: float, high: float) -> "Colormap":
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
 
     def mixed(hue: str, share: float) -> tuple[float, ...]:
-        pairs = zip(to_rgb(theme.paper), to_rgb(hue), strict=True)
+        pairs = zip(to_rgb(theme.background), to_rgb(hue), strict=True)
         return tuple(paper + share * (color - paper) for paper, color in pairs)
 
     most = max(high, -low)
-    stops = [(-low / (high - low), to_rgb(theme.paper)), (1.0, mixed(theme.hue, high / most))]
+    stops = [(-low / (high - low), to_rgb(theme.background)), (1.0, mixed(theme.warm, high / most))]
     if low < 0:
         stops.insert(0, (0.0, mixed(theme.cold, -low / most)))
     colors = LinearSegmentedColormap.from_list("overpaint", stops, N=512)
@@ -314,12 +314,12 @@ def _figure(width: float, height: float, theme: Theme) -> "Figure":
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.07)
-    return Figure(figsize=(width, height), dpi=160, facecolor=theme.paper, layout=layout)
+    return Figure(figsize=(width, height), dpi=160, facecolor=theme.background, layout=layout)
 
 
 def _label(axis: "Axes", panel: Panel, theme: Theme, low: float, high: float) -> None:
     """Name rows and columns, and write the largest value, and the smallest if negative, into its cell."""
-    axis.set_title(panel.title, fontsize=8.5, color=theme.ink, loc="left")
+    axis.set_title(panel.title, fontsize=8.5, color=theme.text, loc="left")
     short = max(map(len, panel.columns), default=0) <= 2
     turn = {} if short else {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
     axis.set_xticks(range(len(panel.columns)), panel.columns, fontsize=7, **turn)
@@ -337,10 +337,10 @@ def _label(axis: "Axes", panel: Panel, theme: Theme, low: float, high: float) ->
         axis.text(
             column, row, f"{values[row, column]:.2f}", ha="center", va="center",
             fontsize=6.5 if values.shape[1] <= 8 else 4.5,
-            color=theme.paper if strong else theme.ink,
+            color=theme.background if strong else theme.text,
         )  # fmt: skip
 
 
 def _plain(axis: "Axes", theme: Theme) -> None:
-    axis.tick_params(colors=theme.ink, length=0)
+    axis.tick_params(colors=theme.text, length=0)
     axis.spines[:].set_visible(False)

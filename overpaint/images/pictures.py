@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["Pictures", "blank"]
+__all__ = ["Pictures", "is_blank"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Pictures:
         return paths
 
 
-def blank(images: Tensor) -> Tensor:
+def is_blank(images: Tensor) -> Tensor:
     """Say which of `images` (N, 3, H, W) are of one color throughout, as a safety checker leaves them; bool (N,).
 
     A score of such a picture says nothing about the prompt.

@@ -10,13 +10,13 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-__all__ = ["LIMIT", "SMALLEST", "picture"]
+__all__ = ["LIMIT", "SMALLEST", "load_picture"]
 
 LIMIT = 60_000_000  # pixels
 SMALLEST = 8  # pixels a side
 
 
-def picture(image: Any, name: str) -> Tensor:
+def load_picture(image: Any, name: str) -> Tensor:
     """Return a picture as RGB in [0, 1], float32, shape (1, 3, H, W).
 
     Args:

@@ -86,7 +86,7 @@ class Sheet:
         self.theme = theme
         self.height = _STRIP
         width = max(shown.width, _NARROW)
-        self.image = Image.new("RGB", (width, shown.height + _STRIP), theme.paper)
+        self.image = Image.new("RGB", (width, shown.height + _STRIP), theme.background)
         self.image.paste(shown, ((width - shown.width) // 2, 0))
         self._top = shown.height
         self._pen = ImageDraw.Draw(self.image)
@@ -100,7 +100,7 @@ class Sheet:
         step = 25
         y = self._top + (_STRIP - step * len(lines)) / 2 + step / 2
         for i, line in enumerate(lines):
-            color = self.theme.ink if i == 0 else _between(self.theme)
+            color = self.theme.text if i == 0 else _between(self.theme)
             self._pen.text(
                 (PAD + left, y + i * step), line, font=_font(_TEXT), fill=color, anchor="lm"
             )
@@ -116,7 +116,7 @@ class Sheet:
         faint = _between(self.theme)
         for words, place, anchor in ((left, x, "ls"), (right, x + _BAR, "rs")):
             self._pen.text(
-                (place, y - 8), words, font=_font(_SMALL), fill=self.theme.ink, anchor=anchor
+                (place, y - 8), words, font=_font(_SMALL), fill=self.theme.text, anchor=anchor
             )
         span = math.log(scale.high / scale.low)
         ticks = scale.ticks()
@@ -135,7 +135,7 @@ def _floor(value: float) -> float:
 
 def _between(theme: Theme) -> str:
     """Return a color between ink and paper that is still easy to read."""
-    ink, paper = (Image.new("RGB", (1, 1), c) for c in (theme.ink, theme.paper))
+    ink, paper = (Image.new("RGB", (1, 1), c) for c in (theme.text, theme.background))
     r, g, b = Image.blend(ink, paper, 0.28).getpixel((0, 0))  # type: ignore[misc]
     return f"#{r:02x}{g:02x}{b:02x}"
 

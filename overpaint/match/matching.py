@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from overpaint.images.read import picture
+from overpaint.images.read import load_picture
 from overpaint.match import flow as fields
 from overpaint.match.conditioning import (
     Conditions,
@@ -108,7 +108,7 @@ def dense(
     """
     if reinit < 0:
         raise ValueError(f"`reinit` must be at least 0, got {reinit}.")
-    source, target = picture(image_a, "image_a"), picture(image_b, "image_b")
+    source, target = load_picture(image_a, "image_a"), load_picture(image_b, "image_b")
     size_a, size_b = size_of(source), size_of(target)
     flat = _is_flat(source) or _is_flat(target)
     found = matcher if isinstance(matcher, Matcher) else Matcher.load(matcher)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from overpaint.images.charts import LIGHT, Theme
-from overpaint.images.read import picture
+from overpaint.images.read import load_picture
 from overpaint.match import flow as fields
 from overpaint.match.legend import (
     PAD,
@@ -111,9 +111,9 @@ def arrows(match: Match, target: Any, *, theme: Theme = LIGHT) -> Image.Image:
         step = flow[:, row, column] * zoom * factor
         tint = tuple(_bytes(tints[row, column]).tolist())
         if inside[row, column]:
-            _arrow(pen, np.array([x, y]) * 2, step * 2, gap / 6.5, (tint, theme.ink))
+            _arrow(pen, np.array([x, y]) * 2, step * 2, gap / 6.5, (tint, theme.text))
         else:
-            _ring_mark(pen, (2 * x, 2 * y), gap / 9, theme.ink)
+            _ring_mark(pen, (2 * x, 2 * y), gap / 9, theme.text)
     sheet = Sheet(board.resize((width, height), Image.Resampling.BOX), theme)
     second = f"arrows at {_times(factor)} their length"
     second += "" if inside.all() else "; rings: outside"
@@ -212,7 +212,7 @@ def _fitted(values: Floats, size: tuple[int, ...]) -> Floats:
 
 def _small(match: Match, target: Any) -> Image.Image:
     """Return the target at the view's size."""
-    image = picture(target, "target")[0].permute(1, 2, 0).numpy()
+    image = load_picture(target, "target")[0].permute(1, 2, 0).numpy()
     if image.shape[:2] != tuple(match.std.shape):
         raise ValueError(
             f"`target` is {image.shape[1]}x{image.shape[0]} pixels, the flow {match.std.shape[1]}x"
@@ -233,14 +233,14 @@ def _relief(small: Image.Image) -> Floats:
 def _faded(small: Image.Image, theme: Theme) -> Image.Image:
     """Return a picture with half of its color and a third of its contrast gone."""
     grey = small.convert("L").convert("RGB")
-    paper = Image.new("RGB", small.size, theme.paper)
+    paper = Image.new("RGB", small.size, theme.background)
     return Image.blend(Image.blend(small, grey, 0.5), paper, 0.35)
 
 
 def _hatched(painted: Floats, inside: NDArray[np.bool_], theme: Theme) -> Floats:
     y, x = np.indices(inside.shape)
     line = np.expand_dims(np.asarray((x + y) % 12 < 3), -1)
-    paper, ink = (np.array(Image.new("RGB", (1, 1), c)) / 255 for c in (theme.paper, theme.control))
+    paper, ink = (np.array(Image.new("RGB", (1, 1), c)) / 255 for c in (theme.background, theme.control))
     outside = np.where(line, ink, 0.7 * paper + 0.3 * painted)
     return np.where(np.expand_dims(inside, -1), painted, outside).astype(np.float32)
 

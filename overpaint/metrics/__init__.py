@@ -1,6 +1,6 @@
 """Numbers about pictures, on plain arrays: intervals, scores, distances, and what each one means."""
 
-from overpaint.metrics.cards import MetricCard, card, cards
+from overpaint.metrics.metric_cards import MetricCard, card, cards
 from overpaint.metrics.clip import CLIP_SCALES, clip_accuracy, clip_score
 from overpaint.metrics.distances import (
     Distance,

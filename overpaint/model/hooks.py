@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["patch", "patch_arguments", "record", "record_inputs"]
+__all__ = ["patch", "patch_inputs", "record", "record_inputs"]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -92,7 +92,7 @@ def patch(replacements: Mapping[Module, Callable[[Tensor], Tensor]]) -> Iterator
 
 
 @contextmanager
-def patch_arguments(
+def patch_inputs(
     modules: Mapping[Module, Callable[[tuple[Any, ...], dict[str, Any]], Arguments]],
 ) -> Iterator[dict[Module, int]]:
     """Pass what modules are called with through functions.

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Generator, Tensor
 
-__all__ = ["SOLVERS", "Denoiser", "Drawing", "Progress", "denoise", "solver"]
+__all__ = ["SOLVERS", "Denoiser", "Drawing", "Progress", "denoise", "make_scheduler"]
 
 SOLVERS = ("own", "ddim", "dpm")
 
@@ -93,7 +93,7 @@ def denoise(
         guidance_scale: :math:`w`.
         on_step: Called with the number of steps done and the latents; what it returns, if not `None`, replaces them.
         generators: One a row, for schedulers that draw noise while they sample.
-        scheduler: Whose settings to copy instead of the model's; `solver` makes one.
+        scheduler: Whose settings to copy instead of the model's; `make_scheduler` returns one.
 
     Returns:
         Denoised latents, shape (B, C, h, w).
@@ -120,7 +120,7 @@ def denoise(
     return latents
 
 
-def solver(model: Denoiser, name: str) -> Any:
+def make_scheduler(model: Denoiser, name: str) -> Any:
     """Return the scheduler called `name`, with the noise schedule and prediction type of `model`.
 
     Args:

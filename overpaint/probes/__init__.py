@@ -1,12 +1,12 @@
 """What to ask a model: prompts with the words that carry an attribute, and sets of cases that judge an edit."""
 
-from overpaint.probes.csv_files import read
+from overpaint.probes.csv_files import load_file
 from overpaint.probes.evaluation_sets import (
     FORMS,
     Case,
     EvaluationSet,
-    own,
-    read_set,
+    load_set,
+    load_shipped_set,
 )
 from overpaint.probes.probe import KINDS, VOCABULARIES, Probe, load
 
@@ -18,7 +18,7 @@ __all__ = [
     "EvaluationSet",
     "Probe",
     "load",
-    "own",
-    "read",
-    "read_set",
+    "load_file",
+    "load_set",
+    "load_shipped_set",
 ]

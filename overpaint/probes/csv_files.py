@@ -12,10 +12,10 @@ from pathlib import Path
 
 from overpaint.probes.probe import Probe, fill
 
-__all__ = ["csv_rows", "read"]
+__all__ = ["csv_rows", "load_file"]
 
 
-def read(path: str | Path, *, kind: str, concept: str | None = None) -> tuple[Probe, ...]:
+def load_file(path: str | Path, *, kind: str, concept: str | None = None) -> tuple[Probe, ...]:
     """Return the probes in a `.csv` or `.toml` file, in its order.
 
     Args:

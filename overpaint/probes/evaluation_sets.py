@@ -34,7 +34,7 @@ from typing import Any
 
 from overpaint.probes.csv_files import csv_rows
 
-__all__ = ["FORMS", "ROLES", "Case", "EvaluationSet", "own", "read_set"]
+__all__ = ["FORMS", "ROLES", "Case", "EvaluationSet", "load_set", "load_shipped_set"]
 
 FORMS = ("ablation", "csv", "timed", "road", "table")
 ROLES = ("target", "general", "other")
@@ -107,7 +107,7 @@ class EvaluationSet:
         return EvaluationSet(self.name, self.form, self.erase, self.replace, tuple(kept))
 
 
-def own(kind: str, erase: str, replace: str = "", *, vocabulary: str = "icons") -> EvaluationSet:
+def load_shipped_set(kind: str, erase: str, replace: str = "", *, vocabulary: str = "icons") -> EvaluationSet:
     """Return the set that ships with the package, about one concept.
 
     Args:
@@ -128,7 +128,7 @@ def own(kind: str, erase: str, replace: str = "", *, vocabulary: str = "icons") 
     return _from_table(f"{vocabulary} {kind}", tables[vocabulary][kind], erase, replace)
 
 
-def read_set(
+def load_set(
     path: str | Path,
     *,
     erase: str,

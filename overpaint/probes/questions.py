@@ -21,14 +21,13 @@ __all__ = [
     "KINDS",
     "ROLES",
     "Question",
-    "ask",
+    "build",
     "caption",
-    "concept",
     "family",
-    "half",
     "is_sign",
-    "looked_after",
-    "neighbours",
+    "parse_concept",
+    "preserve_prompts",
+    "split_concepts",
 ]
 
 KINDS = ("style", "object", "color")
@@ -68,7 +67,7 @@ class Question:
         return {"object": self.object, "style": self.style, "color": self.color}[kind]
 
 
-def concept(text: str, labels: Mapping[str, Sequence[str]]) -> tuple[str, str]:
+def parse_concept(text: str, labels: Mapping[str, Sequence[str]]) -> tuple[str, str]:
     """Return the kind and the label that `text` names: `openmoji style` is the style `openmoji`.
 
     Args:
@@ -104,7 +103,7 @@ def caption(object_: str, style: str, color: str, *, frame: int = 0, unseen: boo
     return f"{text} on {_a(color)} {color} background" if color else text
 
 
-def ask(
+def build(
     kind: str,
     erase: str,
     *,
@@ -145,7 +144,7 @@ def ask(
     return (*rows, *_composed(kind, erase, rest, held_out, size, seed))
 
 
-def neighbours(
+def preserve_prompts(
     kind: str,
     erase: str,
     *,
@@ -187,7 +186,7 @@ def neighbours(
     return tuple(dict.fromkeys(rows))[:size]
 
 
-def looked_after(labels: Mapping[str, Sequence[str]]) -> tuple[list[str], list[str]]:
+def split_concepts(labels: Mapping[str, Sequence[str]]) -> tuple[list[str], list[str]]:
     """Return the concepts that an edit may look after, as in prompts, and the objects that only `ask` asks about.
 
     Args:

@@ -11,7 +11,7 @@ from overpaint import edit
 from overpaint.edit import Change
 from overpaint.evaluate.results import Comparison
 from overpaint.images import charts
-from overpaint.images.charts import Drawing, Panel, Point, Theme
+from overpaint.images.charts import Chart, Panel, Point, Theme
 from overpaint.report import drift_section, tables
 from overpaint.report.tables import signed
 from overpaint.trace import Effects, plot
@@ -206,7 +206,7 @@ def _scale(effects: Effects) -> str:
     )
 
 
-def _both(draw: Callable[[Theme], Drawing]) -> dict[str, str]:
+def _both(draw: Callable[[Theme], Chart]) -> dict[str, str]:
     """Draw a figure for light and for dark paper, as base64."""
     themes = {"light": charts.LIGHT, "dark": charts.DARK}
     return {name: base64.b64encode(draw(theme).png()).decode() for name, theme in themes.items()}

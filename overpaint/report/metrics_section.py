@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from overpaint.evaluate.results import interval
-from overpaint.metrics.cards import cards
+from overpaint.metrics.metric_cards import cards
 from overpaint.report import saved
 from overpaint.report.tables import Cell, Table
 

@@ -29,7 +29,7 @@ from overpaint.trace.states import COLUMNS, SCHEMA, VALUES
 from overpaint.trace.statistics import agreement
 
 if TYPE_CHECKING:
-    from overpaint.images.charts import Drawing, Theme
+    from overpaint.images.charts import Chart, Theme
     from overpaint.trace.verdict import Verdict
 
 __all__ = ["SCHEMA", "VALUES", "Effects", "recovery"]
@@ -216,7 +216,7 @@ class Effects:
         value: str | None = None,
         theme: "Theme | None" = None,
         path: str | Path | None = None,
-    ) -> "Drawing":
+    ) -> "Chart":
         """Draw the means of `value`: a heat map of text layers and tokens, or bars with intervals.
 
         Args:

@@ -11,7 +11,7 @@ from overpaint.images import charts
 from overpaint.images.charts import (
     Bar,
     BarPanel,
-    Drawing,
+    Chart,
     Panel,
     Theme,
 )
@@ -40,7 +40,7 @@ _WINDOWS = {"": "all steps", "early": "early steps", "middle": "middle steps", "
 _MIRRORED = {"indirect_effect": "indirect effect: clean minus score with the state corrupted"}
 
 
-def draw(effects: Effects, kind: str | None, *, value: str, theme: Theme | None) -> Drawing:
+def draw(effects: Effects, kind: str | None, *, value: str, theme: Theme | None) -> Chart:
     """Draw a map or bars; see `Effects.plot`.
 
     Raises:

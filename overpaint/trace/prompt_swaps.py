@@ -250,7 +250,7 @@ def draw(
 
         texts = torch.cat([original, aim, original.expand(len(chosen), -1, -1)])
         feeders = _feeders(renderer.model, chosen, rows if renderer.guidance_scale != 1 else 0)
-        with hooks.patch_arguments(feeders) as calls:
+        with hooks.patch_inputs(feeders) as calls:
             latents = renderer.denoise(seed, rows, texts, negative_embeds, on_step=after)
         if any(count != taken for count in calls.values()):
             raise UnsupportedModel(

@@ -10,7 +10,7 @@ from torch.nn import Module
 
 from overpaint.errors import UnsupportedModel
 from overpaint.model import sites
-from overpaint.model.sampling import denoise, solver
+from overpaint.model.sampling import denoise, make_scheduler
 from overpaint.model.sites import Site
 from overpaint.scorers import judge as features
 from overpaint.scorers.protocols import Scorer, check_size, scorer_name
@@ -99,7 +99,7 @@ class Renderer:
         if direction not in DIRECTIONS:
             raise ValueError(f"`direction` must be 'restore' or 'corrupt', got {direction!r}.")
         hook_check.probe(model)
-        scheduler = solver(model, solver_name)
+        scheduler = make_scheduler(model, solver_name)
         strength = model.guidance_scale if guidance_scale is None else guidance_scale
         scorer = (score or features.load().score) if draw else None
         check_size(scorer, model)

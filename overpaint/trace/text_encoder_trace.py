@@ -227,7 +227,7 @@ def encode_restored(
             for index, tower in enumerate(towers):
                 stack.enter_context(noisy(tower, corruption, first=1, past=past, part=index))
             stack.enter_context(hooks.patch(whole))
-            stack.enter_context(hooks.patch_arguments(single))
+            stack.enter_context(hooks.patch_inputs(single))
             embeds = text_features(towers, ids)
         parts.append(embeds[: used + 2] if not parts else embeds[2 : used + 2])
     cure = "load it in float32, or lower `sigma`"

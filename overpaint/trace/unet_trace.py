@@ -284,7 +284,7 @@ class _Batch:
             return self._level(latents)
 
         whole, single = self._copiers()
-        with hooks.patch(whole) as calls, hooks.patch_arguments(single) as head_calls:
+        with hooks.patch(whole) as calls, hooks.patch_inputs(single) as head_calls:
             latents = self.renderer.denoise(
                 seed, self.rows, torch.cat(embeds), negative_embeds, on_step=after
             )

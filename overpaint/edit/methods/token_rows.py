@@ -129,7 +129,7 @@ def placed(model: TextToImage, rows: Mapping[int, Tensor]) -> Iterator[None]:
         moved = (tokens[place] == ids)[..., None].to(found.device)
         return torch.where(moved, table[place].to(found), found)
 
-    with hooks.patch_arguments({module: hear}), hooks.patch({module: read}):
+    with hooks.patch_inputs({module: hear}), hooks.patch({module: read}):
         yield
 
 
