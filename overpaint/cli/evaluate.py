@@ -9,17 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
+from overpaint.cli.options import Device, Json, Seed, Steps
 from overpaint.cli.terminal import (
-    Device,
-    Json,
-    Seed,
-    Steps,
     check_writable,
     load_model,
     print_facts,
     print_json,
+    print_table,
     progress,
-    table,
 )
 from overpaint.metrics import Interval
 
@@ -220,7 +217,7 @@ def _measure(
             )
             for row in found.rows
         ]
-        table(("prompts", "metric", "before", "after", "change", "n"), rows)
+        print_table(("prompts", "metric", "before", "after", "change", "n"), rows)
     return found.flat()
 
 
@@ -242,7 +239,7 @@ def _attack(
             ("edited", "the concept left out", _show(found.chance)),
             *((a.family, a.words, _show(a.confirmed)) for a in found.attempts if a.confirmed),
         ]
-        table(("attack", "asked", found.protocol["score"]), rows)
+        print_table(("attack", "asked", found.protocol["score"]), rows)
     return found.flat()
 
 
@@ -263,8 +260,8 @@ def _cases(name: str, form: str | None, kind: str | None, asked: tuple[str, str]
     erase, replace = asked
     chosen = kind or _kind(erase, eyes)
     if name in probes.VOCABULARIES:
-        return probes.own(chosen, erase, replace, vocabulary=name)
-    return probes.read_set(name, erase=erase, replace=replace, kind=chosen, form=form)
+        return probes.load_shipped_set(chosen, erase, replace, vocabulary=name)
+    return probes.load_set(name, erase=erase, replace=replace, kind=chosen, form=form)
 
 
 def _kind(erase: str, eyes: Any) -> str:
@@ -273,7 +270,7 @@ def _kind(erase: str, eyes: Any) -> str:
 
     if labels := getattr(eyes, "labels", None):
         try:
-            return questions.concept(erase, labels)[0]
+            return questions.parse_concept(erase, labels)[0]
         except ValueError:
             pass
     return "style" if erase.lower().split()[-1] == "style" else "object"

@@ -1,18 +1,12 @@
-"""`overpaint export`: an edit for other tools."""
+"""`overpaint export`: write a change in the formats of other tools."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from overpaint.cli.terminal import (
-    Device,
-    Json,
-    Model,
-    check_writable,
-    load_model,
-    print_facts,
-)
+from overpaint.cli.options import Device, Json, Model
+from overpaint.cli.terminal import check_writable, load_model, print_facts
 
 __all__ = ["export"]
 
@@ -22,7 +16,7 @@ _FORMATS = ("lora", "ldm", "folder")
 def export(
     model: Model,
     change: Annotated[Path, typer.Argument(help="The change file.")],
-    out: Annotated[Path, typer.Option(help="What to write; a new folder for --format folder.")],
+    out: Annotated[Path, typer.Option(help="The file; a new folder for --format folder.")],
     form: Annotated[
         str,
         typer.Option(
@@ -47,14 +41,14 @@ def export(
             f"unknown format {form!r}: choose lora, ldm or folder with --format, for example --format lora."
         )
     check_writable(out.parent)
-    found = Change.load(change)
+    loaded_change = Change.load(change)
     loaded = load_model(model, device)
     if form == "lora":
-        path = export.lora(found, out, model=loaded)
+        path = export.lora(loaded_change, out, model=loaded)
     elif form == "ldm":
-        path = export.single_file(loaded, found, out)
+        path = export.single_file(loaded, loaded_change, out)
     else:
-        path = export.folder(loaded, found, out)
+        path = export.folder(loaded, loaded_change, out)
     print_facts({"format": form, "written": str(path), "bytes": _size(path)}, as_json=as_json)
 
 

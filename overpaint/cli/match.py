@@ -5,9 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from overpaint.cli.options import Json, Seed
 from overpaint.cli.terminal import (
-    Json,
-    Seed,
     check_writable,
     print_facts,
     progress,

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from overpaint.cli.terminal import Device, load_model
+from overpaint.cli.options import Device
+from overpaint.cli.terminal import load_model
 
 __all__ = ["studio"]
 

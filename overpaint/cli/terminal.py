@@ -1,41 +1,18 @@
-"""What the verbs of the command line share: options, bars with the time left, tables, JSON, checks."""
+"""Output of the command line: progress bars with the time left, tables, JSON; and checks that come before any work."""
 
-import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from overpaint import files
 
-__all__ = [
-    "Device",
-    "Json",
-    "Model",
-    "Seed",
-    "Steps",
-    "check_writable",
-    "load_model",
-    "print_facts",
-    "print_json",
-    "progress",
-    "table",
-]
-
-Model = Annotated[str, typer.Argument(help="A zoo name (icons), a folder, or a hub id.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Seed = Annotated[int, typer.Option(help="Everything drawn at random follows from it.")]
-Steps = Annotated[int, typer.Option(help="Denoising steps of a picture.")]
+__all__ = ["check_writable", "load_model", "print_facts", "print_json", "print_table", "progress"]
 
 
 def check_writable(folder: Path, *, make: bool = True) -> None:
-    """Find out before any work whether results can be written."""
+    """Make `folder` if `make` is set, and raise `OSError` unless files can be written there."""
     try:
         if make:
             folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +27,13 @@ def check_writable(folder: Path, *, make: bool = True) -> None:
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
-    """Show a bar with the time left on stderr; the value is told (done, in all, what)."""
+    """Show progress bars with the time left on stderr; yield the function to call with (done, total, label).
+
+    A label's words before its first comma name the bar. With `quiet` nothing is shown.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (
         TextColumn("{task.description:<34.34}"),
         BarColumn(bar_width=28),
@@ -60,23 +43,22 @@ def progress(quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
     tasks: dict[str, Any] = {}
     with Progress(*columns, console=Console(stderr=True), disable=quiet) as bars:
 
-        def tell(done: int, total: int, what: str) -> None:
-            key = what.partition(",")[0]
+        def show(done: int, total: int, label: str) -> None:
+            key = label.partition(",")[0]
             if key not in tasks:
-                tasks[key] = bars.add_task(what, total=total)
-            bars.update(tasks[key], completed=done, total=total, description=what)
+                tasks[key] = bars.add_task(label, total=total)
+            bars.update(tasks[key], completed=done, total=total, description=label)
 
-        yield tell
+        yield show
 
 
 def print_json(facts: Mapping[str, Any]) -> None:
-    """Write one JSON object to stdout; NaN becomes null."""
-    clean = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in facts.items()}
-    sys.stdout.write(json.dumps(clean, default=str) + "\n")
+    """Write one JSON object to stdout; NaN and infinities become null."""
+    sys.stdout.write(files.to_json(dict(facts)) + "\n")
 
 
 def print_facts(facts: Mapping[str, Any], *, as_json: bool) -> None:
-    """Write names and values, a line each, or one JSON object."""
+    """Write one line for each name and value, or one JSON object."""
     if as_json:
         return print_json(facts)
     wide = max(len(name) for name in facts)
@@ -88,16 +70,19 @@ def print_facts(facts: Mapping[str, Any], *, as_json: bool) -> None:
     return None
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write a table to stdout."""
-    drawn = Table(*heads, box=None, header_style="bold", pad_edge=False)
+def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Write a table to stdout, as wide as the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*heads, box=None, header_style="bold", pad_edge=False)
     for row in rows:
-        drawn.add_row(*row)
-    Console().print(drawn)
+        table.add_row(*row)
+    Console().print(table)
 
 
 def load_model(model: str, device: str) -> Any:
-    """Return a model, loaded without the libraries' own chatter."""
+    """Return the model `model` on `device`; diffusers and transformers print no warnings and bars meanwhile."""
     import diffusers
     import transformers
 

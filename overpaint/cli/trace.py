@@ -6,18 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from overpaint.cli.options import Device, Json, Model, Seed, Steps
 from overpaint.cli.terminal import (
-    Device,
-    Json,
-    Model,
-    Seed,
-    Steps,
     check_writable,
     load_model,
     print_facts,
     print_json,
+    print_table,
     progress,
-    table,
 )
 
 if TYPE_CHECKING:
@@ -95,7 +91,7 @@ def trace(
     if prompts is None:
         asked = probes.load(kind, vocabulary=vocabulary)[: 8 if limit is None else limit]
     else:
-        asked = probes.read(prompts, kind=kind, concept=concept)[:limit]
+        asked = probes.load_file(prompts, kind=kind, concept=concept)[:limit]
     loaded = load_model(model, device)
     drawn: dict[str, Any] = {"seeds": (seed,), "steps": steps, "solver": solver}
     if scorer is not None:
@@ -198,7 +194,7 @@ def _show(effects: "Effects", path: Path, *, as_json: bool) -> None:
         facts["causal"] = verdict.reason
     if as_json:
         return print_json({**facts, "threshold": verdict.protocol["threshold"], "top": rows})
-    table(
+    print_table(
         ("site", "token", "head", "steps", verdict.protocol["value"], "95 % interval", "p (Holm)", "causal", "n"),
         [
             (

@@ -1,0 +1,42 @@
+"""`overpaint apply`: write an edited copy of a model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from overpaint.cli.options import Device, Json, Model
+from overpaint.cli.terminal import check_writable, load_model, print_facts
+
+__all__ = ["apply"]
+
+
+def apply(
+    model: Model,
+    change: Annotated[Path, typer.Argument(help="The change file.")],
+    out: Annotated[Path, typer.Option(help="A new folder for the edited model.")],
+    strength: Annotated[float, typer.Option(help="0 for none of the change, 1 for all.")] = 1.0,
+    without: Annotated[
+        list[str] | None, typer.Option(help="A concept to leave out; may be given again.")
+    ] = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Write an edited copy of a model, as a diffusers folder.
+
+    \b
+    overpaint apply icons change.safetensors --out edited
+    overpaint apply icons change.safetensors --strength 0.5 --without "a cat" --out half
+    """  # noqa: D301
+    from overpaint.edit import Change, export, stack
+
+    if out.exists():
+        raise FileExistsError(f"{str(out)!r} exists already: name a new folder with --out.")
+    check_writable(out.parent)
+    loaded_change = Change.load(change)
+    loaded = load_model(model, device)
+    if without:
+        loaded_change = stack(loaded, [loaded_change], without=without)
+    if strength != 1:
+        loaded_change = loaded_change * strength
+    print_facts({"model": str(export.folder(loaded, loaded_change, out))}, as_json=as_json)

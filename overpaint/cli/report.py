@@ -1,0 +1,34 @@
+"""`overpaint report`: draw the page of saved results."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from overpaint.cli.options import Json
+from overpaint.cli.terminal import check_writable, print_facts
+
+__all__ = ["report"]
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of saved results.")],
+    card: Annotated[
+        Path | None,
+        typer.Option(help="Folder of an edited model, whose model card gets the figures too."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw report.html again from saved results; report.json beside it holds the same figures.
+
+    \b
+    overpaint report runs/demo
+    overpaint report runs/demo --card runs/edited
+    """  # noqa: D301
+    from overpaint import report as pages
+
+    check_writable(folder, make=False)
+    paths = {"report": str(pages.write(folder))}
+    if card is not None:
+        paths["card"] = str(pages.to_card(folder, card))
+    print_facts(paths, as_json=as_json)

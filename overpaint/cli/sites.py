@@ -1,0 +1,22 @@
+"""`overpaint sites`: list what can be traced."""
+
+from overpaint.cli.options import Device, Json, Model
+from overpaint.cli.terminal import load_model, print_json, print_table
+
+__all__ = ["sites"]
+
+
+def sites(model: Model, device: Device = "cpu", as_json: Json = False) -> None:
+    """List the sites that can be traced, in execution order.
+
+    \b
+    overpaint sites icons
+    overpaint sites icons --json
+    """  # noqa: D301
+    from overpaint.model.sites import find
+
+    rows = [(site.name, site.kind, site.path) for site in find(load_model(model, device))]
+    if as_json:
+        keys = ("name", "kind", "path")
+        return print_json({"sites": [dict(zip(keys, row, strict=True)) for row in rows]})
+    return print_table(("site", "kind", "module"), rows)

@@ -1,0 +1,83 @@
+"""`overpaint train`: train a zoo model."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from overpaint.cli.options import Device, Json, with_options
+from overpaint.cli.terminal import check_writable, print_facts, progress
+
+__all__ = ["train"]
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of `overpaint train`."""
+
+    minutes: Annotated[float, typer.Option(help="Wall time, that of earlier runs included.")] = (
+        150.0
+    )
+    out: Annotated[Path | None, typer.Option(help="Default: runs/MODEL/model.")] = None
+    resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint.")] = True
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2
+    device: Device = "cpu"
+    seed: Annotated[int, typer.Option(help="Seed of weights and draws (icons, matcher).")] = 0
+    diffusion: Annotated[bool, typer.Option(help="Off: train the one-shot control (matcher).")] = (
+        True
+    )
+    steps: Annotated[
+        list[int] | None,
+        typer.Option(help="Coarse and fine steps, instead of minutes; given twice (matcher)."),
+    ] = None
+    work: Annotated[Path | None, typer.Option(help="Checkpoints. Default: runs/MODEL.")] = None
+
+
+@with_options
+def train(
+    model: Annotated[str, typer.Argument(help="icons, icons-judge or matcher.")],
+    options: TrainOptions,
+    as_json: Json = False,
+) -> None:
+    """Train a zoo model: icons from public artwork (fetched by npm), matcher from photographs (fetched by apt).
+
+    \b
+    overpaint train icons --minutes 150
+    overpaint train icons-judge --minutes 30 --no-resume
+    overpaint train matcher --minutes 100 --threads 1
+    """  # noqa: D301
+    name = "icons-judge" if model == "judge" else model
+    recipe = _recipe(name, options)
+    work = options.work or Path("runs") / name
+    out = options.out or work / "model"
+    check_writable(out.parent)
+    with progress(as_json) as on_progress:
+        weights = recipe(
+            out=out, work=work, minutes=options.minutes, device=options.device, resume=options.resume,
+            threads=options.threads,
+            on_progress=lambda p: on_progress(int(1000 * p.share), 1000, f"{p.stage}, loss {p.loss:.4f}"),
+        )  # fmt: skip
+    print_facts({"weights": str(weights)}, as_json=as_json)
+
+
+def _recipe(name: str, options: TrainOptions) -> Any:
+    """Return the training function of `name`; refuse options that it does not have."""
+    from overpaint.train import icons, judge, matcher
+
+    seed, steps = options.seed, options.steps or ()
+    recipes: dict[str, Any] = {
+        "icons": partial(icons.train, seed=seed),
+        "icons-judge": judge.train,
+        "matcher": partial(matcher.train, seed=seed, diffusion=options.diffusion, steps=steps),
+    }
+    if name not in recipes:
+        raise ValueError(f"no recipe for {name!r}: choose icons, icons-judge or matcher.")
+    if name == "icons-judge" and seed:
+        raise ValueError(f"`seed` of icons-judge is fixed, got {seed}: leave it out.")
+    if name != "matcher" and (steps or not options.diffusion):
+        raise ValueError(
+            f"`--steps` and `--no-diffusion` are for matcher: leave them out for {name}."
+        )
+    return recipes[name]
