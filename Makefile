@@ -12,7 +12,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check format bench train setup clean
+.PHONY: demo test check format bench docs train setup clean
 
 demo: $(STAMP)
 	$(BIN)/overpaint demo --out $(OUT) $(ARGS)
@@ -23,6 +23,7 @@ test: $(STAMP)
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/python tests/check_style.py
 	$(BIN)/pyright
 
 format: $(STAMP)
@@ -34,6 +35,10 @@ bench: $(STAMP)
 	  $(BIN)/python $$script --quick $(ARGS) || exit 1; \
 	done
 
+# The site goes to build/site; a broken link or a name without a page fails. Needs no network.
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict $(ARGS)
+
 # make train MODEL=icons ARGS="--minutes 150 --resume"
 MODEL ?= icons
 train: $(STAMP)
@@ -41,11 +46,13 @@ train: $(STAMP)
 
 setup: $(STAMP)
 
-# torch goes first and alone, so that no other package's wish pulls in a CUDA build.
+# torch goes first and alone, so that no dependency pulls in a CUDA build. open-clip-torch goes without its dependencies,
+# which are torchvision and more: the tests read CLIP's vocabulary from it and import nothing.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install --quiet -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
 	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	$(PIP) install --quiet -c constraints.txt --no-deps open-clip-torch
 	touch $@
 
 clean:

@@ -1,27 +1,36 @@
 """Overpaint: find where an image model keeps what it knows, and paint over it.
 
+Importing the package imports none of its rooms: each public name is imported when it is first used, so that the
+command line answers at once.
+
 >>> import overpaint as op
 >>> probes = op.probes.load("style")
 >>> probes[0].prompt
 'an apple in noto style'
 """
 
-from overpaint import (
-    edit,
-    evaluate,
-    match,
-    optim,
-    probes,
-    report,
-    trace,
-)
-from overpaint.edit import Change
-from overpaint.errors import MissingExtra, OverpaintError, UnknownSite, UnsupportedModel
-from overpaint.evaluate.results import Scores
-from overpaint.images.pictures import Pictures
-from overpaint.model import TextToImage, load
-from overpaint.model.sites import Site
-from overpaint.trace import Effects
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from overpaint import (
+        edit,
+        evaluate,
+        images,
+        match,
+        metrics,
+        optim,
+        probes,
+        report,
+        scorers,
+        trace,
+    )
+    from overpaint.edit import Change
+    from overpaint.errors import MissingExtra, OverpaintError, UnknownSite, UnsupportedModel
+    from overpaint.evaluate import Scores
+    from overpaint.images import Pictures
+    from overpaint.model import Site, TextToImage, load
+    from overpaint.trace import Effects
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,10 +46,45 @@ __all__ = [
     "UnsupportedModel",
     "edit",
     "evaluate",
+    "images",
     "load",
     "match",
+    "metrics",
     "optim",
     "probes",
     "report",
+    "scorers",
     "trace",
 ]
+
+# the room of each public name that is not a room itself
+_ROOMS = {
+    "Change": "edit",
+    "Effects": "trace",
+    "MissingExtra": "errors",
+    "OverpaintError": "errors",
+    "Pictures": "images",
+    "Scores": "evaluate",
+    "Site": "model",
+    "TextToImage": "model",
+    "UnknownSite": "errors",
+    "UnsupportedModel": "errors",
+    "load": "model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import and return a public name at its first use."""
+    if name not in __all__:
+        raise AttributeError(f"module 'overpaint' has no attribute {name!r}")
+    if name in _ROOMS:
+        value = getattr(import_module(f"overpaint.{_ROOMS[name]}"), name)
+    else:
+        value = import_module(f"overpaint.{name}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the public names, imported or not."""
+    return sorted({*globals(), *__all__})

@@ -1,5 +1,5 @@
 """`python -m overpaint`: the command line."""
 
-from overpaint.cli.app import main
+from overpaint.cli import main
 
 main()

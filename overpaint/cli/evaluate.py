@@ -5,7 +5,7 @@ import os
 import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,7 +18,9 @@ from overpaint.cli.terminal import (
     print_table,
     progress,
 )
-from overpaint.metrics import Interval
+
+if TYPE_CHECKING:
+    from overpaint.metrics import Interval
 
 __all__ = ["evaluate"]
 
@@ -291,7 +293,7 @@ def _last(facts: dict[str, Any], measured: bool) -> dict[str, Any]:
     return {name: facts[name] for name in names if name in facts}
 
 
-def _show(interval: Interval) -> str:
+def _show(interval: "Interval") -> str:
     if not interval.n:
         return ""
     if interval.low != interval.low:  # no interval
