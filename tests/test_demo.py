@@ -6,14 +6,15 @@ import torch
 from overpaint import demo
 from overpaint.edit import Change
 from overpaint.edit.weights import fingerprint, weight_at
+from overpaint.model import TextToImage
 
 SMALL = demo.Size(text_probes=1, unet_probes=1, trace_steps=1, questions=1, steps=1)
 
 
-class Eyes:
-    """Tells by a picture's mean color."""
+class MeanColorScorer:
+    """Classifies a picture by its mean color."""
 
-    name = "eyes"
+    name = "mean color"
     card = {"figures": {"object_top1_real": 0.9, "style_top1_real": 0.8}}
     labels = {"object": ("cat", "dog"), "style": ("noto", "openmoji"), "color": ("red", "blue")}
 
@@ -26,20 +27,20 @@ class Eyes:
 
 
 @pytest.fixture(scope="module")
-def made(tiny_sd1, tmp_path_factory):
+def demo_run(tiny_sd1, tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
-    told = []
+    calls = []
     before = fingerprint(weight_at(tiny_sd1, "text.0.self_attn.out_proj"))
     summary = demo.run(
-        tiny_sd1, out, size=SMALL, judge=Eyes(), held_out={("cat", "openmoji")},
-        on_progress=lambda *at: told.append(at),
+        model, out, size=SMALL, judge=MeanColorScorer(), held_out={("cat", "openmoji")},
+        on_progress=lambda *at: calls.append(at),
     )  # fmt: skip
     assert fingerprint(weight_at(tiny_sd1, "text.0.self_attn.out_proj")) == before
-    return out, summary, told
+    return out, summary, calls
 
 
-def test_the_folder_holds_the_page_the_figures_and_the_data(made):
-    out, _, _ = made
+def test_the_folder_holds_the_page_the_figures_and_the_data(demo_run):
+    out, _, _ = demo_run
     assert sorted(p.name for p in out.iterdir()) == [
         "change.safetensors", "comparison.json", "drift.json", "gallery.safetensors", "report.html", "report.json",
         "run.json", "summary.json", "text.parquet", "unet-clean_trajectory.parquet", "unet-same_latent.parquet",
@@ -55,8 +56,8 @@ def test_the_folder_holds_the_page_the_figures_and_the_data(made):
         assert part in text
 
 
-def test_the_summary_is_flat_and_has_every_promised_name(made):
-    out, summary, _ = made
+def test_the_summary_is_flat_and_has_every_promised_name(demo_run):
+    out, summary, _ = demo_run
     flat = json.loads((out / "summary.json").read_text())
     promised = {
         "object_top1", "style_top1", "object_top1_real", "style_top1_real", "heldout_object_top1",
@@ -69,16 +70,16 @@ def test_the_summary_is_flat_and_has_every_promised_name(made):
     assert 0 < flat["edit_seconds"] < flat["seconds"]
 
 
-def test_the_saved_change_is_the_one_that_was_judged(made, tiny_sd1):
-    change = Change.load(made[0] / "change.safetensors")
+def test_the_saved_change_is_the_evaluated_one(demo_run, tiny_sd1):
+    change = Change.load(demo_run[0] / "change.safetensors")
     assert change.pairs == {"openmoji style": "noto style"}
     clean = tiny_sd1.encode(["a cat in openmoji style"])
     with change.applied(tiny_sd1):
         assert not torch.equal(tiny_sd1.encode(["a cat in openmoji style"]), clean)
 
 
-def test_every_stage_tells_how_far_it_is_and_comes_to_its_end(made):
-    ends = {what: (done, total) for done, total, what in made[2]}
+def test_every_stage_reports_its_progress_to_the_end(demo_run):
+    ends = {what: (done, total) for done, total, what in demo_run[2]}
     assert [w.partition(",")[0] for w in ends][:4] == [
         "editing", "tracing the text encoder", "tracing the UNet", "tracing the UNet",
     ]  # fmt: skip
@@ -87,8 +88,8 @@ def test_every_stage_tells_how_far_it_is_and_comes_to_its_end(made):
     assert ends["judging, random site"][0] == ends["judging, random site"][1]
 
 
-def test_a_concept_that_the_judge_does_not_know_is_refused_before_any_work(tiny_sd1, tmp_path):
+def test_a_concept_without_a_label_is_refused_before_any_work(tiny_sd1, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match="does not know 'monet style'"):
-        demo.run(tiny_sd1, out, erase="monet style", judge=Eyes(), size=SMALL)
+    with pytest.raises(ValueError, match="has no label for 'monet style'"):
+        demo.run(tiny_sd1, out, erase="monet style", judge=MeanColorScorer(), size=SMALL)
     assert not out.exists()

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from overpaint import edit, evaluate
-from overpaint.evaluate.recognition import _Tally, _Work
+from overpaint.evaluate.recognition import _Runner
 from overpaint.evaluate.results import Comparison, Paired, Scores
+from overpaint.evaluate.shares import Tally
 from overpaint.metrics import Interval
 from overpaint.model import TextToImage
 from overpaint.probes import questions
@@ -13,8 +14,8 @@ from overpaint.probes import questions
 LABELS = {"object": ("cat", "dog", "bird"), "style": ("noto", "blob"), "color": ("red", "blue")}
 
 
-class Eyes:
-    """Tells by a picture's mean color; knows nothing else, but differs as soon as a picture does."""
+class ColorClassifier:
+    """Labels a picture by its mean color; any difference of two pictures may change the label."""
 
     labels = LABELS
 
@@ -23,22 +24,22 @@ class Eyes:
         return torch.stack([(mean.sum(1) * (k + 1)).frac() for k in range(len(LABELS[kind]))], 1)
 
 
-class Counted(Eyes):
-    """Counts the pictures it is shown, of each kind once."""
+class CountingClassifier(ColorClassifier):
+    """Counts the pictures that it labels."""
 
     def __init__(self):
-        self.shown = 0
+        self.count = 0
 
     def classify(self, images, kind):
-        self.shown += len(images) if kind == "style" else 0
+        self.count += len(images) if kind == "style" else 0
         return super().classify(images, kind)
 
 
-class Noted(TextToImage):
-    """Notes how many prompts are read at once, but for those that it draws."""
+class CountingModel(TextToImage):
+    """Records how many prompts each call of `encode` has, except calls from `generate`."""
 
     def __init__(self, pipe):
-        super().__init__(pipe, name="noted")
+        super().__init__(pipe, name="counting")
         self.reads = []
         self.is_drawing = False
 
@@ -60,7 +61,7 @@ def swap(tiny_sd1):
 
 
 def compare(model, changes, **options):
-    settings = {"judge": Eyes(), "size": 3, "steps": 2, "batch_size": 4} | options
+    settings = {"scorer": ColorClassifier(), "size": 3, "steps": 2, "batch_size": 4} | options
     return evaluate.compare(model, changes, **settings)
 
 
@@ -92,7 +93,7 @@ def test_a_change_is_seen_and_the_model_is_left_as_it_was(tiny_sd1, swap):
 def test_only_what_reads_other_features_is_drawn_again(tiny_sd1, swap):
     asked = questions.build("style", "blob", labels=LABELS, held_out=(), size=3, seed=0)
     drawn = []
-    work = _Work(tiny_sd1, Eyes(), asked, [0, 1], 2, None, 4, lambda *told: drawn.append(told[0]))
+    work = _Runner(tiny_sd1, ColorClassifier(), asked, [0, 1], 2, None, 4, lambda *told: drawn.append(told[0]))
     before = work.run(None, "no edit", done=0, total=99)
     whole = work.run(swap, "swap", done=0, total=99)
     drawn.clear()
@@ -100,45 +101,45 @@ def test_only_what_reads_other_features_is_drawn_again(tiny_sd1, swap):
     touched = [i for i, q in enumerate(asked) if "blob" in q.prompt]
     assert 0 < len(touched) < len(asked)
     assert len(drawn) == 1 + -(-len(touched) // 4)
-    assert found.verdicts != before.verdicts
+    assert found.labels != before.labels
     for i in touched:
-        assert all(found.verdicts[k][i] == whole.verdicts[k][i] for k in LABELS)
+        assert all(found.labels[k][i] == whole.labels[k][i] for k in LABELS)
     for i in set(range(len(asked))) - set(touched):
-        assert all(found.verdicts[k][i] == before.verdicts[k][i] for k in LABELS)
+        assert all(found.labels[k][i] == before.labels[k][i] for k in LABELS)
     assert found.pictures.keys() == whole.pictures.keys()
 
 
 def test_the_unedited_model_reads_once_whatever_is_compared(tiny_sd1, swap):
     bird = edit.swap_embedding(tiny_sd1, {"bird": "cat"})
-    noted, judge = Noted(tiny_sd1.pipe), Counted()
-    few = {"size": 2, "steps": 1, "batch_size": 64, "held_out": ()}
-    found = compare(noted, {"no edit": None, "swap": swap, "bird": bird}, judge=judge, **few).scores
-    assert sum(count > 1 for count in noted.reads) == 1 + 2  # a drift reads the empty prompt alone
+    counting, classifier = CountingModel(tiny_sd1.pipe), CountingClassifier()
+    few = {"size": 2, "steps": 1, "batch_size": 64}
+    found = compare(counting, {"no edit": None, "swap": swap, "bird": bird}, scorer=classifier, **few).scores
+    assert sum(count > 1 for count in counting.reads) == 1 + 2  # a drift reads the empty prompt alone
     told = {name: scores.protocol for name, scores in found.items()}
     asked, reused = told["swap"]["questions"], {n: p["reused_pictures"] for n, p in told.items()}
     assert reused["no edit"] == asked
     assert 0 < reused["swap"] < asked
-    assert judge.shown == 3 * asked - reused["swap"] - reused["bird"]
+    assert classifier.count == 3 * asked - reused["swap"] - reused["bird"]
     alone = compare(tiny_sd1, {"bird": bird}, erase="blob style", replace="noto style", **few)
     assert alone.scores["bird"].flat() == pytest.approx(found["bird"].flat(), nan_ok=True)
 
 
 def test_the_pictures_before_are_never_those_after_a_change_of_the_unet(tiny_sd1):
     change = edit.uce(tiny_sd1, {"blob style": "noto style"})
-    judge = Counted()
-    told = compare(tiny_sd1, {"uce": change}, judge=judge, size=1, steps=1).scores["uce"].protocol
+    classifier = CountingClassifier()
+    told = compare(tiny_sd1, {"uce": change}, scorer=classifier, size=1, steps=1).scores["uce"].protocol
     assert told["reused_pictures"] == 0
-    assert judge.shown == 2 * told["questions"]
+    assert classifier.count == 2 * told["questions"]
 
 
 def test_the_weights_return_when_the_judge_fails(tiny_sd1, swap):
-    class Blind(Eyes):
+    class FailingClassifier(ColorClassifier):
         def classify(self, images, kind):
-            raise OSError("no light")
+            raise OSError("no device")
 
     before = tiny_sd1.text_encoder.get_input_embeddings().weight.clone()
-    with pytest.raises(OSError, match="no light"):
-        compare(tiny_sd1, {"swap": swap}, judge=Blind())
+    with pytest.raises(OSError, match="no device"):
+        compare(tiny_sd1, {"swap": swap}, scorer=FailingClassifier())
     assert torch.equal(tiny_sd1.text_encoder.get_input_embeddings().weight, before)
 
 
@@ -172,7 +173,7 @@ def test_shares_worked_by_hand():
     after = {"style": ["noto", "blob", "blob", "noto", "blob", "noto"],
              "object": ["cat", "dog", "cat", "bird", "dog", "bird"],
              "color": ["red"] * 6}  # fmt: skip
-    tally = _Tally(asked, before, "style", "blob", "noto")
+    tally = Tally(asked, before, "style", "blob", "noto")
     scores = tally.scores("x", after, drift=0.0, protocol={})
     assert (scores.efficacy.before.mean, scores.efficacy.after.mean) == (1, 0.5)
     assert (scores.redirection.before.mean, scores.redirection.after.mean) == (0, 0.5)
@@ -220,12 +221,12 @@ def test_bad_input_is_named(tiny_sd1, swap):
         compare(tiny_sd1, {})
     with pytest.raises(ValueError, match="no change says which concept"):
         compare(tiny_sd1, {"no edit": None})
-    with pytest.raises(ValueError, match="does not know 'monet'"):
+    with pytest.raises(ValueError, match="has no label for 'monet'"):
         compare(tiny_sd1, {"swap": swap}, erase="monet")
 
 
 def test_score_is_a_comparison_of_one(tiny_sd1, swap):
-    alone = evaluate.score(tiny_sd1, swap, judge=Eyes(), size=3, steps=2, batch_size=4)
+    alone = evaluate.score(tiny_sd1, swap, scorer=ColorClassifier(), size=3, steps=2, batch_size=4)
     assert isinstance(alone, Scores)
     assert alone.efficacy == compare(tiny_sd1, {"x": swap}).scores["x"].efficacy
 

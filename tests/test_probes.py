@@ -25,15 +25,15 @@ TABLES = [
 ]
 
 
-def test_the_lists_have_their_sizes():
+def test_sizes_of_the_tables():
     assert tuple(SIZES) == probes.KINDS
     for kind, vocabulary in TABLES:
-        found = len(probes.load(kind, vocabulary=vocabulary))
-        assert found == SIZES[kind][probes.VOCABULARIES.index(vocabulary)]
+        size = len(probes.load(kind, vocabulary=vocabulary))
+        assert size == SIZES[kind][probes.VOCABULARIES.index(vocabulary)]
 
 
 @pytest.mark.parametrize(("kind", "vocabulary"), TABLES)
-def test_every_probe_holds_its_concept_once_and_within_the_limit(kind, vocabulary):
+def test_every_probe_contains_its_concept_once_within_the_token_limit(kind, vocabulary):
     tokenizer = builders.clip_tokenizer()
     table = probes.load(kind, vocabulary=vocabulary)
     assert len({probe.id for probe in table}) == len(table)
@@ -48,7 +48,7 @@ def test_every_probe_holds_its_concept_once_and_within_the_limit(kind, vocabular
         assert not re.search(r"[{}()]|\ba [aeiou]|\ban [^aeiou]", probe.prompt)
 
 
-def test_concepts_of_the_icon_world_are_of_one_two_three_and_more_tokens():
+def test_icon_concepts_have_one_to_four_tokens():
     folder = Path(overpaint.__file__).parent / "zoo" / "weights" / "icons" / "tokenizer"
     tokenizer = CLIPTokenizerFast.from_pretrained(folder)
     lengths = {
@@ -62,12 +62,12 @@ def test_concepts_of_the_icon_world_are_of_one_two_three_and_more_tokens():
     assert lengths["style"] == {2, 3}
 
 
-def test_a_few_first_probes_already_ask_for_many_concepts():
+def test_the_first_eight_probes_have_at_least_three_labels():
     for kind, vocabulary in TABLES:
         assert len({p.label for p in probes.load(kind, vocabulary=vocabulary)[:8]}) >= 3
 
 
-def test_styles_are_each_asked_with_the_same_objects():
+def test_all_styles_have_the_same_objects():
     table = probes.load("style")
     counts = Counter(probe.label for probe in table)
     assert set(counts) == {"noto", "twemoji", "openmoji", "fluent", "blob", "high contrast"}
@@ -78,7 +78,7 @@ def test_styles_are_each_asked_with_the_same_objects():
     assert len({frozenset(rest) for rest in rests.values()}) == 1
 
 
-def test_icon_probes_are_captions_of_pairs_that_training_showed():
+def test_icon_probes_contain_no_held_out_pair():
     from overpaint.train import icon_world as world
 
     singular = {world._IRREGULAR.get(name, f"{name}s"): name for name in world.OBJECTS}
@@ -107,25 +107,25 @@ def test_icon_probes_are_captions_of_pairs_that_training_showed():
     assert labels <= set(world.subjects())
 
 
-def test_first_style_probe_word_for_word():
+def test_the_first_style_probe():
     first = probes.load("style")[0]
     assert first.id == "icons-style-000"
     assert first.prompt == "an apple in noto style"
     assert (first.concept, first.label) == ("noto style", "noto")
 
 
-def test_label_defaults_to_the_concept():
+def test_the_label_is_the_concept_by_default():
     assert Probe("x", "object", "a Red apple", "red").label == "red"
 
 
-def test_a_concept_that_is_not_in_the_prompt_is_refused():
+def test_a_concept_that_is_not_in_the_prompt_raises():
     with pytest.raises(ValueError, match=r"concept 'dog' is not in the prompt 'a cat': write"):
         Probe("x", "object", "a cat", "dog")
     with pytest.raises(ValueError, match="concept ' ' is not in the prompt"):
         Probe("x", "object", "a cat", " ")
 
 
-def test_unknown_kind_and_vocabulary_are_refused():
+def test_an_unknown_kind_or_vocabulary_raises():
     with pytest.raises(ValueError, match="unknown kind of probe 'mood': choose one of style, "):
         probes.load("mood")
     with pytest.raises(ValueError, match="unknown vocabulary 'x': choose one of icons, natural"):
@@ -136,7 +136,7 @@ def test_unknown_kind_and_vocabulary_are_refused():
         probes.load("viewpoint")
 
 
-def test_every_table_states_its_sources():
+def test_every_table_states_source_and_licence():
     for kind in probes.KINDS:
         table = tomllib.loads((module._TABLES / f"{kind}.toml").read_text())
         assert [(kind, name) for name in table] == [t for t in TABLES if t[0] == kind]
@@ -152,30 +152,30 @@ room",,x
 """
 
 
-def written(folder, text, name="mine.csv"):
+def write(folder, text, name="user.csv"):
     path = folder / name
     path.write_text(text, encoding="utf-8")
     return path
 
 
-def test_the_fields_csv_form(tmp_path):
-    first, second, third = probes.load_file(written(tmp_path, CSV), kind="style", concept="van gogh")
+def test_csv_of_the_erasure_benchmarks(tmp_path):
+    first, second, third = probes.load_file(write(tmp_path, CSV), kind="style", concept="van gogh")
     assert first == Probe(
-        "mine-style-3", "style", "a house by Van Gogh, at night", "van gogh", source="mine.csv", seed=1234
+        "user-style-3", "style", "a house by Van Gogh, at night", "van gogh", source="user.csv", seed=1234
     )  # fmt: skip
     assert (second.seed, third.seed) == (99, None)
     assert third.prompt == "van gogh's\nroom"
-    assert third.id == "mine-style-9"
+    assert third.id == "user-style-9"
 
 
 @pytest.mark.parametrize("column", ["concept", "subject"])
-def test_a_column_may_say_the_concept_and_the_label(column, tmp_path):
+def test_columns_for_concept_and_label(column, tmp_path):
     text = f"prompt,{column},label\na cat on a mat,cat,kitten\na dog,dog,\na mouse,,\n"
-    found = probes.load_file(written(tmp_path, text), kind="object", concept="mouse")
-    assert [(p.concept, p.label) for p in found] == [
+    loaded = probes.load_file(write(tmp_path, text), kind="object", concept="mouse")
+    assert [(p.concept, p.label) for p in loaded] == [
         ("cat", "kitten"), ("dog", "dog"), ("mouse", "mouse"),
     ]  # fmt: skip
-    assert [p.id for p in found] == ["mine-object-0", "mine-object-1", "mine-object-2"]
+    assert [p.id for p in loaded] == ["user-object-0", "user-object-1", "user-object-2"]
 
 
 @pytest.mark.parametrize(
@@ -185,33 +185,35 @@ def test_a_column_may_say_the_concept_and_the_label(column, tmp_path):
         ("case,text\n1,a cat\n", "line 1: no column 'prompt' among case, text"),
         ("prompt,seed\na cat,1\na cat, big,2\n", "line 3: 3 fields under 2 columns; put a text"),
         ('prompt\na cat\n"a cat', "line 3: unexpected end of data; close every quote"),
-        ("prompt\na cat\na dog\n", "line 3: concept 'cat' stands 0 times as whole words in 'a dog'"),
+        ("prompt\na cat\na dog\n", "line 3: concept 'cat' occurs 0 times as whole words in 'a dog'"),
         ("prompt\na cat, a cat\n", "line 2: 2 fields under 1 columns"),
-        ("prompt\na cat and a Cat\n", "line 2: concept 'cat' stands 2 times as whole words"),
-        ("prompt\ncats\n", "line 2: concept 'cat' stands 0 times"),
+        ("prompt\na cat and a Cat\n", "line 2: concept 'cat' occurs 2 times as whole words"),
+        ("prompt\ncats\n", "line 2: concept 'cat' occurs 0 times"),
         ("prompt,case_number\n,1\n", "line 2: the prompt is empty: write one"),
-        ("prompt,case_number\na cat,1\nmy cat,1\n", "line 3: case '1' is there already: number"),
-        ("prompt,evaluation_seed\na cat,-1\n", "line 2: `evaluation_seed` '-1' is no whole number"),
-        ("prompt,evaluation_seed\na cat,1e3\n", "line 2: `evaluation_seed` '1e3' is no whole number"),
+        ("prompt,case_number\na cat,1\nmy cat,1\n", "line 3: `case_number` '1' occurs twice: number"),
+        ("prompt,evaluation_seed\na cat,-1\n", "line 2: `evaluation_seed` '-1' is not a non-negative"),
+        ("prompt,evaluation_seed\na cat,1e3\n", "line 2: `evaluation_seed` '1e3' is not a non-negative"),
         ("prompt\n", "holds no prompts: give it at least one"),
     ],
 )  # fmt: skip
-def test_a_bad_csv_is_refused_with_the_line(text, message, tmp_path):
+def test_a_malformed_csv_raises_with_the_line_number(text, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        probes.load_file(written(tmp_path, text), kind="object", concept="cat")
+        probes.load_file(write(tmp_path, text), kind="object", concept="cat")
 
 
-def test_without_any_concept_the_reader_asks_for_one(tmp_path):
-    path = written(tmp_path, "prompt\na cat\n")
-    with pytest.raises(ValueError, match="line 2: nothing says which words .*pass `concept=`"):
+def test_a_csv_without_a_concept_raises(tmp_path):
+    path = write(tmp_path, "prompt\na cat\n")
+    with pytest.raises(
+        ValueError, match="line 2: the words that carry the attribute are not .*pass `concept=`"
+    ):
         probes.load_file(path, kind="object")
 
 
-def test_a_table_of_ones_own(tmp_path):
+def test_load_file_reads_a_toml_table(tmp_path):
     text = (Path(module.__file__).parent / "style.toml").read_text()
-    found = probes.load_file(written(tmp_path, text, "mine.toml"), kind="style")
+    loaded = probes.load_file(write(tmp_path, text, "user.toml"), kind="style")
     both = (*probes.load("style"), *probes.load("style", vocabulary="natural"))
-    assert found == both
+    assert loaded == both
     for bad in (
         "[",
         "[a]\nsource = 'x'",
@@ -219,18 +221,18 @@ def test_a_table_of_ones_own(tmp_path):
         "[a]\nsource='x'\nlicence='y'\nprompts=[{template='{x}'}]",
     ):
         with pytest.raises(
-            ValueError, match=r"mine.toml' is no table of probes .*: write `source`"
+            ValueError, match=r"user.toml' is not a table of probes .*: write `source`"
         ):
-            probes.load_file(written(tmp_path, bad, "mine.toml"), kind="style")
-    with pytest.raises(ValueError, match="`concept` is for CSV files: a table says it"):
-        probes.load_file(tmp_path / "mine.toml", kind="style", concept="x")
+            probes.load_file(write(tmp_path, bad, "user.toml"), kind="style")
+    with pytest.raises(ValueError, match="`concept` is for CSV files: a table states it"):
+        probes.load_file(tmp_path / "user.toml", kind="style", concept="x")
 
 
-def test_files_that_cannot_be_read_are_refused(tmp_path):
+def test_unreadable_files_raise(tmp_path):
     with pytest.raises(FileNotFoundError, match="no probes at .*none.csv': name a"):
         probes.load_file(tmp_path / "none.csv", kind="style")
-    with pytest.raises(ValueError, match="cannot read probes from 'mine.xlsx': name a .csv"):
-        probes.load_file(written(tmp_path, "", "mine.xlsx"), kind="style")
+    with pytest.raises(ValueError, match="cannot read probes from 'user.xlsx': name a .csv"):
+        probes.load_file(write(tmp_path, "", "user.xlsx"), kind="style")
     (tmp_path / "old.csv").write_bytes("prompt\ncaf\u00e9\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"old.csv' is not UTF-8 text: save it as UTF-8"):
         probes.load_file(tmp_path / "old.csv", kind="style", concept="caf")

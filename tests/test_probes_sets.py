@@ -1,4 +1,4 @@
-"""Evaluation sets: each form of the field read from a file of that form, row by row."""
+"""Evaluation sets: every file format of the field, compared case by case."""
 
 import pytest
 
@@ -27,23 +27,23 @@ def file(tmp_path):
     return write
 
 
-def test_prompts_by_the_line_are_judged_by_what_is_depicted(file):
+def test_form_ablation_has_one_prompt_a_line(file):
     path = file("x_eval.txt", "a snoopy in the rain\r\n\r\n  A dog\nSnoopys\n")
-    found = probes.load_set(path, erase="Snoopy", replace="dog")
+    loaded = probes.load_set(path, erase="Snoopy", replace="dog")
     old, new = "A photo depicts Snoopy", "A photo depicts dog"
-    assert found.cases == (
+    assert loaded.cases == (
         Case("a snoopy in the rain", "target", old, new, "Snoopy"),
         Case("A dog", "other", "A dog"),
         Case("Snoopys", "other", "Snoopys"),
     )
-    assert (found.form, found.erase, found.replace) == ("ablation", "Snoopy", "dog")
+    assert (loaded.form, loaded.erase, loaded.replace) == ("ablation", "Snoopy", "dog")
     style = probes.load_set(file("y.txt", "a lake by monet"), erase="monet", kind="style").cases[0]
     assert (style.old, style.new) == ("A photo depicts monet style", "")
 
 
-def test_rows_of_esd_and_uce_carry_their_seeds_and_artists(file):
-    found = probes.load_set(file("uce.csv", UCE), erase="ada ray", replace="an oak")
-    assert found.cases == (
+def test_form_csv_has_seeds_and_artists(file):
+    loaded = probes.load_set(file("uce.csv", UCE), erase="ada ray", replace="an oak")
+    assert loaded.cases == (
         Case("Boats by Ada Ray", "target", "Boats by Ada Ray", "Boats by an oak", "Ada Ray", 12),
         Case("Rain, by Kim Lo", "other", "Rain, by Kim Lo", "Rain, by an oak", "Kim Lo", 7),
     )
@@ -56,12 +56,12 @@ def test_rows_of_esd_and_uce_carry_their_seeds_and_artists(file):
     ]
 
 
-def test_an_edit_a_row_as_timed(file):
+def test_form_timed_has_one_edit_a_row(file):
     path = file("timed.csv", TIMED, encoding="utf-8-sig")
-    found = probes.load_set(path, erase="a TREE")
-    assert (found.form, found.erase, found.replace) == ("timed", "A tree", "A blue tree")
-    assert found.name == "timed.csv: A tree"
-    assert found.cases == (
+    loaded = probes.load_set(path, erase="a TREE")
+    assert (loaded.form, loaded.erase, loaded.replace) == ("timed", "A tree", "A blue tree")
+    assert loaded.name == "timed.csv: A tree"
+    assert loaded.cases == (
         Case("A tree", "target", "A tree", "A blue tree", "A tree"),
         Case("A tall tree", "general", "A tall tree", "A tall blue tree"),
         Case("Trees, far off", "general", "Trees, far off", "Blue trees, far off"),
@@ -74,26 +74,26 @@ def test_an_edit_a_row_as_timed(file):
     ]
 
 
-def test_an_edit_a_row_as_road(file):
-    found = probes.load_set(file("road.csv", ROAD), erase="Ann")
-    assert found.form == "road"
-    assert found.cases == (
+def test_form_road_has_one_edit_a_row(file):
+    loaded = probes.load_set(file("road.csv", ROAD), erase="Ann")
+    assert loaded.form == "road"
+    assert loaded.cases == (
         Case("The mayor", "target", "Ann", "Bob", "Ann"),
         Case("The mayor at work", "general", "Ann at work", "Bob at work"),
         Case("The baker", "other", "The baker", "Bob"),
     )
 
 
-def test_our_own_tables_fill_their_slots_and_leave_the_concept_out_of_the_others(file):
-    found = probes.load_shipped_set("style", "openmoji style", "noto style")
-    assert found.cases[0] == Case(
+def test_shipped_tables_fill_their_slots_and_omit_the_concept_from_others(file):
+    loaded = probes.load_shipped_set("style", "openmoji style", "noto style")
+    assert loaded.cases[0] == Case(
         "an apple in openmoji style", "target", "an apple in openmoji style",
         "an apple in noto style", "openmoji style",
     )  # fmt: skip
-    roles = [c.role for c in found.cases]
+    roles = [c.role for c in loaded.cases]
     assert [roles.count(role) for role in ("target", "general", "other")] == [16, 16, 40]
-    assert not any("openmoji" in c.prompt for c in found.cases if c.role == "other")
-    assert {c.new == "" for c in found.cases if c.concept == "noto style"} == {True}
+    assert not any("openmoji" in c.prompt for c in loaded.cases if c.role == "other")
+    assert {c.new == "" for c in loaded.cases if c.concept == "noto style"} == {True}
     for vocabulary in probes.VOCABULARIES:
         for kind in ("style", "object"):
             cases = probes.load_shipped_set(kind, "cat", "owl", vocabulary=vocabulary).cases
@@ -107,7 +107,7 @@ def test_our_own_tables_fill_their_slots_and_leave_the_concept_out_of_the_others
     ]
 
 
-def test_a_neighbour_that_names_the_concept_or_is_named_by_it_is_left_out(file):
+def test_others_related_to_the_concept_are_omitted(file):
     table = 'target = ["{concept}"]\nother = ["by {concept}"]\nothers = ["van gogh", "gogh", "vincent"]\n'
     path = file("t.toml", table)
     prompts = [
@@ -117,16 +117,16 @@ def test_a_neighbour_that_names_the_concept_or_is_named_by_it_is_left_out(file):
     assert prompts == [[], ["by vincent"], ["by van gogh", "by gogh", "by vincent"]]
 
 
-def test_a_prompt_without_its_concept_has_no_second_text(file):
+def test_a_prompt_without_its_concept_has_no_new_text(file):
     rows = "prompt,artist\nBoats by Ada,Ada Ray\nRain by Kim,Kim Lo\n"
-    found = probes.load_set(file("a.csv", rows), erase="ada ray", replace="an oak")
-    assert [(c.role, c.new) for c in found.cases] == [("target", ""), ("other", "")]
+    loaded = probes.load_set(file("a.csv", rows), erase="ada ray", replace="an oak")
+    assert [(c.role, c.new) for c in loaded.cases] == [("target", ""), ("other", "")]
 
 
-def test_a_thinned_set_keeps_a_few_of_each_role_evenly_spaced():
-    found = probes.load_shipped_set("style", "openmoji style").thinned(2)
-    assert [c.role for c in found.cases] == ["target"] * 2 + ["general"] * 2 + ["other"] * 2
-    assert [c.concept for c in found.cases[4:]] == ["noto style", "fluent style"]
+def test_thinned_keeps_evenly_spaced_cases_of_each_role():
+    loaded = probes.load_shipped_set("style", "openmoji style").thinned(2)
+    assert [c.role for c in loaded.cases] == ["target"] * 2 + ["general"] * 2 + ["other"] * 2
+    assert [c.concept for c in loaded.cases[4:]] == ["noto style", "fluent style"]
     whole = probes.load_shipped_set("style", "openmoji style")
     assert whole.thinned(999) == whole
     with pytest.raises(ValueError, match="`size` must be at least 1, got 0"):
@@ -136,30 +136,38 @@ def test_a_thinned_set_keeps_a_few_of_each_role_evenly_spaced():
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "name\nx\n", "cannot tell the form of 'a.csv': give a .txt"),
-        ("a.json", "{}", "cannot tell the form of 'a.json'"),
+        ("a.csv", "name\nx\n", "unknown form of 'a.csv': give a .txt"),
+        ("a.json", "{}", "unknown form of 'a.json'"),
         ("a.txt", "\n", "holds no prompts"),
-        ("a.csv", "prompt,evaluation_seed\na cat,x\n", "line 2: `evaluation_seed` 'x' is no whole"),
+        (
+            "a.csv",
+            "prompt,evaluation_seed\na cat,x\n",
+            "line 2: `evaluation_seed` 'x' is not a non-negative",
+        ),
         ("a.csv", "prompt\na cat, or two\n", "line 2: 2 fields under 1 columns; put a text"),
         ("a.csv", 'prompt\n"a cat\n', "close every quote"),
         ("a.csv", "case_number,prompt\n1,\n", "line 2: the prompt is empty"),
         ("a.csv", TIMED, "holds 0 edits of 'cat', not one: .* holds 'A tree', 'A cup'"),
-        ("a.toml", "target = 3", "is no table of cases"),
-        ("a.toml", 'target = ["{x}"]\nothers = []', "is no table of cases .'x'"),
-        ("a.toml", 'target = ["a {}"]\nothers = []', "is no table of cases .Replacement index 0"),
+        ("a.toml", "target = 3", "is not a table of cases"),
+        ("a.toml", 'target = ["{x}"]\nothers = []', "is not a table of cases .'x'"),
+        (
+            "a.toml",
+            'target = ["a {}"]\nothers = []',
+            "is not a table of cases .Replacement index 0",
+        ),
     ],
 )
-def test_a_file_of_no_form_is_named(file, name, text, message):
+def test_files_without_a_known_form_raise(file, name, text, message):
     with pytest.raises(ValueError, match=message):
         probes.load_set(file(name, text), erase="cat")
 
 
-def test_other_bad_input_is_named(file, tmp_path):
+def test_other_bad_arguments_raise(file, tmp_path):
     with pytest.raises(FileNotFoundError, match="no evaluation set at .*nowhere.csv"):
         probes.load_set(tmp_path / "nowhere.csv", erase="cat")
     with pytest.raises(ValueError, match="is not UTF-8 text"):
         probes.load_set(file("a.txt", "é", encoding="latin-1"), erase="cat")
     with pytest.raises(ValueError, match="unknown form of evaluation set 'coco': choose one of"):
         probes.load_set(file("b.txt", "a cat"), erase="cat", form="coco")
-    with pytest.raises(ValueError, match="no evaluation set of ours for 'icons' 'fact'"):
+    with pytest.raises(ValueError, match="no evaluation set ships for 'icons' 'fact'"):
         probes.load_shipped_set("fact", "japan")

@@ -1,4 +1,4 @@
-"""What to ask a model: prompts with the words that carry an attribute, and sets of cases that judge an edit."""
+"""Prompts: probes with the words that carry an attribute, and evaluation sets for one edit."""
 
 from overpaint.probes.csv_files import load_file
 from overpaint.probes.evaluation_sets import (

@@ -1,7 +1,8 @@
-"""Probes from files of one's own: the field's CSV form, and tables like the package's.
+"""Probes from a user's files: CSV files as erasure benchmarks use them, and TOML tables like the package's.
 
-The CSV form is that of the erasure benchmarks: `case_number,prompt,evaluation_seed`, a row a picture. It does not say
-which words carry the attribute, so either a column `concept` (or `subject`) does, or the caller.
+The CSV files of the erasure benchmarks have the columns `case_number,prompt,evaluation_seed` and one row for each
+picture. They do not say which words carry the attribute, so a column `concept` (or `subject`) or the argument
+`concept` must.
 """
 
 import csv
@@ -10,78 +11,61 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from overpaint.probes.probe import Probe, fill
+from overpaint.probes.probe import Probe, fill_table
+from overpaint.probes.text import word_pattern
 
-__all__ = ["csv_rows", "load_file"]
+__all__ = ["csv_rows", "load_file", "parse_seed", "read_utf8"]
 
 
 def load_file(path: str | Path, *, kind: str, concept: str | None = None) -> tuple[Probe, ...]:
-    """Return the probes in a `.csv` or `.toml` file, in its order.
+    """Return the probes in a `.csv` or `.toml` file, in the order of the file.
 
     Args:
-        path: A CSV file with the column `prompt` and, each if known, `case_number`, `evaluation_seed`, `concept` or
-            `subject`, and `label`; others are passed over. Or a table as `overpaint/probes/style.toml`.
-        kind: The attribute, which chooses how the judge looks at the pictures.
-        concept: The words that carry it, where no column says so; they must stand in each prompt once.
+        path: A CSV file with the column `prompt` and optionally `case_number`, `evaluation_seed`, `concept` or
+            `subject`, and `label`; other columns are ignored. Or a table like `overpaint/probes/style.toml`.
+        kind: The attribute; it selects how pictures are scored.
+        concept: The words that carry the attribute, for rows without a concept. They must occur once in each prompt.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file or a line of it, named by its number, is not of the form.
+        ValueError: The file, or a line whose number is in the message, does not have the expected form.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no probes at {str(path)!r}: name a .csv or .toml file.")
-    readers = {".csv": _read_csv, ".toml": _read_toml}
+    readers = {".csv": _parse_csv, ".toml": _parse_toml}
     if path.suffix.lower() not in readers:
         raise ValueError(f"cannot read probes from {path.name!r}: name a .csv or .toml file.")
+    probes = readers[path.suffix.lower()](path, read_utf8(path), kind, concept)
+    if not probes:
+        raise ValueError(f"{str(path)!r} holds no prompts: give it at least one.")
+    return probes
+
+
+def read_utf8(path: Path) -> str:
+    """Return the text of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        ValueError: The file is in another encoding.
+    """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{str(path)!r} is not UTF-8 text: save it as UTF-8.") from error
-    found = readers[path.suffix.lower()](path, text, kind, concept)
-    if not found:
-        raise ValueError(f"{str(path)!r} holds no prompts: give it at least one.")
-    return found
-
-
-def _read_toml(path: Path, text: str, kind: str, concept: str | None) -> tuple[Probe, ...]:
-    if concept is not None:
-        raise ValueError("`concept` is for CSV files: a table says it in each entry. Leave it out.")
-    try:
-        tables = tomllib.loads(text)
-        return tuple(p for name, table in tables.items() for p in fill(table, kind, name))
-    except (tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{str(path)!r} is no table of probes ({error}): write `source`, `licence` and `prompts` with `template` "
-            "and `concept` as `overpaint/probes/style.toml` does."
-        ) from error
-
-
-def _read_csv(path: Path, text: str, kind: str, concept: str | None) -> tuple[Probe, ...]:
-    found: dict[str, Probe] = {}
-    for line, row in csv_rows(path, text, need="prompt"):
-        try:
-            probe = _probe(path, row, kind, concept, default=str(len(found)))
-            if probe.id in found:
-                raise ValueError(
-                    f"case {row.get('case_number')!r} is there already: number it anew."
-                )
-        except ValueError as error:
-            raise ValueError(f"{str(path)!r}, line {line}: {error}") from error
-        found[probe.id] = probe
-    return tuple(found.values())
 
 
 def csv_rows(path: Path, text: str, *, need: str = "") -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the number of each record's last line, and its fields by column, both trimmed; empty lines are passed over.
+    """Yield for each record the number of its last line and its fields by column.
+
+    Column names and fields are stripped of white space, column names are in lower case, empty lines are skipped.
 
     Args:
-        path: Of the file, for the errors.
-        text: What it holds.
+        path: The file, for error messages.
+        text: Its contents.
         need: A column that must be there.
 
     Raises:
-        ValueError: A line, named by its number, is not of the form.
+        ValueError: A column is missing, or a line, whose number is in the message, is malformed.
     """
     reader = csv.reader(text.splitlines(keepends=True), strict=True)
     try:
@@ -106,22 +90,64 @@ def csv_rows(path: Path, text: str, *, need: str = "") -> Iterator[tuple[int, di
         ) from error
 
 
+def parse_seed(text: str) -> int | None:
+    """Return the seed in a field of a CSV file, `None` if the field is empty.
+
+    Raises:
+        ValueError: The field is not a non-negative integer.
+    """
+    if not text:
+        return None
+    if not re.fullmatch(r"[0-9]+(\.0)?", text):
+        raise ValueError(
+            f"`evaluation_seed` {text!r} is not a non-negative integer: give one, or leave it empty."
+        )
+    return int(text.removesuffix(".0"))
+
+
+def _parse_toml(path: Path, text: str, kind: str, concept: str | None) -> tuple[Probe, ...]:
+    if concept is not None:
+        raise ValueError("`concept` is for CSV files: a table states it in each entry. Omit it.")
+    try:
+        tables = tomllib.loads(text)
+        return tuple(p for name, table in tables.items() for p in fill_table(table, kind, name))
+    except (tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{str(path)!r} is not a table of probes ({error}): write `source`, `licence` and `prompts` with "
+            "`template` and `concept` as `overpaint/probes/style.toml` does."
+        ) from error
+
+
+def _parse_csv(path: Path, text: str, kind: str, concept: str | None) -> tuple[Probe, ...]:
+    probes: dict[str, Probe] = {}
+    for line, row in csv_rows(path, text, need="prompt"):
+        try:
+            probe = _probe(path, row, kind, concept, default=str(len(probes)))
+            if probe.id in probes:
+                raise ValueError(
+                    f"`case_number` {row.get('case_number')!r} occurs twice: number the rows anew."
+                )
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r}, line {line}: {error}") from error
+        probes[probe.id] = probe
+    return tuple(probes.values())
+
+
 def _probe(
     path: Path, row: Mapping[str, str], kind: str, concept: str | None, *, default: str
 ) -> Probe:
     words = row.get("concept") or row.get("subject") or concept
     if not words:
         raise ValueError(
-            "nothing says which words carry the attribute: add a column `concept`, or pass `concept=`."
+            "the words that carry the attribute are not given: add a column `concept`, or pass `concept=`."
         )
     prompt = row["prompt"]
     if not prompt:
-        raise ValueError("the prompt is empty: write one, or take the line out.")
-    pattern = r"\s+".join(map(re.escape, words.split()))
-    times = len(re.findall(rf"(?<!\w){pattern}(?!\w)", prompt, flags=re.IGNORECASE))
-    if times != 1:
+        raise ValueError("the prompt is empty: write one, or remove the line.")
+    count = len(re.findall(word_pattern(words), prompt, flags=re.IGNORECASE))
+    if count != 1:
         raise ValueError(
-            f"concept {words!r} stands {times} times as whole words in {prompt!r}, not once: reword one of them."
+            f"concept {words!r} occurs {count} times as whole words in {prompt!r}, not once: reword one of them."
         )
     return Probe(
         f"{path.stem}-{kind}-{row.get('case_number') or default}",
@@ -130,15 +156,5 @@ def _probe(
         words,
         label=row.get("label", ""),
         source=path.name,
-        seed=_seed(row.get("evaluation_seed", "")),
+        seed=parse_seed(row.get("evaluation_seed", "")),
     )
-
-
-def _seed(text: str) -> int | None:
-    if not text:
-        return None
-    if not re.fullmatch(r"[0-9]+(\.0)?", text):
-        raise ValueError(
-            f"`evaluation_seed` {text!r} is no whole number from 0 on: give one, or none."
-        )
-    return int(text.removesuffix(".0"))

@@ -1,25 +1,26 @@
-"""Evaluation sets: prompts that judge one edit, in the forms that the field keeps them in, and two small ones of ours.
+"""Evaluation sets: the prompts that evaluate one edit, in the file formats of the field, and two small sets of ours.
 
-Every form comes down to cases: a prompt, its part in the judgement, and two texts between which its picture is judged.
+Every format is read into cases. A case is a prompt, its role, and two texts; a CLIP then chooses the text that the
+picture of the prompt is closer to.
 
-target   names what was edited
-general  the same in other words, or something that follows from it
-other    should be drawn as before
+target   the prompt names the edited concept
+general  the same in other words, or a consequence of the edit
+other    the picture should not change
 
-A case of the first two is won when its picture lies nearer to `new` than to `old`, one of the last when it stays
-nearer to `old`.
+A case of the first two roles succeeds if its picture is closer to `new` than to `old`; a case of the last succeeds if
+its picture is closer to `old`.
 
-| form | file | holds |
+| form | file | contents |
 |---|---|---|
-| `ablation` | `.txt`, a prompt a line | Concept Ablation's evaluation prompts; the texts are "A photo depicts ..." |
+| `ablation` | `.txt`, one prompt a line | Concept Ablation's evaluation prompts; the texts are "A photo depicts ..." |
 | `csv` | `.csv` with `prompt`, also `case_number`, `evaluation_seed`, `artist`, `class` | ESD's and UCE's prompts |
-| `timed` | `.csv` with `old,new,positive1,gt1,...,negative1,gn1,...` | TIMED: an edit a row |
+| `timed` | `.csv` with `old,new,positive1,gt1,...,negative1,gn1,...` | TIMED: one edit a row |
 | `road` | `.csv` with `prompt,old,new,positive1,positive_old1,positive_new1,...,negative1,negative_new1,...` | RoAD |
-| `table` | `.toml` as `overpaint/probes/evaluation.toml` | our own |
+| `table` | `.toml` like `overpaint/probes/evaluation.toml` | templates and the words for their slots |
 
 Source: Kumari et al., 2023 (Concept Ablation), https://arxiv.org/abs/2303.13516; Gandikota et al., 2023 (ESD),
 https://arxiv.org/abs/2303.07345; Orgad et al., 2023 (TIME, with TIMED), https://arxiv.org/abs/2303.08084; Arad et al.,
-2023 (ReFACT, with RoAD), https://arxiv.org/abs/2306.00738. The columns of RoAD are read off its public evaluation
+2023 (ReFACT, with RoAD), https://arxiv.org/abs/2306.00738. The columns of RoAD are those of its public evaluation
 script.
 """
 
@@ -32,15 +33,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from overpaint.probes.csv_files import csv_rows
+from overpaint.probes.csv_files import csv_rows, parse_seed, read_utf8
+from overpaint.probes.text import fill_articles, word_pattern
 
 __all__ = ["FORMS", "ROLES", "Case", "EvaluationSet", "load_set", "load_shipped_set"]
 
 FORMS = ("ablation", "csv", "timed", "road", "table")
 ROLES = ("target", "general", "other")
-_OWN = Path(__file__).parent / "evaluation.toml"
+_SHIPPED = Path(__file__).parent / "evaluation.toml"
 _CONCEPT_COLUMNS = ("concept", "subject", "artist", "class", "object", "profession")
-_NAMES = {  # columns of the forms with an edit a row: prompt, text before, text after
+_COLUMNS = {  # of the forms with one edit a row, for each role: prompt, text before, text after
     "timed": (("old", "old", "new"), ("positive{}", "positive{}", "gt{}"), ("negative{}", "negative{}", "gn{}")),
     "road": (
         ("prompt", "old", "new"),
@@ -55,12 +57,12 @@ class Case:
     """One prompt of an evaluation set.
 
     Attributes:
-        prompt: What to draw.
+        prompt: Prompt to draw.
         role: One of `ROLES`.
-        old: What the unedited model's picture shows, as a text for a CLIP.
-        new: What stands in its place after the edit; for `other` what should not appear. `""` if nothing is said.
-        concept: What the prompt names, where the set says so.
-        seed: Start noise, where the set says so.
+        old: Text for a CLIP that describes the unedited model's picture.
+        new: Text that describes the picture after the edit; for `other` the text that should not fit. `""` if unknown.
+        concept: Concept that the prompt names, if the set states it.
+        seed: Seed of the start noise, if the set states it.
     """
 
     prompt: str
@@ -73,13 +75,13 @@ class Case:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """The cases that judge one edit.
+    """The cases that evaluate one edit.
 
     Attributes:
-        name: Of the file or table, and the row where a file holds many edits.
+        name: Name of the file or table, and of the row if a file holds many edits.
         form: One of `FORMS`.
-        erase: What is edited.
-        replace: To what; `""` if nothing is said.
+        erase: The edited concept.
+        replace: Its replacement; `""` if there is none.
         cases: In the order of the file.
     """
 
@@ -97,35 +99,37 @@ class EvaluationSet:
         """
         if size < 1:
             raise ValueError(
-                f"`size` must be at least 1, got {size}: say how many cases of each role to keep."
+                f"`size` must be at least 1, got {size}: it is the number of cases of each role."
             )
-        kept: list[Case] = []
+        cases: list[Case] = []
         for role in ROLES:
             part = [case for case in self.cases if case.role == role]
             count = min(size, len(part))
-            kept += [part[i * len(part) // count] for i in range(count)]
-        return EvaluationSet(self.name, self.form, self.erase, self.replace, tuple(kept))
+            cases += [part[i * len(part) // count] for i in range(count)]
+        return EvaluationSet(self.name, self.form, self.erase, self.replace, tuple(cases))
 
 
-def load_shipped_set(kind: str, erase: str, replace: str = "", *, vocabulary: str = "icons") -> EvaluationSet:
-    """Return the set that ships with the package, about one concept.
+def load_shipped_set(
+    kind: str, erase: str, replace: str = "", *, vocabulary: str = "icons"
+) -> EvaluationSet:
+    """Return the evaluation set that ships with the package, for one concept.
 
     Args:
         kind: `"style"` or `"object"`.
         erase: The concept as in a prompt: `"openmoji style"`, `"van gogh"`, `"cat"`.
-        replace: What should stand in its place.
+        replace: The concept that replaces it.
         vocabulary: `"icons"` for the model that ships with the package, `"natural"` for others.
 
     Raises:
         ValueError: There is no such set.
     """
-    tables = tomllib.loads(_OWN.read_text(encoding="utf-8"))
+    tables = tomllib.loads(_SHIPPED.read_text(encoding="utf-8"))
     if vocabulary not in tables or kind not in tables[vocabulary]:
         known = ", ".join(f"{v} {k}" for v, kinds in tables.items() for k in kinds)
         raise ValueError(
-            f"no evaluation set of ours for {vocabulary!r} {kind!r}: choose one of {known}."
+            f"no evaluation set ships for {vocabulary!r} {kind!r}: choose one of {known}."
         )
-    return _from_table(f"{vocabulary} {kind}", tables[vocabulary][kind], erase, replace)
+    return _fill_table(f"{vocabulary} {kind}", tables[vocabulary][kind], erase, replace)
 
 
 def load_set(
@@ -136,18 +140,18 @@ def load_set(
     kind: str = "object",
     form: str | None = None,
 ) -> EvaluationSet:
-    """Return the cases of a file that judge the edit of `erase`.
+    """Return the cases of a file that evaluate the edit of `erase`.
 
     Args:
         path: The file.
-        erase: The concept edited; of a file with an edit a row, which row: as its `old`, or as a concept in it.
-        replace: What stands in its place, where the file does not say.
-        kind: Of the concept: the texts of the form `ablation` end in "style" for a `"style"`.
-        form: One of `FORMS`; by default told from the file's ending and columns.
+        erase: The edited concept. In a file with one edit a row it selects the row: `old` equals it or contains it.
+        replace: The concept that replaces it, if the file does not state one.
+        kind: Kind of the concept: with `"style"` the texts of the form `ablation` end in "style".
+        form: One of `FORMS`; by default derived from the file's suffix and columns.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is not of the form, or says nothing of `erase`.
+        ValueError: The file does not have the form, or holds no case for `erase`.
     """
     path = Path(path)
     if not path.is_file():
@@ -158,45 +162,41 @@ def load_set(
         raise ValueError(
             f"unknown form of evaluation set {form!r}: choose one of {', '.join(FORMS)}."
         )
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{str(path)!r} is not UTF-8 text: save it as UTF-8.") from error
-    found = _read(path, text, form or _form(path, text), erase.strip(), replace.strip(), kind)
-    if not found.cases:
+    text = read_utf8(path)
+    cases = _parse(path, text, form or _form(path, text), erase.strip(), replace.strip(), kind)
+    if not cases.cases:
         raise ValueError(f"{str(path)!r} holds no prompts: give it at least one.")
-    return found
+    return cases
 
 
 def _form(path: Path, text: str) -> str:
-    """Tell the form of a file by its ending and its columns."""
-    ending = path.suffix.lower()
-    if ending == ".txt":
+    """Return the form of a file, by its suffix and its columns."""
+    suffix = path.suffix.lower()
+    if suffix == ".txt":
         return "ablation"
-    if ending == ".toml":
+    if suffix == ".toml":
         return "table"
     head = [name.strip().lower() for name in next(csv.reader(text.splitlines()[:1]), [])]
-    if ending == ".csv" and {"prompt", "old", "new"} <= set(head):
+    if suffix == ".csv" and {"prompt", "old", "new"} <= set(head):
         return "road"
-    if ending == ".csv" and {"old", "new"} <= set(head):
+    if suffix == ".csv" and {"old", "new"} <= set(head):
         return "timed"
-    if ending == ".csv" and "prompt" in head:
+    if suffix == ".csv" and "prompt" in head:
         return "csv"
     raise ValueError(
-        f"cannot tell the form of {path.name!r}: give a .txt of prompts, a .csv with the column 'prompt' or the "
-        "columns 'old' and 'new', or a .toml table; or say it with `form`."
+        f"unknown form of {path.name!r}: give a .txt of prompts, a .csv with the column 'prompt' or the columns "
+        "'old' and 'new', or a .toml table; or pass `form`."
     )
 
 
-def _read(path: Path, text: str, form: str, erase: str, replace: str, kind: str) -> EvaluationSet:
+def _parse(path: Path, text: str, form: str, erase: str, replace: str, kind: str) -> EvaluationSet:
     if form == "ablation":
         prompts = [line.strip() for line in text.splitlines() if line.strip()]
-        return EvaluationSet(
-            path.name, form, erase, replace, tuple(_depicted(prompts, erase, replace, kind))
-        )
+        cases = tuple(_ablation_cases(prompts, erase, replace, kind))
+        return EvaluationSet(path.name, form, erase, replace, cases)
     if form == "table":
         try:
-            return _from_table(path.name, tomllib.loads(text), erase, replace)
+            return _fill_table(path.name, tomllib.loads(text), erase, replace)
         except (
             tomllib.TOMLDecodeError,
             LookupError,
@@ -205,72 +205,67 @@ def _read(path: Path, text: str, form: str, erase: str, replace: str, kind: str)
             ValueError,
         ) as error:
             raise ValueError(
-                f"{str(path)!r} is no table of cases ({error}): write `target`, `general` and `other` with lists of "
-                "words for their slots, as `overpaint/probes/evaluation.toml` does."
+                f"{str(path)!r} is not a table of cases ({error}): write `target`, `general` and `other` with lists "
+                "of words for their slots, as `overpaint/probes/evaluation.toml` does."
             ) from error
     rows = list(csv_rows(path, text))
     if form == "csv":
-        return EvaluationSet(
-            path.name, form, erase, replace, tuple(_listed(path, rows, erase, replace))
-        )
-    return _edited(path, rows, form, erase)
+        cases = tuple(_csv_cases(path, rows, erase, replace))
+        return EvaluationSet(path.name, form, erase, replace, cases)
+    return _select_edit(path, rows, form, erase)
 
 
-def _depicted(prompts: Iterable[str], erase: str, replace: str, kind: str) -> Iterable[Case]:
-    """Concept Ablation: who names the concept is a target, who does not a neighbour; judged by what is depicted."""
+def _ablation_cases(prompts: Iterable[str], erase: str, replace: str, kind: str) -> Iterable[Case]:
+    """Yield Concept Ablation's cases: a prompt that contains `erase` is a target, any other is an `other`."""
     end = " style" if kind == "style" else ""
     old, new = (f"A photo depicts {name}{end}" if name else "" for name in (erase, replace))
     for prompt in prompts:
-        if _names(prompt, erase):
+        if _contains(prompt, erase):
             yield Case(prompt, "target", old, new, erase)
         else:
             yield Case(prompt, "other", prompt, "")
 
 
-def _listed(
+def _csv_cases(
     path: Path, rows: Sequence[tuple[int, Mapping[str, str]]], erase: str, replace: str
 ) -> Iterable[Case]:
-    """ESD and UCE: a row a picture; a column may say what it is of."""
+    """Yield the cases of ESD and UCE: one picture a row; a column may state its concept."""
     for line, row in rows:
         prompt = row.get("prompt", "")
         if not prompt:
             raise ValueError(
-                f"{str(path)!r}, line {line}: the prompt is empty; write one, or take the line out."
+                f"{str(path)!r}, line {line}: the prompt is empty; write one, or remove the line."
             )
-        named = next((row[c] for c in _CONCEPT_COLUMNS if row.get(c)), "")
-        seed = row.get("evaluation_seed") or row.get("sd_seed") or ""
-        if seed and not re.fullmatch(r"[0-9]+(\.0)?", seed):
-            raise ValueError(
-                f"{str(path)!r}, line {line}: `evaluation_seed` {seed!r} is no whole number from 0 on; give one, "
-                "or none."
-            )
-        target = _names(named or prompt, erase)
-        swapped = _swapped(prompt, erase if target else named, replace)
-        number = int(seed.removesuffix(".0")) if seed else None
+        concept = next((row[c] for c in _CONCEPT_COLUMNS if row.get(c)), "")
+        try:
+            seed = parse_seed(row.get("evaluation_seed") or row.get("sd_seed") or "")
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r}, line {line}: {error}") from error
+        is_target = _contains(concept or prompt, erase)
         yield Case(
             prompt,
-            "target" if target else "other",
+            "target" if is_target else "other",
             prompt,
-            swapped,
-            named or (erase if target else ""),
-            number,
+            _replaced(prompt, erase if is_target else concept, replace),
+            concept or (erase if is_target else ""),
+            seed,
         )
 
 
-def _edited(
+def _select_edit(
     path: Path, rows: Sequence[tuple[int, Mapping[str, str]]], form: str, erase: str
 ) -> EvaluationSet:
-    """TIMED and RoAD: a row an edit; the row of `erase` is taken."""
-    target, general, other = _NAMES[form]
-    chosen = [row for _, row in rows if _same(row.get("old", ""), erase)]
-    chosen = chosen or [row for _, row in rows if _names(row.get("old", ""), erase)]
-    if len(chosen) != 1:
+    """Return the set of the one row of TIMED or RoAD that edits `erase`."""
+    target, general, other = _COLUMNS[form]
+    matches = [row for _, row in rows if _same(row.get("old", ""), erase)]
+    matches = matches or [row for _, row in rows if _contains(row.get("old", ""), erase)]
+    if len(matches) != 1:
         known = ", ".join(repr(row.get("old", "")) for _, row in rows[:12])
         raise ValueError(
-            f"{str(path)!r} holds {len(chosen)} edits of {erase!r}, not one: name it as in the column 'old', which "
+            f"{str(path)!r} holds {len(matches)} edits of {erase!r}, not one: name it as in the column 'old', which "
             f"holds {known or 'nothing'}."
         )
-    row = chosen[0]
+    row = matches[0]
     cases = [
         Case(row.get(target[0], ""), "target", row[target[1]], row.get(target[2], ""), row["old"])
     ]
@@ -284,58 +279,50 @@ def _edited(
     )
 
 
-def _from_table(name: str, table: Mapping[str, Any], erase: str, replace: str) -> EvaluationSet:
-    """Fill the templates of each role, every choice of the slots; for `other` the concept is each of `others`."""
+def _fill_table(name: str, table: Mapping[str, Any], erase: str, replace: str) -> EvaluationSet:
+    """Return the set of a table: each template with every combination of its slots.
+
+    The concept of a template is `erase`; for the role `other` it is each of `others` that is not related to `erase`.
+    """
     cases: list[Case] = []
+    slots: dict[str, list[str]] = dict(table.get("slots", {}))
     for role in ROLES:
-        slots = {key: values for key, values in table.get("slots", {}).items()}
-        concepts = (
-            [erase] if role != "other" else [o for o in table["others"] if not _related(o, erase)]
-        )
+        concepts: list[str] = [erase]
+        if role == "other":
+            concepts = [o for o in table["others"] if not _is_related(o, erase)]
         for template, concept in product(table.get(role, ()), concepts):
             used = {k: v for k, v in slots.items() if f"{{{k}}}" in template}
             for words in product(*used.values()):
-                text = _articles(
+                text = fill_articles(
                     template.format(concept=concept, **dict(zip(used, words, strict=True)))
                 )
-                cases.append(Case(text, role, text, _swapped(text, concept, replace), concept))
+                cases.append(Case(text, role, text, _replaced(text, concept, replace), concept))
     return EvaluationSet(name, "table", erase, replace, tuple(cases))
 
 
-def _swapped(prompt: str, concept: str, replace: str) -> str:
-    """Return the prompt with `replace` for `concept` and the article that goes with it; `""` if that is no news."""
+def _replaced(prompt: str, concept: str, replace: str) -> str:
+    """Return the prompt with `replace` for `concept` and the right article; `""` if that changes nothing."""
     if not replace or not concept or _same(concept, replace):
         return ""
 
-    def put(found: re.Match[str]) -> str:
-        if not found["article"]:
+    def substitute(match: re.Match[str]) -> str:
+        if not match["article"]:
             return replace
-        return _articles(f"{found['article'][0]}(n) {replace}")
+        return fill_articles(f"{match['article'][0]}(n) {replace}")
 
-    pattern = rf"(?:\b(?P<article>an?)\s+)?{_words(concept)}"
-    found, count = re.subn(pattern, put, prompt, flags=re.IGNORECASE)
-    return found if count else ""
-
-
-def _names(text: str, concept: str) -> bool:
-    return bool(concept) and re.search(_words(concept), text, flags=re.IGNORECASE) is not None
+    pattern = rf"(?:\b(?P<article>an?)\s+)?{word_pattern(concept)}"
+    text, count = re.subn(pattern, substitute, prompt, flags=re.IGNORECASE)
+    return text if count else ""
 
 
-def _related(first: str, second: str) -> bool:
-    """Tell whether either names the other, as `van gogh` and `vincent van gogh` do."""
-    return _names(first, second) or _names(second, first)
+def _contains(text: str, concept: str) -> bool:
+    return bool(concept) and re.search(word_pattern(concept), text, re.IGNORECASE) is not None
 
 
-def _words(concept: str) -> str:
-    """Return the pattern of `concept` as whole words."""
-    spaced = r"\s+".join(map(re.escape, concept.split()))
-    return rf"(?<!\w){spaced}(?!\w)"
+def _is_related(first: str, second: str) -> bool:
+    """Return whether one concept contains the other, as `vincent van gogh` contains `van gogh`."""
+    return _contains(first, second) or _contains(second, first)
 
 
 def _same(first: str, second: str) -> bool:
     return " ".join(first.lower().split()) == " ".join(second.lower().split())
-
-
-def _articles(text: str) -> str:
-    """Write `an` for `a(n)` before a vowel and `a` elsewhere."""
-    return re.sub(r"\ba\(n\)(?= [aeiou])", "an", text, flags=re.I).replace("a(n)", "a")

@@ -1,11 +1,10 @@
-"""Probe: a prompt, and the words in it that carry an attribute; the tables they are read from.
+"""Probe: a prompt and the words in it that carry an attribute; and the tables of probes in this package.
 
-A table (`<kind>.toml`) holds one section a vocabulary: `icons`, in the wording that the shipped model
-was trained on, and `natural`, for models of photographs. Each states its source and licence. The natural lists
-are our own, as large as those of arXiv:2310.13730 seem to be; its lists are not published.
+A table (`<kind>.toml`) holds one section for each vocabulary: `icons`, in the wording that the shipped model was
+trained on, and `natural`, for models of photographs. Each section states its source and licence. The natural lists
+were written for this package. They are about as large as those of arXiv:2310.13730, which are not published.
 """
 
-import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-__all__ = ["KINDS", "VOCABULARIES", "Probe", "fill", "load"]
+from overpaint.probes.text import fill_articles
+
+__all__ = ["KINDS", "VOCABULARIES", "Probe", "fill_table", "load"]
 
 KINDS = ("style", "object", "color", "action", "viewpoint", "fact", "count", "trademark")
 VOCABULARIES = ("icons", "natural")
@@ -22,17 +23,17 @@ _TABLES = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Probe:
-    """A question to a model.
+    """A prompt for tracing.
 
     Attributes:
-        id: Unique among probes; also seeds the noise that corrupts it.
+        id: Unique among probes; it also seeds the noise that corrupts the prompt.
         kind: The attribute: `"style"`, `"object"`, and so on.
         prompt: The whole caption.
         concept: The words of `prompt` that carry the attribute.
-        label: What a judge should see if the attribute is there; the concept if not said.
-        source: Where the prompt comes from.
+        label: Label that a classifier gives to a picture with the attribute; `concept` by default.
+        source: Origin of the prompt.
         licence: SPDX name of its licence.
-        seed: Start noise of its picture, where the prompt comes with one.
+        seed: Seed of the start noise, if the prompt comes with one.
     """
 
     id: str
@@ -62,7 +63,7 @@ def load(kind: str, *, vocabulary: str = "icons") -> tuple[Probe, ...]:
         vocabulary: `"icons"` for the model that ships with the package, `"natural"` for others.
 
     Raises:
-        ValueError: No such kind or vocabulary, or the vocabulary cannot say it.
+        ValueError: There is no such kind or vocabulary, or no such kind in this vocabulary.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind of probe {kind!r}: choose one of {', '.join(KINDS)}.")
@@ -75,18 +76,20 @@ def load(kind: str, *, vocabulary: str = "icons") -> tuple[Probe, ...]:
         raise ValueError(
             f"there are no {vocabulary!r} probes of kind {kind!r}: choose vocabulary {', '.join(tables)}."
         )
-    return fill(tables[vocabulary], kind, vocabulary)
+    return fill_table(tables[vocabulary], kind, vocabulary)
 
 
-def fill(table: dict[str, Any], kind: str, name: str) -> tuple[Probe, ...]:
-    """Return the probes of one section of a table, every choice of the slots, the last slot moving fastest.
+def fill_table(table: dict[str, Any], kind: str, name: str) -> tuple[Probe, ...]:
+    """Return the probes of one section of a table: each template with every combination of its slots.
+
+    The last slot changes fastest.
 
     Args:
         table: `source`, `licence` and `prompts`: templates with their concept, label, and lists of words for the slots.
         kind: The attribute.
-        name: What the probes' ids begin with.
+        name: Prefix of the probes' ids.
     """
-    filled = [probe for entry in table["prompts"] for probe in _fill(entry)]
+    filled = [probe for entry in table["prompts"] for probe in _fill_entry(entry)]
     return tuple(
         Probe(
             f"{name}-{kind}-{number:03d}",
@@ -101,17 +104,14 @@ def fill(table: dict[str, Any], kind: str, name: str) -> tuple[Probe, ...]:
     )
 
 
-def _fill(entry: dict[str, Any]) -> Iterator[dict[str, str]]:
-    slots = {name: values for name, values in entry.items() if isinstance(values, list)}
-    for chosen in product(*slots.values()):
-        words = dict(zip(slots, chosen, strict=True))
+def _fill_entry(entry: dict[str, Any]) -> Iterator[dict[str, str]]:
+    slots: dict[str, list[str]] = {
+        name: values for name, values in entry.items() if isinstance(values, list)
+    }
+    for combination in product(*slots.values()):
+        words = dict(zip(slots, combination, strict=True))
         yield {
-            "prompt": _articles(entry["template"].format(**words)),
+            "prompt": fill_articles(entry["template"].format(**words)),
             "concept": entry["concept"].format(**words),
             "label": entry.get("label", entry["concept"]).format(**words),
         }
-
-
-def _articles(text: str) -> str:
-    """Write `an` for `a(n)` before a vowel and `a` elsewhere."""
-    return re.sub(r"\ba\(n\)(?= [aeiou])", "an", text, flags=re.I).replace("a(n)", "a")
