@@ -104,7 +104,7 @@ def judged(
     """
     makers = methods(model, *questions.split_concepts(judge.labels))
     options: dict[str, Any] = {
-        "judge": judge, "size": plan.size, "steps": plan.steps, "seed": plan.seed, "gallery": 1,
+        "scorer": judge, "size": plan.size, "steps": plan.steps, "seed": plan.seed, "gallery": 1,
     }  # fmt: skip
     name = hashlib.sha256(f"{kind} {old} {new}".encode()).hexdigest()[:12]
     ours = {n: makers.pop(n)({old: new}) for n in (OURS, LAYER)}

@@ -52,7 +52,7 @@ def rows(
         for row in op.edit.auto(model, pair, repair=False, **options).report["scan"]
         if row["chosen"]
     )
-    found = evaluate.compare(model, changes, judge=judge, size=size, steps=steps, gallery=1).scores
+    found = evaluate.compare(model, changes, scorer=judge, size=size, steps=steps, gallery=1).scores
     told: list[dict[str, Any]] = []
     for weight, (name, change) in zip(weights, changes.items(), strict=True):
         score = found[name]

@@ -22,7 +22,7 @@ CASES = EvaluationSet(
 )  # fmt: skip
 
 
-class Eyes:
+class PatchScorer:
     """Features are eight patches of the picture, and of a text numbers made from its letters."""
 
     name = "eight patches"
@@ -56,7 +56,7 @@ def swap(tiny_sd1):
 @pytest.fixture(scope="module")
 def found(tiny_sd1, swap):
     return evaluate.measure(
-        tiny_sd1, swap, CASES, eyes=Eyes(), only=evaluate.METRICS, repeats=2, steps=2, batch_size=3
+        tiny_sd1, swap, CASES, scorer=PatchScorer(), only=evaluate.METRICS, repeats=2, steps=2, batch_size=3
     )
 
 
@@ -74,20 +74,20 @@ def drawn(tiny_sd1, swap):
 
 def test_scores_are_those_of_the_same_pictures_scored_by_hand(found, drawn):
     prompts, before, after, _ = drawn
-    eyes = Eyes()
-    said = eyes.text_features(prompts)
+    scorer = PatchScorer()
+    said = scorer.text_features(prompts)
     for name, images in (("before", before), ("after", after)):
-        cosine = metrics.clip_score(eyes.image_features(images), said)
+        cosine = metrics.clip_score(scorer.image_features(images), said)
         row = getattr(found.row("target", "clip_cosine"), name)
         assert row.mean == pytest.approx(cosine.mean().item(), abs=1e-5)
         assert row.n == 4
-        texts = eyes.text_features([CASES.cases[0].old]), eyes.text_features([CASES.cases[0].new])
+        texts = scorer.text_features([CASES.cases[0].old]), scorer.text_features([CASES.cases[0].new])
         near = metrics.clip_accuracy(
-            eyes.image_features(images[:2]), *(t.expand(2, -1) for t in texts)
+            scorer.image_features(images[:2]), *(t.expand(2, -1) for t in texts)
         )
         accuracy = getattr(found.row("target", "clip_accuracy"), name)
         assert (accuracy.mean, accuracy.n) == (near.float().mean().item(), 2)
-        judged = eyes.classify(images, "style").argmax(1) == 1
+        judged = scorer.classify(images, "style").argmax(1) == 1
         assert getattr(found.row("target", "judge_accuracy"), name).mean == judged.float().mean()
     row = found.row("target", "clip_cosine")
     assert row.change.mean == pytest.approx(row.after.mean - row.before.mean, abs=1e-6)
@@ -102,11 +102,11 @@ def test_distances_are_those_of_the_same_pictures(found, drawn):
     assert found.row("target", "ssim").after.mean == pytest.approx(
         metrics.ssim(before, after).mean().item(), abs=1e-4
     )
-    layers = (Eyes().layers(x) for x in (before, after))
+    layers = (PatchScorer().layers(x) for x in (before, after))
     assert found.row("target", "perceptual").after.mean == pytest.approx(
         metrics.perceptual(*layers).mean().item(), abs=1e-5
     )
-    features = [8**0.5 * Eyes().image_features(x) for x in (before, after, again)]
+    features = [8**0.5 * PatchScorer().image_features(x) for x in (before, after, again)]
     row = found.row("target", "kid")
     for name, one in (("before", features[0]), ("after", features[1])):
         expected = metrics.kid(one, features[2], groups=(prompts, prompts))
@@ -118,7 +118,7 @@ def test_distances_are_those_of_the_same_pictures(found, drawn):
 
 
 def test_no_edit_moves_nothing(tiny_sd1, swap):
-    same = evaluate.measure(tiny_sd1, 0 * swap, CASES, eyes=Eyes(), only=evaluate.METRICS, steps=2)
+    same = evaluate.measure(tiny_sd1, 0 * swap, CASES, scorer=PatchScorer(), only=evaluate.METRICS, steps=2)
     for row in same.rows:
         if row.change.n:
             assert row.change.mean == 0
@@ -144,7 +144,7 @@ def test_a_metric_counts_only_the_cases_that_it_can_tell(found, swap):
 def test_a_role_of_one_prompt_has_no_kernel_distance_however_often_it_is_drawn(tiny_sd1, swap):
     one = EvaluationSet("one", "timed", "blob style", "noto style", CASES.cases[:1])
     options = {"only": ["kid", "kid_p", "fid"], "repeats": 2, "steps": 1}
-    found = evaluate.measure(tiny_sd1, swap, one, eyes=Eyes(), **options)
+    found = evaluate.measure(tiny_sd1, swap, one, scorer=PatchScorer(), **options)
     counted = {row.metric: (row.before.n, row.after.n) for row in found.rows}
     assert counted == {"kid": (0, 0), "kid_p": (0, 0), "fid": (2, 2)}
 
@@ -172,7 +172,7 @@ def test_measures_are_written_as_json_without_nan(found, tmp_path):
 
 def test_progress_counts_every_picture_of_the_runs_that_are_needed(tiny_sd1, swap):
     told = []
-    options = {"eyes": Eyes(), "steps": 1, "batch_size": 3}
+    options = {"scorer": PatchScorer(), "steps": 1, "batch_size": 3}
     evaluate.measure(
         tiny_sd1, swap, CASES, only=["psnr"], on_progress=lambda *at: told.append(at), **options
     )
@@ -180,20 +180,20 @@ def test_progress_counts_every_picture_of_the_runs_that_are_needed(tiny_sd1, swa
 
 
 def test_bad_input_is_named(tiny_sd1, swap, found):
-    class Clip(Eyes):
+    class Clip(PatchScorer):
         labels = None
         size = 512
 
     def run(**options):
-        return evaluate.measure(tiny_sd1, swap, CASES, steps=1, **{"eyes": Eyes(), **options})
+        return evaluate.measure(tiny_sd1, swap, CASES, steps=1, **{"scorer": PatchScorer(), **options})
 
     with pytest.raises(ValueError, match="unknown metric 'lpips': choose one of clip_cosine"):
         run(only=["lpips"])
-    with pytest.raises(ValueError, match="is a CLIP without labels, so it cannot tell"):
-        run(only=["judge_accuracy"], eyes=Clip())
-    with pytest.raises(ValueError, match=r"reads pictures of 512x512 pixels, .*name a CLIP"):
-        run(eyes=Clip())
-    with pytest.raises(ValueError, match="`repeats` must be at least 1, got 0: say how many"):
+    with pytest.raises(ValueError, match="is a CLIP without labels, which `judge_accuracy` needs"):
+        run(only=["judge_accuracy"], scorer=Clip())
+    with pytest.raises(ValueError, match=r"reads pictures of 512x512 pixels, .*for example a CLIP"):
+        run(scorer=Clip())
+    with pytest.raises(ValueError, match="`repeats` must be at least 1, got 0: it is the number of"):
         run(repeats=0)
-    with pytest.raises(ValueError, match="'kid' of 'general' was not measured: there are target "):
+    with pytest.raises(ValueError, match="'kid' of 'general' was not measured: choose one of target "):
         found.row("general", "kid")

@@ -1,20 +1,16 @@
-"""What did the change do? Judged by labels on questions of ours, or measured on an evaluation set of anyone's."""
+"""Measure a change: by recognised labels, by metrics on an evaluation set, or by a search for prompts that undo it."""
 
-from overpaint.evaluate.metrics_on_sets import METRICS, Eyes, check_eyes, measure
-from overpaint.evaluate.recognition import Classifier, compare, score
-from overpaint.evaluate.results import Comparison, Paired, Scores
-from overpaint.evaluate.set_results import Measure, Measures
+from overpaint.evaluate.metrics_on_sets import METRICS, measure
+from overpaint.evaluate.recognition import compare, score
+from overpaint.evaluate.results import Comparison, Measure, Measures, Paired, Scores
 
 __all__ = [
     "METRICS",
-    "Classifier",
     "Comparison",
-    "Eyes",
     "Measure",
     "Measures",
     "Paired",
     "Scores",
-    "check_eyes",
     "compare",
     "measure",
     "score",

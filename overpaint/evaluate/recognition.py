@@ -1,79 +1,46 @@
-"""What did the change do? Efficacy, redirection, generality and specificity, before and after.
+"""Efficacy, redirection, generality and specificity of changes, by the labels that a classifier recognises.
 
-A judge that had no part in making the model looks at pictures of the same prompts and seeds before and after:
+The model draws the same prompts and seeds before and after each change, and a classifier that was not used to train the
+model labels the pictures:
 
-efficacy       share of pictures still recognised as the erased concept: should fall to nothing
-redirection    share recognised as what should stand in its place: should rise
-generality     efficacy on wordings that nothing was fitted to, and on held-out pairs: should fall too
+efficacy       share of pictures still recognised as the erased concept; should fall to 0
+redirection    share recognised as the replacement; should rise
+generality     efficacy on wordings that no edit was fitted to, and on held-out pairs; should fall too
 specificity    share of pictures whose other labels are recognised: other concepts of the kind, objects, colors
 
-Each is a share of top-1 verdicts with a 95 % bootstrap interval over scenes (one object and start noise, drawn in
-several styles); the change is taken picture by picture. The relative movement of the empty prompt's features, the half
-of guidance that every picture shares, is reported beside them.
+Each is a share of top-1 labels with a 95 % bootstrap interval over scenes (one object and start noise, drawn in several
+styles); the change is the mean difference per picture. The relative movement of the empty prompt's features, which
+enter the guidance of every picture, is reported beside them.
 """
 
 import dataclasses
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from overpaint import metrics
 from overpaint.edit import Change
 from overpaint.edit.weights import fingerprint
 from overpaint.evaluate.metrics_on_sets import empty_drift
-from overpaint.evaluate.results import Comparison, Paired, Scores
-from overpaint.images.pictures import is_blank
-from overpaint.metrics import Interval
+from overpaint.evaluate.results import Comparison, Scores
+from overpaint.evaluate.shares import Labels, Tally
+from overpaint.images.pictures import blank
 from overpaint.model import TextToImage
-from overpaint.probes import questions
-from overpaint.probes.questions import Question
-from overpaint.scorers import judge as features
+from overpaint.model.sampling import Progress
+from overpaint.probes.questions import Question, parse_concept
+from overpaint.probes.questions import build as build_questions
+from overpaint.scorers import judge
+from overpaint.scorers.protocols import Classifier, check_size, scorer_name
 
-__all__ = ["Classifier", "compare", "score"]
-
-Progress = Callable[[int, int, str], None]  # pictures made, pictures in all, the method at work
-
-
-class Classifier(Protocol):
-    """What an evaluation needs of a judge."""
-
-    @property
-    def labels(self) -> Mapping[str, Sequence[str]]:
-        """What it can say, by kind: `style`, `object`, `color`."""
-        ...
-
-    def classify(self, images: Tensor, kind: str) -> Tensor:
-        """Return the probability of each of `labels[kind]`, shape (B, K), for `images` (B, 3, H, W) in [0, 1]."""
-        ...
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What became of the questions in one run."""
-
-    verdicts: Mapping[str, Sequence[str]]  # what the judge said, by kind
-    pictures: Mapping[int, Tensor]  # those kept, by question
-    blank: Sequence[bool]  # whether a picture was of one color
-    read: Mapping[str, str]  # the hash of each prompt's text features; none where the UNet moved
-    reused: int  # pictures that are those of the unedited model, and were not drawn again
-
-    def counts(self) -> dict[str, int]:
-        """Return what the protocol counts of a run."""
-        return {"blank_pictures": sum(self.blank), "reused_pictures": self.reused}
-
-    def kept(self) -> Tensor:
-        """Return the pictures kept, uint8, shape (N, 3, H, W), in the order of the questions."""
-        stacked = [self.pictures[i] for i in sorted(self.pictures)]
-        return torch.stack(stacked) if stacked else torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
+__all__ = ["compare", "score"]
 
 
 def score(model: TextToImage, change: Change, **options: Any) -> Scores:
-    """Return what `change` does to `model`; options as in `compare`."""
+    """Return the scores of `change` on `model`; options as in `compare`."""
     return compare(model, {"change": change}, **options).scores["change"]
 
 
@@ -83,8 +50,7 @@ def compare(
     *,
     erase: str | None = None,
     replace: str | None = None,
-    judge: Classifier | None = None,
-    held_out: Collection[tuple[str, str]] | None = None,
+    scorer: Classifier | None = None,
     size: int = 40,
     steps: int = 16,
     guidance_scale: float | None = None,
@@ -93,77 +59,107 @@ def compare(
     gallery: int = 4,
     on_progress: Progress | None = None,
 ) -> Comparison:
-    """Judge several changes on the same questions; the pictures before are made once.
+    """Return the scores of several changes on the same questions; the unedited pictures are drawn once.
 
     Args:
-        model: The model; left as it was found.
-        changes: By name; `None` stands for no edit.
-        erase: The concept that was edited, as in a prompt; by default what the first change says.
-        replace: What should stand in its place; likewise.
-        judge: Names what it sees; by default `features.load()`.
-        held_out: (object, style) pairs that training never showed; those of `model` if `None`.
+        model: The model, which is left unchanged. Its `held_out` pairs make questions of their own.
+        changes: Changes by name; `None` stands for no edit.
+        erase: The edited concept, as in a prompt; by default the first concept of the first change.
+        replace: Its replacement; by default that of the first change.
+        scorer: Classifier of the pictures; by default the judge `icons-judge`.
         size: Questions for each concept, see `questions.build`.
         steps: Denoising steps of each picture.
-        guidance_scale: By default the model's own.
-        seed: Of the questions, and from it on one latent seed a question.
-        batch_size: Pictures made at once.
-        gallery: Scenes whose pictures are kept, each in every concept of the kind.
-        on_progress: Told after each batch how many pictures are made, of how many, and for which method.
+        guidance_scale: Weight of the prompt; the model's own if `None`.
+        seed: Seed of the questions; the latent seeds of the scenes count up from it.
+        batch_size: Pictures drawn at once.
+        gallery: Scenes whose pictures are returned, each in every concept of the kind.
+        on_progress: Called after each batch with (pictures done, total, name of the method).
 
     Raises:
-        ValueError: No change is given, the judge does not know the erased concept, or reads pictures of another size.
+        ValueError: `changes` is empty, or `scorer` has no label of `erase` or reads pictures of another size.
     """
     began = time.perf_counter()
-    judge = features.load() if judge is None else judge
-    old, new = _concepts(changes, erase, replace)
-    kind, erased = questions.parse_concept(old, judge.labels)
-    replaced = _known(new, judge, kind)
-    _check_size(model, judge)
-    composed = model.held_out if held_out is None else held_out
-    asked = questions.build(
-        kind, erased, labels=judge.labels, held_out=composed, size=size, seed=seed
+    scorer = judge.load() if scorer is None else scorer
+    concept, target = _concepts(changes, erase, replace)
+    kind, label = parse_concept(concept, scorer.labels)
+    check_size(scorer, model)
+    questions = build_questions(
+        kind, label, labels=scorer.labels, held_out=model.held_out, size=size, seed=seed
     )
-    kept = [i for i, q in enumerate(asked) if q.role in ("target", "other")]
-    kept = [i for i in kept if asked[i].seed < seed + gallery]
-    pending = {name: change for name, change in changes.items() if change is not None}
-    work = _Work(model, judge, asked, kept, steps, guidance_scale, batch_size, on_progress)
-    total = len(asked) * (1 + len(pending))
-    before = work.run(None, "no edit", done=0, total=total)
-    runs = {name: dataclasses.replace(before, reused=len(asked)) for name in changes}
-    for i, (name, change) in enumerate(pending.items(), start=1):
-        runs[name] = work.run(change, name, done=i * len(asked), total=total, before=before)
+    shown = [
+        i
+        for i, q in enumerate(questions)
+        if q.role in ("target", "other") and q.seed < seed + gallery
+    ]
+    runner = _Runner(
+        model, scorer, questions, shown, steps, guidance_scale, batch_size, on_progress
+    )
+    before, runs = runner.run_all(changes)
     protocol = {
-        "size": size, "questions": len(asked), "steps": steps, "guidance_scale": guidance_scale,
-        "seed": seed, "judge": getattr(judge, "name", type(judge).__name__), "model": model.name,
+        "size": size, "questions": len(questions), "steps": steps, "guidance_scale": guidance_scale,
+        "seed": seed, "judge": scorer_name(scorer), "model": model.name,
         "interval": "95 % percentile bootstrap over scenes, 2000 resamples",
         "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip
-    tally = _Tally(asked, before.verdicts, kind, erased, replaced)
+    tally = Tally(questions, before.labels, kind, label, _label(target, scorer, kind))
     scores = {
         name: tally.scores(
             name,
-            run.verdicts,
+            run.labels,
             drift=empty_drift(model, changes[name]),
             protocol={**protocol, **_digest(changes[name]), **run.counts()},
         )
         for name, run in runs.items()
     }
-    pictures = {"before": before.kept(), **{name: run.kept() for name, run in runs.items()}}
-    return Comparison(scores, tally.baseline(), tuple(asked[i] for i in kept), pictures)
+    pictures = {"before": before.gallery(), **{name: run.gallery() for name, run in runs.items()}}
+    return Comparison(scores, tally.baseline(), tuple(questions[i] for i in shown), pictures)
 
 
 @dataclass(frozen=True)
-class _Work:
-    """Makes and judges the pictures of one method after another."""
+class _Run:
+    """Labels and pictures of the questions under one method."""
+
+    labels: Labels
+    pictures: Mapping[int, Tensor]  # those of the gallery, by index of the question
+    blank: Sequence[bool]  # whether a picture has one color
+    digests: Mapping[str, str]  # of each prompt's text features; empty if the UNet changed
+    reused: (
+        int  # number of pictures that equal those of the unedited model and were not drawn again
+    )
+
+    def counts(self) -> dict[str, int]:
+        """Return the counts that go into the protocol."""
+        return {"blank_pictures": sum(self.blank), "reused_pictures": self.reused}
+
+    def gallery(self) -> Tensor:
+        """Return the pictures of the gallery, uint8, shape (N, 3, H, W), in the order of the questions."""
+        stacked = [self.pictures[i] for i in sorted(self.pictures)]
+        return torch.stack(stacked) if stacked else torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """Draws the pictures of the questions and labels them."""
 
     model: TextToImage
-    judge: Classifier
-    asked: Sequence[Question]
-    kept: Collection[int]
+    scorer: Classifier
+    questions: Sequence[Question]
+    shown: Collection[int]  # indices of the questions whose pictures are kept in memory
     steps: int
     guidance_scale: float | None
     batch_size: int
     on_progress: Progress | None
+
+    def run_all(self, changes: Mapping[str, Change | None]) -> tuple[_Run, dict[str, _Run]]:
+        """Return the run of the unedited model, and the run of each change by name."""
+        count = len(self.questions)
+        edits = {name: change for name, change in changes.items() if change is not None}
+        total = count * (1 + len(edits))
+        before = self.run(None, "no edit", done=0, total=total)
+        runs = {name: dataclasses.replace(before, reused=count) for name in changes}
+        for i, (name, change) in enumerate(edits.items(), start=1):
+            runs[name] = self.run(change, name, done=i * count, total=total, before=before)
+        return before, runs
 
     def run(
         self,
@@ -174,191 +170,97 @@ class _Work:
         total: int,
         before: _Run | None = None,
     ) -> _Run:
-        """Return what becomes of the questions under `change`.
+        """Return labels and pictures of the questions under `change`.
 
-        A prompt whose text features, and those of the empty prompt, are bit for bit what they were `before` has the
-        picture it had, unless the UNet moved: it is not drawn again.
+        If the change moves text encoders only, a prompt is not drawn again when its text features and those of the
+        empty prompt are bit for bit as in `before`: its picture is then the same.
         """
-        start = self._nothing() if before is None else before
-        verdicts = {kind: list(said) for kind, said in start.verdicts.items()}
-        plain, pictures = list(start.blank), dict(start.pictures)
+        start = self._empty_run() if before is None else before
+        labels = {kind: list(names) for kind, names in start.labels.items()}
+        is_blank, pictures = list(start.blank), dict(start.pictures)
         with change.applied(self.model) if change is not None else nullcontext():
-            read = self._read() if _is_textual(change) else {}
-            still = {prompt for prompt, _ in read.items() & start.read.items()}
-            left = [i for i, q in enumerate(self.asked) if not {"", q.prompt} <= still]
-            reused = len(self.asked) - len(left)
+            digests = self._digests() if _moves_text_only(change) else {}
+            unchanged = {prompt for prompt, _ in digests.items() & start.digests.items()}
+            rows = [i for i, q in enumerate(self.questions) if not {"", q.prompt} <= unchanged]
+            reused = len(self.questions) - len(rows)
             done += reused
             if reused:
-                self._tell(done, total, name)
-            for batch, said, images in self._judged(left):
-                for kind, labels in said.items():
-                    for i, label in zip(batch, labels, strict=True):
-                        verdicts[kind][i] = label
-                for i, one, image in zip(batch, is_blank(images).tolist(), images, strict=True):
-                    plain[i] = bool(one)
-                    if i in self.kept:
+                self._report(done, total, name)
+            for batch, batch_labels, images in self._labelled(rows):
+                for kind, names in batch_labels.items():
+                    for i, label in zip(batch, names, strict=True):
+                        labels[kind][i] = label
+                for i, one_color, image in zip(batch, blank(images).tolist(), images, strict=True):
+                    is_blank[i] = bool(one_color)
+                    if i in self.shown:
                         pictures[i] = (image * 255).round().to(torch.uint8)
                 done += len(batch)
-                self._tell(done, total, name)
-        return _Run(verdicts, pictures, plain, read, reused)
+                self._report(done, total, name)
+        return _Run(labels, pictures, is_blank, digests, reused)
 
-    def _nothing(self) -> _Run:
-        """Return a run in which nothing was drawn, read or said."""
-        count = len(self.asked)
-        return _Run({k: [""] * count for k in self.judge.labels}, {}, [False] * count, {}, 0)
+    def _empty_run(self) -> _Run:
+        """Return a run without pictures."""
+        count = len(self.questions)
+        return _Run({k: [""] * count for k in self.scorer.labels}, {}, [False] * count, {}, 0)
 
-    def _judged(
-        self, rows: Sequence[int]
-    ) -> Iterator[tuple[Sequence[int], Mapping[str, Sequence[str]], Tensor]]:
-        """Yield batches of questions: which, what the judge says of their pictures by kind, and those (B, 3, H, W)."""
+    def _labelled(self, rows: Sequence[int]) -> Iterator[tuple[Sequence[int], Labels, Tensor]]:
+        """Yield batches: indices of the questions, labels by kind, and pictures (B, 3, H, W)."""
+        known = self.scorer.labels
         for start in range(0, len(rows), self.batch_size):
             batch = rows[start : start + self.batch_size]
-            images = self._images([self.asked[i] for i in batch])
-            best = {k: self.judge.classify(images, k).argmax(1).tolist() for k in self.judge.labels}
-            said = {k: [self.judge.labels[k][int(n)] for n in found] for k, found in best.items()}
-            yield batch, said, images
+            images = self._draw([self.questions[i] for i in batch])
+            best = {k: self.scorer.classify(images, k).argmax(1).tolist() for k in known}
+            labels = {k: [known[k][int(n)] for n in indices] for k, indices in best.items()}
+            yield batch, labels, images
 
-    def _tell(self, done: int, total: int, name: str) -> None:
+    def _report(self, done: int, total: int, name: str) -> None:
         if self.on_progress is not None:
             self.on_progress(done, total, name)
 
-    def _read(self) -> dict[str, str]:
-        """Return the hash of each prompt's text features, and of the empty prompt's."""
-        found: dict[str, str] = {}
-        distinct = list(dict.fromkeys(["", *(q.prompt for q in self.asked)]))
+    def _digests(self) -> dict[str, str]:
+        """Return the digest of the text features of each prompt and of the empty prompt."""
+        digests: dict[str, str] = {}
+        distinct = list(dict.fromkeys(["", *(q.prompt for q in self.questions)]))
         for start in range(0, len(distinct), self.batch_size):
             batch = distinct[start : start + self.batch_size]
             rows = self.model.encode(batch)
-            found |= {p: fingerprint(row) for p, row in zip(batch, rows, strict=True)}
-        return found
+            digests |= {p: fingerprint(row) for p, row in zip(batch, rows, strict=True)}
+        return digests
 
-    def _images(self, batch: Sequence[Question]) -> Tensor:
-        made = self.model.generate(
+    def _draw(self, batch: Sequence[Question]) -> Tensor:
+        pictures = self.model.generate(
             [q.prompt for q in batch],
             seed=[q.seed for q in batch],
             steps=self.steps,
             guidance_scale=self.guidance_scale,
             batch_size=self.batch_size,
         )
-        return made.images.float().cpu()
+        return pictures.images.float().cpu()
 
 
-def _is_textual(change: Change | None) -> bool:
-    """Whether nothing moves but text encoders, if anything does."""
+def _moves_text_only(change: Change | None) -> bool:
+    """Return whether the change moves nothing but text encoders."""
     return change is None or all(site.startswith("text") for site in change.sites)
 
 
-@dataclass(frozen=True)
-class _Tally:
-    """Turns verdicts into shares."""
-
-    asked: Sequence[Question]
-    before: Mapping[str, Sequence[str]]
-    kind: str
-    erased: str
-    replaced: str
-
-    def scores(
-        self,
-        name: str,
-        after: Mapping[str, Sequence[str]],
-        *,
-        drift: float,
-        protocol: Mapping[str, Any],
-    ) -> Scores:
-        kind, rest = self.kind, ("other", "other held out")
-        others = dict.fromkeys(q.label(kind) for q in self.asked if q.role == "other")
-        kept = {
-            k: self._right(after, k, rest if k == kind else (*rest, "plain")) for k in self.before
-        }
-        return Scores(
-            name, kind, self.erased, self.replaced,
-            efficacy=self._seen_as(after, self.erased, ("target",)),
-            redirection=self._seen_as(after, self.replaced, ("target",)),
-            generality={
-                "unseen wordings": self._seen_as(after, self.erased, ("unseen",)),
-                "held-out pairs": self._seen_as(after, self.erased, ("held out",)),
-            },
-            others={o: self._right(after, kind, rest, only=o) for o in others},
-            specificity=kept,
-            empty_drift=drift,
-            protocol=protocol,
-        )  # fmt: skip
-
-    def baseline(self) -> dict[str, Interval]:
-        """Return how often the unedited pictures are recognised, for trained and for held-out pairs."""
-        trained, composed = ("target", "other", "plain"), ("held out", "other held out")
-        found = {k: self._right(self.before, k, trained).before for k in self.before}
-        return found | {
-            f"{k} held out": self._right(self.before, k, composed).before for k in self.before
-        }
-
-    def _seen_as(
-        self, after: Mapping[str, Sequence[str]], label: str, roles: Collection[str]
-    ) -> Paired:
-        """Share of the pictures with `roles` that are seen as `label`; of none if the judge knows no such label."""
-        rows = [i for i, q in enumerate(self.asked) if q.role in roles and label]
-        return self._pair(
-            rows,
-            [self.before[self.kind][i] == label for i in rows],
-            [after[self.kind][i] == label for i in rows],
-        )
-
-    def _right(
-        self,
-        after: Mapping[str, Sequence[str]],
-        kind: str,
-        roles: Collection[str],
-        *,
-        only: str = "",
-    ) -> Paired:
-        """Share of the pictures with `roles` whose prompt names a `kind` that is seen as named."""
-        said = [q.label(kind) for q in self.asked]
-        rows = [i for i, q in enumerate(self.asked) if q.role in roles and said[i]]
-        rows = [i for i in rows if not only or said[i] == only]
-        return self._pair(
-            rows,
-            [self.before[kind][i] == said[i] for i in rows],
-            [after[kind][i] == said[i] for i in rows],
-        )
-
-    def _pair(self, rows: Sequence[int], before: Sequence[bool], after: Sequence[bool]) -> Paired:
-        """Return shares whose intervals draw scenes: one scene and seed in several styles is one draw."""
-        scenes = [self.asked[i].seed for i in rows]
-        return Paired(
-            metrics.bootstrap(before, groups=scenes),
-            metrics.bootstrap(after, groups=scenes),
-            metrics.paired(before, after, groups=scenes),
-        )
-
-
 def _digest(change: Change | None) -> dict[str, str]:
-    """Return what tells a change from any other, for its protocol."""
+    """Return the protocol's entry that identifies the change."""
     return {} if change is None else {"change_digest": change.digest}
 
 
-def _check_size(model: TextToImage, judge: Classifier) -> None:
-    wanted = getattr(judge, "size", None)
-    if wanted is not None and model.size != (wanted, wanted):
-        raise ValueError(
-            f"{getattr(judge, 'name', 'the judge')} reads pictures of {wanted}x{wanted} pixels, {model.name} draws "
-            f"{model.size[1]}x{model.size[0]}: pass a judge for this size as `judge`."
-        )
-
-
-def _known(concept: str, judge: Classifier, kind: str) -> str:
-    """Return the judge's label of `concept` in `kind`, or `""`."""
+def _label(concept: str, scorer: Classifier, kind: str) -> str:
+    """Return the scorer's label of `concept` in `kind`; `""` if there is none."""
     try:
-        found, label = questions.parse_concept(concept, judge.labels)
+        label_kind, label = parse_concept(concept, scorer.labels)
     except ValueError:
         return ""
-    return label if found == kind else ""
+    return label if label_kind == kind else ""
 
 
 def _concepts(
     changes: Mapping[str, Change | None], erase: str | None, replace: str | None
 ) -> tuple[str, str]:
-    """Return what was edited to what: as told, else the first pair of the first change."""
+    """Return the edited concept and its replacement: the arguments, else the first pair of the first change."""
     if not changes:
         raise ValueError(
             "`changes` is empty: give at least one change by name, `None` for no edit."

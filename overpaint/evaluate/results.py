@@ -1,12 +1,11 @@
-"""Scores and comparisons: what an evaluation found, and how it is kept.
+"""Results of evaluations as dataclasses, and their files.
 
-A `Comparison` is a folder: `comparison.json`, readable by anything, and `gallery.safetensors` with the pictures of a
-few scenes under every method, uint8.
+A `Comparison` is saved as a folder: `comparison.json`, and `gallery.safetensors` with the pictures of a few scenes
+under every method, uint8. `Measures` are saved as `measures.json`. A missing number is null in JSON.
 """
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,15 +15,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from overpaint.files import atomic, write_json
 from overpaint.metrics import Interval
 from overpaint.probes.questions import Question
 
-__all__ = ["Comparison", "Paired", "Scores", "flipped", "interval", "save_json"]
+__all__ = ["Comparison", "Measure", "Measures", "Paired", "Scores", "complement", "parse_interval"]
 
 
 @dataclass(frozen=True)
 class Paired:
-    """A share before and after, and the change picture by picture."""
+    """A share before and after an edit, and the mean change per picture."""
 
     before: Interval
     after: Interval
@@ -32,26 +32,26 @@ class Paired:
 
     @property
     def drop(self) -> float:
-        """How much was lost: positive when `after` is lower."""
+        """The loss: positive when `after` is lower."""
         return 0.0 - self.change.mean
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What one change did.
+    """Scores of one change.
 
     Attributes:
-        name: Of the method.
-        kind: Of the concept: `"style"`, `"object"` or `"color"`.
-        erase: The judge's label of the concept to erase.
-        replace: Of what should stand in its place; `""` if the judge knows none.
+        name: Name of the method.
+        kind: Kind of the concept: `"style"`, `"object"` or `"color"`.
+        erase: The scorer's label of the concept to erase.
+        replace: The scorer's label of the replacement; `""` if it has none.
         efficacy: Target pictures recognised as `erase`.
         redirection: Target pictures recognised as `replace`.
-        generality: As efficacy, on `"unseen wordings"` and `"held-out pairs"`.
+        generality: As `efficacy`, on `"unseen wordings"` and `"held-out pairs"`.
         others: Pictures of each other concept of the kind, recognised as that concept.
-        specificity: Pictures not about the target, by kind of label: recognised as their prompts say.
-        empty_drift: Relative movement of the empty prompt's features.
-        protocol: What the figures were measured with.
+        specificity: Pictures without the target concept, by kind of label: recognised as the label in their prompt.
+        empty_drift: Relative movement of the text features of the empty prompt.
+        protocol: Settings of the measurement.
     """
 
     name: str
@@ -67,24 +67,24 @@ class Scores:
     protocol: Mapping[str, Any] = field(default_factory=dict)
 
     def aliases(self) -> dict[str, Interval]:
-        """Return the same shares under the names of UnlearnCanvas and EasyEdit, with their intervals.
+        """Return the shares under the names of UnlearnCanvas and EasyEdit, with their intervals.
 
         `UA` (unlearning accuracy): target pictures not recognised as the concept. `IRA` and `CRA` (in-domain and
-        cross-domain retain accuracy): other pictures recognised for what they name, of the concept's own kind and of
-        the other (objects for a style, styles for all else). `reliability` is UA, `generality` the same in unseen
-        wordings, `locality` is IRA.
+        cross-domain retain accuracy): other pictures recognised as the label in their prompt, of the same kind as the
+        concept and of another kind (objects for a style, styles for all other kinds). `reliability` is UA,
+        `generality` is UA on unseen wordings, `locality` is IRA.
 
         Source: Zhang et al., 2024 (UnlearnCanvas), https://arxiv.org/abs/2402.11846; Wang et al., 2023 (EasyEdit),
-        https://arxiv.org/abs/2308.07269. Deviations: EasyEdit's locality asks for the same answer as before the edit,
-        this one for the right answer.
+        https://arxiv.org/abs/2308.07269. Deviations: the locality of EasyEdit counts answers that equal those
+        before the edit; this one counts correct answers.
         """
         across = "object" if self.kind == "style" else "style"
-        unlearned, kept = flipped(self.efficacy.after), self.specificity[self.kind].after
-        found = {"UA": unlearned, "IRA": kept}
+        unlearned, retained = complement(self.efficacy.after), self.specificity[self.kind].after
+        shares = {"UA": unlearned, "IRA": retained}
         if across in self.specificity:
-            found["CRA"] = self.specificity[across].after
-        wordings = flipped(self.generality["unseen wordings"].after)
-        return found | {"reliability": unlearned, "generality": wordings, "locality": kept}
+            shares["CRA"] = self.specificity[across].after
+        wordings = complement(self.generality["unseen wordings"].after)
+        return shares | {"reliability": unlearned, "generality": wordings, "locality": retained}
 
     def flat(self) -> dict[str, float]:
         """Return the means under flat names: `target_before`, `target_after`, `others_drop`, ..."""
@@ -103,21 +103,21 @@ class Scores:
         }
 
 
-def flipped(share: Interval) -> Interval:
-    """Return the share of the others: one less the share, its bounds changing places."""
+def complement(share: Interval) -> Interval:
+    """Return one minus the share, with its bounds exchanged."""
     return Interval(1 - share.mean, 1 - share.high, 1 - share.low, share.n)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several methods judged on the same prompts, seeds and pictures before.
+    """Scores of several methods on the same prompts and seeds.
 
     Attributes:
-        scores: By method, in the order asked.
-        baseline: How often the judge recognises the unedited model's pictures, by `"object"`, `"style"`, `"color"`,
-            and the same with `" held out"` for pairs that training never showed.
-        questions: Questions whose pictures were kept, Q of them.
-        pictures: Their pictures by method and as `"before"`, uint8, shape (Q, 3, H, W).
+        scores: Scores by method, in the order of the arguments.
+        baseline: Share of the unedited model's pictures that the scorer recognises, by `"object"`, `"style"`,
+            `"color"`, and the same with `" held out"` for pairs that were not in the training data.
+        questions: The Q questions whose pictures are saved.
+        pictures: Their pictures by method, and `"before"`, uint8, shape (Q, 3, H, W).
     """
 
     scores: Mapping[str, Scores]
@@ -126,39 +126,40 @@ class Comparison:
     pictures: Mapping[str, Tensor]
 
     def save(self, folder: str | Path) -> Path:
-        """Write the comparison into `folder` and return it; each file is written beside, then renamed.
+        """Write the comparison into `folder`, which is created if necessary, and return its path.
 
         Raises:
             OSError: The folder cannot be written.
         """
         out = Path(folder)
         out.mkdir(parents=True, exist_ok=True)
-        words = {
-            "scores": {name: asdict(found) for name, found in self.scores.items()},
-            "baseline": {name: asdict(found) for name, found in self.baseline.items()},
+        content = {
+            "scores": {name: asdict(scores) for name, scores in self.scores.items()},
+            "baseline": {name: asdict(share) for name, share in self.baseline.items()},
             "questions": [asdict(q) for q in self.questions],
         }
-        save_json(out / "comparison.json", words)
-        draft = out / "gallery.safetensors.part"
-        save_file({name: rows.contiguous().clone() for name, rows in self.pictures.items()}, draft)
-        os.replace(draft, out / "gallery.safetensors")
+        write_json(out / "comparison.json", content)
+        with atomic(out / "gallery.safetensors") as draft:
+            save_file(
+                {name: rows.contiguous().clone() for name, rows in self.pictures.items()}, draft
+            )
         return out
 
     @staticmethod
     def load(folder: str | Path) -> "Comparison":
-        """Read what `save` wrote.
+        """Load a comparison that `save` wrote.
 
         Raises:
-            ValueError: The files are damaged, or hold something else.
+            ValueError: The files are damaged or of another format.
             FileNotFoundError: There is no comparison in the folder.
         """
         source = Path(folder)
         try:
-            words = json.loads((source / "comparison.json").read_text())
+            content = json.loads((source / "comparison.json").read_text())
             return Comparison(
-                {name: _scores(found) for name, found in words["scores"].items()},
-                {name: interval(found) for name, found in words["baseline"].items()},
-                tuple(Question(**q) for q in words["questions"]),
+                {name: _parse_scores(scores) for name, scores in content["scores"].items()},
+                {name: parse_interval(share) for name, share in content["baseline"].items()},
+                tuple(Question(**q) for q in content["questions"]),
                 load_file(source / "gallery.safetensors"),
             )
         except (KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
@@ -168,52 +169,114 @@ class Comparison:
             ) from error
 
 
-def _scores(words: Mapping[str, Any]) -> Scores:
+def _parse_scores(content: Mapping[str, Any]) -> Scores:
     def group(key: str) -> dict[str, Paired]:
-        return {name: _paired(found) for name, found in words[key].items()}
+        return {name: _parse_paired(pair) for name, pair in content[key].items()}
 
     return Scores(
-        words["name"],
-        words["kind"],
-        words["erase"],
-        words["replace"],
-        efficacy=_paired(words["efficacy"]),
-        redirection=_paired(words["redirection"]),
+        content["name"],
+        content["kind"],
+        content["erase"],
+        content["replace"],
+        efficacy=_parse_paired(content["efficacy"]),
+        redirection=_parse_paired(content["redirection"]),
         generality=group("generality"),
         others=group("others"),
         specificity=group("specificity"),
-        empty_drift=float(words["empty_drift"]),
-        protocol=words["protocol"],
+        empty_drift=float(content["empty_drift"]),
+        protocol=content["protocol"],
     )
 
 
-def _paired(words: Mapping[str, Any]) -> Paired:
-    return Paired(*(interval(words[part]) for part in ("before", "after", "change")))
+def _parse_paired(content: Mapping[str, Any]) -> Paired:
+    return Paired(*(parse_interval(content[part]) for part in ("before", "after", "change")))
 
 
-def interval(words: Mapping[str, Any]) -> Interval:
-    """Return the interval that `save_json` wrote."""
-    bounds = (words[part] for part in ("mean", "low", "high"))
-    return Interval(*(math.nan if b is None else float(b) for b in bounds), n=int(words["n"]))
+def parse_interval(content: Mapping[str, Any]) -> Interval:
+    """Return the interval of a JSON object with `mean`, `low`, `high` and `n`; null is NaN."""
+    bounds = (content[part] for part in ("mean", "low", "high"))
+    return Interval(*(math.nan if b is None else float(b) for b in bounds), n=int(content["n"]))
 
 
-def save_json(path: Path, words: Any) -> Path:
-    """Write results as JSON, a missing number as null, beside their place and then there; the folder is made.
+@dataclass(frozen=True)
+class Measure:
+    """One metric on the cases of one role.
 
-    Raises:
-        OSError: The folder cannot be written.
+    Attributes:
+        role: `"target"`, `"general"` or `"other"`; `"model"` for a metric that is not of pictures.
+        metric: One of `METRICS`.
+        before: Value of the unedited model; for distances between sets, the distance between two sets of seeds. Empty
+            for distances between pictures of one seed.
+        after: Value of the edited model.
+        change: Mean of after minus before per picture, where both are means over the same pictures.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.part")
-    draft.write_text(json.dumps(_without_nan(words), indent=1, allow_nan=False))
-    os.replace(draft, path)
-    return path
+
+    role: str
+    metric: str
+    before: Interval
+    after: Interval
+    change: Interval
 
 
-def _without_nan(words: Any) -> Any:
-    """Return `words` with null for a missing number: JSON knows no NaN."""
-    if isinstance(words, dict):
-        return {key: _without_nan(value) for key, value in words.items()}
-    if isinstance(words, list | tuple):
-        return [_without_nan(value) for value in words]
-    return None if isinstance(words, float) and math.isnan(words) else words
+@dataclass(frozen=True)
+class Measures:
+    """Metrics of a change on one evaluation set.
+
+    Attributes:
+        set: Name of the set.
+        erase: The concept that was edited.
+        replace: Its replacement; `""` if there is none.
+        rows: One row for each role and metric.
+        protocol: Settings of the measurement.
+    """
+
+    set: str
+    erase: str
+    replace: str
+    rows: tuple[Measure, ...]
+    protocol: dict[str, Any] = field(default_factory=dict)
+
+    def row(self, role: str, metric: str) -> Measure:
+        """Return the row of a role and a metric.
+
+        Raises:
+            ValueError: There is no such row.
+        """
+        for row in self.rows:
+            if (row.role, row.metric) == (role, metric):
+                return row
+        known = ", ".join(f"{row.role} {row.metric}" for row in self.rows)
+        raise ValueError(f"{metric!r} of {role!r} was not measured: choose one of {known}.")
+
+    def aliases(self) -> dict[str, Interval]:
+        """Return `clip_accuracy` under the names of EasyEdit: shares of pictures with the intended result.
+
+        `reliability` is the share of target prompts, `generality` that of other wordings, whose pictures are closer to
+        the replacement; `locality` is the share of all other prompts whose pictures are closer to their own text.
+        """
+        shares = {row.role: row.after for row in self.rows if row.metric == "clip_accuracy"}
+        names = {"reliability": "target", "generality": "general", "locality": "other"}
+        return {
+            name: shares[role] if role == "other" else complement(shares[role])
+            for name, role in names.items()
+            if role in shares
+        }
+
+    def flat(self) -> dict[str, float]:
+        """Return the means under flat names: `target_clip_cosine_before`, `other_kid_after`, `reliability`, ..."""
+        means: dict[str, float] = {}
+        for row in self.rows:
+            name = row.metric if row.role == "model" else f"{row.role}_{row.metric}"
+            if row.before.n:
+                means[f"{name}_before"] = row.before.mean
+            means[f"{name}_after"] = row.after.mean
+        return means | {name: interval.mean for name, interval in self.aliases().items()}
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `measures.json` into `folder`, which is created if necessary, and return its path.
+
+        Raises:
+            OSError: The folder cannot be written.
+        """
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return write_json(Path(folder) / "measures.json", asdict(self))
