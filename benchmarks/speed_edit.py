@@ -33,7 +33,7 @@ from torch import Tensor
 
 import overpaint as op
 from overpaint.edit.methods.quickfix import FRAMES
-from overpaint.edit.weights import text_layers, weight_at
+from overpaint.edit.weights import find_weight, text_layers
 from overpaint.model.hooks import record_inputs
 from overpaint.model.sites import find_unet
 from overpaint.model.token_spans import end_of_text, find_span
@@ -103,7 +103,7 @@ def naive(model: op.TextToImage) -> Tensor:
         keys.append(old)
         sources.append(new[offsets])
     k = torch.cat(keys).T
-    weight = weight_at(model, SITE).detach().double()
+    weight = find_weight(model, SITE).parameter.detach().double()
     v = weight @ torch.cat(sources).T
     inverse = torch.linalg.inv(RIDGE * torch.eye(len(k), dtype=torch.float64) + k @ k.T)
     return (RIDGE * weight + v @ k.T) @ inverse - weight

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from overpaint import edit
 from overpaint.edit import Change
 from overpaint.edit.storage import FORMAT, checksum
-from overpaint.edit.weights import fingerprint, weight_at
+from overpaint.edit.weights import find_weight, fingerprint
 from overpaint.errors import UnknownSite, UnsupportedModel
 from overpaint.model import TextToImage
 
@@ -63,28 +63,30 @@ def test_exactly_one_tensor_moves_and_comes_back(own, make):
     made = make(own, PAIRS)
     made.apply(own)
     assert len(differing(before, everything(own))) == 1
-    assert weight_at(own, made.site) is not None and made.is_applied(own)
+    assert made.is_applied(own)
     made.revert(own)
     assert everything(own) == before and not made.is_applied(own)
 
 
 def test_the_weight_moves_by_the_delta(own, change):
-    before = weight_at(own, SITE).detach().clone()
+    before = find_weight(own, SITE).parameter.detach().clone()
     with change.applied(own) as model:
         assert model is own
-        assert torch.equal(weight_at(own, SITE), (before.double() + change.delta).float())
-    assert torch.equal(weight_at(own, SITE), before)
+        assert torch.equal(
+            find_weight(own, SITE).parameter, (before.double() + change.delta).float()
+        )
+    assert torch.equal(find_weight(own, SITE).parameter, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes_are_solved_in_double_and_come_back_to_the_bit(own, dtype):
     own.text_encoder.to(dtype)
-    parameter, before = weight_at(own, SITE), everything(own)
+    parameter, before = find_weight(own, SITE).parameter, everything(own)
     parameter.requires_grad_(False)
     made = edit.quickfix(own, PAIRS)
     assert made.left.dtype == made.right.dtype == torch.float64
     made.apply(own)
-    assert weight_at(own, SITE) is parameter
+    assert find_weight(own, SITE).parameter is parameter
     assert (parameter.dtype, parameter.requires_grad) == (dtype, False)
     assert differing(before, everything(own)) == [
         name
@@ -99,19 +101,19 @@ def test_odd_bytes_come_back(own):
     """Adding and subtracting would turn -0 into 0 and lose what is far smaller than the movement."""
     own.text_encoder.half()
     with torch.no_grad():
-        weight_at(own, SITE)[0, :3] = torch.tensor([-0.0, 6e-8, 1.0])
-    before = fingerprint(weight_at(own, SITE))
+        find_weight(own, SITE).parameter[0, :3] = torch.tensor([-0.0, 6e-8, 1.0])
+    before = fingerprint(find_weight(own, SITE).parameter)
     with edit.quickfix(own, PAIRS).applied(own):
-        assert fingerprint(weight_at(own, SITE)) != before
-    assert fingerprint(weight_at(own, SITE)) == before
+        assert fingerprint(find_weight(own, SITE).parameter) != before
+    assert fingerprint(find_weight(own, SITE).parameter) == before
 
 
 def test_tied_weights_stay_tied(own):
     own.text_encoder.twin = torch.nn.Embedding(1, 1)
-    own.text_encoder.twin.weight = weight_at(own, "text.token_embedding")
+    own.text_encoder.twin.weight = find_weight(own, "text.token_embedding").parameter
     with edit.swap_embedding(own, {"dog": "cat"}).applied(own):
-        assert own.text_encoder.twin.weight is weight_at(own, "text.token_embedding")
-    assert own.text_encoder.twin.weight is weight_at(own, "text.token_embedding")
+        assert own.text_encoder.twin.weight is find_weight(own, "text.token_embedding").parameter
+    assert own.text_encoder.twin.weight is find_weight(own, "text.token_embedding").parameter
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, GeneratorExit])
@@ -127,7 +129,7 @@ def test_the_block_takes_back_whatever_was_done_to_the_weight(own, change):
     before = everything(own)
     with change.applied(own):
         edit.quickfix(own, {"dog": "cat"}).apply(own)
-        weight_at(own, SITE).data[0, 0] = 7.0
+        find_weight(own, SITE).parameter.data[0, 0] = 7.0
     assert everything(own) == before and not change.is_applied(own)
 
 
@@ -156,7 +158,7 @@ def test_changes_of_one_weight_revert_last_first(own, change):
 
 
 def test_another_weight_is_refused_by_its_hash(own, change):
-    weight_at(own, SITE).data[0, 0] += 1e-3
+    find_weight(own, SITE).parameter.data[0, 0] += 1e-3
     before = everything(own)
     for attempt in (change.apply, lambda model: change.applied(model).__enter__()):
         with pytest.raises(
@@ -197,7 +199,7 @@ def test_reverting_what_is_not_applied_is_refused(own, change):
 
 def test_reverting_over_foreign_writes_is_refused(own, change):
     change.apply(own)
-    weight_at(own, SITE).data[0, 0] = 7.0
+    find_weight(own, SITE).parameter.data[0, 0] = 7.0
     with pytest.raises(ValueError, match="something else wrote to it: to discard that too, load"):
         change.revert(own)
 

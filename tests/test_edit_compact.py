@@ -10,7 +10,7 @@ import overpaint as op
 from overpaint import edit
 from overpaint.edit import Change
 from overpaint.edit.least_squares import factorise
-from overpaint.edit.weights import weight_at
+from overpaint.edit.weights import find_weight
 
 OPENMOJI, TWEMOJI = {"openmoji style": "noto style"}, {"twemoji style": "noto style"}
 KEPT = ["", "a cat", "a red dog in fluent style"]
@@ -51,7 +51,7 @@ def test_at_full_rank_in_double_nothing_is_lost(openmoji):
 
 def test_a_movement_of_full_rank_is_cut_to_its_largest_directions(tiny_sd1):
     site = "text.0.self_attn.q_proj"
-    delta = torch.randn(*weight_at(tiny_sd1, site).shape, dtype=torch.float64)
+    delta = torch.randn(*find_weight(tiny_sd1, site).parameter.shape, dtype=torch.float64)
     none = torch.zeros(0, delta.shape[1]), torch.zeros(0, len(delta)), (), None
     movement = edit.Movement(site, "base", torch.eye(len(delta)).double(), delta, *none)
     cut = Change((movement,), {}, {}).compact(rank=5, dtype=torch.float64)
@@ -104,7 +104,7 @@ def test_many_concepts_share_the_rank_and_each_keeps_some(icons):
 def test_the_file_is_small_and_says_the_same(icons, openmoji, tmp_path):
     small = openmoji.compact()
     small.save(tmp_path / "c.safetensors")
-    width = weight_at(icons, small.site).shape[0]
+    width = find_weight(icons, small.site).parameter.shape[0]
     assert os.path.getsize(tmp_path / "c.safetensors") <= 2 * (16 + 16 + 24) * width + 8_000
     loaded = Change.load(tmp_path / "c.safetensors")
     assert loaded.digest == small.digest
@@ -124,7 +124,7 @@ def test_one_concept_in_stable_diffusions_size_takes_100_kilobytes(preserve, tmp
     keys, residuals = (torch.randn(291, 768, generator=generator) for _ in range(2))
     solution = factorise(keys, ridge=0.01).solve(residuals)
     weight = torch.zeros(768, 768)
-    made = edit.Movement.of(
+    made = edit.Movement.from_solution(
         "text.0.self_attn.out_proj", weight, solution, keys, residuals.double(), [0] * 291, None
     )
     protocol = {
@@ -142,9 +142,9 @@ def test_a_swap_keeps_the_rows_that_it_leaves_alone(tiny_sd1):
     small = swap.compact(rank=1)
     assert small.left.shape == swap.left.shape and len(small.keys) == 0
     still = swap.left.abs().sum(1) == 0
-    before = weight_at(tiny_sd1, swap.site).detach().clone()
+    before = find_weight(tiny_sd1, swap.site).parameter.detach().clone()
     with small.applied(tiny_sd1):
-        after = weight_at(tiny_sd1, swap.site).detach()
+        after = find_weight(tiny_sd1, swap.site).parameter.detach()
         assert torch.equal(after[still], before[still])
         assert not torch.equal(after[~still], before[~still])
 

@@ -7,7 +7,7 @@ import torch
 
 import overpaint
 from overpaint.edit import Change, Movement
-from overpaint.edit.weights import fingerprint, weight_at
+from overpaint.edit.weights import find_weight, fingerprint
 from overpaint.zoo import builders
 
 OUT, Q, V, K = (f"text.0.self_attn.{name}_proj" for name in ("out", "q", "v", "k"))
@@ -24,7 +24,7 @@ def change(model, sites, seed):
     generator = torch.Generator().manual_seed(seed)
     movements = []
     for site in sites:
-        weight = weight_at(model, site)
+        weight = find_weight(model, site).parameter
         left, right = (torch.randn(64, 2, generator=generator) for _ in range(2))
         none = torch.zeros(0, 64), torch.zeros(0, 64)
         base = fingerprint(weight)
@@ -97,7 +97,7 @@ class Ledger:
     def check(self, seen):
         """Every weight holds what it held whenever the same changes were applied to it."""
         for site, names in self.applied.items():
-            found = fingerprint(weight_at(self.model, site))
+            found = fingerprint(find_weight(self.model, site).parameter)
             assert seen.setdefault((site, *names), found) == found
         for name, made in self.changes.items():
             last = all(self.applied[s][-1:] == [name] for s in made.sites)

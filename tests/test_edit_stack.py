@@ -9,7 +9,7 @@ import torch
 
 from overpaint import edit
 from overpaint.edit import Change
-from overpaint.edit.weights import weight_at
+from overpaint.edit.weights import find_weight
 
 GOGH, SNOOPY, R2D2 = {"van gogh": "painting"}, {"snoopy": "dog"}, {"r2d2": "robot"}
 KEPT = ["", "a cat", "monet"]
@@ -113,11 +113,13 @@ def test_scaling_is_a_dial(tiny_sd1, gogh):
     assert half.digest == (gogh * 0.5).digest != gogh.digest
     assert bytes_of(half * 2) == bytes_of(gogh)
     assert "strength" not in (half * 2).protocol
-    before = weight_at(tiny_sd1, gogh.site).detach().clone()
+    before = find_weight(tiny_sd1, gogh.site).parameter.detach().clone()
     with (gogh * 0).applied(tiny_sd1):
-        assert torch.equal(weight_at(tiny_sd1, gogh.site), before)
+        assert torch.equal(find_weight(tiny_sd1, gogh.site).parameter, before)
     with (-1 * gogh).applied(tiny_sd1):
-        assert torch.equal(weight_at(tiny_sd1, gogh.site), (before.double() - gogh.delta).float())
+        assert torch.equal(
+            find_weight(tiny_sd1, gogh.site).parameter, (before.double() - gogh.delta).float()
+        )
 
 
 def test_a_scaled_change_asks_for_that_much_when_it_is_solved_again(gogh, snoopy, both):
@@ -154,7 +156,7 @@ def test_a_saved_change_lacks_its_preserve_terms_unless_asked(tiny_sd1, gogh, sn
     for attempt in (lambda: small + plain, lambda: (large + plain) + small.without("van gogh")):
         with pytest.raises(ValueError, match=r"lacks their terms.*stack\(model|only concept"):
             attempt()
-    assert near(small.complete(tiny_sd1) + plain, gogh + plain)
+    assert near(edit.complete(tiny_sd1, small) + plain, gogh + plain)
     assert near(edit.stack(tiny_sd1, [small, plain]), gogh + plain)
     both = small + snoopy
     both.save(tmp_path / "both.safetensors")
@@ -164,13 +166,13 @@ def test_a_saved_change_lacks_its_preserve_terms_unless_asked(tiny_sd1, gogh, sn
 
 def test_completing_needs_the_model_it_was_made_for(tiny_sd1, tiny_xl, gogh):
     lost = dataclasses.replace(gogh, movements=(dataclasses.replace(gogh.movements[0], gram=None),))
-    assert torch.allclose(lost.complete(tiny_sd1).movements[0].gram, gogh.movements[0].gram)
-    assert edit.quickfix(tiny_sd1, GOGH).complete(tiny_sd1).movements[0].gram is None
+    assert torch.allclose(edit.complete(tiny_sd1, lost).movements[0].gram, gogh.movements[0].gram)
+    assert edit.complete(tiny_sd1, edit.quickfix(tiny_sd1, GOGH)).movements[0].gram is None
     with pytest.raises(ValueError, match="wrong base hash: .* or use the model it was made for"):
-        lost.complete(tiny_xl)
+        edit.complete(tiny_xl, lost)
     foreign = dataclasses.replace(lost, protocol={**lost.protocol, "method": "hand"})
     with pytest.raises(ValueError, match="made by 'hand' cannot be read again: save it with `gram"):
-        foreign.complete(tiny_sd1)
+        edit.complete(tiny_sd1, foreign)
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ from peft import LoraConfig
 
 from overpaint import edit
 from overpaint.edit import Change, Movement
-from overpaint.edit import change as changes
+from overpaint.edit import application
 from overpaint.edit.weights import (
     fingerprint,
     is_site,
     text_layers,
-    weight_at,
-    weights_at,
+    find_weight,
+    find_weights,
 )
 from overpaint.errors import UnknownSite, UnsupportedModel
 from overpaint.model import TextToImage
@@ -33,7 +33,7 @@ def everything(model):
 
 
 def movement(model, site, *, seed=0, rank=2):
-    weight = weight_at(model, site)
+    weight = find_weight(model, site).parameter
     generator = torch.Generator().manual_seed(seed)
     left, right = (
         torch.randn(n, rank, generator=generator, dtype=torch.float64) for n in weight.shape
@@ -57,7 +57,7 @@ def test_names_lead_to_the_weights_that_run(own):
     attentions = [s.module(own) for s in find_unet(own.unet) if s.kind == "cross_attn"]
     layers = text_layers(own)
     wanted = [layers[3].self_attn.q_proj, attentions[7].to_k, attentions[0].to_out[0]]
-    found = weights_at(own, SITES)
+    found = [weight.parameter for weight in find_weights(own, SITES)]
     assert all(a is b.weight for a, b in zip(found, wanted, strict=True))
     assert all(is_site(site) for site in SITES)
     assert not any(is_site(s) for s in ("unet.cross_attn.7", "text3.0.self_attn.q_proj", "text.0"))
@@ -66,9 +66,9 @@ def test_names_lead_to_the_weights_that_run(own):
 def test_sdxl_has_a_second_encoder(tiny_xl):
     assert len(text_layers(tiny_xl)) == 2 and len(text_layers(tiny_xl, "text2")) == 3
     linear = text_layers(tiny_xl, "text2")[2].self_attn.v_proj
-    assert weight_at(tiny_xl, "text2.2.self_attn.v_proj") is linear.weight
+    assert find_weight(tiny_xl, "text2.2.self_attn.v_proj").parameter is linear.weight
     with pytest.raises(UnknownSite, match="this model has text2 layers 0 to 2. Name one"):
-        weight_at(tiny_xl, "text2.3.self_attn.v_proj")
+        find_weight(tiny_xl, "text2.3.self_attn.v_proj")
     with pytest.raises(
         UnknownSite, match="unknown text encoder 'text3': this model has 'text' and 't"
     ):
@@ -78,19 +78,21 @@ def test_sdxl_has_a_second_encoder(tiny_xl):
 def test_several_weights_move_together_and_come_back(own, several):
     before = everything(own)
     deltas = {m.site: m.delta for m in several.movements}
-    values = [weight_at(own, site).detach().clone() for site in SITES]
+    values = [find_weight(own, site).parameter.detach().clone() for site in SITES]
     several.apply(own)
     assert several.is_applied(own)
     assert sum(before[name] != value for name, value in everything(own).items()) == 3
     for site, value in zip(SITES, values, strict=True):
-        assert torch.equal(weight_at(own, site), (value.double() + deltas[site]).float())
+        assert torch.equal(
+            find_weight(own, site).parameter, (value.double() + deltas[site]).float()
+        )
     several.revert(own)
     assert everything(own) == before and not several.is_applied(own)
 
 
 @pytest.mark.parametrize("spoilt", SITES)
 def test_one_weight_that_does_not_fit_leaves_all_as_they_are(own, several, spoilt):
-    weight_at(own, spoilt).data[0, 0] += 1
+    find_weight(own, spoilt).parameter.data[0, 0] += 1
     before = everything(own)
     with pytest.raises(ValueError, match=f"wrong base hash: {spoilt}"):
         several.apply(own)
@@ -100,7 +102,7 @@ def test_one_weight_that_does_not_fit_leaves_all_as_they_are(own, several, spoil
 @pytest.mark.parametrize("spoilt", SITES)
 def test_one_weight_that_was_written_to_stops_the_whole_revert(own, several, spoilt):
     several.apply(own)
-    weight_at(own, spoilt).data[0, 0] += 1
+    find_weight(own, spoilt).parameter.data[0, 0] += 1
     before = everything(own)
     with pytest.raises(ValueError, match=f"{spoilt} of 'own' is not as this change left it"):
         several.revert(own)
@@ -113,7 +115,7 @@ def test_ctrl_c_between_two_weights_leaves_none_moved(own, several, deed, writes
     before = everything(own)
     if deed == "revert":
         several.apply(own)
-    overwrite, left = changes._overwrite, writes
+    overwrite, left = application._overwrite, writes
 
     def interrupted(parameter, value):
         nonlocal left
@@ -122,7 +124,7 @@ def test_ctrl_c_between_two_weights_leaves_none_moved(own, several, deed, writes
             raise KeyboardInterrupt
         overwrite(parameter, value)
 
-    monkeypatch.setattr(changes, "_overwrite", interrupted)
+    monkeypatch.setattr(application, "_overwrite", interrupted)
     with pytest.raises(KeyboardInterrupt):
         getattr(several, deed)(own)
     assert everything(own) == before and not several.is_applied(own)
@@ -160,7 +162,7 @@ def test_keys_that_movements_share_are_written_once(own, tmp_path):
     sites = [f"text.{layer}.self_attn.q_proj" for layer in range(4)]
     plain = [movement(own, site, seed=i) for i, site in enumerate(sites)]
     shared = tuple(
-        dataclasses.replace(m, keys=keys.clone(), residuals=torch.zeros(500, 64), owners=(0,) * 500,
+        dataclasses.replace(m, keys=keys.clone(), residual_data=torch.zeros(500, 64), owners=(0,) * 500,
                             left=m.left.half(), right=m.right.half(), gram=torch.eye(64).double())
         for m in plain
     )  # fmt: skip
@@ -179,7 +181,7 @@ def test_offloaded_weights_are_edited_where_they_are_kept(own, tiny_sd1):
     ids = own.tokenize(["van gogh"])
     accelerate.cpu_offload(own.text_encoder, execution_device=torch.device("cpu"))
     accelerate.cpu_offload(own.unet, execution_device=torch.device("cpu"))
-    assert weight_at(own, wanted.site).device.type == "cpu"
+    assert find_weight(own, wanted.site).parameter.device.type == "cpu"
     made = edit.quickfix(own, GOGH, preserve=[""])
     assert made.digest == wanted.digest
     assert edit.quickfix(own, GOGH, subtract_bias=False).report["keys"] == 291

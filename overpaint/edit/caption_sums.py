@@ -14,7 +14,7 @@ from torch import Tensor
 
 from overpaint.edit import vocabulary as vocabularies
 from overpaint.edit.captions import Pair, gather, layer_inputs, plan
-from overpaint.edit.weights import weight_at
+from overpaint.edit.weights import find_weight
 from overpaint.model import TextToImage
 
 __all__ = [
@@ -65,7 +65,8 @@ class Reader:
     def of(cls, model: TextToImage, layer: int) -> "Reader":
         """Return what reads at a layer's `out_proj`."""
         site = f"text.{layer}.self_attn.out_proj"
-        return cls(model, site, weight_at(model, site).detach().to("cpu", torch.float64))
+        weight = find_weight(model, site).parameter
+        return cls(model, site, weight.detach().to("cpu", torch.float64))
 
     def gram(self, captions: Sequence[str]) -> Tensor:
         """Return the mean of H^T H over captions, H (L, D_in) what reaches the weight; float64."""

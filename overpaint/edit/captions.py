@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear as project
 from torch.overrides import TorchFunctionMode
 
-from overpaint.edit.weights import encoder_index, linear_at, weight_at
+from overpaint.edit.weights import encoder_index, find_weight
 from overpaint.errors import UnsupportedModel
 from overpaint.model import TextToImage
 from overpaint.model.hooks import record_inputs
@@ -237,14 +237,15 @@ def read_layer(model: TextToImage, site: str, ids: Tensor) -> tuple[Tensor, Tens
     Raises:
         UnsupportedModel: As `layer_inputs`.
     """
-    linear: Any = linear_at(model, site)
-    encoder = model.text_encoders[encoder_index(model, site.partition(".")[0])]
-    device, first = weight_at(model, site).device, site.split(".")[1] == "0"
+    weight = find_weight(model, site)
+    assert weight.encoder is not None
+    encoder, device = model.text_encoders[weight.encoder], weight.parameter.device
+    first = site.split(".")[1] == "0"
     distinct, rows = torch.unique(ids, dim=0, return_inverse=True)
     read: list[Tensor] = []
     for batch in distinct.split(_BATCH):
         once = _EachTokenOnce(batch.to(device)) if first else nullcontext()
-        with torch.no_grad(), once, record_inputs(linear, stop=True) as inputs:
+        with torch.no_grad(), once, record_inputs(weight.module, stop=True) as inputs:
             encoder(batch.to(device))
         if len(inputs) != 1 or inputs[0].shape[:2] != batch.shape:
             raise UnsupportedModel(

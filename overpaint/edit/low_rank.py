@@ -1,18 +1,19 @@
-r"""A change cut down to kilobytes: factors of a given rank, and as few keys as lead to the same movement.
+r"""Cut a change down to kilobytes: factors of a given rank, and few keys that lead to the same movement.
 
-Of the movement :math:`\Delta` the largest singular directions remain, measured as the solve measures, by :math:`H =
-\lambda I + a P^\top P + K^\top K`: cutting :math:`\Delta H^{1/2}` loses least of what was asked for and kept.
+The movement :math:`\Delta` is cut to its largest singular directions in the metric of the least-squares problem,
+:math:`H = \lambda I + a P^\top P + K^\top K`: cutting :math:`\Delta H^{1/2}` increases the objective least.
 
-Where a solve ends, :math:`\Delta A = \alpha^\top K` with :math:`A = \lambda I + a P^\top P` and the slack
-:math:`\alpha = R - K \Delta^\top` that each key keeps. So the cut movement is the solution for any keys whose span
-holds the rows of :math:`\Delta A`, if their residuals are what it makes of them and the right slack. The directions of
-that span are shared out among the concepts; each concept's rows weigh there what its keys did, and a few more hold the
-largest of what its keys are besides, so that other concepts do not move them. Solved again, alone or with other
-changes, such keys ask for what the movement does.
+A solution fulfils :math:`\Delta A = \alpha^\top K` with :math:`A = \lambda I + a P^\top P` and the remaining
+residuals :math:`\alpha = R - K \Delta^\top`. So the cut movement is the solution for any keys whose span contains the
+rows of :math:`\Delta A`, if the residual of each key is its output under the cut movement plus the matching
+:math:`\alpha`. The directions of that span are divided among the concepts. On its directions, the new keys of a
+concept have the same Gram matrix as its old keys. A few more keys hold the largest directions of the old keys outside
+the span, so that changes of other concepts do not move them. Solved again, alone or with other changes, these keys lead
+to the cut movement.
 
-Keeping the largest singular directions of the keys instead, so as to preserve :math:`K^\top K` and :math:`R^\top K`
-best, fails: these are what all captions share, and nearly all of the movement is elsewhere. Cutting each concept's part
-of the movement on its own fails too: the parts are large and cancel.
+Two simpler ways fail. Keeping the largest singular directions of the keys, which preserves :math:`K^\top K` and
+:math:`R^\top K` best, keeps what all captions share, while nearly all of the movement is elsewhere. Cutting the part of
+each concept alone fails because the parts are large and cancel.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from overpaint.edit.change import Change, Movement
+from overpaint.edit.movement import Contents, Movement
 from overpaint.edit.weights import EMBEDDING
 
 __all__ = ["compact"]
@@ -28,68 +29,69 @@ __all__ = ["compact"]
 _DTYPES = (torch.float16, torch.float32, torch.float64)
 
 
-def compact(change: Change, *, rank: int = 16, dtype: torch.dtype = torch.float16) -> Change:
-    """Return `change` with factors of at most `rank` and half as many keys again, rounded to `dtype`.
+def compact(change: Contents, *, rank: int = 16, dtype: torch.dtype = torch.float16) -> Contents:
+    """Return `change` with factors of at most `rank` and about 1.5 times as many keys, rounded to `dtype`.
 
     Args:
-        change: Left as it is.
-        rank: For each weight, how many directions remain of all its concepts together. About 16 for one concept, 8 for
-            each of many. Rows of the token embedding all remain.
-        dtype: `torch.float16`, or 32 or 64 to round less.
+        change: The whole change.
+        rank: Number of directions that remain of each weight, for all its concepts together. About 16 for one concept,
+            8 for each of many. Rows of the token embedding all remain.
+        dtype: `torch.float16`, or `torch.float32` or `torch.float64` for smaller rounding errors.
 
     Returns:
-        A change of its own, with another digest. Its report says how far its movement is from the whole one, relative,
-        in the Frobenius norm over all weights (`compact_error`), and what it misses at the keys, relative to what was
-        asked (`compact_residual`), to be compared with the whole one's `compact_residual_before`.
+        A new change with another digest. Its report has the distance of its movement from the whole one, relative, in
+        the Frobenius norm over all weights (`compact_error`), and the residuals that remain at the keys of the whole
+        change, relative to its residuals: of the compact movement (`compact_residual`) and of the whole one
+        (`compact_residual_before`).
 
     Raises:
-        ValueError: `rank` is below 1, `dtype` is another or its range too small, or the change lacks its preserve
-            terms.
+        ValueError: `rank` is below 1, `dtype` is another one or its range is too small, or the change lacks its
+            preserve terms.
     """
     if rank < 1:
         raise ValueError(f"`rank` must be 1 or more, got {rank!r}. 16 is the usual choice.")
     if dtype not in _DTYPES:
         raise ValueError(
-            f"a change is kept as torch.float16, torch.float32 or torch.float64, got {dtype!r}: name one of them."
+            f"`dtype` must be torch.float16, torch.float32 or torch.float64, got {dtype!r}."
         )
     named = change.protocol.get("preserve") and change.protocol.get("preserve_weight")
-    kept, repaired = named or change.protocol.get("terms"), change.protocol.get("repair")
+    preserves, repaired = named or change.protocol.get("terms"), change.protocol.get("repair")
     solved = [m for m in change.movements if m.site != EMBEDDING]
-    if kept and any(m.gram is None and (repaired or len(m.keys)) for m in solved):
+    if preserves and any(m.gram is None and (repaired or len(m.keys)) for m in solved):
         raise ValueError(
-            "this change preserves prompts but lacks their terms, which are not saved unless asked for: use "
-            "`change.complete(model)` first."
+            "this change preserves prompts but lacks their terms, which are saved only with `gram=True`: use "
+            "`edit.complete(model, change)` first."
         )
     movements = tuple(_cut(m, rank, dtype, change.ridge) for m in change.movements)
-    return Change(movements, change.protocol, {**change.report, **_losses(change, movements)})
+    return Contents(movements, change.protocol, {**change.report, **_losses(change, movements)})
 
 
-def _losses(change: Change, movements: tuple[Movement, ...]) -> dict[str, float]:
-    """Return what the cut movements are, and how far they are from those of `change`."""
+def _losses(change: Contents, movements: tuple[Movement, ...]) -> dict[str, float]:
+    """Return the rank of the cut movements, and their errors against those of `change`."""
     pairs = list(zip(change.movements, movements, strict=True))
     lost = torch.stack([_distance(a, b) for a, b in pairs]).norm()
     whole = torch.stack([_distance(a, None) for a, _ in pairs]).norm()
-    asked = torch.stack([a.residuals.double().norm() for a, _ in pairs]).norm()
-    told = {
+    residuals = torch.stack([a.residuals.double().norm() for a, _ in pairs]).norm()
+    report = {
         "rank": max(m.left.shape[1] for m in movements),
         "compact_error": float(lost / whole) if float(whole) else 0.0,
     }
-    if float(asked):
+    if float(residuals):
         missed = torch.tensor([[_missed(a, a), _missed(a, b)] for a, b in pairs])
-        before, after = (missed.norm(dim=0) / asked).tolist()
-        told |= {"compact_residual_before": before, "compact_residual": after}
-    return told
+        before, after = (missed.norm(dim=0) / residuals).tolist()
+        report |= {"compact_residual_before": before, "compact_residual": after}
+    return report
 
 
-def _missed(asked: Movement, moved: Movement) -> float:
-    """Return the norm of what `moved` leaves of the residuals of `asked`."""
-    outputs = asked.keys.double() @ moved.right.double().T @ moved.left.double().T
-    return float((asked.residuals.double() - outputs).norm())
+def _missed(whole: Movement, cut: Movement) -> float:
+    """Return the norm of the residuals of `whole` that remain at its keys under the movement `cut`."""
+    outputs = whole.keys.double() @ cut.right.double().T @ cut.left.double().T
+    return float((whole.residuals.double() - outputs).norm())
 
 
 def _cut(movement: Movement, rank: int, dtype: torch.dtype, ridge: float | None) -> Movement:
-    """Return one movement cut and rounded, with the keys and residuals that lead to it."""
-    if movement.site == EMBEDDING:  # a row a token: none can be left out
+    """Return one movement, cut and rounded, with keys and residuals whose solution it is."""
+    if movement.site == EMBEDDING:  # one row for each token: none can be left out
         left, right = movement.left.to(dtype), movement.right.to(dtype)
         _check_range(movement, left, right, dtype)
         return dataclasses.replace(movement, left=left, right=right)
@@ -109,11 +111,11 @@ def _cut(movement: Movement, rank: int, dtype: torch.dtype, ridge: float | None)
         return dataclasses.replace(movement, left=left, right=right)
     pseudo, owners = _pseudo_keys(movement, right.double() @ prior, rank)
     pseudo = pseudo.to(dtype)
-    slack = torch.linalg.lstsq(pseudo.double().T, (right.double() @ prior).T, driver="gelsd")
-    combined = (slack.solution + pseudo.double() @ right.double().T).float()  # (N, R)
+    remaining = torch.linalg.lstsq(pseudo.double().T, (right.double() @ prior).T, driver="gelsd")
+    combined = (remaining.solution + pseudo.double() @ right.double().T).float()  # (N, R)
     residuals = combined.double() @ left.double().T
     return dataclasses.replace(
-        movement, left=left, right=right, keys=pseudo, residuals=residuals, owners=owners
+        movement, left=left, right=right, keys=pseudo, residual_data=residuals, owners=owners
     )
 
 
@@ -122,14 +124,14 @@ def _principal(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     outer, first = torch.linalg.qr(left.double())
     inner, second = torch.linalg.qr(right.double().T)
     u, sizes, vh = torch.linalg.svd(first @ second.T)
-    kept = min(rank, int((sizes > 1e-12 * sizes[:1]).sum()))
-    return outer @ u[:, :kept] * sizes[:kept], vh[:kept] @ inner.T
+    count = min(rank, int((sizes > 1e-12 * sizes[:1]).sum()))
+    return outer @ u[:, :count] * sizes[:count], vh[:count] @ inner.T
 
 
 def _rounded(
     movement: Movement, left: Tensor, right: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return the factors in `dtype`, the size split evenly, so that neither leaves the range of float16."""
+    """Return the factors in `dtype`, scaled to equal norms, so that neither leaves the range of float16."""
     scale = (left.norm(dim=0) / right.norm(dim=1).clamp(min=1e-150)).sqrt().clamp(min=1e-150)
     left, right = (left / scale).to(dtype), (right * scale[:, None]).to(dtype)
     _check_range(movement, left, right, dtype)
@@ -139,31 +141,33 @@ def _rounded(
 def _check_range(movement: Movement, left: Tensor, right: Tensor, dtype: torch.dtype) -> None:
     if not bool(left.isfinite().all() and right.isfinite().all()):
         raise ValueError(
-            f"{dtype} cannot hold the numbers of the movement of {movement.site}: keep it in torch.float32."
+            f"{dtype} cannot hold the numbers of the movement of {movement.site}: use `dtype=torch.float32`."
         )
 
 
-def _pseudo_keys(movement: Movement, wanted: Tensor, rank: int) -> tuple[Tensor, tuple[int, ...]]:
-    """Return keys (N, D_in) that span the rows of `wanted`, shared out among the concepts, and their owners."""
-    rest = torch.linalg.qr(wanted.T).Q  # (D_in, R), what is not shared out yet
+def _pseudo_keys(movement: Movement, rows: Tensor, rank: int) -> tuple[Tensor, tuple[int, ...]]:
+    """Return keys (N, D_in) whose span contains `rows` (R, D_in), divided among the concepts, and their owners."""
+    rest = torch.linalg.qr(rows.T).Q  # (D_in, R), directions that no concept has yet
     concepts = sorted(set(movement.owners))
     owners = torch.tensor(movement.owners)
-    found: list[Tensor] = []
-    owned: list[int] = []
+    parts: list[Tensor] = []
+    part_owners: list[int] = []
     for left, owner in zip(range(len(concepts), 0, -1), concepts, strict=True):
         keys = movement.keys.double()[owners == owner]
         share = -(-rest.shape[1] // left)
-        turn = torch.linalg.svd(keys @ rest).Vh.T  # (R, R), what the concept reads most comes first
-        span, rest = rest @ turn[:, :share], rest @ turn[:, share:]
-        besides = torch.linalg.svd(keys - keys @ span @ span.T, full_matrices=False).Vh
-        more = besides[: max(1, rank // 2 // len(concepts))].T
+        rotation = torch.linalg.svd(
+            keys @ rest
+        ).Vh.T  # (R, R), the largest directions of the keys first
+        span, rest = rest @ rotation[:, :share], rest @ rotation[:, share:]
+        outside = torch.linalg.svd(keys - keys @ span @ span.T, full_matrices=False).Vh
+        more = outside[: max(1, rank // 2 // len(concepts))].T
         span = torch.linalg.qr(torch.cat([span, more], 1)).Q
-        _, sizes, turn = torch.linalg.svd(keys @ span)
-        least = sizes.new_full((span.shape[1],), 1e-6 * float(sizes[0]))
-        least[: len(sizes)] = sizes.clamp(min=float(least[0]))
-        found.append(least[:, None] * (turn @ span.T))
-        owned += [owner] * span.shape[1]
-    return torch.cat(found), tuple(owned)
+        _, sizes, rotation = torch.linalg.svd(keys @ span)
+        norms = sizes.new_full((span.shape[1],), 1e-6 * float(sizes[0]))
+        norms[: len(sizes)] = sizes.clamp(min=float(norms[0]))
+        parts.append(norms[:, None] * (rotation @ span.T))
+        part_owners += [owner] * span.shape[1]
+    return torch.cat(parts), tuple(part_owners)
 
 
 def _distance(movement: Movement, other: Movement | None) -> Tensor:

@@ -1,14 +1,15 @@
-"""The weights that an edit can move: by name, found by structure, as the model holds them.
+"""The weights that an edit can move, found by name and by the structure of the model.
 
 A weight is named by its site and matrix: `text.0.self_attn.out_proj`, `text.0.mlp.fc2`, `text2.3.self_attn.q_proj` in
-a second text encoder, `text.token_embedding`, or `unet.cross_attn.7.to_k`, where 7 counts in execution order. What is
-not a plain matrix in memory (quantised, fused, wrapped by an adapter, left on disk) is refused by name: writing to it
-would be lost, or would not mean what it says.
+a second text encoder, `text.token_embedding`, or `unet.cross_attn.7.to_k`, where 7 counts in execution order. A weight
+that is not a plain matrix in memory (quantised, fused, wrapped by an adapter, left on disk) is refused by name: values
+written to it would be lost, or would have another meaning.
 """
 
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,14 +20,15 @@ from overpaint.model import TextToImage
 from overpaint.model.sites import TEXT_PARTS, find_unet
 
 __all__ = [
+    "EMBEDDING",
     "PROJECTIONS",
-    "bias_at",
+    "Weight",
+    "encoder_index",
+    "find_weight",
+    "find_weights",
     "fingerprint",
     "is_site",
-    "linear_at",
     "text_layers",
-    "weight_at",
-    "weights_at",
 ]
 
 PROJECTIONS = ("q", "k", "v", "out")
@@ -36,42 +38,70 @@ _UNET = re.compile(r"unet\.cross_attn\.(\d{1,3})\.(to_q|to_k|to_v|to_out)")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A weight of a model.
+
+    Attributes:
+        site: Its name.
+        module: The `nn.Linear` or `nn.Embedding` that holds it.
+        parameter: Its numbers, (D_out, D_in). Where accelerate has offloaded the module to the CPU, this is the tensor
+            that accelerate stores there: a value written to it is used by the next forward pass.
+        bias: The bias of the module, shape (D_out,), or `None`.
+        encoder: Index of its text encoder in `model.text_encoders`; `None` in the UNet.
+    """
+
+    site: str
+    module: nn.Linear | nn.Embedding
+    parameter: nn.Parameter
+    bias: Tensor | None
+    encoder: int | None
+
+
 def is_site(name: str) -> bool:
-    """Whether `name` is spelt as the name of a weight; a model may still not have it."""
+    """Return whether `name` has the form of a weight's name; a model may still lack that weight."""
     return name == EMBEDDING or bool(_TEXT.fullmatch(name) or _UNET.fullmatch(name))
 
 
-def weight_at(model: TextToImage, site: str) -> nn.Parameter:
-    """Return the parameter that `site` names, found by structure.
-
-    Where accelerate has offloaded the module to the CPU, that is the tensor it keeps there: what is written to it is
-    used by the next forward pass.
+def find_weight(model: TextToImage, site: str) -> Weight:
+    """Return the weight named `site`.
 
     Raises:
-        UnknownSite: No such site, or not in this model.
+        UnknownSite: The name is not one of a weight, or the model has no such weight.
         UnsupportedModel: The weight is quantised, fused, wrapped by an adapter, or not in memory.
     """
-    return weights_at(model, [site])[0]
+    return find_weights(model, [site])[0]
 
 
-def weights_at(model: TextToImage, sites: Sequence[str]) -> list[nn.Parameter]:
-    """Return `weight_at` of each site, at the price of one walk through the UNet."""
-    return [_real(module, site) for module, site in zip(_modules(model, sites), sites, strict=True)]
-
-
-def linear_at(model: TextToImage, site: str) -> Any:
-    """Return the module whose weight `site` names. Raises as `weight_at`."""
-    return _modules(model, [site])[0]
-
-
-def bias_at(model: TextToImage, site: str) -> Tensor | None:
-    """Return the bias beside the weight that `site` names, or `None`. Raises as `weight_at`."""
-    module = linear_at(model, site)
-    return None if module.bias is None else _real(module, site, "bias")
+def find_weights(model: TextToImage, sites: Sequence[str]) -> list[Weight]:
+    """Return the weights named `sites`, in that order. The UNet is searched once. Raises as `find_weight`."""
+    attentions: list[Any] | None = None
+    weights: list[Weight] = []
+    for site in sites:
+        text, unet = _TEXT.fullmatch(site), _UNET.fullmatch(site)
+        if site == EMBEDDING:
+            weights.append(_weight(site, model.text_encoder.get_input_embeddings(), 0))
+        elif text:
+            block = _item(text_layers(model, text[1]), int(text[2]), site, f"{text[1]} layers")
+            weights.append(
+                _weight(site, _part(block, text[3], site), encoder_index(model, text[1]))
+            )
+        elif unet:
+            if attentions is None:
+                attentions = [s for s in find_unet(model.unet) if s.kind == "cross_attn"]
+            attention = _item(attentions, int(unet[1]), site, "cross_attn")
+            weights.append(_weight(site, _projection(attention.module(model), unet[2]), None))
+        else:
+            raise UnknownSite(
+                f"unknown weight {site!r}: an edit can move 'text.<layer>.self_attn.<q, k, v or out>_proj' and "
+                f"'text.<layer>.mlp.fc2' ('text2' for a second encoder), {EMBEDDING!r} and "
+                "'unet.cross_attn.<index>.<to_q, to_k, to_v or to_out>'."
+            )
+    return weights
 
 
 def text_layers(model: TextToImage, part: str = "text") -> list[Any]:
-    """Return a text encoder's blocks in execution order: the modules that own a CLIP self-attention.
+    """Return the blocks of a text encoder in execution order: the modules that hold a CLIP self-attention.
 
     Args:
         model: The model.
@@ -91,10 +121,10 @@ def text_layers(model: TextToImage, part: str = "text") -> list[Any]:
 
 
 def encoder_index(model: TextToImage, part: str) -> int:
-    """Return the place of the text encoder `part` among those of `model`.
+    """Return the index of the text encoder `part`, `"text"` or `"text2"`, in `model.text_encoders`.
 
     Raises:
-        UnknownSite: There is none of that name.
+        UnknownSite: The model has no encoder of that name.
     """
     known = TEXT_PARTS[: len(model.text_encoders)]
     if part not in known:
@@ -114,36 +144,18 @@ def fingerprint(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _modules(model: TextToImage, sites: Sequence[str]) -> list[Any]:
-    attentions: list[Any] | None = None
-    found: list[Any] = []
-    for site in sites:
-        text, unet = _TEXT.fullmatch(site), _UNET.fullmatch(site)
-        if site == EMBEDDING:
-            found.append(model.text_encoder.get_input_embeddings())
-        elif text:
-            block = _pick(text_layers(model, text[1]), int(text[2]), site, f"{text[1]} layers")
-            found.append(_part(block, text[3], site))
-        elif unet:
-            if attentions is None:
-                attentions = [s for s in find_unet(model.unet) if s.kind == "cross_attn"]
-            place = _pick(attentions, int(unet[1]), site, "cross_attn")
-            found.append(_projection(place.module(model), unet[2]))
-        else:
-            raise UnknownSite(
-                f"unknown weight {site!r}: edits know 'text.<layer>.self_attn.<q, k, v or out>_proj' and "
-                f"'text.<layer>.mlp.fc2' ('text2' for a second encoder), {EMBEDDING!r} and "
-                "'unet.cross_attn.<index>.<to_q, to_k, to_v or to_out>'."
-            )
-    return found
+def _weight(site: str, module: Any, encoder: int | None) -> Weight:
+    parameter = _parameter(module, site)
+    bias = None if getattr(module, "bias", None) is None else _parameter(module, site, "bias")
+    return Weight(site, module, parameter, bias, encoder)
 
 
-def _pick(places: Sequence[Any], index: int, site: str, what: str) -> Any:
-    if index >= len(places):
+def _item(items: Sequence[Any], index: int, site: str, kind: str) -> Any:
+    if index >= len(items):
         raise UnknownSite(
-            f"unknown weight {site!r}: this model has {what} 0 to {len(places) - 1}. Name one of those."
+            f"unknown weight {site!r}: this model has {kind} 0 to {len(items) - 1}. Name one of those."
         )
-    return places[index]
+    return items[index]
 
 
 def _part(block: Any, path: str, site: str) -> Any:
@@ -165,8 +177,8 @@ def _projection(attention: Any, name: str) -> Any:
     return module[0] if name == "to_out" else module
 
 
-def _real(module: Any, site: str, name: str = "weight") -> nn.Parameter:
-    """Return the weight or bias of `module` where its numbers are."""
+def _parameter(module: Any, site: str, name: str = "weight") -> nn.Parameter:
+    """Return the weight or bias of `module`, from the offloading hook if it is on the meta device."""
     if type(module) not in (nn.Linear, nn.Embedding):
         raise UnsupportedModel(
             f"{site} is a {type(module).__name__}, not a plain Linear: remove adapters and quantisation before editing."
@@ -183,11 +195,12 @@ def _real(module: Any, site: str, name: str = "weight") -> nn.Parameter:
 
 
 def _offloaded(module: Any, site: str, name: str) -> nn.Parameter:
-    """Return the tensor that accelerate keeps in place of one on the meta device."""
+    """Return the tensor that accelerate stores for a parameter on the meta device."""
     hook = getattr(module, "_hf_hook", None)
-    kept = [h.weights_map for h in getattr(hook, "hooks", [hook]) if getattr(h, "weights_map", None)]  # fmt: skip
-    tensor: Any = kept[0][name] if kept else None
-    if tensor is None or tensor.device.type == "meta" or tensor is not kept[0][name]:
+    maps = [h.weights_map for h in getattr(hook, "hooks", [hook]) if getattr(h, "weights_map", None)]  # fmt: skip
+    tensor: Any = maps[0][name] if maps else None
+    # A map that reads from disk returns a new tensor at each access.
+    if tensor is None or tensor.device.type == "meta" or tensor is not maps[0][name]:
         raise UnsupportedModel(
             f"{site} is not in memory (it is on the meta device, or offloaded to disk): load the model without "
             "offloading, or with `enable_model_cpu_offload`, to edit it."

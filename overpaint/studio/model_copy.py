@@ -1,10 +1,10 @@
-"""A model for one user: every weight shared with all others but those that a change moves.
+"""A copy of a model for one task: it shares every weight with the original except those that a change moves.
 
-Lending the model out under a lock and putting its bytes back would do for one change after another; but then a long
-piece of work could not give way in the middle, and one that dies badly would leave its weights to the next user. Here
-nobody writes to what others read. Modules are copied as a tree, a few milliseconds; their parameters and buffers stay
-the very same tensors, so that a private model costs the bytes of the weights that move, some hundred kilobytes. Hooks
-go on the copied tree and never see what others draw.
+The studio could instead lock the model, edit its weights in place and restore them afterwards. But then a long task
+could not yield in the middle, and a task that crashed would leave edited weights to the next user. With copies, nothing
+writes to shared weights. Only the tree of modules is copied, which takes a few milliseconds; parameters and buffers
+remain the same tensors. A copy therefore costs the bytes of the weights that move, some hundred kilobytes. Hooks are
+registered on the copied modules, so they do not run when other users draw.
 """
 
 import copy
@@ -14,24 +14,24 @@ from typing import Any
 from torch.nn import Module
 
 from overpaint.edit import Change
-from overpaint.edit.weights import weights_at
+from overpaint.edit.weights import find_weights
 from overpaint.model import TextToImage
 
-__all__ = ["private"]
+__all__ = ["copy_model"]
 
-_TEXT = ("text_encoder", "text_encoder_2")
-_PARTS = (*_TEXT, "unet", "vae")
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+_PARTS = (*_TEXT_ENCODERS, "unet", "vae")
 
 
-def private(
-    model: TextToImage, change: Change | None = None, *, whole: bool = False
+def copy_model(
+    model: TextToImage, change: Change | None = None, *, all_parts: bool = False
 ) -> TextToImage:
-    """Return a model of its own modules and shared weights; with `change` applied, if one is given.
+    """Return a copy of `model` with its own modules and shared weights, with `change` applied.
 
     Args:
-        model: Nothing of it is written to, neither now nor by what is done to the private one through a `Change`.
-        change: Its weights are copied before they are moved.
-        whole: Copy the modules of UNet and decoder too, for work that puts hooks there.
+        model: The original. Neither this function nor a `Change` that is applied to the copy writes to it.
+        change: The weights that it moves are copied before they are moved. No weight is copied if `None`.
+        all_parts: Copy the modules of the UNet and the decoder too, for work that registers hooks there.
 
     Raises:
         ValueError: The change was made for other weights, or overflows their dtype.
@@ -39,29 +39,31 @@ def private(
         UnsupportedModel: A weight is quantised, fused, wrapped by an adapter, or not in memory.
     """
     sites = () if change is None else change.sites
-    own = {id(parameter) for parameter in weights_at(model, sites)}
+    moved = {id(weight.parameter) for weight in find_weights(model, sites)}
     pipe = copy.copy(model.pipe)
-    for name in _named(sites, whole=whole):
+    for name in _parts_to_copy(sites, all_parts=all_parts):
         part = getattr(model.pipe, name, None)
         if isinstance(part, Module):
-            vars(pipe)[name] = _twin(part, own)
-    mine = TextToImage(
+            vars(pipe)[name] = _copy_modules(part, moved)
+    model_copy = TextToImage(
         pipe, name=model.name, guidance_scale=model.guidance_scale, held_out=model.held_out
     )
     if change is not None:
-        change.apply(mine)
-    return mine
+        change.apply(model_copy)
+    return model_copy
 
 
-def _named(sites: Sequence[str], *, whole: bool) -> Iterable[str]:
-    """Return the parts to copy: text encoders always, for every edit and every trace reads them with hooks."""
-    if whole:
+def _parts_to_copy(sites: Sequence[str], *, all_parts: bool) -> Iterable[str]:
+    """Return names of parts; text encoders always, because every edit and every trace registers hooks there."""
+    if all_parts:
         return _PARTS
-    return (*_TEXT, "unet") if any(site.startswith("unet") for site in sites) else _TEXT
+    if any(site.startswith("unet") for site in sites):
+        return (*_TEXT_ENCODERS, "unet")
+    return _TEXT_ENCODERS
 
 
-def _twin(part: Module, own: set[int]) -> Any:
-    """Return a copy of a tree of modules that shares all tensors but the parameters in `own`."""
+def _copy_modules(part: Module, moved: set[int]) -> Any:
+    """Return a copy of a tree of modules that shares all tensors but the parameters whose ids are in `moved`."""
     tensors = (*part.parameters(), *part.buffers())
-    shared: dict[int, Any] = {id(t): t for t in tensors if id(t) not in own}
+    shared: dict[int, Any] = {id(t): t for t in tensors if id(t) not in moved}
     return copy.deepcopy(part, shared)

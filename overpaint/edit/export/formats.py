@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
-from overpaint.edit.change import Change, Movement
+from overpaint.edit.change import Change
 from overpaint.edit.export import ldm, model_card
 from overpaint.edit.least_squares import compress
+from overpaint.edit.movement import Movement
 from overpaint.errors import UnsupportedModel
 from overpaint.model import TextToImage
 from overpaint.model.sites import find_unet

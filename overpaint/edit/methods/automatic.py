@@ -34,11 +34,12 @@ from overpaint.edit import caption_sums as texts
 from overpaint.edit import vocabulary as vocabularies
 from overpaint.edit.caption_sums import FRESH, Reader, Sums
 from overpaint.edit.captions import check_pairs, plan
-from overpaint.edit.change import Change, Movement
+from overpaint.edit.change import Change
 from overpaint.edit.least_squares import factorise
 from overpaint.edit.methods import layer_scan, token_rows
 from overpaint.edit.methods import mlp_repair as repairs
-from overpaint.edit.weights import weight_at
+from overpaint.edit.movement import Movement
+from overpaint.edit.weights import find_weight
 from overpaint.model import TextToImage
 
 __all__ = ["RIDGES", "WEIGHTS", "auto", "preserve_terms"]
@@ -399,8 +400,8 @@ def _movement(
     keys, residuals = (torch.cat(parts) for parts in zip(*rows, strict=True))
     owners = [place for place, (k, _) in zip(places, rows, strict=True) for _ in range(len(k))]
     solution = factorise(keys, ridge=ridge, gram=gram, method="auto").solve(residuals)
-    parameter = weight_at(reader.model, reader.site)
-    return Movement.of(reader.site, parameter, solution, keys, residuals, owners, gram)
+    parameter = find_weight(reader.model, reader.site).parameter
+    return Movement.from_solution(reader.site, parameter, solution, keys, residuals, owners, gram)
 
 
 def _report(
@@ -453,7 +454,7 @@ def _check_place(
 ) -> None:
     """Refuse what the layer would refuse, also where the token embedding does it all."""
     if layer != "auto":
-        weight_at(model, f"text.{layer}.self_attn.out_proj")
+        find_weight(model, f"text.{layer}.self_attn.out_proj")
     if ridge != "auto" and not (isinstance(ridge, int | float) and 0 < ridge < math.inf):
         raise ValueError(f"`ridge` must be 'auto' or positive and finite, got {ridge!r}.")
     plan(model, dict(pairs), ["{}"], "subject_to_end")

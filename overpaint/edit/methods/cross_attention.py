@@ -1,8 +1,10 @@
-r"""The key and value projections of the UNet's cross-attention, solved all at once: what UCE, TIME and LocoEdit share.
+r"""Closed-form edits of the UNet's cross-attention keys and values: the part that UCE, TIME and LocoEdit share.
 
-Every layer reads the same text features and none of the projections has a bias. So an edit is said in features alone:
-of the keys :math:`K` make what is made of the sources :math:`S` today. The targets of a weight :math:`W` are
-:math:`S W^\top`, its residuals :math:`(S - K) W^\top`, and one factorisation of :math:`K` serves all 32 weights.
+Every layer reads the same text features, and none of the projections has a bias. So the edit is stated in text features
+alone: a weight :math:`W` should map the keys :math:`K` to what it maps the sources :math:`S` to at present. The targets
+are :math:`S W^\top`, the residuals :math:`(S - K) W^\top`, and one factorisation of :math:`K` serves all weights.
+
+Source: the objective is that of `least_squares`; the methods cite their papers.
 """
 
 import time
@@ -15,47 +17,47 @@ import torch
 from torch import Tensor
 
 from overpaint.edit.captions import captions, layer_inputs
-from overpaint.edit.change import Change, Movement
+from overpaint.edit.change import Change
 from overpaint.edit.least_squares import Factors, Solution, contradiction, factorise
 from overpaint.edit.methods.quickfix import preserve_gram
-from overpaint.edit.weights import encoder_index, weights_at
+from overpaint.edit.movement import Movement
+from overpaint.edit.weights import encoder_index, find_weights
 from overpaint.errors import UnknownSite, UnsupportedModel
 from overpaint.model import TextToImage, text_features
 from overpaint.model.sites import Site, find_unet
 from overpaint.model.token_spans import end_of_text
 
 __all__ = [
+    "FeatureEdit",
     "Layer",
     "Projection",
-    "Wanted",
+    "last_tokens",
     "preserved_keys",
-    "projections",
-    "read",
-    "rewrite",
-    "spot",
-    "spots",
+    "projection_sites",
+    "read_features",
+    "solve_projections",
 ]
 
-_READ_WHOLE = ("quickfix", "random_site")
-_READ_LAST = ("uce", "debias")
+_ALL_POSITIONS = ("quickfix", "random_site")  # methods that preserve every token of a prompt
+_LAST_TOKEN = ("uce", "debias")  # methods that preserve the last token of a prompt
 
 Layer = int | str | Site
 Projection = Literal["k", "v"]
-_BATCH = 64
+_BATCH = 64  # texts
 
 
 @dataclass(frozen=True, eq=False)
-class Wanted:
-    """An edit in text features.
+class FeatureEdit:
+    """An edit stated in text features: N keys and their sources, and M preserved keys.
 
     Attributes:
-        keys: What will be read, shape (N, D), float32.
-        sources: What it should be read as, shape (N, D), float32.
-        owners: Of each key, its concept: the place among the pairs.
-        labels: Of each key, the caption and pair to name where something is wrong with it.
-        preserved: What should be read as before, shape (M, D), float32.
-        kept: The prompt of each preserved key.
-        empty: Features of the empty prompt, shape (L, D), to measure how far it drifts.
+        keys: Features of the old concepts, shape (N, D), float32.
+        sources: For each key, the features of the new concept, shape (N, D), float32.
+        owners: For each key, the index of its concept among the pairs.
+        labels: For each key, the pair as text, for error messages.
+        preserve: Features whose outputs should not change, shape (M, D), float32.
+        preserve_prompts: For each preserved key, its prompt.
+        empty: Features of the empty prompt, shape (L, D), to measure its drift.
         started: `time.perf_counter()` before the first caption was read.
     """
 
@@ -63,82 +65,77 @@ class Wanted:
     sources: Tensor
     owners: tuple[int, ...]
     labels: tuple[str, ...]
-    preserved: Tensor
-    kept: tuple[str, ...]
+    preserve: Tensor
+    preserve_prompts: tuple[str, ...]
     empty: Tensor
     started: float
 
 
-def projections(
+def projection_sites(
     model: TextToImage, layers: Sequence[Layer] | None, matrices: Sequence[Projection]
 ) -> list[str]:
-    """Return the names of the weights: keys and values of `layers`, in execution order.
+    """Return the names of the key and value projections of `layers`, in execution order.
 
     Args:
-        model: Its UNet is walked.
-        layers: Numbers of cross-attention layers, their names, or the sites that `trace.pick_window` returned; all of
-            them if `None`.
+        model: The model.
+        layers: Cross-attention layers: numbers, names, or the sites that `trace.pick_window` returned; `None` means all.
         matrices: `"k"`, `"v"` or both.
 
     Raises:
-        UnknownSite: A layer that the UNet does not have.
-        ValueError: No layer, or another matrix.
+        UnknownSite: The UNet has no such layer.
+        ValueError: There is no layer, or a matrix is neither `"k"` nor `"v"`.
     """
     count = sum(site.kind == "cross_attn" for site in find_unet(model.unet))
-    chosen = range(count) if layers is None else sorted({_index(layer) for layer in layers})
-    wrong = [index for index in chosen if not 0 <= index < count]
+    indices = range(count) if layers is None else sorted({_index(layer) for layer in layers})
+    wrong = [index for index in indices if not 0 <= index < count]
     if wrong:
         raise UnknownSite(
             f"unknown layer {wrong[0]}: this model has unet.cross_attn 0 to {count - 1}. Name one of those."
         )
     unknown = [name for name in matrices if name not in ("k", "v")]
-    if unknown or not matrices or not chosen:
-        told = f"got {unknown[0]!r}" if unknown else "got none"
+    if unknown or not matrices or not indices:
+        value = repr(unknown[0]) if unknown else "none"
         raise ValueError(
-            f"an edit of cross-attention moves 'k', 'v' or both, in at least one layer, {told}: leave the argument out "
-            "for the usual ones."
+            f"an edit of cross-attention moves 'k', 'v' or both, in at least one layer, got {value}: leave the argument "
+            "out for the default."
         )
-    return [f"unet.cross_attn.{i}.to_{name}" for i in chosen for name in ("k", "v") if name in matrices]  # fmt: skip
+    return [f"unet.cross_attn.{i}.to_{name}" for i in indices for name in ("k", "v") if name in matrices]  # fmt: skip
 
 
-def spot(model: TextToImage, concept: str, frame: str = "") -> tuple[str, int]:
-    """Return `concept` in `frame` and its last token; for no concept the last token of the frame, or begin-of-text.
+def last_tokens(model: TextToImage, concepts: Sequence[tuple[str, str]]) -> list[tuple[str, int]]:
+    """Return the caption of each concept and the position of the concept's last token in it.
 
-    Raises:
-        ValueError: The token limit cuts the concept off.
-    """
-    return spots(model, [(concept, frame)])[0]
-
-
-def spots(model: TextToImage, asked: Sequence[tuple[str, str]]) -> list[tuple[str, int]]:
-    """Return `spot` of each concept and frame, tokenised in one call.
+    Args:
+        model: Its tokenizer is called once.
+        concepts: Pairs of a concept and a frame. For an empty concept the position is that of the frame's last token,
+            or of begin-of-text where the frame is empty too.
 
     Raises:
-        ValueError: As `spot`.
+        ValueError: The token limit cuts a concept off.
     """
-    placed = iter(captions(model, [(c, frame) for c, frame in asked if c.strip()]))
-    found: list[tuple[str, int]] = []
-    for concept, frame in asked:
+    named = iter(captions(model, [(c, frame) for c, frame in concepts if c.strip()]))
+    places: list[tuple[str, int]] = []
+    for concept, frame in concepts:
         if concept.strip():
-            one = next(placed)
-            found.append((one.text, one.last))
+            caption = next(named)
+            places.append((caption.text, caption.last))
         else:
             text = frame.replace("{}", "").strip()
             ids = model.tokenize([text])[0]
-            found.append((text, end_of_text(model.tokenizer, ids) - 1))
-    return found
+            places.append((text, end_of_text(model.tokenizer, ids) - 1))
+    return places
 
 
 @torch.no_grad()
-def read(
+def read_features(
     model: TextToImage, texts: Sequence[str], *, length: int | None = None
 ) -> dict[str, Tensor]:
-    """Return what cross-attention reads of each text, float32 on the CPU, shape (L, D) each.
+    """Return the text features that cross-attention reads for each text, float32 on the CPU, shape (L, D) each.
 
     Args:
-        model: Its text encoders are causal, so that a token's features do not depend on those after it.
-        texts: Read in batches, equal ones once.
-        length: Leave out the tokens from here on, which saves most of the time where only short captions count.
+        model: Its text encoders are causal, so a token's features do not depend on later tokens.
+        texts: Read in batches; equal texts are read once.
+        length: Number of tokens to read, which saves most of the time for short captions; all if `None`.
     """
     distinct = list(dict.fromkeys(texts))
     ids = [model.tokenize(distinct, encoder=i)[:, :length] for i in range(len(model.text_encoders))]
@@ -148,61 +145,63 @@ def read(
         parts.append(text_features(model.text_encoders, rows).cpu().float())
     features = torch.cat(parts)
     if len(ids) == 2:
-        features = features[:, :-1]  # the last row is pooled, and no layer reads it
+        features = features[:, :-1]  # the last row is the pooled one, which no layer reads
         if "" in distinct and model.pipe.config.get("force_zeros_for_empty_prompt", True):
             features[distinct.index("")] = 0
     return dict(zip(distinct, features, strict=True))
 
 
-def rewrite(
+def solve_projections(
     model: TextToImage,
     sites: Sequence[str],
-    wanted: Wanted,
+    edit: FeatureEdit,
     *,
     ridge: float,
     preserve_weight: float = 0.0,
     protocol: Mapping[str, Any],
 ) -> Change:
-    """Return the change of all `sites` that does what is `wanted`; the model is not touched.
+    """Return the change of all `sites` by a feature edit; the model is not modified.
 
     Args:
-        model: Whose weights are to move.
-        sites: From `projections`.
-        wanted: Keys and sources.
+        model: The model whose weights move.
+        sites: From `projection_sites`.
+        edit: Keys, sources and preserved keys.
         ridge: Pull towards the old weights, in units of a key's squared norm. Positive.
-        preserve_weight: What one preserved key counts against one edited key.
-        protocol: The method and its arguments; model, ridge and versions are added.
+        preserve_weight: Weight of one preserved key against one edited key.
+        protocol: The method and its arguments; model, ridge, sites and versions are added.
 
     Raises:
         ValueError: Two pairs contradict one another, a preserved prompt is edited, or a weight is not finite.
         UnsupportedModel: The projections do not read the text features, or are not plain matrices in memory.
     """
-    _check_contradictions(wanted)
-    parameters = weights_at(model, sites)
-    gram = preserve_gram(wanted.preserved, preserve_weight)
-    begun = time.perf_counter()
-    factors = factorise(wanted.keys, ridge=ridge, gram=gram, method="auto")
-    shift = wanted.sources.double() - wanted.keys.double()
-    read_by = (wanted.keys, wanted.preserved, wanted.empty)
-    turned = [rows.double() @ factors.right.T for rows in read_by]  # all weights share these
+    _check_contradictions(edit)
+    weights = find_weights(model, sites)
+    gram = preserve_gram(edit.preserve, preserve_weight)
+    started = time.perf_counter()
+    factors = factorise(edit.keys, ridge=ridge, gram=gram, method="auto")
+    shift = edit.sources.double() - edit.keys.double()
+    inputs = (edit.keys, edit.preserve, edit.empty)
+    projected = [rows.double() @ factors.right.T for rows in inputs]  # shared by all weights
     movements: list[Movement] = []
     squares: list[dict[str, float]] = []
-    for site, parameter in zip(sites, parameters, strict=True):
-        weight = parameter.detach().to("cpu", torch.float64)
-        _check_weight(site, weight, wanted.keys.shape[1])
-        residuals = shift @ weight.T
+    for weight in weights:
+        matrix = weight.parameter.detach().to("cpu", torch.float64)
+        _check_weight(weight.site, matrix, edit.keys.shape[1])
+        residuals = shift @ matrix.T
         solution = factors.solve(residuals)
         movements.append(
-            Movement.of(site, parameter, solution, wanted.keys, residuals, wanted.owners, gram)
+            Movement.from_solution(
+                weight.site, weight.parameter, solution, edit.keys, residuals, edit.owners, gram
+            )
         )
-        squares.append(_squares(solution, residuals, turned, wanted, parameter))
-    done = time.perf_counter()
+        squares.append(_squared_norms(solution, residuals, projected, edit, weight.parameter))
+    solved = time.perf_counter()
     report = {
         "seconds": {
-            "keys": round(begun - wanted.started, 6),
-            "solve": round(done - begun, 6),
+            "keys": round(started - edit.started, 6),
+            "solve": round(solved - started, 6),
         },
-        **_report(factors, wanted, movements, squares),
+        **_report(factors, edit, movements, squares),
     }
     full = {
         **protocol,
@@ -212,6 +211,25 @@ def rewrite(
         "versions": {name: version(name) for name in ("torch", "transformers", "diffusers")},
     }
     return Change(tuple(movements), full, report)
+
+
+def preserved_keys(model: TextToImage, method: Any, site: str, prompts: Sequence[str]) -> Tensor:
+    """Return the keys (M, D_in) at the weight `site` that a change by `method` preserves for `prompts`.
+
+    Raises:
+        ValueError: The keys of changes by `method` cannot be read again.
+    """
+    if method in _ALL_POSITIONS:
+        ids = model.tokenize(prompts, encoder=encoder_index(model, site.partition(".")[0]))
+        return layer_inputs(model, site, ids).flatten(0, 1)
+    if method in _LAST_TOKEN:
+        places = last_tokens(model, [(prompt, "") for prompt in prompts])
+        features = read_features(model, [text for text, _ in places])
+        return torch.stack([features[text][place] for text, place in places])
+    raise ValueError(
+        f"the preserve terms of a change made by {method!r} cannot be read again: save it with `gram=True`, or make "
+        "one change of all concepts."
+    )
 
 
 def _index(layer: Layer) -> int:
@@ -226,21 +244,21 @@ def _index(layer: Layer) -> int:
     return int(number)
 
 
-def _check_contradictions(wanted: Wanted) -> None:
-    found = contradiction(
-        torch.cat([wanted.keys, wanted.preserved]), torch.cat([wanted.sources, wanted.preserved])
+def _check_contradictions(edit: FeatureEdit) -> None:
+    rows = contradiction(
+        torch.cat([edit.keys, edit.preserve]), torch.cat([edit.sources, edit.preserve])
     )
-    if found is None:
+    if rows is None:
         return
-    first, second = found
-    if second >= len(wanted.keys):
-        prompt = wanted.kept[second - len(wanted.keys)]
+    first, second = rows
+    if second >= len(edit.keys):
+        prompt = edit.preserve_prompts[second - len(edit.keys)]
         raise ValueError(
-            f"the preserved prompt {prompt!r} is read as {wanted.labels[first]} is, which is edited: take it off the "
-            "`preserve` list."
+            f"the preserved prompt {prompt!r} has the same key as {edit.labels[first]}, which is edited: take it off "
+            "the `preserve` list."
         )
     raise ValueError(
-        f"contradictory pairs: {wanted.labels[first]} and {wanted.labels[second]} give one key two targets. Keep one "
+        f"contradictory pairs: {edit.labels[first]} and {edit.labels[second]} give one key two targets. Keep one "
         "of them."
     )
 
@@ -248,43 +266,46 @@ def _check_contradictions(wanted: Wanted) -> None:
 def _check_weight(site: str, weight: Tensor, width: int) -> None:
     if weight.shape[1] != width:
         raise UnsupportedModel(
-            f"{site} reads {weight.shape[1]} numbers a token, the text features have {width}: this UNet changes them "
-            "on the way, so there is nothing to solve. Use a plain Stable Diffusion pipeline."
+            f"{site} reads {weight.shape[1]} numbers a token, but the text features have {width}: this UNet transforms "
+            "them before its cross-attention, so there is nothing to solve. Use a plain Stable Diffusion pipeline."
         )
     if not bool(torch.isfinite(weight).all()):
         raise ValueError(f"the weight at {site} holds NaN or infinity: load an undamaged model.")
 
 
-def _squares(
+def _squared_norms(
     solution: Solution,
     residuals: Tensor,
-    turned: Sequence[Tensor],
-    wanted: Wanted,
+    projected: Sequence[Tensor],
+    edit: FeatureEdit,
     parameter: Tensor,
 ) -> dict[str, float]:
-    """Return squared norms that add up over weights.
+    """Return squared norms that are summed over the weights for the report.
 
-    `turned` holds keys, preserved keys and the empty prompt times the right factor that all weights share.
+    `projected` holds keys, preserved keys and the empty prompt times the right factor, which all weights share.
     """
-    square = lambda t: float(t.norm()) ** 2  # noqa: E731
+
+    def square(matrix: Tensor) -> float:
+        return float(matrix.norm()) ** 2
+
     left, weight = solution.left, parameter.detach().cpu().float()
-    moved = [rows @ left.T for rows in turned]
+    moved = [rows @ left.T for rows in projected]
     return {
         "delta": square(left),  # the rows of the right factor are orthonormal
         "weight": square(weight),
         "before": square(residuals),
         "after": square(residuals - moved[0]),
-        "target": square(wanted.sources @ weight.T),
-        "kept": square(moved[1]),
-        "read": square(wanted.preserved @ weight.T),
-        "empty": square(moved[2]),
-        "spoken": square(wanted.empty @ weight.T),
+        "target": square(edit.sources @ weight.T),
+        "preserve_moved": square(moved[1]),
+        "preserve": square(edit.preserve @ weight.T),
+        "empty_moved": square(moved[2]),
+        "empty": square(edit.empty @ weight.T),
     }
 
 
 def _report(
     factors: Factors,
-    wanted: Wanted,
+    edit: FeatureEdit,
     movements: Sequence[Movement],
     squares: Sequence[Mapping[str, float]],
 ) -> dict[str, Any]:
@@ -295,8 +316,8 @@ def _report(
 
     return {
         "weights": len(movements),
-        "keys": len(wanted.keys),
-        "preserved_keys": len(wanted.preserved),
+        "keys": len(edit.keys),
+        "preserved_keys": len(edit.preserve),
         "condition_number": factors.condition_number,
         "effective_rank": factors.effective_rank,
         "rank": max(m.left.shape[1] for m in movements),
@@ -304,25 +325,6 @@ def _report(
         "relative_delta_norm": ratio("delta", "weight"),
         "residual_before": ratio("before", "target"),
         "residual_after": ratio("after", "target"),
-        "preserve_drift": ratio("kept", "read"),
-        "empty_prompt_drift": ratio("empty", "spoken"),
+        "preserve_drift": ratio("preserve_moved", "preserve"),
+        "empty_prompt_drift": ratio("empty_moved", "empty"),
     }
-
-
-def preserved_keys(model: TextToImage, method: Any, site: str, prompts: Sequence[str]) -> Tensor:
-    """Return the keys (M, D_in) that a change by `method` preserves of `prompts` at a weight.
-
-    Raises:
-        ValueError: They cannot be read again.
-    """
-    if method in _READ_WHOLE:
-        ids = model.tokenize(prompts, encoder=encoder_index(model, site.partition(".")[0]))
-        return layer_inputs(model, site, ids).flatten(0, 1)
-    if method in _READ_LAST:
-        places = spots(model, [(prompt, "") for prompt in prompts])
-        features = read(model, [text for text, _ in places])
-        return torch.stack([features[text][place] for text, place in places])
-    raise ValueError(
-        f"the preserve terms of a change made by {method!r} cannot be read again: save it with `gram=True`, or make "
-        "one change of all concepts."
-    )

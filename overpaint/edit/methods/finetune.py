@@ -23,10 +23,11 @@ import torch
 from torch import Generator, Tensor, nn
 
 from overpaint.edit.captions import caption, check_pairs
-from overpaint.edit.change import Change, Movement
+from overpaint.edit.change import Change
 from overpaint.edit.methods.cross_attention import Layer, Projection, projections
 from overpaint.edit.methods.quickfix import FRAMES
-from overpaint.edit.weights import fingerprint, weights_at
+from overpaint.edit.movement import Movement
+from overpaint.edit.weights import find_weights, fingerprint
 from overpaint.errors import UnsupportedModel
 from overpaint.model import TextToImage
 from overpaint.model.sampling import denoise
@@ -110,7 +111,7 @@ def finetune(
         )
     started = time.perf_counter()
     sites = projections(model, layers, matrices)
-    parameters = weights_at(model, sites)
+    parameters = [weight.parameter for weight in find_weights(model, sites)]
     lessons = _lessons(model, pairs, preserve, frames, pictures, picture_steps, seed)
     drawn = time.perf_counter()
     tuned = [nn.Parameter(p.detach().float().clone()) for p in parameters]

@@ -1,9 +1,9 @@
-r"""LocoEdit: rewrite a concept in the few cross-attention layers that hold it.
+r"""LocoEdit: edit a concept in the few cross-attention layers that hold it.
 
-The keys are the text features :math:`X` of the concept's last token in four frames, the targets what `to_k` and `to_v`
-make of the new concept's. In the paper's row form :math:`W' = (X^\top X + \lambda I)^{-1}(X^\top Y W^\top + \lambda
-W^\top)`, which is the shared solver transposed. `trace.swap` says which layers: those of the window whose pictures show
-least of the concept.
+The keys are the text features :math:`X` of the concept's last token in four frames; the targets are what `to_k` and
+`to_v` map the new concept's features :math:`Y` to. In the paper's row form :math:`W' = (X^\top X + \lambda I)^{-1}
+(X^\top Y W^\top + \lambda W^\top)`, which is the shared solver transposed. `trace.prompt_swap` finds the layers: those
+of the window whose pictures show the concept least.
 
 Source: Basu et al., 2024 (LocoGen and LocoEdit), https://arxiv.org/abs/2405.01008, and the authors' code.
 Deviations: the target is any concept (theirs is fixed to "a painting"); solved in float64.
@@ -17,11 +17,11 @@ import torch
 from overpaint.edit.captions import check_frames, check_pairs, plan
 from overpaint.edit.change import Change
 from overpaint.edit.methods.cross_attention import (
+    FeatureEdit,
     Layer,
-    Wanted,
-    projections,
-    read,
-    rewrite,
+    projection_sites,
+    read_features,
+    solve_projections,
 )
 from overpaint.edit.methods.quickfix import FRAMES
 from overpaint.model import TextToImage
@@ -39,16 +39,17 @@ def loco(
     ridge: float = 0.01,
     frames: Sequence[str] = FRAMES,
 ) -> Change:
-    """Change that makes the located layers read each old concept as its new one; the model is not touched.
+    """Return the change by which the given layers map each old concept to its new one; the model is not modified.
 
     Args:
         model: The model to edit.
         pairs: Old concept to new.
-        layers: Cross-attention layers, best `trace.pick_window(trace.swap(...))`. `None` takes those that the paper
-            found in Stable Diffusion 1 for styles: the `window` layers from the middle on, 8 and 9 of 16.
-        window: How many layers, where `layers` does not say.
+        layers: Cross-attention layers, best those of `trace.pick_window(trace.prompt_swap(...))`. `None` takes the
+            layers that the paper found in Stable Diffusion 1 for styles: `window` layers from the middle on, 8 and 9 of
+            16.
+        window: Number of layers, where `layers` is `None`.
         ridge: Pull towards the old weights, in units of a key's squared norm. Positive.
-        frames: Captions around the concept: put before it, or filled in where they hold `{}`.
+        frames: Captions around the concept: a prefix, or a text in which `{}` is replaced.
 
     Returns:
         The change of `to_k` and `to_v` in these layers.
@@ -61,24 +62,27 @@ def loco(
     """
     check_pairs(pairs)
     check_frames(frames)
-    sites = projections(model, _middle(model, window) if layers is None else layers, ("k", "v"))
+    sites = projection_sites(
+        model, _middle(model, window) if layers is None else layers, ("k", "v")
+    )
     started = time.perf_counter()
     planned = plan(model, pairs, frames, "last_subject")
-    places = list(pairs)
+    concepts = list(pairs)
     length = max(max(p.old.last, p.new.last) for p in planned) + 2  # with the end of text
-    features = read(model, ["", *(c.text for p in planned for c in (p.old, p.new))], length=length)
-    wanted = Wanted(
+    texts = ["", *(c.text for p in planned for c in (p.old, p.new))]
+    features = read_features(model, texts, length=length)
+    edit = FeatureEdit(
         keys=torch.stack([features[p.old.text][p.old.last] for p in planned]),
         sources=torch.stack([features[p.new.text][p.new.last] for p in planned]),
-        owners=tuple(places.index(p.names[0]) for p in planned),
+        owners=tuple(concepts.index(p.names[0]) for p in planned),
         labels=tuple(f"{p.names[0]!r} → {p.names[1]!r}" for p in planned),
-        preserved=features[""][:0],
-        kept=(),
+        preserve=features[""][:0],
+        preserve_prompts=(),
         empty=features[""],
         started=started,
     )
     protocol = {"method": "loco", "pairs": dict(pairs), "frames": list(frames)}
-    return rewrite(model, sites, wanted, ridge=ridge, protocol=protocol)
+    return solve_projections(model, sites, edit, ridge=ridge, protocol=protocol)
 
 
 def _middle(model: TextToImage, window: int) -> list[int]:

@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
 from overpaint.edit.captions import Pair, places
-from overpaint.edit.change import Movement
-from overpaint.edit.weights import fingerprint, text_layers, weight_at
+from overpaint.edit.movement import Movement
+from overpaint.edit.weights import find_weight, fingerprint, text_layers
 from overpaint.errors import UnsupportedModel
 from overpaint.model import TextToImage
 from overpaint.model.hooks import record_inputs
@@ -138,7 +138,7 @@ def repair(
     """
     read = _Layer.of(model, layer, movement.delta)
     site = f"text.{layer}.mlp.fc2"
-    parameter = weight_at(model, site)
+    parameter = find_weight(model, site).parameter
     parts = [_of_pairs(read, pairs) for pairs in wanted]
     parts += [_of_captions(read, captions, weight) for captions, weight in kept if weight]
     gram = sum((p.gram for p in parts[1:]), parts[0].gram)

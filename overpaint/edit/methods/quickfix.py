@@ -11,7 +11,7 @@ in one batch. `preserve` is ours, in UCE's form; the paper has none.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Literal
@@ -29,7 +29,7 @@ from overpaint.edit.captions import (
     plan,
     read_layer,
 )
-from overpaint.edit.change import Change, Movement
+from overpaint.edit.change import Change
 from overpaint.edit.least_squares import (
     Factors,
     Method,
@@ -38,13 +38,8 @@ from overpaint.edit.least_squares import (
     factorise,
     product,
 )
-from overpaint.edit.weights import (
-    PROJECTIONS,
-    bias_at,
-    encoder_index,
-    text_layers,
-    weight_at,
-)
+from overpaint.edit.movement import Movement, Targets
+from overpaint.edit.weights import PROJECTIONS, Weight, find_weight, text_layers
 from overpaint.errors import UnknownSite
 from overpaint.model import TextToImage
 
@@ -107,26 +102,26 @@ def quickfix(
     _check_choices(positions, projection)
     clock = _Clock()
     site = f"{encoder}.{layer}.self_attn.{projection}_proj"
-    parameter = _weight(model, encoder, layer, site)
+    weight = _weight(model, encoder, layer, site)
     planned = plan(model, pairs, frames, positions, encoder=encoder)
     ids = torch.cat([torch.stack([p.old.ids, p.new.ids]) for p in planned])
-    others = model.tokenize(["", *preserve], encoder=encoder_index(model, encoder))
+    others = model.tokenize(["", *preserve], encoder=weight.encoder or 0)
     _check_preserve(planned, preserve, others[1:])
     features, rows = read_layer(model, site, torch.cat([ids, others]))
-    asked = _Asked.of_layer(
-        model, site, features, *places(planned, rows, ids.shape[1]), bias=not subtract_bias
-    )
+    key_rows, source_rows = places(planned, rows, ids.shape[1])
+    targets = _targets(weight, features, key_rows, source_rows, bias=not subtract_bias)
     empty, kept = features[rows[len(ids)]], features[rows[len(ids) + 1 :]].flatten(0, 1)
     clock.tick("keys")
-    _check_targets(planned, asked)
+    _check_targets(planned, targets)
     clock.tick("values")
     gram = preserve_gram(kept, preserve_weight)
-    factors = factorise(asked.keys, ridge=ridge, gram=gram, method=solver)
-    fit = asked.fit(factors)
-    owners = _owners(pairs, planned)
-    movement = Movement.of(site, parameter, fit.solution, asked.keys, fit.residuals, owners, gram)
+    factors = factorise(targets.keys, ridge=ridge, gram=gram, method=solver)
+    fit = _fit(targets, factors)
+    movement = Movement.from_solution(
+        site, weight.parameter, fit.solution, targets.keys, fit.residual_data, _owners(pairs, planned), gram
+    )  # fmt: skip
     clock.tick("solve")
-    report = _report(movement, fit, kept=kept, empty=empty, weight=asked.weight)
+    report = _report(movement, fit, kept=kept, empty=empty, weight=targets.weight)
     report |= {
         "condition_number": fit.solution.condition_number,
         "effective_rank": fit.solution.effective_rank,
@@ -162,85 +157,61 @@ def preserve_gram(kept: Tensor, preserve_weight: float) -> Tensor | None:
 
 @dataclass(frozen=True, eq=False)
 class _Fit:
-    """How one weight moves, and the norms of what it misses at all keys before and after, and of the targets."""
+    """Solution for one weight, and the norms of its residuals before and after, and of the targets."""
 
     solution: Solution
-    residuals: Tensor | Callable[[], Tensor]
+    residual_data: Tensor | Targets
     before: float
     after: float
     target: float
 
 
-@dataclass(frozen=True, eq=False)
-class _Asked:
-    """Keys (N, D_in) and what the weight (D_out, D_in) is to make of them: what it makes of other inputs, plus `bias`.
+def _targets(
+    weight: Weight, features: Tensor, key_rows: Tensor, source_rows: Tensor, *, bias: bool
+) -> Targets:
+    """Return keys and targets: the rows `key_rows` and `source_rows` of `features`, token after token."""
+    exact = weight.parameter.detach().to("cpu", torch.float64)
+    added = weight.bias if bias else None
+    added = torch.zeros(len(exact)) if added is None else added.detach().cpu()
+    flat = features.flatten(0, 1)
+    return Targets(flat.index_select(0, key_rows), flat, source_rows, exact, added.double())
 
-    These are the rows `of` of `inputs` (M, D_in); several keys may share one.
-    """
 
-    keys: Tensor
-    inputs: Tensor
-    of: Tensor
-    weight: Tensor
-    bias: Tensor
+def _fit(targets: Targets, factors: Factors) -> _Fit:
+    """Return the movement by the factors of the keys."""
+    if factors.gram is None:
+        return _fit_rows(targets, factors)
+    return _fit_sums(targets, factors.gram, factors)
 
-    @classmethod
-    def of_layer(
-        cls, model: TextToImage, site: str, features: Tensor, at: Tensor, of: Tensor, *, bias: bool
-    ) -> "_Asked":
-        weight = weight_at(model, site).detach().to("cpu", torch.float64)
-        found = bias_at(model, site) if bias else None
-        added = torch.zeros(len(weight)) if found is None else found.detach().cpu()
-        flat = features.flatten(0, 1)
-        return cls(flat.index_select(0, at), flat, of, weight, added.double())
 
-    def targets(self, rows: Tensor) -> Tensor:
-        return self.inputs[self.of[rows]].double() @ self.weight.T + self.bias
+def _fit_rows(targets: Targets, factors: Factors) -> _Fit:
+    residuals = targets.residuals()
+    solution = factors.solve(residuals)
+    after = residuals - targets.keys.double() @ solution.right.T @ solution.left.T
+    every_target = targets.at(torch.arange(len(targets.keys)))
+    return _Fit(solution, residuals, _norm(residuals), _norm(after), _norm(every_target))
 
-    def fit(self, factors: Factors) -> _Fit:
-        """Return the movement by the factors of the keys."""
-        return (
-            self._by_rows(factors) if factors.gram is None else self._by_sums(factors.gram, factors)
-        )
 
-    def _by_rows(self, factors: Factors) -> _Fit:
-        residuals = self.residuals()
-        solution = factors.solve(residuals)
-        after = residuals - self.keys.double() @ solution.right.T @ solution.left.T
-        everything = self.targets(torch.arange(len(self.keys)))
-        return _Fit(solution, residuals, _norm(residuals), _norm(after), _norm(everything))
-
-    def _by_sums(self, gram: Tensor, factors: Factors) -> _Fit:
-        """Solve for sums over the keys, which tell all the norms too; the residuals wait until they are asked for."""
-        distinct, group = torch.unique(self.of, return_inverse=True)
-        counts = torch.bincount(group)
-        sources, weight, bias = self.inputs[distinct].double(), self.weight, self.bias
-        sums = _sums(self.keys, group)
-        mixed = sources.T @ sums  # S^T K
-        asked = mixed - gram  # (S - K)^T K
-        if float(asked.norm()) <= 1e-13 * float(gram.norm()):
-            asked.zero_()  # old and new are read alike, this is what the sums were rounded by
-        cross = weight @ asked + torch.outer(bias, sums.sum(0))  # R^T K
-        solution = factors.solve_sums(cross)
-        delta = solution.delta
-        shift = counts.double() @ sources - sums.sum(0)
-        moved = product(sources * counts.sqrt()[:, None]) - mixed - mixed.T + gram
-        before = _within(weight, moved) + float(
-            2 * bias @ weight @ shift + len(group) * bias @ bias
-        )
-        after = before - 2 * float((cross * delta).sum()) + _within(delta, gram)
-        target = before + 2 * float((cross * weight).sum()) + _within(weight, gram)
-        norms = (max(square, 0.0) ** 0.5 for square in (before, after, target))
-        return _Fit(solution, self.residuals, *norms)
-
-    def residuals(self) -> Tensor:
-        """Return what the weight misses at each key, shape (N, D_out), float64."""
-        found = torch.empty(len(self.keys), len(self.weight), dtype=torch.float64)
-        for start in range(0, len(found), _ROWS):
-            rows = slice(start, start + _ROWS)
-            shift = self.inputs[self.of[rows]].double() - self.keys[rows].double()
-            torch.addmm(self.bias, shift, self.weight.T, out=found[rows])
-        return found
+def _fit_sums(targets: Targets, gram: Tensor, factors: Factors) -> _Fit:
+    """Solve by sums over the keys, which give all norms too; the residuals are computed only when they are read."""
+    distinct, group = torch.unique(targets.rows, return_inverse=True)
+    counts = torch.bincount(group)
+    sources, weight, bias = targets.inputs[distinct].double(), targets.weight, targets.bias
+    sums = _sums(targets.keys, group)
+    mixed = sources.T @ sums  # S^T K
+    shifted = mixed - gram  # (S - K)^T K
+    if float(shifted.norm()) <= 1e-13 * float(gram.norm()):
+        shifted.zero_()  # old and new inputs are equal, this is the rounding error of the sums
+    cross = weight @ shifted + torch.outer(bias, sums.sum(0))  # R^T K
+    solution = factors.solve_sums(cross)
+    delta = solution.delta
+    shift = counts.double() @ sources - sums.sum(0)
+    moved = product(sources * counts.sqrt()[:, None]) - mixed - mixed.T + gram
+    before = _within(weight, moved) + float(2 * bias @ weight @ shift + len(group) * bias @ bias)
+    after = before - 2 * float((cross * delta).sum()) + _within(delta, gram)
+    target = before + 2 * float((cross * weight).sum()) + _within(weight, gram)
+    norms = (max(square, 0.0) ** 0.5 for square in (before, after, target))
+    return _Fit(solution, targets, *norms)
 
 
 def _sums(rows: Tensor, group: Tensor) -> Tensor:
@@ -275,14 +246,14 @@ class _Clock:
         self._last = now
 
 
-def _weight(model: TextToImage, encoder: str, layer: int, site: str) -> Tensor:
+def _weight(model: TextToImage, encoder: str, layer: int, site: str) -> Weight:
     layers = len(text_layers(model, encoder))
     if not 0 <= layer < layers:
         raise UnknownSite(f"`layer` must be 0 to {layers - 1}, got {layer}. Name one of those.")
-    parameter = weight_at(model, site)
-    if not bool(torch.isfinite(parameter).all()):
+    weight = find_weight(model, site)
+    if not bool(torch.isfinite(weight.parameter).all()):
         raise ValueError(f"the weight at {site} holds NaN or infinity: load an undamaged model.")
-    return parameter
+    return weight
 
 
 def _owners(pairs: Mapping[str, str], planned: Sequence[Pair]) -> list[int]:
@@ -357,12 +328,12 @@ def _check_preserve(planned: Sequence[Pair], preserve: Sequence[str], ids: Tenso
             )
 
 
-def _check_targets(planned: Sequence[Pair], asked: _Asked) -> None:
-    found = contradiction(asked.keys, asked.targets)
-    if found is None:
+def _check_targets(planned: Sequence[Pair], targets: Targets) -> None:
+    rows = contradiction(targets.keys, targets.at)
+    if rows is None:
         return
     owners = [(pair, place) for pair in planned for place, _ in pair.positions]
-    (first, place), (second, _) = owners[found[0]], owners[found[1]]
+    (first, place), (second, _) = owners[rows[0]], owners[rows[1]]
     raise ValueError(
         f"contradictory pairs: {first.names[0]!r} → {first.names[1]!r} and {second.names[0]!r} → {second.names[1]!r} "
         f"give one key (token {place} of {first.old.text!r}) two targets. Keep one of them, or edit fewer `positions`."

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from overpaint.edit import vocabulary
-from overpaint.edit.change import Movement
-from overpaint.edit.weights import EMBEDDING, fingerprint, weight_at
+from overpaint.edit.movement import Movement
+from overpaint.edit.weights import EMBEDDING, find_weight, fingerprint
 from overpaint.model import TextToImage, hooks
 
 __all__ = ["Own", "carried", "movement", "names", "own", "placed", "wanted"]
@@ -93,7 +93,7 @@ def carried(model: TextToImage, rows: Mapping[int, Tensor], texts: Sequence[str]
 
 def movement(model: TextToImage, rows: Mapping[int, Tensor]) -> Movement:
     """Return the movement of the embedding that gives each token its row; the model is not touched."""
-    parameter = weight_at(model, EMBEDDING)
+    parameter = find_weight(model, EMBEDDING).parameter
     weight = parameter.detach().to("cpu", torch.float64)
     tokens = sorted(_moving(weight, rows))
     left = torch.zeros(len(weight), len(tokens), dtype=torch.float64)
@@ -143,7 +143,7 @@ def _moving(weight: Tensor, rows: Mapping[int, Tensor]) -> Rows:
 
 
 def _weight(model: TextToImage) -> Tensor:
-    weight = weight_at(model, EMBEDDING).detach().to("cpu", torch.float64)
+    weight = find_weight(model, EMBEDDING).parameter.detach().to("cpu", torch.float64)
     if not bool(torch.isfinite(weight).all()):
         raise ValueError(
             f"the weight at {EMBEDDING} holds NaN or infinity: load an undamaged model."

@@ -1,21 +1,24 @@
 r"""UCE: erase, replace, preserve and debias concepts in the cross-attention's keys and values, in closed form.
 
-The key is the text feature :math:`c` of a concept's last token, its target what the projection makes of the guide's,
-:math:`v = W c_{new}`; preserved concepts keep theirs. With preserve weight :math:`a` and ridge :math:`\lambda`
+The key is the text feature :math:`c` of a concept's last token. Its target is the projection of the new concept's
+feature, :math:`v = W c_{new}`; preserved concepts :math:`p` have their present output as target. With preserve weight
+:math:`a` and ridge :math:`\lambda`
 
 .. math:: W' = \Big(\lambda W + \sum v\, c^\top + a \sum W p\, p^\top\Big)
                \Big(\lambda I + \sum c\, c^\top + a \sum p\, p^\top\Big)^{-1} .
 
 Source: Gandikota et al., 2024, https://arxiv.org/abs/2308.14761, and the authors' code
 https://github.com/rohitgandikota/unified-concept-editing.
-Deviations: solved in float64 and in the dual form; the empty guide inside a frame ("painting by ") is the frame's last
-token. Their erase scale is left out: dividing ridge and preserve weight by it is the same. In `debias` the part of an
-attribute along the concept is left out and its length set to the concept's, so that its weight has a unit; who counts
-the attributes is the caller's choice.
+Deviations: solved in float64 and in the dual form; for an empty new concept in a frame ("painting by ") the target is
+that of the frame's last token. Their erase scale is left out: dividing ridge and preserve weight by it is the same. In
+`debias` the part of an attribute along the concept is removed and its length is set to the concept's, so that the
+attribute's weight has a unit; the caller provides the function that counts attributes.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,16 +27,17 @@ from torch import Tensor
 from overpaint.edit.captions import check_pairs
 from overpaint.edit.change import Change
 from overpaint.edit.methods.cross_attention import (
+    FeatureEdit,
     Layer,
-    Wanted,
-    projections,
-    read,
-    rewrite,
-    spots,
+    last_tokens,
+    projection_sites,
+    read_features,
+    solve_projections,
 )
 from overpaint.model import TextToImage
+from overpaint.model.sampling import Progress
 
-__all__ = ["ARTISTS", "OBJECTS", "debias", "uce"]
+__all__ = ["ARTISTS", "OBJECTS", "Search", "debias", "uce"]
 
 ARTISTS = ("", "painting by ", "art by ", "artwork by ", "picture by ", "style of ")
 OBJECTS = ("", "image of ", "photo of ", "portrait of ", "picture of ", "painting of ")
@@ -49,15 +53,17 @@ def uce(
     frames: Sequence[str] = OBJECTS,
     layers: Sequence[Layer] | None = None,
 ) -> Change:
-    """Change that makes every cross-attention layer read each old concept as its new one; the model is not touched.
+    """Return the change by which cross-attention maps each old concept to its new one; the model is not modified.
 
     Args:
         model: The model to edit.
-        pairs: Old concept to new, as `{"van gogh": "painting"}`; `""` erases to what the empty prompt begins with.
-        preserve: Concepts that should be read as before, at their last token.
-        preserve_weight: What one of them counts against one edited key.
+        pairs: Old concept to new, as `{"van gogh": "painting"}`; `""` erases a concept: it is mapped to the first token
+            of the empty prompt.
+        preserve: Concepts whose outputs should not change, at their last token.
+        preserve_weight: Weight of one preserved key against one edited key.
         ridge: Pull towards the old weights, in units of a key's squared norm. Positive.
-        frames: Captions around the concept; `OBJECTS` and `ARTISTS` are the paper's two, `("",)` is the bare concept.
+        frames: Captions around the concept; `OBJECTS` and `ARTISTS` are the paper's two sets, `("",)` is the bare
+            concept.
         layers: Cross-attention layers, all if `None`.
 
     Returns:
@@ -71,15 +77,40 @@ def uce(
     """
     check_pairs(pairs, erase=True)
     _check_lists(preserve, frames)
-    sites = projections(model, layers, ("k", "v"))
-    wanted = _wanted(model, pairs, preserve, frames)
+    sites = projection_sites(model, layers, ("k", "v"))
+    edit = _feature_edit(model, pairs, preserve, frames)
     protocol = {
         "method": "uce", "pairs": dict(pairs), "preserve": list(preserve), "preserve_weight": preserve_weight,
         "frames": list(frames),
     }  # fmt: skip
-    return rewrite(
-        model, sites, wanted, ridge=ridge, preserve_weight=preserve_weight, protocol=protocol
+    return solve_projections(
+        model, sites, edit, ridge=ridge, preserve_weight=preserve_weight, protocol=protocol
     )
+
+
+@dataclass(frozen=True)
+class Search:
+    """Settings of the search in `debias`.
+
+    Attributes:
+        rate: Step of an attribute's weight, in lengths of the concept's feature, for a share that is too low by 1.
+        tolerance: The search stops when no share is off by more.
+        rounds: Largest number of rounds.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    rate: float = 0.5
+    tolerance: float = 0.05
+    rounds: int = 10
+
+    def __post_init__(self) -> None:
+        if not (self.rate > 0 and self.tolerance >= 0 and self.rounds >= 1):
+            raise ValueError(
+                f"`rate` and `rounds` must be positive and `tolerance` 0 or more, got {self.rate!r}, {self.rounds!r} "
+                f"and {self.tolerance!r}. Leave them out for 0.5, 10 and 0.05."
+            )
 
 
 def debias(
@@ -93,49 +124,49 @@ def debias(
     ridge: float = 0.5,
     frames: Sequence[str] = OBJECTS,
     layers: Sequence[Layer] | None = None,
-    rate: float = 0.5,
-    tolerance: float = 0.05,
-    rounds: int = 10,
-    on_progress: Callable[[int, int], None] | None = None,
+    search: Search | None = None,
+    on_progress: Progress | None = None,
 ) -> Change:
-    """Change that draws `concept` with its attributes in the given shares.
+    """Return the change by which pictures of `concept` have its attributes in the given shares.
 
-    Each round applies the change so far, lets `classify` draw and count, and adds more of what is short and takes away
-    what there is too much of. Of all rounds the best is returned.
+    Each round applies the present change, calls `classify`, raises the weight of attributes whose share is too low and
+    lowers the weight of the others. The best change of all rounds is returned; the model is restored after each round.
 
     Args:
-        model: The model to edit; as it was after each round.
-        concept: What is drawn one-sidedly, as `"a doctor"`.
-        shares: Attribute to its wanted share of the pictures, in [0, 1], summing up to at most 1.
-        classify: From the edited model to the share it draws of each attribute, in [0, 1].
-        preserve: As in `uce`, like all that is not explained here.
-        preserve_weight: What one preserved concept counts.
-        ridge: Pull towards the old weights.
-        frames: Captions around the concept.
-        layers: Cross-attention layers.
-        rate: How much of an attribute, in lengths of the concept's feature, answers a share that is 1 short.
-        tolerance: Stop when no share is further off than this.
-        rounds: Stop after so many.
-        on_progress: Called with the rounds done and the most there can be.
+        model: The model to edit.
+        concept: The concept with an unbalanced attribute, as `"a doctor"`.
+        shares: Attribute to its target share of the pictures, in [0, 1], with a sum of at most 1.
+        classify: Called with the edited model; returns the share of pictures with each attribute, in [0, 1].
+        preserve: As in `uce`.
+        preserve_weight: As in `uce`.
+        ridge: As in `uce`.
+        frames: As in `uce`.
+        layers: As in `uce`.
+        search: Rate, tolerance and number of rounds; `Search()` if `None`.
+        on_progress: Called with (rounds done, largest number of rounds, label).
 
     Returns:
         The best change; its report holds the shares and weights of every round.
 
     Raises:
-        ValueError: Shares are out of range, `classify` counts something else, or as in `uce`.
+        ValueError: Shares are out of range, `classify` returns other attributes, or as in `uce`.
+        TypeError: As in `uce`.
+        UnknownSite: As in `uce`.
     """
-    _check_shares(concept, shares, rate, tolerance, rounds)
+    _check_shares(concept, shares)
     _check_lists(preserve, frames)
-    sites = projections(model, layers, ("k", "v"))
-    wanted = _wanted(model, {concept: ""}, preserve, frames)
-    directions = _directions(model, wanted.keys, list(shares))
+    search = search or Search()
+    sites = projection_sites(model, layers, ("k", "v"))
+    edit = _feature_edit(model, {concept: ""}, preserve, frames)
+    directions = _directions(model, edit.keys, list(shares))
     weights = torch.zeros(len(shares), dtype=torch.float64)
     best: tuple[float, Change] | None = None
     history: list[dict[str, Any]] = []
-    for done in range(1, rounds + 1):
-        sources = wanted.keys + torch.einsum("a,and->nd", weights, directions).float()
-        change = rewrite(
-            model, sites, _towards(wanted, sources), ridge=ridge, preserve_weight=preserve_weight,
+    for done in range(1, search.rounds + 1):
+        sources = edit.keys + torch.einsum("a,and->nd", weights, directions).float()
+        change = solve_projections(
+            model, sites, dataclasses.replace(edit, sources=sources, started=time.perf_counter()),
+            ridge=ridge, preserve_weight=preserve_weight,
             protocol={
                 "method": "debias", "pairs": {concept: _described(shares, weights)}, "shares": dict(shares),
                 "preserve": list(preserve), "preserve_weight": preserve_weight, "frames": list(frames),
@@ -149,58 +180,53 @@ def debias(
         if best is None or off < best[0]:
             best = (off, change)
         if on_progress is not None:
-            on_progress(done, rounds)
-        if off <= tolerance:
+            on_progress(done, search.rounds, "balancing attributes")
+        if off <= search.tolerance:
             break
-        weights = weights + rate * short
+        weights = weights + search.rate * short
     assert best is not None
     report = {**best[1].report, "rounds": history, "off": best[0]}
     return Change(best[1].movements, best[1].protocol, report)
 
 
-def _wanted(
+def _feature_edit(
     model: TextToImage, pairs: Mapping[str, str], preserve: Sequence[str], frames: Sequence[str]
-) -> Wanted:
+) -> FeatureEdit:
+    """Return the edit of the last tokens of `pairs` in `frames`; preserved prompts have no frame."""
     started = time.perf_counter()
-    asked = [(i, old, new, f) for i, (old, new) in enumerate(pairs.items()) for f in frames]
-    olds = spots(model, [(old, frame) for _, old, _, frame in asked])
-    news = spots(model, [(new, frame) for _, _, new, frame in asked])
-    kept = spots(model, [(prompt, "") for prompt in preserve])
-    length = max(place for _, place in [*olds, *news, *kept]) + 2  # with the end of text
-    features = read(model, ["", *(text for text, _ in [*olds, *news, *kept])], length=length)
-    width = features[""].shape[1]
-    pick: Callable[[Sequence[tuple[str, int]]], Tensor] = lambda places: (  # noqa: E731
-        torch.stack([features[text][place] for text, place in places])
-        if places
-        else torch.zeros(0, width)
-    )
-    return Wanted(
-        keys=pick(olds),
-        sources=pick(news),
-        owners=tuple(i for i, *_ in asked),
-        labels=tuple(f"{old!r} → {new!r}" for _, old, new, _ in asked),
-        preserved=pick(kept),
-        kept=tuple(preserve),
+    framed = [(i, old, new, f) for i, (old, new) in enumerate(pairs.items()) for f in frames]
+    olds = last_tokens(model, [(old, frame) for _, old, _, frame in framed])
+    news = last_tokens(model, [(new, frame) for _, _, new, frame in framed])
+    preserved = last_tokens(model, [(prompt, "") for prompt in preserve])
+    places = [*olds, *news, *preserved]
+    length = max(place for _, place in places) + 2  # with the end of text
+    features = read_features(model, ["", *(text for text, _ in places)], length=length)
+
+    def rows(places: Sequence[tuple[str, int]]) -> Tensor:
+        if not places:
+            return torch.zeros(0, features[""].shape[1])
+        return torch.stack([features[text][place] for text, place in places])
+
+    return FeatureEdit(
+        keys=rows(olds),
+        sources=rows(news),
+        owners=tuple(i for i, *_ in framed),
+        labels=tuple(f"{old!r} → {new!r}" for _, old, new, _ in framed),
+        preserve=rows(preserved),
+        preserve_prompts=tuple(preserve),
         empty=features[""],
         started=started,
     )
 
 
-def _towards(wanted: Wanted, sources: Tensor) -> Wanted:
-    return Wanted(
-        wanted.keys, sources, wanted.owners, wanted.labels, wanted.preserved, wanted.kept, wanted.empty,
-        time.perf_counter(),
-    )  # fmt: skip
-
-
 def _directions(model: TextToImage, keys: Tensor, attributes: Sequence[str]) -> Tensor:
     """Return each attribute's feature without its part along the key and as long as the key, shape (A, N, D)."""
-    places = spots(model, [(name, "") for name in attributes])
-    features = read(model, [text for text, _ in places])
-    found = torch.stack([features[text][place] for text, place in places]).double()  # (A, D)
+    places = last_tokens(model, [(name, "") for name in attributes])
+    features = read_features(model, [text for text, _ in places])
+    rows = torch.stack([features[text][place] for text, place in places]).double()  # (A, D)
     k = keys.double()
-    along = (found @ k.T) / k.square().sum(1)  # (A, N)
-    across = found[:, None] - along[..., None] * k
+    along = (rows @ k.T) / k.square().sum(1)  # (A, N)
+    across = rows[:, None] - along[..., None] * k
     return across * (k.norm(dim=1)[:, None] / across.norm(dim=2, keepdim=True).clamp(min=1e-300))
 
 
@@ -208,32 +234,25 @@ def _described(shares: Mapping[str, float], weights: Tensor) -> str:
     return ", ".join(f"{w:+.3f} {name}" for name, w in zip(shares, weights.tolist(), strict=True))
 
 
-def _counted(found: Mapping[str, float], shares: Mapping[str, float]) -> dict[str, float]:
-    missing = [name for name in shares if name not in found]
-    if missing or not all(0 <= found[name] <= 1 for name in shares):
+def _counted(counts: Mapping[str, float], shares: Mapping[str, float]) -> dict[str, float]:
+    missing = [name for name in shares if name not in counts]
+    if missing or not all(0 <= counts[name] <= 1 for name in shares):
         raise ValueError(
-            f"`classify` returned {dict(found)!r}: give the share of each of {', '.join(map(repr, shares))}, from 0 to "
+            f"`classify` returned {dict(counts)!r}: give the share of each of {', '.join(map(repr, shares))}, from 0 to "
             "1. Divide counts by the number of pictures."
         )
-    return {name: float(found[name]) for name in shares}
+    return {name: float(counts[name]) for name in shares}
 
 
-def _check_shares(
-    concept: str, shares: Mapping[str, float], rate: float, tolerance: float, rounds: int
-) -> None:
+def _check_shares(concept: str, shares: Mapping[str, float]) -> None:
     if not concept.strip():
-        raise ValueError("the concept is empty: name in words what is drawn one-sidedly.")
+        raise ValueError("the concept is empty: name in words the concept to balance.")
     total = sum(shares.values())
-    fair = all(0 <= share <= 1 for share in shares.values())
-    if not shares or not fair or total > 1 + 1e-9 or not all(name.strip() for name in shares):
+    in_range = all(0 <= share <= 1 for share in shares.values())
+    if not shares or not in_range or total > 1 + 1e-9 or not all(name.strip() for name in shares):
         raise ValueError(
             f"`shares` must give attributes their shares, from 0 to 1 and at most 1 in all, got {dict(shares)!r}. For "
             "two in balance: {'red': 0.5, 'blue': 0.5}."
-        )
-    if not (rate > 0 and tolerance >= 0 and rounds >= 1):
-        raise ValueError(
-            f"`rate` and `rounds` must be positive and `tolerance` 0 or more, got {rate!r}, {rounds!r} and "
-            f"{tolerance!r}. Leave them out for 0.5, 10 and 0.05."
         )
 
 

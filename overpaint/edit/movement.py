@@ -1,0 +1,178 @@
+r"""Movement: the change of one weight as data, and the plain contents of a change, which algorithms work on.
+
+A movement is a product of two factors that is added to a weight :math:`W`. It stores the keys and residuals that it was
+solved from, so that it can be solved again together with others.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from overpaint.edit.least_squares import Solution, compress, one_thread
+from overpaint.edit.weights import fingerprint
+
+__all__ = ["Contents", "Movement", "Targets", "digest"]
+
+_BLOCK = 64  # rows of a weight that are added at once
+_KEYS = 4096  # keys whose residuals are computed at once
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    r"""Targets of N keys: for each key, the output of the weight at another input, plus a bias.
+
+    Several keys may share one input.
+
+    Attributes:
+        keys: :math:`K`, shape (N, D_in).
+        inputs: Inputs whose outputs are the targets, shape (M, D_in).
+        rows: For each key, its row of `inputs`, int64, shape (N,).
+        weight: :math:`W`, shape (D_out, D_in), float64.
+        bias: Added to every target, shape (D_out,), float64.
+    """
+
+    keys: Tensor
+    inputs: Tensor
+    rows: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def at(self, places: Tensor) -> Tensor:
+        """Return the targets of the keys at `places`, shape (len(places), D_out), float64."""
+        return self.inputs[self.rows[places]].double() @ self.weight.T + self.bias
+
+    def residuals(self) -> Tensor:
+        r"""Return :math:`R = V - K W^\top`, the targets less the present outputs, shape (N, D_out), float64."""
+        residuals = torch.empty(len(self.keys), len(self.weight), dtype=torch.float64)
+        for start in range(0, len(residuals), _KEYS):
+            block = slice(start, start + _KEYS)
+            shift = self.inputs[self.rows[block]].double() - self.keys[block].double()
+            torch.addmm(self.bias, shift, self.weight.T, out=residuals[block])
+        return residuals
+
+
+@dataclass(frozen=True, eq=False)
+class Movement:
+    r"""A movement `left @ right` of one weight, and the data that it was solved from.
+
+    Attributes:
+        site: The weight, named as in `find_weight`.
+        base_hash: `fingerprint` of the weight that the movement starts from.
+        left: Shape (D_out, R), float16, 32 or 64; a row of zeros leaves that row of the weight unchanged.
+        right: Shape (R, D_in), of the same dtypes.
+        keys: Inputs :math:`K` whose outputs the edit replaces, shape (N, D_in); N is 0 where nothing was solved.
+        residual_data: The residuals, shape (N, D_out), or the targets that `residuals` is computed from.
+        owners: For each key, the index of its concept among the pairs of the change.
+        gram: :math:`a P^\top P` of the preserved keys, shape (D_in, D_in); `None` if there are none, or if the change
+            was loaded from a file without them.
+    """
+
+    site: str
+    base_hash: str
+    left: Tensor = field(repr=False)
+    right: Tensor = field(repr=False)
+    keys: Tensor = field(repr=False)
+    residual_data: Tensor | Targets = field(repr=False)
+    owners: tuple[int, ...] = field(repr=False)
+    gram: Tensor | None = field(repr=False)
+
+    @classmethod
+    def from_solution(
+        cls,
+        site: str,
+        parameter: Tensor,
+        solution: Solution,
+        keys: Tensor,
+        residual_data: Tensor | Targets,
+        owners: Sequence[int],
+        gram: Tensor | None,
+    ) -> "Movement":
+        """Return the movement of `parameter` by `solution`, whose factors are cut to their exact rank.
+
+        Args:
+            site: Name of the weight.
+            parameter: The weight; its present bytes are the base of the movement.
+            solution: From `Factors.solve`.
+            keys: As in `Movement`.
+            residual_data: As in `Movement`.
+            owners: As in `Movement`.
+            gram: As in `Movement`.
+        """
+        left, right = compress(solution.left, solution.right, orthonormal=solution.orthonormal)
+        if isinstance(residual_data, Tensor):
+            residual_data = residual_data.detach().cpu()
+        base, keys = fingerprint(parameter), keys.detach().cpu()
+        return cls(site, base, left, right, keys, residual_data, tuple(owners), gram)
+
+    @cached_property
+    def residuals(self) -> Tensor:
+        r"""Targets less the outputs of the base weight, :math:`V - K W^\top`, shape (N, D_out)."""
+        data = self.residual_data
+        return data if isinstance(data, Tensor) else data.residuals()
+
+    @cached_property
+    def delta(self) -> Tensor:
+        """The movement of the weight, shape (D_out, D_in), float64; cached after the first access."""
+        return self.left.double() @ self.right.double()
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        """Return `weight` plus the movement, on the CPU, in its dtype. Rows that do not move keep their bytes."""
+        with one_thread():
+            result = weight.detach().cpu().clone()
+        if not self.left.numel():
+            return result
+        with one_thread():
+            rows = self.left.abs().amax(1) > 0
+        if not bool(rows.all()):
+            shift = self.left[rows].double() @ self.right.double()
+            result[rows] = (result[rows].double() + shift).to(result.dtype)
+            return result
+        # A cached `delta` is used, but none is cached here: it would stay in memory with the change.
+        shift = self.delta if "delta" in vars(self) else self.left.double() @ self.right.double()
+        # In blocks, since allocating the whole weight in double takes longer than the sum.
+        with one_thread():
+            for old, by in zip(result.split(_BLOCK), shift.split(_BLOCK), strict=True):
+                old.copy_(by + old)
+        return result
+
+
+def digest(movements: Iterable[Movement]) -> str:
+    """Return a SHA-256 of what the movements do: equal for movements and their saved copies, in any order."""
+    lines = [
+        f"{m.site} {m.base_hash} {fingerprint(m.left)} {fingerprint(m.right)}" for m in movements
+    ]
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+class Contents(NamedTuple):
+    """Contents of a change.
+
+    Attributes:
+        movements: One for each weight.
+        protocol: The arguments that made the change, ready for JSON.
+        report: Measurements of the solve.
+    """
+
+    movements: tuple[Movement, ...]
+    protocol: Mapping[str, Any]
+    report: Mapping[str, Any]
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The weights that move."""
+        return tuple(movement.site for movement in self.movements)
+
+    @property
+    def pairs(self) -> dict[str, str]:
+        """The concepts, old to new."""
+        return dict(self.protocol.get("pairs", {}))
+
+    @property
+    def ridge(self) -> float | None:
+        """The pull towards the old weight, or `None` where nothing was solved."""
+        return self.protocol.get("ridge")

@@ -1,0 +1,171 @@
+"""Functions on changes that read the model again: stack several, and restore preserve terms that files leave out.
+
+The operators of `Change` work without the model. The functions here call the methods that made the changes, so they
+stand above all of them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from overpaint.edit import algebra
+from overpaint.edit.change import Change
+from overpaint.edit.methods.automatic import auto, preserve_terms
+from overpaint.edit.methods.cross_attention import preserved_keys
+from overpaint.edit.methods.quickfix import preserve_gram
+from overpaint.edit.movement import Movement
+from overpaint.edit.weights import EMBEDDING, find_weights, fingerprint
+from overpaint.model import TextToImage
+from overpaint.model.sampling import Progress
+
+__all__ = ["complete", "stack"]
+
+_AUTOMATIC = (
+    "vocabulary",
+    "contexts",
+    "background",
+    "bound",
+    "allowance",
+    "ridge",
+    "layer",
+    "repair",
+    "tokens",
+    "seed",
+)
+
+
+def stack(
+    model: TextToImage,
+    changes: Sequence[Change],
+    *,
+    without: Sequence[str] = (),
+    on_progress: Progress | None = None,
+) -> Change:
+    """Return one change of several: their pairs and preserved prompts, solved jointly. The order does not matter.
+
+    Args:
+        model: The unedited model that all of them were made for; the preserved prompts are read from it again.
+        changes: Made with the same ridge, positions and preserve weight, of the same weights.
+        without: Old concepts to leave out.
+        on_progress: Called with (done, total, label), for changes by `auto`, which take long.
+
+    Raises:
+        ValueError: Settings or base weights differ, one concept has two new ones, there is nothing to stack, or nothing
+            would be left.
+    """
+    if not changes:
+        raise ValueError("nothing to stack: give at least one change.")
+    automatic = ["terms" in change.protocol for change in changes]
+    if any(automatic) and not all(automatic):
+        algebra.refuse_difference("method")
+    for change in changes:
+        if not any(automatic):
+            algebra.check_solved(change.contents)
+        _check_bases(model, change)
+    if any(automatic):
+        return _stacked_auto(model, changes, without, on_progress)
+    preserve = sorted({prompt for c in changes for prompt in c.protocol.get("preserve", [])})
+    weights = {
+        c.protocol["preserve_weight"] for c in changes if algebra.preserve_settings(c.contents)[0]
+    }
+    if len(weights) > 1:
+        algebra.refuse_difference("preserve_weight")
+    if weights:
+        common = {"preserve_weight": weights.pop()}
+        changes = [dataclasses.replace(c, protocol={**c.protocol, **common}) for c in changes]
+        changes = [complete(model, c, preserve=preserve) for c in changes]
+    joint = functools.reduce(Change.__add__, sorted(changes, key=_order))
+    return functools.reduce(Change.without, without, joint)
+
+
+def complete(
+    model: TextToImage, change: Change, *, preserve: Sequence[str] | None = None
+) -> Change:
+    """Return `change` with its preserve terms computed again from `model`; its movement is the same.
+
+    Args:
+        model: The unedited model that the change was made for.
+        change: Made by `quickfix`, `uce` or `auto`.
+        preserve: Prompts to preserve from the next solve on, instead of those of the change.
+
+    Raises:
+        ValueError: The model's weight is another, or the change was made in another way.
+    """
+    if "terms" in change.protocol:
+        return _complete_auto(model, change)
+    prompts = list(change.protocol.get("preserve", []) if preserve is None else preserve)
+    if not prompts:
+        return change
+    _check_bases(model, change)
+    grams: dict[str, Tensor | None] = {}
+    movements: list[Movement] = []
+    for m in change.movements:
+        source = (
+            m.site if m.site.startswith("text") else "unet"
+        )  # all weights of the UNet share their keys
+        if source not in grams:
+            keys = preserved_keys(model, change.protocol.get("method"), m.site, prompts)
+            grams[source] = preserve_gram(keys, change.protocol["preserve_weight"])
+        movements.append(dataclasses.replace(m, gram=grams[source]))
+    protocol = {**change.protocol, "preserve": prompts}
+    return Change(tuple(movements), protocol, change.report)
+
+
+def _complete_auto(model: TextToImage, change: Change) -> Change:
+    _check_bases(model, change)
+    solved = [m for m in change.movements if m.site != EMBEDDING]
+    if all(m.gram is not None for m in solved):
+        return change
+    if change.protocol.get("repair"):  # its inputs depend on the first movement: compute both again
+        settings = {
+            name: change.protocol.get(name, False)
+            for name in (*_AUTOMATIC, "preserve", "preserve_weight", "without")
+        }
+        grams = {m.site: m.gram for m in auto(model, change.pairs, **settings).movements}
+    else:
+        grams = {m.site: preserve_terms(model, change) for m in solved}
+    movements = [dataclasses.replace(m, gram=grams.get(m.site)) for m in change.movements]
+    return dataclasses.replace(change, movements=tuple(movements))
+
+
+def _stacked_auto(
+    model: TextToImage,
+    changes: Sequence[Change],
+    without: Sequence[str],
+    on_progress: Progress | None,
+) -> Change:
+    """Return one change by `auto` of all concepts, made anew: which captions move depends on all of them."""
+    pairs: dict[str, str] = {}
+    for change in sorted(changes, key=_order):
+        for old, new in change.pairs.items():
+            if pairs.setdefault(old, new) != new:
+                targets = " and ".join(f"{old!r} → {t!r}" for t in sorted((pairs[old], new)))
+                raise ValueError(f"contradictory pairs: {targets}. Keep one of them.")
+    solved = [change for change in changes if change.protocol["terms"]] or list(changes)
+    settings = [{n: change.protocol.get(n, False) for n in _AUTOMATIC} for change in solved]
+    if unlike := [n for n in _AUTOMATIC if any(s[n] != settings[0][n] for s in settings)]:
+        algebra.refuse_difference(", ".join(unlike))
+    if any(change.protocol.get("strength") for change in changes):
+        raise ValueError(
+            "a change by `auto` that was scaled cannot be stacked: stack the changes as they were made, then scale."
+        )
+    for concept in without:
+        algebra.remove_pair(pairs, concept)
+    both = {n: sorted({t for c in changes for t in c.protocol[n]}) for n in ("preserve", "without")}
+    return auto(model, dict(sorted(pairs.items())), **both, **settings[0], on_progress=on_progress)
+
+
+def _order(change: Change) -> tuple[str, str]:
+    return algebra.order(change.contents)
+
+
+def _check_bases(model: TextToImage, change: Change) -> None:
+    for m, weight in zip(change.movements, find_weights(model, change.sites), strict=True):
+        base = fingerprint(weight.parameter)
+        if base != m.base_hash:
+            raise ValueError(
+                f"wrong base hash: {m.site} of {model.name!r} is {base[:12]}, not the weight that the change was made "
+                "for. Revert what is applied, or use the model it was made for."
+            )
