@@ -55,7 +55,7 @@ def test_an_interval_prints_in_one_line():
         (lambda: metrics.bootstrap([[1.0]]), r"one row of finite numbers, got shape \(1, 1\)"),
         (lambda: metrics.bootstrap([float("nan")]), "one row of finite numbers"),
         (lambda: metrics.bootstrap([1.0], confidence=95), "between 0 and 1, got 95"),
-        (lambda: metrics.bootstrap([1.0], groups="ab"), "one group a value, got 2 for 1 values"),
+        (lambda: metrics.bootstrap([1.0], groups="ab"), "one group for each value, got 2 for 1 values"),
         (lambda: metrics.paired([1.0], [1.0, 2.0]), "same prompts and seeds"),
     ],
 )

@@ -52,5 +52,5 @@ def test_the_best_order_has_no_sparsification_error_and_the_worst_most():
 def test_what_does_not_pair_up_is_refused():
     with pytest.raises(ValueError, match=r"share a shape \(B, 2, H, W\), got .* resize one"):
         metrics.epe(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 8, 8))
-    with pytest.raises(ValueError, match="cover the same places, got .* resize them"):
+    with pytest.raises(ValueError, match="cover the same pixels, got .* resize them"):
         metrics.ause(torch.zeros(1, 4, 4), torch.zeros(1, 5, 5))

@@ -1,6 +1,5 @@
-"""Numbers about pictures, on plain arrays: intervals, scores, distances, and what each one means."""
+"""Metrics of pictures and flows on plain arrays: intervals, scores, distances, and a description of each metric."""
 
-from overpaint.metrics.metric_cards import MetricCard, card, cards
 from overpaint.metrics.clip import CLIP_SCALES, clip_accuracy, clip_score
 from overpaint.metrics.distances import (
     Distance,
@@ -12,6 +11,7 @@ from overpaint.metrics.distances import (
 from overpaint.metrics.images import perceptual, psnr, ssim
 from overpaint.metrics.intervals import Interval, bootstrap, paired, spearman
 from overpaint.metrics.matching import ause, epe, pck
+from overpaint.metrics.metric_cards import MetricCard, card, cards
 
 __all__ = [
     "CLIP_SCALES",

@@ -1,24 +1,25 @@
-r"""Distances between two sets of pictures, given as features: KID with its interval and its test, and FID.
+r"""Distances between two sets of pictures, given as features: KID with a confidence interval and a test, and FID.
 
-Rows of features, one a picture, shape (n, D), from any named extractor; a distance says nothing without that name.
+Features are rows, one for each picture, shape (n, D), of any feature extractor. Distances on different extractors do
+not compare.
 
-Every figure of KID is one quadratic form in weights on the pictures. With the kernel :math:`k(x, y) = (x^\top y / D +
-1)^3` and weights :math:`a, b \ge 0` of disjoint support,
+Every value of KID is one quadratic form in weights of the pictures. With the kernel :math:`k(x, y) = (x^\top y / D +
+1)^3` and weights :math:`a, b \ge 0`, of which no picture has both,
 
 .. math:: \frac{\sum a_i a_j k_{ij}}{\sum a_i a_j} + \frac{\sum b_i b_j k_{ij}}{\sum b_i b_j}
     - 2 \frac{\sum a_i b_j k_{ij}}{\sum a_i b_j},
 
-each sum over pairs of pictures of *different groups*, is the unbiased estimate for weights of 0 and 1 (all pictures, a
-subset, a shuffled split), and its bootstrap for counts of drawing with replacement. Without groups every picture is its
-own: it is not compared with itself, nor with its own copy in a resample. Where two sets draw the same prompts, pictures
-of one prompt are near whichever set they come from; they meet in the mixed sum more often than in the two others, and
-the plain estimate comes out far below zero. With prompts as groups they meet in none. The kernel is made in blocks and
-never held whole.
+where each sum runs over pairs of pictures of *different groups*. Weights of 0 and 1 (all pictures, a subset, a shuffled
+split) give the unbiased estimate; the counts of a draw with replacement give a bootstrap sample. Without groups each
+picture is a group: it is compared neither with itself nor with its copies in a resample. If both sets draw the same
+prompts, prompts must be the groups. Pictures of one prompt are similar whichever set they come from, and such pairs are
+more frequent in the mixed sum than in the other two, so that the estimate without groups is far below zero. The kernel
+is computed in blocks of rows.
 
 Source: Bińkowski et al., 2018 (KID), https://arxiv.org/abs/1801.01401, section 4; Gretton et al., 2012, JMLR 13, lemma
-6 (the estimate) and section 5 (its test by shuffling); Heusel et al., 2017 (FID), https://arxiv.org/abs/1706.08500.
-Deviations: the interval is a bootstrap over pictures (or prompts) instead of the spread over subsets, which tells of
-the subsets' size alone.
+6 (the estimate) and section 5 (its permutation test); Heusel et al., 2017 (FID), https://arxiv.org/abs/1706.08500.
+Deviations: the interval is a bootstrap over pictures (or prompts). The usual standard deviation over subsets depends on
+the size of the subsets instead of the number of pictures.
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from numpy.typing import NDArray
 
 __all__ = ["Distance", "TwoSample", "fid", "kid", "kid_test"]
 
-_BLOCK = 1024  # rows of the kernel made at once
+_BLOCK = 1024  # rows of the kernel that are computed at once
 
 Array = NDArray[np.float64]
 Groups = tuple[Sequence[object], Sequence[object]]
@@ -41,13 +42,13 @@ class Distance:
     """A distance between `n_a` and `n_b` pictures.
 
     Attributes:
-        value: The estimate; an unbiased one of nothing is as often below zero as above.
-        low: Lower bound of its interval; NaN where the distance has none.
+        value: The estimate. An unbiased estimate of a distance of zero can be negative.
+        low: Lower bound of its interval; NaN if the distance has none.
         high: Upper bound.
-        n_a: Pictures in the first set.
-        n_b: In the second.
-        subset_size: Pictures of each set in a subset; the smaller set's number if all were used.
-        subset_std: Spread over the subsets, the figure that papers print after ±; 0 for one subset.
+        n_a: Number of pictures in the first set.
+        n_b: Number of pictures in the second set.
+        subset_size: Pictures of each set in a subset; the size of the smaller set if all were used.
+        subset_std: Standard deviation over the subsets, which papers print after ±; 0 for one subset.
     """
 
     value: float
@@ -64,14 +65,14 @@ class Distance:
 
 @dataclass(frozen=True)
 class TwoSample:
-    """Whether two sets of pictures could be one set, split at random.
+    """Result of a permutation test of the equality of two sets of pictures.
 
     Attributes:
         value: Their KID.
-        p: Share of random splits at least as far apart, counting this one: small if the sets differ.
-        threshold: KID that splits at random exceed with a chance of `alpha`; at or below it nothing is shown.
-        alpha: Of the threshold.
-        permutations: Splits drawn.
+        p: Share of splits with at least this KID, the given split included; small if the sets differ.
+        threshold: KID that random splits exceed with probability `alpha`.
+        alpha: Significance level.
+        permutations: Number of random splits.
     """
 
     value: float
@@ -82,7 +83,7 @@ class TwoSample:
 
     @property
     def indistinguishable(self) -> bool:
-        """No difference was shown with these pictures; that there is none is not thereby proven."""
+        """True if the test shows no difference at level `alpha`; this does not prove that there is none."""
         return self.p > self.alpha
 
 
@@ -97,34 +98,36 @@ def kid(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Distance:
-    """Return the kernel distance of two sets of pictures, unbiased, with a bootstrap interval.
+    """Return the unbiased kernel distance of two sets of pictures with a bootstrap interval.
 
     Args:
         features_a: Features of the first set, shape (n_a, D); an array or a tensor on the CPU.
-        features_b: Of the second, shape (n_b, D). The sets should not share seeds: pictures of one seed lie nearer
-            than those of two, and the estimate comes out too small.
-        subsets: Drawn where `subset_size` is given: the value is their mean.
+        features_b: Features of the second set, shape (n_b, D). The sets must not share seeds: pictures of one seed are
+            more similar than pictures of two, so that the estimate would be too small.
+        subsets: Number of subsets, if `subset_size` is given; the value is their mean.
         subset_size: Pictures of each set in a subset; by default one estimate from all pictures, which has the same
-            mean and the least spread.
-        groups: The prompt of each picture, of both sets, wherever both drew the same prompts: then pictures of one
-            prompt are not compared, and the interval draws prompts, in both sets the same.
-        confidence: Of the interval, in (0, 1).
-        resamples: Bootstrap draws; 0 for no interval.
-        seed: Of subsets and draws.
+            mean and the smallest variance.
+        groups: The prompt of each picture of both sets; needed if both sets draw the same prompts. Pictures of one
+            prompt are then not compared, and the bootstrap draws prompts, the same in both sets.
+        confidence: Confidence level of the interval, in (0, 1).
+        resamples: Number of bootstrap samples; 0 for no interval.
+        seed: Seed of subsets and bootstrap samples.
 
     Raises:
-        ValueError: The features are no two matrices of finite numbers of one width with two rows or more, a subset is
-            larger than a set, `confidence` lies outside (0, 1), or `groups` do not fit.
+        ValueError: The features are not two matrices of finite numbers with equal width and at least two rows, a subset
+            is larger than a set, `confidence` lies outside (0, 1), or `groups` do not fit.
     """
     a, b = _rows(features_a, features_b)
     if not 0 < confidence < 1:
-        raise ValueError(f"`confidence` must lie between 0 and 1, got {confidence!r}: say 0.95.")
+        raise ValueError(
+            f"`confidence` must lie between 0 and 1, got {confidence!r}: 0.95 is usual."
+        )
     smaller = min(len(a), len(b))
     size = smaller if subset_size is None else subset_size
     if not 2 <= size <= smaller or subsets < 1 or resamples < 0:
         raise ValueError(
             f"`subset_size` must lie between 2 and the smaller set's {smaller} pictures, `subsets` be at least 1 and "
-            f"`resamples` at least 0; got {size}, {subsets} and {resamples}: leave `subset_size` out to use all."
+            f"`resamples` at least 0; got {size}, {subsets} and {resamples}: omit `subset_size` to use all."
         )
     rng = np.random.default_rng(seed)
     ones = [np.ones((len(a), 1)), np.ones((len(b), 1))]
@@ -132,16 +135,16 @@ def kid(
     keys = _keys(groups, len(a), len(b))
     drawn = _draws(rng, len(a), len(b), None if groups is None else keys, resamples)
     weights = [np.hstack(pair) for pair in zip(parts, drawn, strict=True)]
-    found = _forms(
+    values = _quadratic_forms(
         np.concatenate([a, b]),
         np.concatenate([weights[0], np.zeros((len(b), weights[0].shape[1]))]),
         np.concatenate([np.zeros((len(a), weights[1].shape[1])), weights[1]]),
         keys,
     )
-    estimates, spread = found[: parts[0].shape[1]], found[parts[0].shape[1] :]
+    estimates, resampled = values[: parts[0].shape[1]], values[parts[0].shape[1] :]
     tail = 50 * (1 - confidence)
     low, high = (
-        np.percentile(spread, [tail, 100 - tail]) if resamples else (float("nan"), float("nan"))
+        np.percentile(resampled, [tail, 100 - tail]) if resamples else (float("nan"), float("nan"))
     )
     return Distance(
         float(estimates.mean()),
@@ -163,28 +166,28 @@ def kid_test(
     alpha: float = 0.05,
     seed: int = 0,
 ) -> TwoSample:
-    """Say whether two sets of pictures differ by more than a random split of their union would.
+    """Return a permutation test of the hypothesis that two sets of pictures have one distribution.
 
-    To ask whether an edited model still draws as before, give the edited model's pictures and those of the unedited
-    model from a *second set of seeds*, with `groups` if both drew the same prompts: if the answer is
-    `indistinguishable`, the edit changed no more than other seeds do, as far as so many pictures can tell.
+    To test whether an edit changed a model's pictures, compare the edited model's pictures with those of the unedited
+    model from a *second set of seeds*, with `groups` if both drew the same prompts. If the result is
+    `indistinguishable`, these pictures show no larger change by the edit than by other seeds.
 
     Args:
         features_a: Features of the first set, shape (n_a, D).
-        features_b: Of the second, from other seeds, shape (n_b, D).
-        groups: The prompt of each picture, of both sets: then pictures are swapped within a prompt alone.
-        permutations: Splits drawn at random.
-        alpha: Chance of calling equal sets different.
-        seed: Of the splits.
+        features_b: Features of the second set, from other seeds, shape (n_b, D).
+        groups: The prompt of each picture of both sets; pictures are then exchanged only within a prompt.
+        permutations: Number of random splits.
+        alpha: Probability of a false difference between equal sets.
+        seed: Seed of the splits.
 
     Raises:
-        ValueError: As in `kid`; or `alpha` lies outside (0, 1), or too few `permutations` reach it.
+        ValueError: As in `kid`; or `alpha` lies outside (0, 1), or `permutations` is less than 1 / `alpha`.
     """
     a, b = _rows(features_a, features_b)
     if not 0 < alpha < 1 or permutations < 1 / alpha:
         raise ValueError(
             f"`alpha` must lie between 0 and 1 and `permutations` be at least 1 / alpha, got {alpha!r} and "
-            f"{permutations}: say 0.05 and 1000."
+            f"{permutations}: 0.05 and 1000 are usual."
         )
     keys = _keys(groups, len(a), len(b))
     within = keys if groups is not None else np.zeros_like(keys)
@@ -192,44 +195,42 @@ def kid_test(
     first = np.arange(len(keys)) < len(a)
     splits = np.stack([first, *(_shuffled(rng, first, within) for _ in range(permutations))], 1)
     pooled = np.concatenate([a, b])
-    found = _forms(pooled, splits.astype(np.float64), (~splits).astype(np.float64), keys)
-    slack = 1e-12 * max(
-        1.0, float(np.abs(found).max())
-    )  # a split equal to this one counts as equal
-    p = float(np.mean(found >= found[0] - slack))
-    return TwoSample(
-        float(found[0]), p, float(np.quantile(found[1:], 1 - alpha)), alpha, permutations
-    )
+    values = _quadratic_forms(pooled, splits.astype(np.float64), (~splits).astype(np.float64), keys)
+    rounding = 1e-12 * max(1.0, float(np.abs(values).max()))
+    p = float(np.mean(values >= values[0] - rounding))
+    threshold = float(np.quantile(values[1:], 1 - alpha))
+    return TwoSample(float(values[0]), p, threshold, alpha, permutations)
 
 
 def fid(features_a: Any, features_b: Any) -> Distance:
     r"""Return the Fréchet distance of the normal distributions fitted to two sets of pictures.
 
     :math:`|\mu_a - \mu_b|^2 + \mathrm{tr}(\Sigma_a + \Sigma_b - 2 (\Sigma_a \Sigma_b)^{1/2})`, covariances with n - 1,
-    in float64. The last trace is the sum of the singular values of :math:`R_a R_b^\top`, where :math:`R^\top R =
-    \Sigma`: no root of a matrix is taken, which fails where a set has fewer pictures than features.
+    in float64. The last trace is computed as the sum of the singular values of :math:`R_a R_b^\top`, where
+    :math:`R^\top R = \Sigma`, because a matrix root fails if a set has fewer pictures than features.
 
-    It is too large by about as much as the number of pictures is small, so there is no interval and sets of different
-    sizes do not compare; below a few thousand pictures take `kid`.
+    The estimate has a positive bias that grows as the number of pictures falls. So there is no interval, and values
+    from sets of different sizes do not compare. Use `kid` below a few thousand pictures.
 
     Args:
         features_a: Features of the first set, shape (n_a, D).
-        features_b: Of the second, shape (n_b, D).
+        features_b: Features of the second set, shape (n_b, D).
 
     Raises:
         ValueError: As in `kid`.
     """
     a, b = _rows(features_a, features_b)
-    apart = a.mean(0) - b.mean(0)
+    difference = a.mean(0) - b.mean(0)
     roots = [np.linalg.qr(x - x.mean(0), mode="r") / np.sqrt(len(x) - 1) for x in (a, b)]
     traces = sum(float((root * root).sum()) for root in roots)
     shared = float(np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum())
     nan = float("nan")
-    return Distance(float(apart @ apart) + traces - 2 * shared, nan, nan, len(a), len(b))
+    value = float(difference @ difference) + traces - 2 * shared
+    return Distance(value, nan, nan, len(a), len(b))
 
 
-def _forms(pooled: Array, a: Array, b: Array, keys: NDArray[Any]) -> Array:
-    """Return the module's quadratic form in `a` and `b`, both (n, R) and nowhere both positive, shape (R,)."""
+def _quadratic_forms(pooled: Array, a: Array, b: Array, keys: NDArray[Any]) -> Array:
+    """Return the quadratic form of this module for each column of the weights `a` and `b`, both (n, R), shape (R,)."""
     sums = np.zeros((3, a.shape[1]))
     for start in range(0, len(pooled), _BLOCK):
         rows = slice(start, start + _BLOCK)
@@ -253,7 +254,7 @@ def _by_group(weights: Array, keys: NDArray[Any]) -> Array:
 
 
 def _subsets(rng: np.random.Generator, n: int, size: int, count: int) -> Array:
-    """Return `count` random subsets of `size` of `n`, as columns of 0 and 1, shape (n, count)."""
+    """Return `count` random subsets of `size` of `n` pictures, as columns of 0 and 1, shape (n, count)."""
     ranks = rng.random((n, count)).argsort(0).argsort(0)
     return (ranks < size).astype(np.float64)
 
@@ -261,39 +262,39 @@ def _subsets(rng: np.random.Generator, n: int, size: int, count: int) -> Array:
 def _draws(
     rng: np.random.Generator, n_a: int, n_b: int, keys: NDArray[Any] | None, resamples: int
 ) -> tuple[Array, Array]:
-    """Return how often each picture is drawn in each resample, shapes (n_a, R) and (n_b, R); with `keys` by group."""
+    """Return the count of each picture in each resample, shapes (n_a, R) and (n_b, R); `keys` resample groups."""
     if keys is None:
         a, b = (_usable(rng.multinomial(n, [1 / n] * n, size=resamples).T) for n in (n_a, n_b))
         return a, b
     number = int(keys.max()) + 1
     counts = rng.multinomial(number, [1 / number] * number, size=resamples).T
-    for own in (keys[:n_a], keys[n_a:]):  # a draw needs two groups that each set has
+    for set_keys in (keys[:n_a], keys[n_a:]):  # each set needs two of the drawn groups
         present = np.zeros(number, bool)
-        present[own] = True
+        present[set_keys] = True
         counts = np.where((counts[present] > 0).sum(0) < 2, 1, counts)
     drawn = counts[keys].astype(np.float64)
     return drawn[:n_a], drawn[n_a:]
 
 
 def _usable(counts: NDArray[Any]) -> Array:
-    """Return counts as weights; a draw of a single picture, which has no pair, becomes one of all."""
-    alone = (counts > 0).sum(0) < 2
-    return np.where(alone, 1, counts).astype(np.float64)
+    """Return counts as weights; a draw of a single picture has no pair and is replaced by one of all pictures."""
+    single = (counts > 0).sum(0) < 2
+    return np.where(single, 1, counts).astype(np.float64)
 
 
 def _shuffled(
     rng: np.random.Generator, first: NDArray[np.bool_], keys: NDArray[Any]
 ) -> NDArray[np.bool_]:
     """Return `first` shuffled among the rows of each key."""
-    here = np.argsort(keys, kind="stable")
-    there = np.lexsort((rng.random(len(keys)), keys))
-    mixed = np.empty_like(first)
-    mixed[here] = first[there]
-    return mixed
+    rows = np.argsort(keys, kind="stable")
+    sources = np.lexsort((rng.random(len(keys)), keys))
+    shuffled = np.empty_like(first)
+    shuffled[rows] = first[sources]
+    return shuffled
 
 
 def _keys(groups: Groups | None, n_a: int, n_b: int) -> NDArray[Any]:
-    """Return the number of each picture's group, those of the first set before those of the second."""
+    """Return the index of each picture's group; pictures of the first set come first."""
     if groups is None:
         return np.arange(n_a + n_b)
     if len(groups) != 2 or (len(groups[0]), len(groups[1])) != (n_a, n_b):
@@ -303,11 +304,11 @@ def _keys(groups: Groups | None, n_a: int, n_b: int) -> NDArray[Any]:
         )
     if min(len(set(names)) for names in groups) < 2:
         raise ValueError(
-            "`groups` must name at least two prompts in each set, for pictures of one are not compared: draw more "
-            "prompts, or leave `groups` out."
+            "`groups` must name at least two prompts in each set, because pictures of one prompt are not compared: "
+            "draw more prompts, or omit `groups`."
         )
-    place = {key: i for i, key in enumerate(dict.fromkeys([*groups[0], *groups[1]]))}
-    return np.array([place[key] for key in (*groups[0], *groups[1])])
+    number = {key: i for i, key in enumerate(dict.fromkeys([*groups[0], *groups[1]]))}
+    return np.array([number[key] for key in (*groups[0], *groups[1])])
 
 
 def _rows(features_a: Any, features_b: Any) -> tuple[Array, Array]:
@@ -316,6 +317,6 @@ def _rows(features_a: Any, features_b: Any) -> tuple[Array, Array]:
     if not fits or not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError(
             "features must be two matrices of finite numbers of one width, two rows or more each, got shapes "
-            f"{a.shape} and {b.shape}: give one row a picture, from one extractor."
+            f"{a.shape} and {b.shape}: give one row for each picture, from one extractor."
         )
     return a, b

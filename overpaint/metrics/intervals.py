@@ -1,18 +1,18 @@
-"""Means with intervals: what a handful of pictures can and cannot tell.
+"""Means with bootstrap intervals, and rank correlation.
 
-Values are one number a picture (a hit or a miss, a score), shape (n,). The interval is the
-percentile bootstrap over pictures: draw n values with replacement, take the mean, repeat, cut off
-the tails. Where two runs share prompts and seeds, the difference is taken picture by picture
-first, so that what the pictures share cancels.
+Values are one number for each picture (a hit or a miss, a score), shape (n,). The interval is the percentile bootstrap
+over pictures: draw n values with replacement, take the mean, repeat, and take quantiles of the means. If two runs share
+prompts and seeds, the difference is taken for each picture first, so that common variation cancels.
 
-An interval of no width means that all n values agreed, not that the truth is known: for 0 of n the
-true rate may still be as high as 3/n (the rule of three), so n stands beside every interval.
+An interval of width 0 means that all n values are equal. It does not mean that the rate is known exactly: for 0 of n
+the true rate may still be as high as 3/n (the rule of three), so every interval also states n.
 
 Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,7 +22,7 @@ __all__ = ["Interval", "bootstrap", "paired", "spearman"]
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean of `n` values and the bounds of its interval; all NaN where there was no value."""
+    """A mean of `n` values and the bounds of its interval; all NaN if there are no values."""
 
     mean: float
     low: float
@@ -44,12 +44,12 @@ def bootstrap(
     """Return the mean of `values` and its bootstrap interval.
 
     Args:
-        values: One number a picture, shape (n,); booleans count as 0 and 1.
-        groups: What to draw instead of single values, one key a value: pictures of one prompt
-            are not independent.
+        values: One number for each picture, shape (n,); booleans count as 0 and 1.
+        groups: One key for each value; whole groups are drawn instead of single values. Use it for pictures of one
+            prompt, which are not independent.
         confidence: Share of the bootstrap means between the bounds, in (0, 1).
-        resamples: Bootstrap means drawn.
-        seed: Of the draws.
+        resamples: Number of bootstrap means.
+        seed: Seed of the draws.
 
     Raises:
         ValueError: `values` is not one row of finite numbers, or `confidence` lies outside (0, 1).
@@ -93,55 +93,50 @@ def paired(
 
 
 def spearman(first: ArrayLike, second: ArrayLike) -> float:
-    """Return the rank correlation of two rows of numbers, in [-1, 1]; ties share their mean rank.
+    """Return Spearman's rank correlation of two rows of numbers, in [-1, 1]; ties get the mean of their ranks.
 
-    NaN where either row is constant or shorter than two, for then there is no order to compare.
+    NaN if a row is constant or shorter than two.
 
     Raises:
-        ValueError: The rows differ in length, or hold what is not finite.
+        ValueError: The rows differ in length, or hold a NaN or infinite number.
     """
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1 or not np.isfinite(a + b).all():
         raise ValueError(
             f"`first` and `second` must be finite rows of one length, got shapes {a.shape} and "
-            f"{b.shape}: leave out what lacks a partner."
+            f"{b.shape}: leave out values without a partner."
         )
-    if a.size < 2:
+    if a.size < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:  # scipy would warn
         return float("nan")
-    x, y = _ranks(a), _ranks(b)
-    x, y = x - x.mean(), y - y.mean()
-    norm = float(np.sqrt((x @ x) * (y @ y)))
-    return float(x @ y) / norm if norm > 0 else float("nan")
+    from scipy import stats  # slow to import
 
-
-def _ranks(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return ranks from 1 on; equal numbers get the mean of their ranks."""
-    _, place, counts = np.unique(numbers, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts).astype(np.float64)
-    return (last - (counts - 1) / 2)[place]
+    result: Any = stats.spearmanr(a, b)
+    return float(result.statistic)
 
 
 def _check(numbers: NDArray[np.float64], confidence: float) -> None:
     if numbers.ndim != 1 or not np.isfinite(numbers).all():
         raise ValueError(
             f"`values` must be one row of finite numbers, got shape {numbers.shape}: "
-            "pass one number a picture, and leave out those that have none."
+            "pass one number for each picture, and leave out pictures without one."
         )
     if not 0 < confidence < 1:
-        raise ValueError(f"`confidence` must lie between 0 and 1, got {confidence!r}: say 0.95.")
+        raise ValueError(
+            f"`confidence` must lie between 0 and 1, got {confidence!r}: 0.95 is usual."
+        )
 
 
 def _grouped(
     numbers: NDArray[np.float64], groups: Sequence[object] | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the sum and the count of each group; without groups each value is its own."""
+    """Return the sum and the size of each group; without `groups` each value is a group."""
     if groups is None:
         return numbers, np.ones_like(numbers)
     if len(groups) != numbers.size:
         raise ValueError(
-            f"`groups` must name one group a value, got {len(groups)} for {numbers.size} values."
+            f"`groups` must name one group for each value, got {len(groups)} for {numbers.size} values."
         )
-    place = {key: i for i, key in enumerate(dict.fromkeys(groups))}
-    index = [place[key] for key in groups]
+    number = {key: i for i, key in enumerate(dict.fromkeys(groups))}
+    index = [number[key] for key in groups]
     sums = np.bincount(index, weights=numbers).astype(np.float64)
     return sums, np.bincount(index).astype(np.float64)

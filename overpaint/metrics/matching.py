@@ -1,7 +1,8 @@
-r"""How far a flow is from the truth, and whether its uncertainty knows.
+r"""Metrics of flow: its error, and the agreement of its predicted uncertainty with that error.
 
-Flows are (B, 2, H, W), in pixels; errors and deviations (B, 1, H, W) or (B, H, W); masks the same, True where a place
-counts. Every function returns a number a pair, float64, shape (B,): NaN where no place counts.
+Flows are (B, 2, H, W), in pixels. Errors and standard deviations are (B, 1, H, W) or (B, H, W), and so are masks, which
+are True at the pixels to use. Every function returns one number for each pair of pictures, float64, shape (B,): NaN if
+no pixel is used.
 
 Source: Ilg et al., 2018, https://arxiv.org/abs/1802.07095, section 4.3 (sparsification).
 """
@@ -19,7 +20,7 @@ Measure = Callable[[Tensor, Tensor], Tensor]
 
 
 def epe(flow: Tensor, truth: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Return the mean distance between where `flow` and `truth` point to, in pixels (end-point error).
+    """Return the mean end-point error: the distance between `flow` and `truth`, in pixels.
 
     Raises:
         ValueError: The shapes disagree.
@@ -28,7 +29,7 @@ def epe(flow: Tensor, truth: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 def pck(flow: Tensor, truth: Tensor, pixels: float, valid: Tensor | None = None) -> Tensor:
-    """Return the share of places that are at most `pixels` off, in [0, 1] (correct key points).
+    """Return the share of pixels with an end-point error of at most `pixels`, in [0, 1] (correct key points).
 
     Raises:
         ValueError: The shapes disagree.
@@ -39,9 +40,9 @@ def pck(flow: Tensor, truth: Tensor, pixels: float, valid: Tensor | None = None)
 
 
 def spearman(std: Tensor, error: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Return the rank correlation of the uncertainty with the error, over the places of each pair, in [-1, 1].
+    """Return the rank correlation of uncertainty and error over the pixels of each pair, in [-1, 1].
 
-    NaN where either is the same everywhere, for then there is no order to compare.
+    NaN if either is constant.
 
     Raises:
         ValueError: The shapes disagree.
@@ -54,12 +55,13 @@ def spearman(std: Tensor, error: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 def ause(std: Tensor, error: Tensor, valid: Tensor | None = None) -> Tensor:
-    r"""Return the area under the sparsification error; 0 for the best order there is.
+    r"""Return the area under the sparsification error; 0 if the uncertainty orders the pixels as the error does.
 
-    Leave out the places of greatest uncertainty, one after the other: :math:`s_k` is the mean error of the k places
-    that remain, :math:`o_k` what it would be had the largest errors been left out. The area is the mean of
-    :math:`(s_k - o_k) / s_n` over k; an uncertainty that knows nothing gets 1 less the mean of :math:`o_k / s_n`. Equal
-    uncertainties stand in the order of the picture. 0 where there is no error.
+    Remove the pixels of greatest uncertainty, one after the other: :math:`s_k` is the mean error of the k pixels that
+    remain, and :math:`o_k` their mean error if the pixels of greatest error were removed instead. The area is the mean
+    of :math:`(s_k - o_k) / s_n` over k. For an uncertainty that is independent of the error its expected value is 1
+    minus the mean of :math:`o_k / s_n`. Equal uncertainties keep the order of the picture. The area is 0 if there is no
+    error.
 
     Raises:
         ValueError: The shapes disagree.
@@ -67,10 +69,10 @@ def ause(std: Tensor, error: Tensor, valid: Tensor | None = None) -> Tensor:
 
     def area(error: Tensor, std: Tensor) -> Tensor:
         count = torch.arange(1, error.numel() + 1, dtype=torch.float64)
-        ours = error[std.argsort(stable=True)].cumsum(0) / count
-        best = error.sort().values.cumsum(0) / count
-        whole = ours[-1]
-        return ((ours - best).mean() / whole) if whole > 0 else whole
+        by_std = error[std.argsort(stable=True)].cumsum(0) / count
+        by_error = error.sort().values.cumsum(0) / count
+        mean = by_std[-1]
+        return ((by_std - by_error).mean() / mean) if mean > 0 else mean
 
     return _each(error, std, valid, area)
 
@@ -85,20 +87,19 @@ def _distance(flow: Tensor, truth: Tensor) -> Tensor:
 
 
 def _each(error: Tensor, std: Tensor | None, valid: Tensor | None, measure: Measure) -> Tensor:
-    """Apply `measure` to the counted errors, and deviations, of each pair."""
+    """Return `measure` of the errors and deviations at the used pixels of each pair."""
     rows = error.detach().cpu().double().flatten(1)
     others = rows if std is None else std.detach().cpu().double().flatten(1)
-    counted = torch.ones_like(rows, dtype=torch.bool)
+    used = torch.ones_like(rows, dtype=torch.bool)
     if valid is not None:
-        counted = valid.detach().cpu().bool().flatten(1)
-        counted = counted.expand(len(rows), -1)
-    if rows.shape != others.shape or counted.shape != rows.shape:
+        used = valid.detach().cpu().bool().flatten(1).expand(len(rows), -1)
+    if rows.shape != others.shape or used.shape != rows.shape:
         raise ValueError(
-            f"errors, uncertainties and masks must cover the same places, got {tuple(rows.shape)}, "
-            f"{tuple(others.shape)} and {tuple(counted.shape)}: resize them to one grid."
+            f"errors, uncertainties and masks must cover the same pixels, got {tuple(rows.shape)}, "
+            f"{tuple(others.shape)} and {tuple(used.shape)}: resize them to one grid."
         )
-    found = [
+    values = [
         measure(e[c], s[c]) if c.any() else e.new_tensor(torch.nan)
-        for e, s, c in zip(rows, others, counted, strict=True)
+        for e, s, c in zip(rows, others, used, strict=True)
     ]
-    return torch.stack(found)
+    return torch.stack(values)
