@@ -28,7 +28,7 @@ from overpaint.edit.weights import fingerprint
 from overpaint.evaluate.metrics_on_sets import empty_drift
 from overpaint.evaluate.results import Comparison, Scores
 from overpaint.evaluate.shares import Labels, Tally
-from overpaint.images.pictures import blank
+from overpaint.images.pictures import is_blank
 from overpaint.model import TextToImage
 from overpaint.model.sampling import Progress
 from overpaint.probes.questions import Question, parse_concept
@@ -177,7 +177,7 @@ class _Runner:
         """
         start = self._empty_run() if before is None else before
         labels = {kind: list(names) for kind, names in start.labels.items()}
-        is_blank, pictures = list(start.blank), dict(start.pictures)
+        blank, pictures = list(start.blank), dict(start.pictures)
         with change.applied(self.model) if change is not None else nullcontext():
             digests = self._digests() if _moves_text_only(change) else {}
             unchanged = {prompt for prompt, _ in digests.items() & start.digests.items()}
@@ -190,13 +190,13 @@ class _Runner:
                 for kind, names in batch_labels.items():
                     for i, label in zip(batch, names, strict=True):
                         labels[kind][i] = label
-                for i, one_color, image in zip(batch, blank(images).tolist(), images, strict=True):
-                    is_blank[i] = bool(one_color)
+                for i, flag, image in zip(batch, is_blank(images).tolist(), images, strict=True):
+                    blank[i] = bool(flag)
                     if i in self.shown:
                         pictures[i] = (image * 255).round().to(torch.uint8)
                 done += len(batch)
                 self._report(done, total, name)
-        return _Run(labels, pictures, is_blank, digests, reused)
+        return _Run(labels, pictures, blank, digests, reused)
 
     def _empty_run(self) -> _Run:
         """Return a run without pictures."""

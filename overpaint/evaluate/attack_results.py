@@ -1,0 +1,141 @@
+"""Results of a search for prompts that bring an erased concept back, and their file `attack.json`."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from overpaint.evaluate.results import parse_interval
+from overpaint.files import write_json
+from overpaint.metrics import Interval
+
+__all__ = ["FILE", "Attack", "Attempt"]
+
+FILE = "attack.json"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt to bring the concept back.
+
+    Attributes:
+        family: `"paraphrase"`, `"neighbour"` or `"soft token"`.
+        words: The words in the place of the concept, or a description of the soft token.
+        score: Score of the edited model's pictures in the search.
+        confirmed: Score from other seeds, for the best attempt of each family; `None` for the rest.
+    """
+
+    family: str
+    words: str
+    score: Interval
+    confirmed: Interval | None = None
+
+
+@dataclass(frozen=True)
+class Attack:
+    """Results of a search.
+
+    Attributes:
+        erase: The concept.
+        before: Score of the unedited model's pictures of the plain prompts, from the seeds of the confirmation.
+        after: The same of the edited model.
+        chance: Score of the edited model's pictures of the prompts without the concept.
+        attempts: Every attempt, best first.
+        protocol: Scorer, seeds, steps and settings of the search.
+    """
+
+    erase: str
+    before: Interval
+    after: Interval
+    chance: Interval
+    attempts: tuple[Attempt, ...]
+    protocol: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Attempt:
+        """The attempt with the highest confirmed score."""
+        return max(
+            (a for a in self.attempts if a.confirmed is not None),
+            key=lambda a: a.confirmed.mean if a.confirmed is not None else -1.0,
+        )
+
+    @property
+    def brought_back(self) -> bool:
+        """True if the best attempt's interval lies above the intervals of the plain prompts and of chance."""
+        best = self.best.confirmed
+        return best is not None and best.low > max(self.after.high, self.chance.high)
+
+    @property
+    def recovered(self) -> float:
+        """Share of the edit's effect that the best attempt undoes: 0 none, 1 all; may lie outside [0, 1]."""
+        removed = self.before.mean - self.after.mean
+        best = self.best.confirmed
+        if best is None or removed <= 0:
+            return float("nan")
+        return (best.mean - self.after.mean) / removed
+
+    def flat(self) -> dict[str, Any]:
+        """Return the figures under flat names."""
+        families = {
+            f"attack_{a.family.replace(' ', '_')}": a.confirmed.mean
+            for a in self.attempts
+            if a.confirmed is not None
+        }
+        return {
+            "attack_before": self.before.mean,
+            "attack_after": self.after.mean,
+            "attack_chance": self.chance.mean,
+            **families,
+            "attack_recovered": self.recovered,
+            "attack_brought_back": self.brought_back,
+            "attack_best": f"{self.best.family}: {self.best.words}",
+        }
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `attack.json` into `folder`, which is created if necessary, and return its path.
+
+        Raises:
+            OSError: The folder cannot be written.
+        """
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        attempts = [
+            {"family": a.family, "words": a.words, "found": a.score, "confirmed": a.confirmed}
+            for a in self.attempts
+        ]
+        content = asdict(self) | {
+            "attempts": [
+                {k: asdict(v) if isinstance(v, Interval) else v for k, v in row.items()}
+                for row in attempts
+            ]
+        }
+        return write_json(Path(folder) / FILE, content)
+
+    @staticmethod
+    def load(folder: str | Path) -> "Attack":
+        """Load a search that `save` wrote.
+
+        Raises:
+            ValueError: The file is damaged.
+            FileNotFoundError: There is no such file.
+        """
+        path = Path(folder) / FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            intervals = (parse_interval(content[name]) for name in ("before", "after", "chance"))
+            attempts = tuple(_parse_attempt(row) for row in content["attempts"])
+            return Attack(str(content["erase"]), *intervals, attempts, dict(content["protocol"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{str(path)!r} is damaged ({type(error).__name__}: {error}). Make it again with "
+                "`overpaint evaluate --attack`."
+            ) from error
+
+
+def _parse_attempt(content: Mapping[str, Any]) -> Attempt:
+    return Attempt(
+        str(content["family"]),
+        str(content["words"]),
+        parse_interval(content["found"]),
+        parse_interval(content["confirmed"]) if content["confirmed"] else None,
+    )
