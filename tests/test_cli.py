@@ -20,7 +20,7 @@ def refused(result):
     return err
 
 
-def test_sites_lists_every_place_in_both_forms(run, tiny_folder):
+def test_sites_lists_every_site_as_table_and_json(run, tiny_folder):
     code, out, _ = run("sites", tiny_folder, "--json")
     names = [site["name"] for site in json.loads(out)["sites"]]
     assert code == 0
@@ -31,7 +31,7 @@ def test_sites_lists_every_place_in_both_forms(run, tiny_folder):
     assert [line.split()[0] for line in table.splitlines()[1:]] == names
 
 
-def test_load_says_what_the_model_is_made_of(run, tiny_folder):
+def test_load_lists_components_and_parameter_counts(run, tiny_folder):
     code, out, err = run("load", tiny_folder, "--json")
     facts = json.loads(out)
     assert (code, err) == (0, "")
@@ -40,7 +40,7 @@ def test_load_says_what_the_model_is_made_of(run, tiny_folder):
     assert f"model                    {tiny_folder}" in run("load", tiny_folder)[1]
 
 
-def test_edit_apply_generate_make_the_same_pictures_as_a_live_change(run, tiny_folder, tmp_path):
+def test_an_applied_folder_draws_the_same_pictures_as_generate_with_the_change(run, tiny_folder, tmp_path):
     change, edited = tmp_path / "no-blob.safetensors", tmp_path / "edited"
     code, out, _ = run(
         "edit", tiny_folder, "--erase", "blob style", "--replace", "noto style", "--preserve", "",
@@ -59,7 +59,7 @@ def test_edit_apply_generate_make_the_same_pictures_as_a_live_change(run, tiny_f
     assert not list(tmp_path.glob("*.part")) + list(tmp_path.glob(".*.part"))
 
 
-def test_edit_updates_takes_out_dials_and_cuts(run, tiny_folder, tmp_path):
+def test_edit_options_update_without_strength_and_rank(run, tiny_folder, tmp_path):
     """What the shell makes is what the functions make."""
     import overpaint as op
 
@@ -73,10 +73,10 @@ def test_edit_updates_takes_out_dials_and_cuts(run, tiny_folder, tmp_path):
 
     settings = ("--preserve", "", "--ridge", 0.1, "--positions", "subject")
     _, first = edit("a", "--erase", "cat", "--replace", "dog", *settings)
-    told, both = edit(
+    facts, both = edit(
         "b", "--update", file("a"), "--erase", "fox", "--replace", "bear", "--strength", 0.5
     )
-    assert told["concepts"] == ["cat → dog", "fox → bear"]
+    assert facts["concepts"] == ["cat → dog", "fox → bear"]
     assert (both.ridge, both.protocol["positions"]) == (0.1, "subject")
     model = op.load(tiny_folder)
     fox = op.edit.quickfix(model, {"fox": "bear"}, ridge=0.1, positions="subject")
@@ -101,13 +101,13 @@ def test_edit_updates_takes_out_dials_and_cuts(run, tiny_folder, tmp_path):
         == 0
     )
     edited = op.load(tmp_path / "e")
-    with (0.5 * both.complete(model).without("fox")).applied(model):
+    with (0.5 * op.edit.complete(model, both).without("fox")).applied(model):
         assert edited.encode(["a cat"]).equal(model.encode(["a cat"]))
 
 
-def test_an_automatic_edit_names_the_words_whose_rows_move(run, tiny_folder, tmp_path):
+def test_an_automatic_edit_lists_the_tokens_that_it_moves(run, tiny_folder, tmp_path):
     out = tmp_path / "a.safetensors"
-    code, told, err = run(
+    code, facts, err = run(
         "edit",
         tiny_folder,
         "--erase",
@@ -120,11 +120,11 @@ def test_an_automatic_edit_names_the_words_whose_rows_move(run, tiny_folder, tmp
         "--json",
     )
     assert (code, err) == (0, "")
-    facts = json.loads(told)
+    facts = json.loads(facts)
     assert (facts["site"], facts["tokens"]) == ("text.token_embedding", ["fish"])
 
 
-def test_trace_saves_what_report_draws(run, tiny_folder, tmp_path):
+def test_report_draws_the_effects_that_trace_saves(run, tiny_folder, tmp_path):
     code, out, _ = run(
         "trace", tiny_folder, "--features-only", "--limit", 1, "--out", tmp_path, "--json"
     )
@@ -135,14 +135,14 @@ def test_trace_saves_what_report_draws(run, tiny_folder, tmp_path):
     assert "Where the text encoder keeps it" in (tmp_path / "report.html").read_text()
 
 
-def test_trace_goes_on_screens_and_draws(run, tmp_path):
+def test_trace_screens_resumes_and_plots(run, tmp_path):
     command = ("trace", "icons", "--limit", 1, "--steps", 2, "--screen", 0.05, "--out", tmp_path)
     code, out, _ = run(*command, "--json")
     assert code == 0
-    told = json.loads(out)
-    assert told["screen"]["share"] == 0.05
-    assert told["screen"]["drawn"] == len(told["top"]) < told["screen"]["states"] / 10
-    assert ("spearman_features_pictures" in told) == (told["screen"]["drawn"] >= 3)
+    facts = json.loads(out)
+    assert facts["screen"]["share"] == 0.05
+    assert facts["screen"]["drawn"] == len(facts["top"]) < facts["screen"]["states"] / 10
+    assert ("spearman_features_pictures" in facts) == (facts["screen"]["drawn"] >= 3)
     shards = {p: p.stat().st_mtime_ns for p in (tmp_path / "text-runs").glob("*.parquet")}
     code, out, _ = run(*command)
     assert code == 0
@@ -168,7 +168,7 @@ def test_trace_reads_all_prompts_of_a_file_and_needs_no_probes_of_its_own(
     assert json.loads(out)["top"][0]["prompts"] == 3
 
 
-def test_trace_says_why_nothing_can_be_called_causal(run, tmp_path):
+def test_trace_prints_why_no_state_can_be_causal(run, tmp_path):
     command = ("trace", "icons", "--part", "unet", "--limit", 2, "--steps", 1, "--out", tmp_path)
     code, out, _ = run(*command)
     assert code == 0
@@ -229,7 +229,7 @@ def test_a_damaged_change_is_refused_and_nothing_is_written(run, tiny_folder, tm
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
-def test_an_unwritable_folder_is_found_out_before_any_work(run, tmp_path):
+def test_an_unwritable_folder_is_refused_before_any_work(run, tmp_path):
     (tmp_path / "file").write_text("in the way")
     for verb in (("demo",), ("generate", "icons", "a cat"), ("trace", "icons"), ("train", "icons")):
         error = refused(run(*verb, "--out", tmp_path / "file" / "out"))
@@ -237,7 +237,7 @@ def test_an_unwritable_folder_is_found_out_before_any_work(run, tmp_path):
         assert "name another folder with --out" in error
 
 
-def test_a_fault_of_ours_is_exit_code_1(run):
+def test_a_bug_exits_with_code_1(run):
     def broken():
         raise KeyError("lost")
 
@@ -251,7 +251,7 @@ def test_a_fault_of_ours_is_exit_code_1(run):
 
 
 def test_the_module_runs_as_a_program():
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "overpaint", "--help"], capture_output=True, text=True, check=True
     )
     verbs = (
@@ -266,10 +266,10 @@ def test_the_module_runs_as_a_program():
         "report",
         "train",
     )
-    assert all(verb in found.stdout for verb in verbs)
+    assert all(verb in process.stdout for verb in verbs)
 
 
-def test_ctrl_c_leaves_with_130_and_no_half_written_file(tiny_folder, tmp_path):
+def test_ctrl_c_exits_with_130_and_leaves_no_partial_file(tiny_folder, tmp_path):
     command = [sys.executable, "-m", "overpaint", "generate", str(tiny_folder), "a cat", "--steps", "999",
                "--out", str(tmp_path)]  # fmt: skip
     process = subprocess.Popen(

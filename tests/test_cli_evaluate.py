@@ -29,31 +29,31 @@ def test_a_metric_is_explained_without_a_model(run):
     assert json.loads(out)["features"] == "none: pixels"
 
 
-def test_a_set_is_measured_by_the_metrics_named(run, change, tmp_path):
+def test_only_the_named_metrics_are_measured(run, change, tmp_path):
     words = ["--set", "icons", "--size", 2, "--steps", 2, "--out", tmp_path / "out"]
     code, out, err = run(
         "evaluate", "icons", change, *words, "--metric", "clip_cosine", "--metric", "psnr", "--json"
     )
     assert (code, err) == (0, "")
-    found = json.loads(out)
+    figures = json.loads(out)
     roles = ("target", "general", "other")
     expected = [
         f"{r}_{m}" for r in roles for m in ("clip_cosine_before", "clip_cosine_after", "psnr_after")
     ]
-    assert list(found) == [*expected, "scores"]
+    assert list(figures) == [*expected, "scores"]
     assert json.loads((tmp_path / "out" / "measures.json").read_text())["protocol"]["cases"] == 6
-    assert found["target_psnr_after"] < found["other_psnr_after"]
+    assert figures["target_psnr_after"] < figures["other_psnr_after"]
 
 
-def test_the_folder_tells_how_it_was_made_and_the_page_shows_it(run, change, tmp_path):
+def test_run_json_holds_the_commands_and_the_page_shows_them(run, change, tmp_path):
     out = tmp_path / "a b"
     common = ["--set", "icons", "--size", 1, "--steps", 1, "--out", out]
     for metrics_ in (["--metric", "psnr", "--metric", "ssim"], ["--metric", "psnr"]) * 2:
         code, _, err = run("evaluate", "icons", change, *common, *metrics_, "--json")
         assert code == 0, err
-    told = json.loads((out / "run.json").read_text())
+    record = json.loads((out / "run.json").read_text())
     start = f"overpaint evaluate icons {change} --out '{out}' --size 1 --set icons"
-    assert told["commands"] == [
+    assert record["commands"] == [
         f"{start} --metric psnr --metric ssim --steps 1",
         f"{start} --metric psnr --steps 1",
         f"overpaint report '{out}'",
@@ -61,10 +61,10 @@ def test_the_folder_tells_how_it_was_made_and_the_page_shows_it(run, change, tmp
     code, _, err = run("report", out)
     assert code == 0, err
     assert (
-        html.escape(told["commands"][0], quote=False).split(" '")[0]
+        html.escape(record["commands"][0], quote=False).split(" '")[0]
         in (out / "report.html").read_text()
     )
-    again = shlex.split(told["commands"][0])[1:]
+    again = shlex.split(record["commands"][0])[1:]
     assert run(*again)[0] == 0
     (out / "run.json").write_text("[3]")
     code, _, err = run(*again)
@@ -86,19 +86,19 @@ def test_a_file_of_prompts_is_shown_as_a_table(run, change, tmp_path):
     assert out.splitlines()[-1].split() == ["scores", str(tmp_path)]
 
 
-def test_an_attack_is_reported_and_kept(run, change, tmp_path, monkeypatch):
-    for setting in ("prompts", "pictures", "tokens", "gradient_steps"):
-        monkeypatch.setitem(attack.search.__kwdefaults__, setting, 1)
+def test_an_attack_is_printed_and_saved(run, change, tmp_path, monkeypatch):
+    small = attack.Budget(prompts=1, pictures=1, tokens=1, gradient_steps=1)
+    monkeypatch.setattr(attack, "Budget", lambda: small)
     code, out, err = run(
         "evaluate", "icons", change, "--metric", "empty_drift", "--size", 1, "--steps", 1,
         "--attack", "--out", tmp_path, "--json",
     )  # fmt: skip
     assert (code, err) == (0, "")
-    found, kept = json.loads(out), json.loads((tmp_path / "attack.json").read_text())
-    assert found["attack_after"] == pytest.approx(kept["after"]["mean"])
-    assert {a["family"] for a in kept["attempts"]} == {"paraphrase", "neighbour", "soft token"}
-    assert kept["protocol"]["score"] == "probability of the style openmoji"
-    assert found["empty_drift_after"] == 0  # the empty prompt holds none of the tokens moved
+    figures, saved = json.loads(out), json.loads((tmp_path / "attack.json").read_text())
+    assert figures["attack_after"] == pytest.approx(saved["after"]["mean"])
+    assert {a["family"] for a in saved["attempts"]} == {"paraphrase", "neighbour", "soft token"}
+    assert saved["protocol"]["score"] == "probability of the style openmoji"
+    assert figures["empty_drift_after"] == 0  # the empty prompt holds none of the tokens moved
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_an_attack_is_reported_and_kept(run, change, tmp_path, monkeypatch):
         (("icons", "CHANGE", "--set", "nowhere.csv"), "no evaluation set at 'nowhere.csv'"),
         (("icons", "CHANGE", "--metric", "lpips"), "unknown metric 'lpips'"),
         (("icons", "CHANGE", "--set", "icons", "--kind", "fact"), "no evaluation set of ours"),
-        (("icons", "CHANGE", "--clip", "/nowhere"), "cannot load a CLIP from '/nowhere'"),
+        (("icons", "CHANGE", "--scorer", "/nowhere"), "cannot load a CLIP from '/nowhere'"),
         (("icons", "CHANGE", "--set", "icons", "--repeats", "0"), "`repeats` must be at least 1"),
     ],
 )

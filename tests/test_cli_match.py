@@ -15,7 +15,7 @@ FILES = {"arrows.png", "confidence.png", "flow.flo", "flow.npy", "std.npy", "war
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory):
+def inputs(tmp_path_factory):
     """Two pictures of different sizes and a small matcher whose hypotheses differ, on disk."""
     folder = tmp_path_factory.mktemp("pictures")
     generator = torch.Generator().manual_seed(0)
@@ -32,27 +32,27 @@ def given(tmp_path_factory):
     return folder
 
 
-def test_match_writes_what_the_function_finds(run, given, tmp_path):
-    pair = (given / "a.png", given / "b.png")
+def test_match_writes_the_result_of_the_function(run, inputs, tmp_path):
+    pair = (inputs / "a.png", inputs / "b.png")
     code, out, err = run(
-        "match", *pair, "-o", tmp_path, "--matcher", given / "matcher", "--samples", 2,
+        "match", *pair, "-o", tmp_path, "--matcher", inputs / "matcher", "--samples", 2,
         "--steps", 3, "--seed", 7, "--cycle", "--json",
     )  # fmt: skip
     assert (code, err) == (0, "")
     assert {p.name for p in tmp_path.iterdir()} == FILES
-    found = match.dense(*pair, matcher=given / "matcher", samples=2, steps=3, seed=7, cycle=True)
-    assert flow.read_flo(tmp_path / "flow.flo")[0].equal(found.flow)
-    assert (np.load(tmp_path / "std.npy") == found.std.numpy()).all()
-    told = json.loads(out)
-    assert told["size"] == "100x80"
-    assert told["flo"] == str(tmp_path / "flow.flo")
-    assert told["moved_median"] == pytest.approx(found.flow.norm(dim=0).median().item())
-    assert told["inside"] == pytest.approx(found.inside.float().mean().item())
-    assert told["missed_median"] == found.consistency[found.inside].median().item()
+    result = match.dense(*pair, matcher=inputs / "matcher", samples=2, steps=3, seed=7, cycle=True)
+    assert flow.read_flo(tmp_path / "flow.flo")[0].equal(result.flow)
+    assert (np.load(tmp_path / "std.npy") == result.std.numpy()).all()
+    facts = json.loads(out)
+    assert facts["size"] == "100x80"
+    assert facts["flo"] == str(tmp_path / "flow.flo")
+    assert facts["moved_median"] == pytest.approx(result.flow.norm(dim=0).median().item())
+    assert facts["inside"] == pytest.approx(result.inside.float().mean().item())
+    assert facts["missed_median"] == result.consistency[result.inside].median().item()
 
 
-def test_match_tells_a_line_each_and_draws_on_dark_paper(run, given, tmp_path):
-    command = ("match", given / "a.png", given / "b.png", "--matcher", given / "matcher")
+def test_match_prints_one_line_a_fact_and_draws_dark_views(run, inputs, tmp_path):
+    command = ("match", inputs / "a.png", inputs / "b.png", "--matcher", inputs / "matcher")
     code, out, _ = run(*command, "--samples", 1, "--steps", 1, "--dark", "--out", tmp_path)
     assert code == 0
     lines = dict(line.split(maxsplit=1) for line in out.splitlines())
@@ -73,9 +73,9 @@ def test_match_tells_a_line_each_and_draws_on_dark_paper(run, given, tmp_path):
         (("{a}",), "Missing argument 'image_b'"),
     ],
 )
-def test_bad_input_is_one_line_and_nothing_is_written(run, given, tmp_path, arguments, message):
-    filled = [x.format(a=given / "a.png", tmp=tmp_path) for x in arguments]
-    own = () if "--matcher" in arguments else ("--matcher", given / "matcher")
+def test_bad_input_is_one_line_and_nothing_is_written(run, inputs, tmp_path, arguments, message):
+    filled = [x.format(a=inputs / "a.png", tmp=tmp_path) for x in arguments]
+    own = () if "--matcher" in arguments else ("--matcher", inputs / "matcher")
     code, out, err = run("match", *filled, *own, "-o", tmp_path)
     assert (code, out) == (2, "")
     assert message in err and err.splitlines()[-1].startswith("overpaint: ")

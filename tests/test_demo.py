@@ -5,7 +5,7 @@ import torch
 
 from overpaint import demo
 from overpaint.edit import Change
-from overpaint.edit.weights import fingerprint, weight_at
+from overpaint.edit.weights import find_weight, fingerprint
 from overpaint.model import TextToImage
 
 SMALL = demo.Size(text_probes=1, unet_probes=1, trace_steps=1, questions=1, steps=1)
@@ -30,12 +30,14 @@ class MeanColorScorer:
 def demo_run(tiny_sd1, tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
     calls = []
-    before = fingerprint(weight_at(tiny_sd1, "text.0.self_attn.out_proj"))
+    held_out = frozenset({("cat", "openmoji")})
+    model = TextToImage(tiny_sd1.pipe, name=tiny_sd1.name, held_out=held_out)
+    before = fingerprint(find_weight(tiny_sd1, "text.0.self_attn.out_proj").parameter)
     summary = demo.run(
-        model, out, size=SMALL, judge=MeanColorScorer(), held_out={("cat", "openmoji")},
+        model, out, size=SMALL, scorer=MeanColorScorer(),
         on_progress=lambda *at: calls.append(at),
     )  # fmt: skip
-    assert fingerprint(weight_at(tiny_sd1, "text.0.self_attn.out_proj")) == before
+    assert fingerprint(find_weight(tiny_sd1, "text.0.self_attn.out_proj").parameter) == before
     return out, summary, calls
 
 
@@ -91,5 +93,5 @@ def test_every_stage_reports_its_progress_to_the_end(demo_run):
 def test_a_concept_without_a_label_is_refused_before_any_work(tiny_sd1, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="has no label for 'monet style'"):
-        demo.run(tiny_sd1, out, erase="monet style", judge=MeanColorScorer(), size=SMALL)
+        demo.run(tiny_sd1, out, erase="monet style", scorer=MeanColorScorer(), size=SMALL)
     assert not out.exists()

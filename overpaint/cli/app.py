@@ -14,6 +14,7 @@ from typer.exceptions import TyperException
 
 from overpaint.cli.apply import apply
 from overpaint.cli.demo import demo
+from overpaint.cli.diff import diff
 from overpaint.cli.edit import edit
 from overpaint.cli.evaluate import evaluate
 from overpaint.cli.export import export
@@ -21,6 +22,7 @@ from overpaint.cli.generate import generate
 from overpaint.cli.load import load
 from overpaint.cli.match import match
 from overpaint.cli.report import report
+from overpaint.cli.show import show
 from overpaint.cli.sites import sites
 from overpaint.cli.studio import studio
 from overpaint.cli.trace import trace
@@ -37,7 +39,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for verb in (
-    demo, load, generate, sites, trace, edit, apply, export, evaluate, report, match, studio, train
+    demo, load, generate, sites, trace, edit, show, diff, apply, export, evaluate, report, match, studio, train,
 ):  # fmt: skip
     app.command()(verb)
 

@@ -1,6 +1,6 @@
 """`overpaint edit`: make a change file."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -178,23 +178,28 @@ def _combine(
     return addition if base is None else stack(loaded, [base, addition])
 
 
-def _facts(change: "Change", report: Any, out: Path) -> dict[str, Any]:
+def _facts(change: "Change", report: Mapping[str, Any], out: Path) -> dict[str, Any]:
     """Return what the verb prints: file, site, concepts, figures, moved tokens, endangered concepts."""
-    from overpaint.edit.storage import moved_tokens
-
-    figures = {name: value for name, value in report.items() if isinstance(value, int | float)}
-    if tokens := moved_tokens(report):
-        figures["tokens"] = tokens
-    for name in ("endangered", "not_kept"):
-        rows: Sequence[Any] = report.get(name, [])
-        figures[name] = [row["concept"] if isinstance(row, dict) else row for row in rows]
     sites = change.sites
     return {
         "change": str(out),
         "site": sites[0] if len(sites) == 1 else f"{len(sites)} weights",
         "concepts": [f"{old} → {new}" for old, new in change.pairs.items()],
-        **figures,
+        **{name: value for name, value in report.items() if isinstance(value, int | float)},
+        **moved_and_endangered(report),
     }
+
+
+def moved_and_endangered(report: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the tokens that a change moves and the concepts that its report names as endangered or not kept."""
+    from overpaint.edit.words import moved
+
+    tokens = moved(report)
+    lists: dict[str, list[str]] = {"tokens": tokens} if tokens else {}
+    for name in ("endangered", "not_kept"):
+        rows: Sequence[Any] = report.get(name, [])
+        lists[name] = [row["concept"] if isinstance(row, dict) else row for row in rows]
+    return lists
 
 
 def _neighbours(concept: str, held_out: frozenset[tuple[str, str]]) -> tuple[str, ...]:

@@ -47,8 +47,9 @@ def evaluate(
             help="Of the file: ablation, csv, timed, road or table. Default: told from it."
         ),
     ] = None,
-    clip: Annotated[
-        str | None, typer.Option(help="CLIP that looks: a folder or hub id. Default: icons-judge.")
+    scorer: Annotated[
+        str | None,
+        typer.Option(help="A CLIP (folder or hub id) as the scorer. Default: icons-judge."),
     ] = None,
     metric: Annotated[
         list[str] | None, typer.Option(help="Measure this on the set; may be repeated. Or all.")
@@ -75,7 +76,7 @@ def evaluate(
     \b
     overpaint evaluate icons change.safetensors
     overpaint evaluate icons change.safetensors --set icons --metric clip_accuracy --metric kid
-    overpaint evaluate MODEL change.safetensors --set prompts.csv --clip openai/clip-vit-base-patch32
+    overpaint evaluate MODEL change.safetensors --set prompts.csv --scorer openai/clip-vit-base-patch32
     overpaint evaluate icons change.safetensors --set icons --attack
     overpaint evaluate --explain kid
     """  # noqa: D301
@@ -97,18 +98,19 @@ def evaluate(
     asked = (asked[0], asked[1] or found.pairs.get(asked[0], ""))
     loaded = load_model(model, device)
     facts: dict[str, Any] = {}
-    measured = bool(cases or clip or metric)
+    measured = bool(cases or scorer or metric)
     if not measured:
         facts |= _judge(loaded, found, asked, out, size, seed, steps, as_json)
     if measured or attack:
-        eyes = _eyes(clip, device)
-        chosen = _cases(cases or ("natural" if clip else "icons"), form, kind, asked, eyes)
+        loaded_scorer = _load_scorer(scorer, device)
+        name = cases or ("natural" if scorer else "icons")
+        chosen = _cases(name, form, kind, asked, loaded_scorer)
         if measured:
             facts |= _measure(
                 loaded,
                 found,
                 chosen.thinned(size),
-                eyes,
+                loaded_scorer,
                 metric,
                 repeats,
                 out,
@@ -117,7 +119,7 @@ def evaluate(
                 as_json,
             )
         if attack:
-            facts |= _attack(loaded, found, chosen, eyes, out, seed, steps, as_json)
+            facts |= _attack(loaded, found, chosen, loaded_scorer, out, seed, steps, as_json)
     _write(out / "run.json", run)
     facts["scores"] = str(out)
     return print_json(facts) if as_json else print_facts(_last(facts, measured), as_json=False)
@@ -195,7 +197,7 @@ def _judge(
 
 
 def _measure(
-    model: Any, change: Any, cases: Any, eyes: Any, metric: list[str] | None, repeats: int, out: Path, seed: int,
+    model: Any, change: Any, cases: Any, scorer: Any, metric: list[str] | None, repeats: int, out: Path, seed: int,
     steps: int, quiet: bool,
 ) -> dict[str, Any]:  # fmt: skip
     from overpaint.evaluate import METRICS, measure
@@ -203,7 +205,7 @@ def _measure(
     only = METRICS if metric == ["all"] else metric
     with progress(quiet) as stage:
         found = measure(
-            model, change, cases, eyes=eyes, only=only, repeats=repeats, steps=steps, seed=seed,
+            model, change, cases, scorer=scorer, only=only, repeats=repeats, steps=steps, seed=seed,
             on_progress=lambda done, total, what: stage(done, total, f"drawing, {what}"),
         )  # fmt: skip
     found.save(out)
@@ -224,13 +226,13 @@ def _measure(
 
 
 def _attack(
-    model: Any, change: Any, cases: Any, eyes: Any, out: Path, seed: int, steps: int, quiet: bool
+    model: Any, change: Any, cases: Any, scorer: Any, out: Path, seed: int, steps: int, quiet: bool
 ) -> dict[str, Any]:
     from overpaint.evaluate import attack
 
     with progress(quiet) as stage:
         found = attack.search(
-            model, change, cases, eyes=eyes, steps=steps, seed=seed,
+            model, change, cases, scorer=scorer, steps=steps, seed=seed,
             on_progress=lambda done, total, what: stage(done, total, f"attacking, {what}"),
         )  # fmt: skip
     found.save(out)
@@ -245,32 +247,34 @@ def _attack(
     return found.flat()
 
 
-def _eyes(clip: str | None, device: str) -> Any:
-    if clip is not None:
+def _load_scorer(source: str | None, device: str) -> Any:
+    if source is not None:
         from overpaint.scorers.clip import Clip
 
-        return Clip(clip, device=device)
+        return Clip(source, device=device)
     from overpaint.scorers import judge
 
     return judge.load(device=device)
 
 
-def _cases(name: str, form: str | None, kind: str | None, asked: tuple[str, str], eyes: Any) -> Any:
+def _cases(
+    name: str, form: str | None, kind: str | None, asked: tuple[str, str], scorer: Any
+) -> Any:
     """Return the evaluation set: one of ours by name, else a file."""
     from overpaint import probes
 
     erase, replace = asked
-    chosen = kind or _kind(erase, eyes)
+    chosen = kind or _kind(erase, scorer)
     if name in probes.VOCABULARIES:
         return probes.load_shipped_set(chosen, erase, replace, vocabulary=name)
     return probes.load_set(name, erase=erase, replace=replace, kind=chosen, form=form)
 
 
-def _kind(erase: str, eyes: Any) -> str:
+def _kind(erase: str, scorer: Any) -> str:
     """Return the kind of the concept: by the judge's labels, else a style if it says so."""
     from overpaint.probes import questions
 
-    if labels := getattr(eyes, "labels", None):
+    if labels := getattr(scorer, "labels", None):
         try:
             return questions.parse_concept(erase, labels)[0]
         except ValueError:

@@ -37,6 +37,6 @@ def generate(
     with progress(as_json) as on_progress:
         pictures = loaded.generate(
             prompts, seed=seed, steps=steps, guidance_scale=guidance_scale,
-            on_progress=lambda done, total, *_: on_progress(done, total, "drawing"),
+            on_progress=on_progress,
         )  # fmt: skip
     print_facts({"pictures": [str(path) for path in pictures.save(out)]}, as_json=as_json)

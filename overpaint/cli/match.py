@@ -44,27 +44,27 @@ def match(
     overpaint match a.png b.png -o fast --samples 1 --steps 1 --seed 3
     """  # noqa: D301
     from overpaint.images.charts import DARK, LIGHT
-    from overpaint.match import dense, views
+    from overpaint.match import dense
 
     check_writable(out)
-    with progress(as_json) as stage:
-        found = dense(
+    with progress(as_json) as on_progress:
+        result = dense(
             image_a, image_b, matcher=matcher, samples=samples, steps=steps, seed=seed, cycle=cycle,
-            refine=refine,
-            on_progress=lambda done, total: stage(done, total, "matching"),
+            refine=refine, on_progress=on_progress,
         )  # fmt: skip
-    written = views.save(found, image_b, out, theme=DARK if dark else LIGHT)
-    lengths = found.flow.norm(dim=0)
-    height, width = found.std.shape
+    paths = result.save(out, image_b, theme=DARK if dark else LIGHT)
+    lengths = result.flow.norm(dim=0)
+    height, width = result.std.shape
     facts: dict[str, Any] = {
         "size": f"{width}x{height}",
         "moved_median": lengths.median().item(),
         "moved_most": lengths.max().item(),
-        "inside": found.inside.float().mean().item(),
+        "inside": result.inside.float().mean().item(),
     }
     if samples > 1:
-        facts |= {"std_median": found.std.median().item()}
-    if found.consistency is not None:
-        missed = found.consistency[found.inside]
-        facts |= {"missed_median": missed.median().item() if missed.numel() else float("nan")}
-    print_facts(facts | {name: str(path) for name, path in written.items()}, as_json=as_json)
+        facts |= {"std_median": result.std.median().item()}
+    if result.consistency is not None:
+        consistency = result.consistency[result.inside]
+        empty = not consistency.numel()
+        facts |= {"missed_median": float("nan") if empty else consistency.median().item()}
+    print_facts(facts | {name: str(path) for name, path in paths.items()}, as_json=as_json)

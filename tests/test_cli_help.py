@@ -38,7 +38,7 @@ def test_every_verb_shows_examples_that_parse(verb, run, tmp_path, monkeypatch):
     assert all(any(line.endswith(call) for line in shown) for call in examples(verb))
 
 
-def test_an_example_with_an_option_that_is_not_there_would_be_found():
+def test_an_unknown_option_is_refused():
     with pytest.raises(Exception, match="--colour"):
         GROUP.commands["load"].make_context("load", ["icons", "--colour", "red"])
 
@@ -50,9 +50,9 @@ def test_the_shell_completes_verbs(shell):
         "_OVERPAINT_COMPLETE": f"complete_{shell}", "COMP_WORDS": "overpaint st", "COMP_CWORD": "1",
         "_TYPER_COMPLETE_ARGS": "overpaint st", "_TYPER_COMPLETE_FISH_ACTION": "get-args",
     }  # fmt: skip
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", "from overpaint.cli import app; app(prog_name='overpaint')"],
         capture_output=True, text=True, env={**os.environ, **variables},
     )  # fmt: skip
-    assert "studio" in found.stdout, found.stderr
-    assert "export" not in found.stdout
+    assert "studio" in process.stdout, process.stderr
+    assert "export" not in process.stdout

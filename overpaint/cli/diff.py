@@ -1,0 +1,74 @@
+"""`overpaint diff`: compare two change files."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from overpaint.cli.options import Json
+from overpaint.cli.terminal import print_facts
+
+if TYPE_CHECKING:
+    from overpaint.edit import Change
+
+__all__ = ["diff"]
+
+_LEFT_OUT = ("pairs", "strength", "versions", "preserve", "terms", "without", "vocabulary")
+
+
+def diff(
+    first: Annotated[Path, typer.Argument(help="A change file.")],
+    second: Annotated[Path, typer.Argument(help="Another.")],
+    as_json: Json = False,
+) -> None:
+    """Compare two change files: concepts, settings, weights, and how far apart their movements are.
+
+    \b
+    overpaint diff a.safetensors b.safetensors
+    overpaint diff a.safetensors b.safetensors --json
+    """  # noqa: D301
+    from overpaint.edit import Change
+
+    a, b = Change.load(first), Change.load(second)
+    facts = {"first": str(first), "second": str(second), "equal": a.digest == b.digest}
+    print_facts({**facts, **_concepts(a, b), **_settings(a, b), **_weights(a, b)}, as_json=as_json)
+
+
+def _concepts(a: "Change", b: "Change") -> dict[str, list[str]]:
+    """Return the concepts of one change only, and those that both replace by something else."""
+    first, second = a.pairs, b.pairs
+    both = first.keys() & second.keys()
+    return {
+        "concepts_first_only": [f"{old} → {new}" for old, new in first.items() if old not in both],
+        "concepts_second_only": [f"{old} → {new}" for old, new in second.items() if old not in both],
+        "concepts_in_both": [f"{old} → {first[old]}" for old in first if old in both and first[old] == second[old]],
+        "replaced_otherwise": [
+            f"{old} → {first[old]} / {second[old]}" for old in first if old in both and first[old] != second[old]
+        ],
+    }  # fmt: skip
+
+
+def _settings(a: "Change", b: "Change") -> dict[str, list[str]]:
+    """Return the settings in which the two differ."""
+    names = [n for n in {**a.protocol, **b.protocol} if n not in _LEFT_OUT]
+    rows = [(n, a.protocol.get(n), b.protocol.get(n)) for n in names]
+    return {"settings": [f"{n}: {one} / {other}" for n, one, other in rows if one != other]}
+
+
+def _weights(a: "Change", b: "Change") -> dict[str, Any]:
+    """Return for each weight the norm of the movements' difference over that of the larger one: 0 for equal ones."""
+    first, second = ({m.site: m for m in change.movements} for change in (a, b))
+    rows: list[str] = []
+    for site in sorted(first.keys() | second.keys()):
+        if site not in first or site not in second:
+            rows.append(f"{site}: moved by the {'first' if site in first else 'second'} only")
+            continue
+        one, other = first[site], second[site]
+        if one.base_hash != other.base_hash:
+            rows.append(f"{site}: made for different weights")
+        elif one.delta.shape == other.delta.shape:
+            size = max(float(one.delta.norm()), float(other.delta.norm()), 1e-300)
+            rows.append(
+                f"{site}: relative distance {float((one.delta - other.delta).norm()) / size:.3g}"
+            )
+    return {"weights": rows}  # fmt: skip
