@@ -1,8 +1,8 @@
 """The error tree.
 
 OverpaintError
-├── UnsupportedModel (also a ValueError)   the model's layout is not one that overpaint knows
-├── UnknownSite (also a ValueError)        no such place in this model
+├── UnsupportedModel (also a ValueError)   the model's layout is not supported
+├── UnknownSite (also a ValueError)        the model has no such site
 └── MissingExtra (also an ImportError)     an optional dependency is not installed
 """
 
@@ -10,16 +10,16 @@ __all__ = ["MissingExtra", "OverpaintError", "UnknownSite", "UnsupportedModel"]
 
 
 class OverpaintError(Exception):
-    """Root of the errors that a caller may want to catch."""
+    """Base class of the package's own errors."""
 
 
 class UnsupportedModel(OverpaintError, ValueError):
-    """The model's layout, file or state is not one that overpaint can work on."""
+    """The layout, files or state of a model are not supported."""
 
 
 class UnknownSite(OverpaintError, ValueError):
-    """A site that the model does not have."""
+    """The model has no site of this name."""
 
 
 class MissingExtra(OverpaintError, ImportError):
-    """An optional dependency that is not installed."""
+    """An optional dependency is not installed."""

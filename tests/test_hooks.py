@@ -24,7 +24,7 @@ def hook_count(model):
     )
 
 
-def test_record_collects_each_call_in_order(net):
+def test_record_appends_each_call_in_order(net):
     x, y = torch.randn(2, 5, 3, dtype=torch.float64)
     with hooks.record([net[2], net[0]]) as (last, first):
         net(x)
@@ -35,7 +35,7 @@ def test_record_collects_each_call_in_order(net):
     assert hook_count(net) == 0
 
 
-def test_record_keeps_copies_that_later_writes_do_not_reach():
+def test_record_returns_copies():
     layer = nn.Identity()
     x = torch.zeros(3)
     with hooks.record([layer]) as (seen,):
@@ -44,7 +44,7 @@ def test_record_keeps_copies_that_later_writes_do_not_reach():
     assert torch.equal(seen[0], torch.zeros(3))
 
 
-def test_record_inputs_are_float32_copies(net):
+def test_record_inputs_returns_float32_copies(net):
     x = torch.randn(5, 3, dtype=torch.float64)
     with hooks.record_inputs(net[2]) as seen:
         net(x)
@@ -53,7 +53,7 @@ def test_record_inputs_are_float32_copies(net):
     assert hook_count(net) == 0
 
 
-def test_record_inputs_can_stop_the_forward_before_the_module_runs(net):
+def test_record_inputs_with_stop_ends_the_forward_pass_before_the_module_runs(net):
     reached = []
     with hooks.record_inputs(net[1], stop=True) as seen, hooks.record([net[1], net[2]]) as later:
         net(torch.ones(1, 3, dtype=torch.float64))
@@ -64,7 +64,7 @@ def test_record_inputs_can_stop_the_forward_before_the_module_runs(net):
     assert hook_count(net) == 0
 
 
-def test_patch_replaces_outputs_counts_calls_and_leaves_nothing(net):
+def test_patch_replaces_outputs_counts_calls_and_removes_its_hooks(net):
     x = torch.randn(5, 3, dtype=torch.float64)
     before = net(x)
     with hooks.patch({net[0]: lambda out: 2 * out}) as calls:
@@ -76,7 +76,7 @@ def test_patch_replaces_outputs_counts_calls_and_leaves_nothing(net):
     assert hook_count(net) == 0
 
 
-def test_patch_keeps_the_rest_of_a_tuple():
+def test_patch_does_not_change_the_rest_of_a_tuple():
     pair = Pair()
     with hooks.patch({pair: lambda out: out * 10}):
         assert pair(1) == (20, "weights")
@@ -85,13 +85,13 @@ def test_patch_keeps_the_rest_of_a_tuple():
 
 @pytest.mark.parametrize("manager", ["record", "record_inputs", "record_inputs_stop", "patch"])
 def test_no_hook_is_left_after_an_exception(net, manager):
-    made = {
+    context = {
         "record": lambda: hooks.record(list(net)),
         "record_inputs": lambda: hooks.record_inputs(net[0]),
         "record_inputs_stop": lambda: hooks.record_inputs(net[0], stop=True),
         "patch": lambda: hooks.patch({net[0]: lambda out: out}),
     }[manager]()
-    with pytest.raises(RuntimeError, match="on purpose"), made:
+    with pytest.raises(RuntimeError, match="on purpose"), context:
         assert hook_count(net) > 0
         raise RuntimeError("on purpose")
     assert hook_count(net) == 0

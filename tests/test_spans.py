@@ -1,4 +1,4 @@
-"""Spans against the token counts that CLIP's own vocabulary gives (specification, section 2)."""
+"""Token spans, compared with the token counts of CLIP's vocabulary."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ from overpaint.errors import UnsupportedModel
 from overpaint.model.token_spans import Span, end_of_text, find_span, span_at
 from overpaint.zoo import builders
 
-# As CLIP's BPE splits them; the tiny tokenizer has the same merges for these words.
+# Token counts of CLIP's BPE; the tiny tokenizer has the same merges for these words.
 COUNTS = {
     "van gogh": 2,
     "monet": 1,
@@ -32,77 +32,77 @@ def words():
 
 
 @pytest.mark.parametrize(("concept", "tokens"), COUNTS.items())
-def test_a_concept_spans_as_many_tokens_as_in_clip(words, concept, tokens):
+def test_span_length_equals_clips_token_count(words, concept, tokens):
     span = find_span(words, f"a photo of {concept} on a beach", concept)
     assert (span.start, len(span), span.last) == (4, tokens, 3 + tokens)
 
 
-def test_a_full_stop_is_no_part_of_the_span(words):
+def test_a_full_stop_is_not_part_of_the_span(words):
     span = find_span(words, "van gogh.", "van gogh")
     assert span == Span(1, 3)
     assert words.convert_ids_to_tokens(words("van gogh.").input_ids)[span.last] == "gogh</w>"
     assert list(span.positions) == [1, 2]
 
 
-def test_case_and_spaces_do_not_matter(words):
+def test_case_and_white_space_are_ignored(words):
     assert find_span(words, "A photo of Van   GOGH", "van gogh") == Span(4, 6)
 
 
-def test_an_accent_before_the_concept_does_not_shift_it(words):
+def test_an_accent_before_the_concept_does_not_shift_the_span(words):
     span = find_span(words, "café cat", "cat")
     assert words.convert_ids_to_tokens(words("café cat").input_ids)[span.start] == "cat</w>"
     assert len(span) == 1
 
 
 @pytest.mark.parametrize("concept", ["", "  \n"])
-def test_an_empty_concept_is_refused(words, concept):
+def test_an_empty_concept_raises(words, concept):
     with pytest.raises(ValueError, match="the concept is empty: name the words of the prompt"):
         find_span(words, "a cat", concept)
 
 
 @pytest.mark.parametrize("prompt", ["a dog", "", "cats in a cathedral"])
-def test_a_concept_that_is_not_there_is_refused(words, prompt):
+def test_an_absent_concept_raises(words, prompt):
     with pytest.raises(ValueError, match=r"concept 'cat' is not in the prompt .*: write it there"):
         find_span(words, prompt, "cat")
 
 
-def test_a_concept_that_stands_twice_is_refused(words):
-    with pytest.raises(ValueError, match=r"concept 'cat' stands 2 times .*: reword the prompt"):
+def test_a_concept_that_occurs_twice_raises(words):
+    with pytest.raises(ValueError, match=r"concept 'cat' occurs 2 times .*: reword the prompt"):
         find_span(words, "a cat and a Cat", "cat")
 
 
-def test_a_concept_past_the_token_limit_is_refused(words):
+def test_a_concept_past_the_token_limit_raises(words):
     fits = "a " * 74 + "cat"
     assert find_span(words, fits, "cat") == Span(75, 76)
     with pytest.raises(ValueError, match=r"cut off by the limit of 77 tokens: shorten the prompt"):
         find_span(words, "a " + fits, "cat")
 
 
-def test_characters_without_a_token_are_refused(words):
-    with pytest.raises(ValueError, match="no token of the prompt 'a cat' holds ' '"):
+def test_characters_without_a_token_raise(words):
+    with pytest.raises(ValueError, match="no token of the prompt 'a cat' contains ' '"):
         span_at(words, "a cat", 1, 2)
 
 
-def test_a_slow_tokenizer_is_refused():
-    with pytest.raises(UnsupportedModel, match="SimpleNamespace does not tell which characters"):
+def test_a_slow_tokenizer_raises():
+    with pytest.raises(UnsupportedModel, match="SimpleNamespace does not return the characters"):
         find_span(SimpleNamespace(is_fast=False), "a cat", "cat")
 
 
 @pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
-def test_the_end_of_text_is_the_first_one_whatever_the_padding(pad):
+def test_end_of_text_returns_the_first_position_for_both_paddings(pad):
     tokenizer = builders.clip_tokenizer(pad=pad)
     ids = tokenizer(["a cat"], padding="max_length", return_tensors="pt").input_ids[0]
     assert len(ids) == 77
     assert end_of_text(tokenizer, ids) == 3
 
 
-def test_ids_without_an_end_are_refused(words):
+def test_ids_without_end_of_text_raise(words):
     with pytest.raises(ValueError, match="no end-of-text token .* in the ids: pass ids"):
         end_of_text(words, torch.tensor([1, 2, 3]))
 
 
-def test_the_two_tokenizers_of_sdxl_agree_up_to_the_padding(tiny_xl):
-    """So one position names the same token in both halves of the packed features."""
+def test_the_two_tokenizers_of_sdxl_differ_only_in_the_padding(tiny_xl):
+    """A position is the same token in both halves of the packed features."""
     prompt = "a house in van gogh style"
     spans = [find_span(tokenizer, prompt, "van gogh") for tokenizer in tiny_xl.tokenizers]
     assert spans == [Span(4, 6)] * 2

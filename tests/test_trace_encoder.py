@@ -272,7 +272,7 @@ def test_progress_and_protocol(tiny_sd1):
         ),
         ({"positions": ("last",)}, "unknown position 'last': choose among subject, last_subject"),
         ({"probes": [Probe("x", "style", "a cat", "ca")]}, "concept 'ca' is not in the prompt"),
-        ({"probes": [Probe("x", "object", "a cat, a cat", "cat")]}, "stands 2 times in the prompt"),
+        ({"probes": [Probe("x", "object", "a cat, a cat", "cat")]}, "occurs 2 times in the prompt"),
         ({"probes": [Probe("x", "object", "a " * 80 + "cat", "cat")]}, "cut off by the limit"),
     ],
 )

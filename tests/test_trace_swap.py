@@ -273,7 +273,7 @@ def test_a_layer_that_does_not_run_is_noticed(tiny_double, run):
         ({"seeds": ()}, "`seeds` is empty"),
         (
             {"probes": [Probe("c", "style", "noto style, noto style", "noto style")]},
-            "stands 2 times",
+            "occurs 2 times",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Load a text-to-image model, find its sites, hook them, draw with it."""
+"""Load a text-to-image model, find its sites, record and patch their outputs, and generate pictures."""
 
 from overpaint.model.sites import Site
 from overpaint.model.text_to_image import TextToImage, load, text_features

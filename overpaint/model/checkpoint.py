@@ -1,7 +1,7 @@
-"""Read a diffusers folder, and refuse what cannot be worked on.
+"""Load a pipeline from a diffusers folder or the hub, and check that it is supported and complete.
 
-diffusers and transformers load a folder whose weights are missing or foreign with random weights and a warning at
-most; here that is an error.
+If weights are missing or belong to another model, diffusers and transformers use random weights and at most warn. Here
+that is an error.
 """
 
 import json
@@ -15,14 +15,14 @@ import torch
 
 from overpaint.errors import UnsupportedModel
 
-__all__ = ["check", "read_folder", "read_hub"]
+__all__ = ["check_pipeline", "load_folder", "load_hub"]
 
-# What each pipeline consists of, and what its class calls the parts that we do without.
+# The parts of each pipeline, and the arguments that omit its other parts.
 _PARTS = {
     "StableDiffusionPipeline": ("text_encoder", "unet", "vae"),
     "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2", "unet", "vae"),
 }
-_WITHOUT: dict[str, dict[str, Any]] = {
+_OMITTED: dict[str, dict[str, Any]] = {
     "StableDiffusionPipeline": {
         "safety_checker": None,
         "feature_extractor": None,
@@ -32,11 +32,11 @@ _WITHOUT: dict[str, dict[str, Any]] = {
 }
 
 
-def read_folder(folder: Path, *, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """Return the pipeline in `folder`, and the settings in its `overpaint.json`, if any.
+def load_folder(folder: Path, *, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """Return the pipeline in `folder` and the settings in its `overpaint.json`.
 
     Raises:
-        UnsupportedModel: The folder holds no Stable Diffusion pipeline in safetensors, or a damaged one.
+        UnsupportedModel: The folder holds no Stable Diffusion pipeline in safetensors, or a file is damaged.
     """
     kind = _kind(_folder_index(folder), source=str(folder))
     files = [file for part in _PARTS[kind] for file in _weight_files(folder, part)]
@@ -47,39 +47,39 @@ def read_folder(folder: Path, *, dtype: torch.dtype) -> tuple[Any, dict[str, Any
     return pipe, _settings(folder / "overpaint.json")
 
 
-def read_hub(name: str, *, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """Return what `read_folder` makes of the hub's pipeline `name`, from the local cache if it is there.
+def load_hub(name: str, *, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """Return pipeline and settings of the hub id `name`, as `load_folder`; files in the local cache are used.
 
     Raises:
-        ValueError: The hub cannot be reached, or holds nothing of that name.
-        UnsupportedModel: It holds something else than a Stable Diffusion pipeline in safetensors, or a damaged one.
+        ValueError: The hub cannot be reached, or has no model of that name.
+        UnsupportedModel: It is not a Stable Diffusion pipeline in safetensors, or a file is damaged.
     """
     from diffusers import DiffusionPipeline
     from huggingface_hub import hf_hub_download
 
     unknown = (
-        f"unknown model {name!r}: there is no such folder, and the hub gave no Stable Diffusion pipeline in "
+        f"unknown model {name!r}: there is no such folder, and the hub returned no Stable Diffusion pipeline in "
         "safetensors of that name. Check the spelling and the connection, or name a folder."
     )
     try:
         kind = _kind(Path(hf_hub_download(name, "model_index.json")), source=name)
         with _quiet():
-            folder = DiffusionPipeline.download(name, use_safetensors=True, **_WITHOUT[kind])
+            folder = DiffusionPipeline.download(name, use_safetensors=True, **_OMITTED[kind])
     except UnsupportedModel:
         raise
     except (OSError, ValueError) as error:
         raise ValueError(unknown) from error
-    return read_folder(Path(folder), dtype=dtype)
+    return load_folder(Path(folder), dtype=dtype)
 
 
-def check(pipe: Any) -> None:
-    """Make sure that `pipe` has the parts of Stable Diffusion 1, 2 or XL and finite weights.
+def check_pipeline(pipe: Any) -> None:
+    """Raise unless `pipe` has the parts of Stable Diffusion 1, 2 or XL and finite weights.
 
     Raises:
         UnsupportedModel: A part is missing or does not fit the others, or a weight is NaN or infinite.
     """
-    wanted = ("text_encoder", "tokenizer", "unet", "vae", "scheduler")
-    missing = [part for part in wanted if getattr(pipe, part, None) is None]
+    required = ("text_encoder", "tokenizer", "unet", "vae", "scheduler")
+    missing = [part for part in required if getattr(pipe, part, None) is None]
     if missing or not hasattr(pipe.unet, "down_blocks"):
         raise UnsupportedModel(
             f"{type(pipe).__name__} is not a Stable Diffusion pipeline: it has no {', '.join(missing) or 'UNet'}. "
@@ -92,7 +92,7 @@ def check(pipe: Any) -> None:
     elif getattr(pipe.unet.config, "addition_embed_type", None) is not None:
         raise UnsupportedModel(
             f"the UNet of this {type(pipe).__name__} also takes {pipe.unet.config.addition_embed_type!r}, which one "
-            "text encoder cannot give: load the whole `StableDiffusionXLPipeline` with both encoders."
+            "text encoder cannot provide: load the whole `StableDiffusionXLPipeline` with both encoders."
         )
     for part in parts:
         for name, tensor in getattr(pipe, part).named_parameters():
@@ -104,18 +104,18 @@ def check(pipe: Any) -> None:
 
 
 def _check_two_encoders(pipe: Any) -> None:
-    """Refuse two text encoders that are not those of SDXL."""
+    """Raise unless the two text encoders are those of SDXL."""
     first, second, unet = pipe.text_encoder.config, pipe.text_encoder_2.config, pipe.unet.config
     if getattr(pipe, "tokenizer_2", None) is None or unet.addition_embed_type != "text_time":
         raise UnsupportedModel(
-            f"{type(pipe).__name__} has two text encoders but is not SDXL, whose UNet takes text and sizes beside the "
-            "time: only Stable Diffusion 1, 2 and XL are supported."
+            f"{type(pipe).__name__} has two text encoders but is not SDXL, whose UNet also takes pooled text features "
+            "and sizes: only Stable Diffusion 1, 2 and XL are supported."
         )
     width = first.hidden_size + second.hidden_size
     if not hasattr(pipe.text_encoder_2, "text_projection") or unet.cross_attention_dim != width:
         raise UnsupportedModel(
             f"the text encoders do not fit the UNet, which takes features of width {unet.cross_attention_dim}, and "
-            f"they give {first.hidden_size} + {second.hidden_size}: load the parts of one and the same SDXL model, the "
+            f"they return {first.hidden_size} + {second.hidden_size}: load the parts of one SDXL model, the "
             "second encoder as a `CLIPTextModelWithProjection`."
         )
 
@@ -125,15 +125,15 @@ def _folder_index(folder: Path) -> Path:
     if index.is_file():
         return index
     pickles = sorted(p.name for p in folder.glob("*") if p.suffix in (".ckpt", ".bin", ".pt"))
-    held = f" but the pickle {pickles[0]}" if pickles else ""
+    instead = f" but the pickle {pickles[0]}" if pickles else ""
     raise UnsupportedModel(
-        f"{str(folder)!r} is not a diffusers pipeline: it holds no model_index.json{held}. Name a folder that "
+        f"{str(folder)!r} is not a diffusers pipeline: it holds no model_index.json{instead}. Name a folder that "
         "`save_pretrained` wrote."
     )
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """Return what `overpaint.json` says of a model, ready for `TextToImage`; nothing where there is no such file.
+    """Return the settings in `overpaint.json` as arguments of `TextToImage`; empty if there is no such file.
 
     Raises:
         UnsupportedModel: The file is damaged.
@@ -141,21 +141,21 @@ def _settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        known = json.loads(path.read_text())
-        found: dict[str, Any] = {}
-        if "guidance_scale" in known:
-            found["guidance_scale"] = float(known["guidance_scale"])
-        if "held_out" in known:
-            found["held_out"] = frozenset((str(a), str(b)) for a, b in known["held_out"])
+        data = json.loads(path.read_text())
+        settings: dict[str, Any] = {}
+        if "guidance_scale" in data:
+            settings["guidance_scale"] = float(data["guidance_scale"])
+        if "held_out" in data:
+            settings["held_out"] = frozenset((str(a), str(b)) for a, b in data["held_out"])
     except (ValueError, TypeError) as error:
         raise UnsupportedModel(
             f"the settings in {str(path)!r} are damaged ({error}): get the folder again, or delete the file."
         ) from error
-    if not math.isfinite(found.get("guidance_scale", 1.0)):
+    if not math.isfinite(settings.get("guidance_scale", 1.0)):
         raise UnsupportedModel(
-            f"the guidance scale in {str(path)!r} is no finite number: get the folder again, or delete the file."
+            f"the guidance scale in {str(path)!r} is not a finite number: get the folder again, or delete the file."
         )
-    return found
+    return settings
 
 
 def _kind(index: Path, *, source: str) -> str:
@@ -182,7 +182,7 @@ def _weight_files(folder: Path, part: str) -> list[Path]:
     if any((folder / part).glob("*.bin")):
         raise UnsupportedModel(
             f"{str(folder / part)!r} holds pickled weights (.bin), which can run any code when they are read: "
-            "convert them to safetensors with `save_pretrained(folder)` on a machine where that does no harm."
+            "convert them to safetensors with `save_pretrained(folder)` on an isolated machine."
         )
     raise UnsupportedModel(
         f"{str(folder / part)!r} holds no weights: expected a .safetensors file. Get the folder again."
@@ -190,17 +190,17 @@ def _weight_files(folder: Path, part: str) -> list[Path]:
 
 
 def _check_keys(module: Any, folder: Path, part: str) -> None:
-    """Refuse weights that the file does not hold: they would be random."""
+    """Raise if the files of a part lack weights, which would then be random."""
     from safetensors import safe_open
 
-    held: set[str] = set()
+    stored: set[str] = set()
     for file in _weight_files(folder, part):
         with safe_open(file, framework="pt") as opened:
-            held.update(key.removeprefix("text_model.") for key in opened.keys())  # noqa: SIM118
-    wanted = {name.removeprefix("text_model.") for name, _ in module.named_parameters()}
+            stored.update(key.removeprefix("text_model.") for key in opened.keys())  # noqa: SIM118
+    required = {name.removeprefix("text_model.") for name, _ in module.named_parameters()}
     if part == "vae":  # diffusers renames old attention weights of the VAE when it reads them
-        wanted = {name for name in wanted if ".attentions." not in name}
-    missing = sorted(wanted - held)
+        required = {name for name in required if ".attentions." not in name}
+    missing = sorted(required - stored)
     if missing:
         raise UnsupportedModel(
             f"the weights in {str(folder / part)!r} are not this model's: {len(missing)} are missing, first "
@@ -222,18 +222,18 @@ def _read(
                 variant=variant,
                 local_files_only=local_files_only,
                 use_safetensors=True,
-                **_WITHOUT[kind],
+                **_OMITTED[kind],
             )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UnsupportedModel(
-            f"{source!r} could not be read as a Stable Diffusion pipeline: {reason} Get it again, or train it again."
+            f"{source!r} could not be read as a Stable Diffusion pipeline: {reason} Get the folder again."
         ) from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the progress bars and notes of diffusers and transformers for a while."""
+    """Disable the progress bars and warnings of diffusers and transformers in the block."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -1,7 +1,7 @@
-"""Record and patch: the only file that touches torch hooks.
+"""Context managers that record and patch the inputs and outputs of modules with torch hooks.
 
-All are context managers. They register on entry and remove on exit, also after an exception, so that a model
-never keeps a hook. They see what a module returns as a tensor: where a module returns a tuple, its first element.
+Only this file registers hooks. Hooks are registered on entry and removed on exit, also after an exception, so that none
+is left on a model. The output of a module that returns a tuple is the first element of that tuple.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,24 +18,25 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _Stop(BaseException):
-    """Ends a forward pass early; never leaves `record_inputs`."""
+    """Raised to end a forward pass early; `record_inputs` catches it."""
 
 
 @contextmanager
 def record(modules: Sequence[Module]) -> Iterator[list[list[Tensor]]]:
-    """Collect what `modules` return.
+    """Record the outputs of `modules`.
 
     Args:
-        modules: The modules to listen to.
+        modules: The modules.
 
     Yields:
-        One list a module, in the order given; each call of the module adds its output, detached and cloned.
+        One list for each module, in the order of `modules`; each call of a module appends its output, detached and
+        cloned.
     """
     outputs: list[list[Tensor]] = [[] for _ in modules]
-    with _hooked(
+    with _removed_on_exit(
         [
-            module.register_forward_hook(_recorder(into))
-            for module, into in zip(modules, outputs, strict=True)
+            module.register_forward_hook(_recorder(recorded))
+            for module, recorded in zip(modules, outputs, strict=True)
         ]
     ):
         yield outputs
@@ -43,15 +44,15 @@ def record(modules: Sequence[Module]) -> Iterator[list[list[Tensor]]]:
 
 @contextmanager
 def record_inputs(module: Module, *, stop: bool = False) -> Iterator[list[Tensor]]:
-    """Collect the first positional input of `module`, as float32 copies.
+    """Record the first positional input of `module`, as float32 copies.
 
     Args:
-        module: The module to listen to.
-        stop: End the block at the module's first call, before the module runs. Code in the `with` block after that
+        module: The module.
+        stop: End the `with` block at the module's first call, before the module runs. Code of the block after that
             call is skipped.
 
     Yields:
-        A list; each call of the module adds its input, detached, cloned, float32.
+        A list; each call of the module appends its input, detached and cloned, in float32.
     """
     inputs: list[Tensor] = []
 
@@ -60,20 +61,20 @@ def record_inputs(module: Module, *, stop: bool = False) -> Iterator[list[Tensor
         if stop:
             raise _Stop
 
-    with _hooked([module.register_forward_pre_hook(hook)]), suppress(_Stop):
+    with _removed_on_exit([module.register_forward_pre_hook(hook)]), suppress(_Stop):
         yield inputs
 
 
 @contextmanager
 def patch(replacements: Mapping[Module, Callable[[Tensor], Tensor]]) -> Iterator[dict[Module, int]]:
-    """Pass what modules return through functions.
+    """Replace the outputs of modules.
 
     Args:
-        replacements: For each module a function from its output to the output to use instead. It must not write
-            into its argument, which others may hold.
+        replacements: For each module a function that takes its output and returns the new output. The function must
+            not write into its argument, which other code may hold.
 
     Yields:
-        How often each module has been called since entry: proof that a hook fired.
+        Number of calls of each module since entry.
     """
     calls = dict.fromkeys(replacements, 0)
 
@@ -87,24 +88,24 @@ def patch(replacements: Mapping[Module, Callable[[Tensor], Tensor]]) -> Iterator
 
         return hook
 
-    with _hooked([m.register_forward_hook(hook_for(f)) for m, f in replacements.items()]):
+    with _removed_on_exit([m.register_forward_hook(hook_for(f)) for m, f in replacements.items()]):
         yield calls
 
 
 @contextmanager
 def patch_inputs(
-    modules: Mapping[Module, Callable[[tuple[Any, ...], dict[str, Any]], Arguments]],
+    replacements: Mapping[Module, Callable[[tuple[Any, ...], dict[str, Any]], Arguments]],
 ) -> Iterator[dict[Module, int]]:
-    """Pass what modules are called with through functions.
+    """Replace the inputs of modules.
 
     Args:
-        modules: For each module a function from its positional and keyword arguments to those to use instead. It
-            must not write into tensors, which others may hold.
+        replacements: For each module a function that takes its positional and keyword arguments and returns the new
+            ones. The function must not write into tensors, which other code may hold.
 
     Yields:
-        How often each module has been called since entry: proof that a hook fired.
+        Number of calls of each module since entry.
     """
-    calls = dict.fromkeys(modules, 0)
+    calls = dict.fromkeys(replacements, 0)
 
     def hook_for(
         function: Callable[[tuple[Any, ...], dict[str, Any]], Arguments],
@@ -115,22 +116,25 @@ def patch_inputs(
 
         return hook
 
-    with _hooked(
-        [m.register_forward_pre_hook(hook_for(f), with_kwargs=True) for m, f in modules.items()]
+    with _removed_on_exit(
+        [
+            m.register_forward_pre_hook(hook_for(f), with_kwargs=True)
+            for m, f in replacements.items()
+        ]
     ):
         yield calls
 
 
-def _recorder(into: list[Tensor]) -> Callable[..., None]:
+def _recorder(recorded: list[Tensor]) -> Callable[..., None]:
     def hook(_: Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
         first = output[0] if isinstance(output, tuple) else output
-        into.append(first.detach().clone())
+        recorded.append(first.detach().clone())
 
     return hook
 
 
 @contextmanager
-def _hooked(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+def _removed_on_exit(handles: Sequence[RemovableHandle]) -> Iterator[None]:
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The one denoising loop."""
+"""The denoising loop with classifier-free guidance, and the schedulers it runs with."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -53,15 +53,15 @@ class Drawing:
 
 
 class Denoiser(Protocol):
-    """What the loop needs of a model."""
+    """The part of a model that `denoise` uses."""
 
     @property
     def scheduler(self) -> Any:
-        """The diffusers scheduler whose settings each run copies."""
+        """The diffusers scheduler; each run uses a new one with the same settings."""
         ...
 
     def noise_pred(self, latents: Tensor, t: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """Predict what the scheduler asks for (noise or velocity), shape of `latents`."""
+        """Return the predicted noise or velocity, shape of `latents`."""
         ...
 
 
@@ -81,19 +81,19 @@ def denoise(
     r"""Denoise `latents` with classifier-free guidance.
 
     At every step :math:`\hat\epsilon = \epsilon(\varnothing) + w\,(\epsilon(c) - \epsilon(\varnothing))`, both branches
-    in one batch: first all unconditional rows, then all conditional ones. At :math:`w = 1` the batch holds the
-    conditional rows alone. Every run copies the model's scheduler anew, so that none carries state into another.
+    in one batch: first all unconditional rows, then all conditional ones. At :math:`w = 1` the batch holds only the
+    conditional rows. Every run creates a new scheduler with the settings of the model's, so that runs share no state.
 
     Args:
-        model: Predicts the noise (or velocity: the scheduler knows which).
-        latents: Where to start, shape (B, C, h, w).
+        model: Predicts the noise or the velocity, as its scheduler states.
+        latents: Start latents, shape (B, C, h, w).
         prompt_embeds: Text features, shape (B, L, D).
         negative_embeds: Text features of the unconditional branch, shape (1, L, D) or (B, L, D).
-        steps: Number of steps asked of the scheduler; some (PNDM) take one more.
+        steps: Number of steps that the scheduler is set to; some (PNDM) take one more.
         guidance_scale: :math:`w`.
-        on_step: Called with the number of steps done and the latents; what it returns, if not `None`, replaces them.
-        generators: One a row, for schedulers that draw noise while they sample.
-        scheduler: Whose settings to copy instead of the model's; `make_scheduler` returns one.
+        on_step: Called with the number of steps done and the latents. If it returns latents, they replace them.
+        generators: One for each row, for schedulers that draw noise while they sample.
+        scheduler: Scheduler whose settings are used instead of the model's; `make_scheduler` returns one.
 
     Returns:
         Denoised latents, shape (B, C, h, w).
@@ -111,8 +111,8 @@ def denoise(
         if guidance_scale == 1:
             noise_pred = model.noise_pred(scaled, t, context)
         else:
-            empty, full = model.noise_pred(torch.cat([scaled, scaled]), t, context).chunk(2)
-            noise_pred = empty + guidance_scale * (full - empty)
+            uncond, cond = model.noise_pred(torch.cat([scaled, scaled]), t, context).chunk(2)
+            noise_pred = uncond + guidance_scale * (cond - uncond)
         latents = scheduler.step(noise_pred, t, latents, **options).prev_sample
         if on_step is not None:
             replaced = on_step(done, latents)
@@ -124,12 +124,12 @@ def make_scheduler(model: Denoiser, name: str) -> Any:
     """Return the scheduler called `name`, with the noise schedule and prediction type of `model`.
 
     Args:
-        model: Whose settings to take.
+        model: Model whose settings are used.
         name: `"own"` is the model's scheduler, `"ddim"` DDIM without noise, `"dpm"` DPM-Solver++ of second order, a
             multistep solver that needs fewer steps.
 
     Raises:
-        ValueError: No such solver.
+        ValueError: There is no such solver.
 
     Source: Song et al., 2021, https://arxiv.org/abs/2010.02502; Lu et al., 2022, https://arxiv.org/abs/2211.01095.
     """

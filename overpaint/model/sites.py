@@ -1,8 +1,9 @@
-"""Site: a named place in the network, found by structure, in execution order.
+"""Sites: named modules of the network, found by structure and listed in execution order.
 
-`named_modules()` lists modules in the order they were registered (a UNet's mid block after its up blocks), and paths
-differ between releases of transformers. So sites are found by walking the blocks as `forward` does, and counted per
-kind: `unet.resnet.0` is the first ResNet block that runs. `trace.proof` runs a model once and checks that order.
+`named_modules()` lists modules in the order of their registration (a UNet's mid block after its up blocks), and module
+paths differ between releases of transformers. So sites are found by visiting the blocks in the order of `forward`, and
+are counted per kind: `unet.resnet.0` is the first ResNet block that runs. `trace.hook_check` runs a model once and
+checks that order.
 
 Source of the kinds (22 resnet, 16 self_attn, 16 cross_attn, 16 mlp in Stable Diffusion 1):
 Basu et al., 2024, https://arxiv.org/abs/2310.13730.
@@ -37,7 +38,7 @@ TEXT_PARTS: tuple[Part, ...] = ("text", "text2")
 
 
 class HasParts(Protocol):
-    """A model as far as this file needs it."""
+    """The part of a model that this module uses."""
 
     @property
     def unet(self) -> Any:
@@ -52,14 +53,14 @@ class HasParts(Protocol):
 
 @dataclass(frozen=True)
 class Site:
-    """A place in the network.
+    """A named module of the network.
 
     Attributes:
         name: `unet.<kind>.<index>` or `text.<index>.<kind>`; `text2.<index>.<kind>` in a second text encoder.
         part: `"unet"`, `"text"` or `"text2"`.
         kind: `"resnet"`, `"self_attn"`, `"cross_attn"` or `"mlp"`.
-        index: In the UNet the place among its kind in execution order; in a text encoder the layer.
-        path: Dotted path of the module inside its part, in the model it was found in.
+        index: In the UNet the number among the sites of its kind in execution order; in a text encoder the layer.
+        path: Dotted path of the module in its part of the model.
     """
 
     name: str
@@ -99,7 +100,7 @@ def find_text(text_encoder: Module, part: Part = "text") -> tuple[Site, ...]:
     Raises:
         UnsupportedModel: The module has no stack of layers with `self_attn` and `mlp`.
     """
-    _refuse_compiled(text_encoder)
+    _check_not_compiled(text_encoder)
     prefix = next(
         (p for p in ("", "text_model.") if _has(text_encoder, f"{p}encoder.layers")), None
     )
@@ -120,9 +121,9 @@ def find_unet(unet: Module) -> tuple[Site, ...]:
     """Return the sites of a `UNet2DConditionModel`, in execution order. Weights may be on the meta device.
 
     Raises:
-        UnsupportedModel: The module has other blocks, or is compiled, fused or chunked, so that hooks would be missed.
+        UnsupportedModel: The module has other blocks, or is compiled, fused or chunked, so that hooks would not run.
     """
-    _refuse_compiled(unet)
+    _check_not_compiled(unet)
     if not all(_has(unet, name) for name in ("down_blocks", "mid_block", "up_blocks")):
         raise UnsupportedModel(
             f"{type(unet).__name__} has no down, mid and up blocks: pass a model whose denoiser is a "
@@ -147,12 +148,12 @@ def get(model: HasParts, name: str) -> Site:
         if site.name == name:
             return site
     raise UnknownSite(
-        f"unknown site {name!r}: this model has {_census(sites)}. List them with `overpaint sites`."
+        f"unknown site {name!r}: this model has {_site_counts(sites)}. List them with `overpaint sites`."
     )
 
 
 def heads(model: HasParts, site: Site) -> int:
-    """Return the number of attention heads at `site`, 0 if it is no attention."""
+    """Return the number of attention heads at `site`, 0 if it is not an attention site."""
     if site.kind not in ("self_attn", "cross_attn"):
         return 0
     module: Any = site.module(model)
@@ -160,12 +161,12 @@ def heads(model: HasParts, site: Site) -> int:
 
 
 def head_input(model: HasParts, site: Site) -> Module:
-    """Return the linear module whose input is the heads' outputs side by side, shape (B, L, heads * D_head).
+    """Return the linear module whose input is the concatenated outputs of the heads, shape (B, L, heads * D_head).
 
-    Head h takes the columns h * D_head to (h + 1) * D_head - 1.
+    Head h has the columns h * D_head to (h + 1) * D_head - 1.
 
     Raises:
-        ValueError: `site` is no attention.
+        ValueError: `site` is not an attention site.
     """
     if not heads(model, site):
         raise ValueError(
@@ -175,7 +176,7 @@ def head_input(model: HasParts, site: Site) -> Module:
     return module.out_proj if site.part != "unet" else module.to_out[0]
 
 
-def _census(sites: tuple[Site, ...]) -> str:
+def _site_counts(sites: tuple[Site, ...]) -> str:
     parts: list[str] = []
     for part in TEXT_PARTS:
         layers = [site.index for site in sites if site.part == part]
@@ -187,7 +188,7 @@ def _census(sites: tuple[Site, ...]) -> str:
 
 
 def _walk(unet: Any) -> Iterator[tuple[Kind, str]]:
-    """Yield (kind, path) of every block in the order in which `forward` runs them."""
+    """Yield (kind, path) of every site in the order in which `forward` runs them."""
     for i, block in enumerate(unet.down_blocks):
         yield from _walk_block(block, f"down_blocks.{i}")
     yield from _walk_block(unet.mid_block, "mid_block")
@@ -196,7 +197,7 @@ def _walk(unet: Any) -> Iterator[tuple[Kind, str]]:
 
 
 def _walk_block(block: Any, path: str) -> Iterator[tuple[Kind, str]]:
-    """Yield a block's sites: each attention after its ResNet (a mid block has one ResNet more)."""
+    """Yield the sites of a block: each attention after its ResNet (a mid block has one more ResNet)."""
     if not _has(block, "resnets"):
         raise UnsupportedModel(
             f"{type(block).__name__} ({path}) has no ResNet blocks: this UNet's layout is not supported."
@@ -216,7 +217,7 @@ def _walk_attention(wrapper: Any, path: str) -> Iterator[tuple[Kind, str]]:
     for j, block in enumerate(wrapper.transformer_blocks):
         if getattr(block, "_chunk_size", None) is not None:
             raise UnsupportedModel(
-                "this UNet runs its feed-forward blocks in chunks, which hides them: call "
+                "this UNet runs its feed-forward blocks in chunks, so that hooks on them run several times: call "
                 "`set_chunk_feed_forward(None)` on each block first."
             )
         for name, kind in (("attn1", "self_attn"), ("attn2", "cross_attn"), ("ff", "mlp")):
@@ -225,20 +226,20 @@ def _walk_attention(wrapper: Any, path: str) -> Iterator[tuple[Kind, str]]:
                 continue
             if type(getattr(module, "processor", None)).__name__.startswith("Fused"):
                 raise UnsupportedModel(
-                    "this UNet's projections are fused, so edits of to_k and to_v would be missed: call "
+                    "this UNet's projections are fused, so that edits of to_k and to_v have no effect: call "
                     "`unet.unfuse_qkv_projections()` first."
                 )
             yield kind, f"{path}.transformer_blocks.{j}.{name}"  # type: ignore[misc]
 
 
-def _refuse_compiled(module: Module) -> None:
-    """Refuse `torch.compile(m)`, which wraps, and `m.compile()`, which does not, at any depth."""
+def _check_not_compiled(module: Module) -> None:
+    """Raise if the module or a submodule was compiled with `torch.compile(m)` or `m.compile()`."""
     for path, inner in module.named_modules():
         if hasattr(inner, "_orig_mod") or inner._compiled_call_impl is not None:
-            place = f" ({path})" if path else ""
+            suffix = f" ({path})" if path else ""
             raise UnsupportedModel(
-                f"this model is compiled{place}, which hides its modules from hooks: use the model as it was "
-                "before `torch.compile`."
+                f"this model is compiled{suffix}, so that hooks on its modules do not run: use the model without "
+                "`torch.compile`."
             )
 
 

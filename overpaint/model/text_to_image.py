@@ -1,11 +1,11 @@
-"""TextToImage: load a text-to-image model and use its parts.
+"""TextToImage: a text-to-image model, its parts, and generation of pictures.
 
-The diffusers pipeline stays in reach as `model.pipe`; its `__call__`, safety checker and progress bars are not used.
+The diffusers pipeline is `model.pipe`; its `__call__`, safety checker and progress bars are not used.
 """
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from overpaint import zoo
 from overpaint.errors import UnsupportedModel
 from overpaint.images.pictures import Pictures
 from overpaint.model import checkpoint
-from overpaint.model.sampling import denoise
+from overpaint.model.sampling import Progress, denoise
 
 __all__ = ["TextToImage", "load", "text_features"]
 
@@ -27,13 +27,13 @@ _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
 class TextToImage:
-    """A Stable Diffusion pipeline (versions 1 and 2, and SDXL), taken apart.
+    """A Stable Diffusion pipeline (versions 1 and 2, and SDXL) and its parts.
 
     Attributes:
-        pipe: The diffusers pipeline, live: what changes there changes here.
-        name: Where it was loaded from.
-        guidance_scale: What `generate` uses unless told otherwise; 7.5, or 5 for SDXL, as diffusers has it.
-        held_out: (object, style) pairs that its training never showed, where that is known.
+        pipe: The diffusers pipeline. It is not copied.
+        name: The zoo name, folder or hub id that it was loaded from.
+        guidance_scale: Default guidance scale of `generate`: 7.5, or 5 for SDXL, as in diffusers.
+        held_out: (object, style) pairs that training never showed, if known.
     """
 
     def __init__(
@@ -47,33 +47,31 @@ class TextToImage:
         self.pipe = pipe
         self.name = name
         self.held_out = held_out
-        usual = 7.5 if len(self.text_encoders) == 1 else 5.0
-        self.guidance_scale = usual if guidance_scale is None else guidance_scale
+        default = 7.5 if len(self.text_encoders) == 1 else 5.0
+        self.guidance_scale = default if guidance_scale is None else guidance_scale
 
     @property
     def text_encoder(self) -> Any:
-        """The `CLIPTextModel`; the first one, where there are two."""
+        """The `CLIPTextModel`; the first one if there are two."""
         return self.pipe.text_encoder
 
     @property
     def text_encoders(self) -> tuple[Any, ...]:
-        """Every text encoder: one, or in SDXL also a `CLIPTextModelWithProjection`."""
+        """All text encoders: one, and in SDXL also a `CLIPTextModelWithProjection`."""
         second = getattr(self.pipe, "text_encoder_2", None)
         return (self.text_encoder,) if second is None else (self.text_encoder, second)
 
     @property
     def tokenizer(self) -> Any:
-        """The `CLIPTokenizer`; the first one, where there are two."""
+        """The `CLIPTokenizer`; the first one if there are two."""
         return self.pipe.tokenizer
 
     @property
     def tokenizers(self) -> tuple[Any, ...]:
-        """The tokenizer of each text encoder; SDXL's two differ in how they pad."""
-        return (
-            (self.tokenizer,)
-            if len(self.text_encoders) == 1
-            else (self.tokenizer, self.pipe.tokenizer_2)
-        )
+        """The tokenizer of each text encoder; SDXL's two use different padding tokens."""
+        if len(self.text_encoders) == 1:
+            return (self.tokenizer,)
+        return (self.tokenizer, self.pipe.tokenizer_2)
 
     @property
     def unet(self) -> Any:
@@ -87,29 +85,33 @@ class TextToImage:
 
     @property
     def scheduler(self) -> Any:
-        """The scheduler; every run works on a copy of its settings."""
+        """The scheduler; every run creates a new one with its settings."""
         return self.pipe.scheduler
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of its pictures, in pixels."""
-        side = self.unet.config.sample_size
-        height, width = (side, side) if isinstance(side, int) else side
+        """Height and width of the pictures, in pixels."""
+        height, width = self._latent_size
         scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
         return height * scale, width * scale
 
     @property
+    def _latent_size(self) -> tuple[int, int]:
+        side = self.unet.config.sample_size
+        return (side, side) if isinstance(side, int) else (side[0], side[1])
+
+    @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the UNet's weights."""
         return next(self.unet.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Number format of the UNet's weights."""
+        """Dtype of the UNet's weights."""
         return next(self.unet.parameters()).dtype
 
     def tokenize(self, prompts: Sequence[str], *, encoder: int = 0) -> Tensor:
-        """Return the token ids of `prompts` for a text encoder, padded and cut to the limit, int64, shape (N, L)."""
+        """Return the token ids of `prompts` for a text encoder, padded or cut to L tokens, int64, shape (N, L)."""
         tokenizer = self.tokenizers[encoder]
         return tokenizer(
             list(prompts),
@@ -121,11 +123,10 @@ class TextToImage:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Return the text features of `prompts`, as `text_features` packs them; without an attention mask.
+        """Return the text features of `prompts`, packed as in `text_features`; no attention mask is used.
 
-        `encode([""])` is what the unconditional branch of the guidance sees: for SDXL that is zero where the
-        pipeline's setting `force_zeros_for_empty_prompt` says so (as it does by default), and not what its encoders
-        make of an empty prompt.
+        `encode([""])` returns the features of the unconditional branch of the guidance. For SDXL they are zero if the
+        pipeline's setting `force_zeros_for_empty_prompt` is on, as it is by default.
 
         Args:
             prompts: N prompts.
@@ -142,25 +143,25 @@ class TextToImage:
     def initial_latents(
         self, seeds: Sequence[int], *, steps: int | None = None, scheduler: Any = None
     ) -> Tensor:
-        """Return the noise each seed starts from, shape (N, C, h, w), scaled as the scheduler asks.
+        """Return the start noise of each seed, shape (N, C, h, w), scaled by the scheduler's `init_noise_sigma`.
 
-        Each row has a CPU generator of its own, so that it depends neither on its neighbours nor on the device.
+        Each row is drawn with its own CPU generator, so that it depends neither on other rows nor on the device.
 
         Args:
-            seeds: One a row.
-            steps: How many there will be; with some schedulers (SDXL's own) the scale depends on it. Their longest
-                schedule if `None`.
-            scheduler: Whose scale to take, instead of the model's.
+            seeds: One for each row.
+            steps: Number of denoising steps; the scale of some schedulers (SDXL's own) depends on it. By default the
+                longest schedule.
+            scheduler: Scheduler whose scale is used instead of the model's.
         """
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (self.unet.config.in_channels, height, width)
+        shape = (self.unet.config.in_channels, *self._latent_size)
         rows = [torch.randn(shape, generator=Generator().manual_seed(seed)) for seed in seeds]
         base = self.scheduler if scheduler is None else scheduler
-        fresh = type(base).from_config(base.config)  # the live one may have been used
+        unused = type(base).from_config(
+            base.config
+        )  # the scale of `base` may be that of an earlier run
         if steps is not None:
-            fresh.set_timesteps(steps)
-        return (torch.stack(rows) * fresh.init_noise_sigma).to(self.device, self.dtype)
+            unused.set_timesteps(steps)
+        return (torch.stack(rows) * unused.init_noise_sigma).to(self.device, self.dtype)
 
     def noise_pred(self, latents: Tensor, t: Tensor, prompt_embeds: Tensor) -> Tensor:
         """Return the UNet's prediction at timestep `t`: noise or velocity, shape of `latents` (B, C, h, w)."""
@@ -177,19 +178,15 @@ class TextToImage:
         ).sample
 
     def _time_ids(self) -> Tensor:
-        """Return what SDXL is told of the picture, shape (6,): drawn at its own size, not cropped, shown at that."""
-        size = self.unet.config.sample_size
-        sides = (size, size) if isinstance(size, int) else tuple(size)
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        pixels = [side * factor for side in sides]
-        return torch.tensor([*pixels, 0, 0, *pixels])
+        """Return SDXL's `time_ids`, shape (6,): original size, crop (0, 0), target size."""
+        return torch.tensor([*self.size, 0, 0, *self.size])
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Return the pictures of `latents` (N, C, h, w): RGB in [0, 1], float32, shape (N, 3, H, W).
 
-        SDXL's decoder overflows in float16: where its setting `force_upcast` says so it runs in float32 for the
-        while, which gives its weights back bit for bit.
+        SDXL's decoder overflows in float16. If its setting `force_upcast` is on, it is cast to float32 for this call
+        and back; the weights are bit for bit the same afterwards.
         """
         config = self.vae.config
         shift = getattr(config, "shift_factor", None) or 0.0
@@ -212,25 +209,26 @@ class TextToImage:
         steps: int = 20,
         guidance_scale: float | None = None,
         batch_size: int = 32,
-        on_progress: Callable[[int, int], None] | None = None,
+        on_progress: Progress | None = None,
     ) -> Pictures:
-        """Draw a picture for each prompt.
+        """Return one picture for each prompt.
 
-        A row depends on its prompt and seed alone: neither on its neighbours nor, to 1e-4, on `batch_size`.
+        A picture depends only on its prompt and seed: not on the other prompts, and up to 1e-4 not on `batch_size`.
 
         Args:
-            prompts: What to draw, N prompts or one.
-            seed: One for all prompts, or one a prompt.
-            steps: Denoising steps.
-            guidance_scale: Weight of the prompt against the empty prompt; the model's own default if `None`.
-            batch_size: Pictures at a time.
-            on_progress: Called after each step with the steps done and the steps in all.
+            prompts: N prompts, or one.
+            seed: One for all prompts, or one for each prompt.
+            steps: Number of denoising steps.
+            guidance_scale: Weight of the prompt against the empty prompt; by default the model's.
+            batch_size: Pictures in one batch.
+            on_progress: Called after each step with (steps done, steps in total, `"drawing"`).
 
         Returns:
-            The pictures, on the CPU, with the settings that made them.
+            The pictures, on the CPU, with the settings of the run.
 
         Raises:
-            ValueError: No prompts, not as many seeds as prompts, or a setting out of range.
+            ValueError: There are no prompts, the number of seeds is wrong, or a setting is out of range.
+            TypeError: A prompt is not a string.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         seeds = [seed] * len(texts) if isinstance(seed, int) else list(seed)
@@ -243,30 +241,30 @@ class TextToImage:
         done = 0
         images: list[Tensor] = []
 
-        def tick(*_: object) -> None:
+        def count_step(*_: object) -> None:
             nonlocal done
             done += 1
             if on_progress is not None:
-                on_progress(done, max(done, steps * len(batches)))
+                on_progress(done, max(done, steps * len(batches)), "drawing")
 
         for batch in batches:
-            chosen = [seeds[i] for i in batch]
+            batch_seeds = [seeds[i] for i in batch]
             latents = denoise(
                 self,
-                self.initial_latents(chosen, steps=steps),
+                self.initial_latents(batch_seeds, steps=steps),
                 embeds[rows[batch[0] : batch[-1] + 1]],
                 embeds[:1],
                 steps=steps,
                 guidance_scale=scale,
-                on_step=tick,
-                generators=[Generator().manual_seed(s + 1) for s in chosen],
+                on_step=count_step,
+                generators=[Generator().manual_seed(s + 1) for s in batch_seeds],
             )
             images.append(self.decode(latents).cpu())
         protocol = self.protocol(steps=steps, guidance_scale=scale)
         return Pictures(torch.cat(images), tuple(texts), tuple(seeds), protocol)
 
     def protocol(self, *, steps: int, guidance_scale: float) -> dict[str, Any]:
-        """Return what made a picture or a number, ready for JSON."""
+        """Return the settings of a run as a dictionary for JSON."""
         return {
             "model": self.name,
             "text_encoders": len(self.text_encoders),
@@ -281,11 +279,11 @@ class TextToImage:
 
 
 def text_features(encoders: Sequence[Module], ids: Sequence[Tensor]) -> Tensor:
-    """Return text features in one tensor, so that they can be sampled, traced and stored as one.
+    """Return the features of all text encoders packed into one tensor.
 
-    One encoder (Stable Diffusion 1 and 2): its last hidden state, shape (N, L, D). Two (SDXL): their penultimate
-    hidden states side by side, D = D_1 + D_2, and below them as one row more the pooled output of the second, filled
-    up with zeros: shape (N, L + 1, D). `TextToImage.noise_pred` takes that apart again.
+    One encoder (Stable Diffusion 1 and 2): its last hidden state, shape (N, L, D). Two encoders (SDXL): their
+    penultimate hidden states, concatenated to width D = D_1 + D_2, and the pooled output of the second encoder, padded
+    with zeros, as an additional last row: shape (N, L + 1, D). `TextToImage.noise_pred` unpacks it.
 
     Args:
         encoders: The text encoders, one or two.
@@ -308,41 +306,41 @@ def text_features(encoders: Sequence[Module], ids: Sequence[Tensor]) -> Tensor:
 def load(
     source: Any, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> TextToImage:
-    """Load a model; the only function of the package, with `features.load`, that may reach the network.
+    """Load a model. Only this function and `scorers.load` may download files.
 
     Args:
         source: A name from the zoo (`"icons"`), a diffusers folder, a hub id (`"owner/name"`), or a live
-            `StableDiffusionPipeline` or `StableDiffusionXLPipeline`, which stays as it is: then `device` and `dtype`
-            are not used.
-        device: Where to put the weights.
-        dtype: Number format to load into, whatever is on disk.
+            `StableDiffusionPipeline` or `StableDiffusionXLPipeline`, which is used as it is: `device` and `dtype` are
+            then ignored.
+        device: Device of the weights.
+        dtype: Dtype of the weights in memory, whatever it is on disk.
 
     Raises:
-        UnsupportedModel: A pickle, a foreign or damaged folder, another layout, or weights that are not finite.
+        UnsupportedModel: A pickle, a folder without a supported pipeline, a damaged file, or a weight is not finite.
         ValueError: The name is unknown.
     """
     if not isinstance(source, str | Path):
-        checkpoint.check(source)
+        checkpoint.check_pipeline(source)
         return TextToImage(source, name=str(source.config.get("_name_or_path") or "live pipeline"))
     text = str(source)
     if text in _pipelines() or Path(text).is_dir():
         folder = zoo.folder(text) if text in _pipelines() else Path(text)
-        pipe, settings = checkpoint.read_folder(folder, dtype=dtype)
+        pipe, settings = checkpoint.load_folder(folder, dtype=dtype)
     elif Path(text).suffix in (*_PICKLES, ".safetensors"):
         raise UnsupportedModel(_single_file_message(text))
     elif isinstance(source, str) and _is_hub_id(text):
-        pipe, settings = checkpoint.read_hub(text, dtype=dtype)
+        pipe, settings = checkpoint.load_hub(text, dtype=dtype)
     else:
         raise ValueError(
             f"unknown model {text!r}: it is neither a folder nor a name that ships with the package "
             f"({', '.join(_pipelines()) or 'none'}). Check the spelling, or give a hub id such as 'owner/name'."
         )
-    checkpoint.check(pipe)
+    checkpoint.check_pipeline(pipe)
     return TextToImage(pipe.to(device), name=text, **settings)
 
 
 def _pipelines() -> tuple[str, ...]:
-    """Return the zoo's names that are text-to-image models."""
+    """Return the names of the text-to-image models in the zoo."""
     return tuple(name for name in zoo.names() if (zoo.folder(name) / "model_index.json").is_file())
 
 
@@ -354,11 +352,11 @@ def _single_file_message(text: str) -> str:
     if Path(text).suffix in _PICKLES:
         return (
             f"{text!r} is a pickle, which can run any code when it is read: use the model's folder of safetensors "
-            "instead, or convert it on a machine where that does no harm."
+            "instead, or convert it on an isolated machine."
         )
     return (
-        f"{text!r} is a single file without the model's settings: make a folder of it once with "
-        "`StableDiffusionPipeline.from_single_file(...).save_pretrained(folder)` and load that."
+        f"{text!r} is a single file without the model's settings: convert it to a folder once with "
+        "`StableDiffusionPipeline.from_single_file(...).save_pretrained(folder)` and load the folder."
     )
 
 

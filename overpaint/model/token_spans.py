@@ -1,8 +1,8 @@
-"""Where a concept stands in a tokenised prompt.
+"""Token positions of a concept in a prompt.
 
-Spans are found by character and mapped to tokens with the tokenizer's own offsets. Searching the decoded tokens
-instead breaks with CLIP, whose decoder changes spaces and case, and "the token before the first end of text" is the
-full stop in "van gogh.".
+The concept is searched in the characters of the prompt and mapped to tokens with the tokenizer's offsets. A search in
+the decoded tokens fails, because CLIP's decoder changes spaces and case. The token before the first end-of-text token
+is not always the concept's: in "van gogh." it is the full stop.
 """
 
 import re
@@ -18,19 +18,19 @@ __all__ = ["Span", "end_of_text", "find_span", "span_at"]
 
 @dataclass(frozen=True)
 class Span:
-    """Token positions `start` to `end - 1` of the padded ids; position 0 is the begin-of-text token."""
+    """Token positions `start` to `end - 1` in the padded ids; position 0 is the begin-of-text token."""
 
     start: int
     end: int
 
     @property
     def last(self) -> int:
-        """The last token of the concept, where a causal encoder has read all of it."""
+        """Position of the last token; in a causal encoder its features depend on the whole concept."""
         return self.end - 1
 
     @property
     def positions(self) -> range:
-        """Every position of the span, in order."""
+        """All positions of the span, in order."""
         return range(self.start, self.end)
 
     def __len__(self) -> int:
@@ -38,21 +38,21 @@ class Span:
 
 
 def find_span(tokenizer: Any, prompt: str, concept: str) -> Span:
-    """Tokens of `concept` in `prompt`, as positions in the padded ids.
+    """Return the positions of the tokens of `concept` in the padded ids of `prompt`.
 
-    The concept must stand as whole words: "cat" is not found in "cats" or "cathedral". Case and the width of white
-    space do not matter, as they do not to CLIP.
+    Only whole words match: "cat" does not match "cats" or "cathedral". Case and the amount of white space are ignored,
+    as CLIP ignores them.
 
     Args:
         tokenizer: A fast CLIP tokenizer; its `model_max_length` is the token limit L.
         prompt: The whole caption.
-        concept: The words to find; they must occur exactly once.
+        concept: The words to search; they must occur exactly once.
 
     Returns:
         The span, within 1 to L - 2.
 
     Raises:
-        ValueError: The concept is empty, absent, there twice, or cut off by the token limit.
+        ValueError: The concept is empty, absent, occurs twice, or is cut off by the token limit.
     """
     words = concept.split()
     if not words:
@@ -68,14 +68,14 @@ def find_span(tokenizer: Any, prompt: str, concept: str) -> Span:
         )
     if len(matches) > 1:
         raise ValueError(
-            f"concept {concept!r} stands {len(matches)} times in the prompt {prompt!r}, so its place is not clear: "
-            "reword the prompt until it stands once."
+            f"concept {concept!r} occurs {len(matches)} times in the prompt {prompt!r}, so its position is ambiguous: "
+            "reword the prompt so that it occurs once."
         )
     return span_at(tokenizer, prompt, matches[0].start(), matches[0].end())
 
 
 def span_at(tokenizer: Any, prompt: str, start: int, end: int) -> Span:
-    """Tokens that hold the characters `start` to `end - 1` of `prompt`, as positions in the padded ids.
+    """Return the positions of the tokens with the characters `start` to `end - 1` of `prompt` in its padded ids.
 
     Args:
         tokenizer: A fast CLIP tokenizer.
@@ -84,45 +84,45 @@ def span_at(tokenizer: Any, prompt: str, start: int, end: int) -> Span:
         end: One past its last character.
 
     Raises:
-        ValueError: No token holds these characters, or the token limit cuts them off.
-        UnsupportedModel: The tokenizer cannot tell the characters of its tokens.
+        ValueError: No token contains these characters, or the token limit cuts them off.
+        UnsupportedModel: The tokenizer does not return the characters of its tokens.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UnsupportedModel(
-            f"{type(tokenizer).__name__} does not tell which characters a token holds: load the fast tokenizer of the "
+            f"{type(tokenizer).__name__} does not return the characters of a token: load the fast tokenizer of the "
             "same model, for example with `transformers.CLIPTokenizerFast`."
         )
     encoded = tokenizer(prompt, return_offsets_mapping=True, truncation=False, verbose=False)
-    held = [
+    positions = [
         position
         for position, (first, past) in enumerate(encoded["offset_mapping"])
         if first < past and first < end and past > start
     ]
-    if not held:
+    if not positions:
         raise ValueError(
-            f"no token of the prompt {prompt!r} holds {prompt[start:end]!r}: the tokenizer drops these characters; "
-            "name the concept in letters that it knows."
+            f"no token of the prompt {prompt!r} contains {prompt[start:end]!r}: the tokenizer drops these characters; "
+            "write the concept with letters of its vocabulary."
         )
     limit = int(tokenizer.model_max_length)
-    if held[-1] >= limit - 1:
+    if positions[-1] >= limit - 1:
         raise ValueError(
-            f"concept {prompt[start:end]!r} ends at token {held[-1]} and is cut off by the limit of {limit} tokens: "
-            "shorten the prompt, or put the concept first."
+            f"concept {prompt[start:end]!r} ends at token {positions[-1]} and is cut off by the limit of {limit} "
+            "tokens: shorten the prompt, or put the concept first."
         )
-    return Span(held[0], held[-1] + 1)
+    return Span(positions[0], positions[-1] + 1)
 
 
 def end_of_text(tokenizer: Any, ids: Tensor) -> int:
-    """Position of the first end-of-text token in `ids`, shape (L,).
+    """Return the position of the first end-of-text token in `ids`, shape (L,).
 
-    SD-1.x pads with that same token and SD-2.x with another, so only the first one ends the prompt in both.
+    SD-1.x pads with the end-of-text token and SD-2.x with another, so that only the first one ends the prompt in both.
 
     Raises:
-        ValueError: `ids` holds no end-of-text token.
+        ValueError: `ids` contains no end-of-text token.
     """
-    found = (ids == tokenizer.eos_token_id).nonzero()
-    if len(found) == 0:
+    ends = (ids == tokenizer.eos_token_id).nonzero()
+    if len(ends) == 0:
         raise ValueError(
-            f"no end-of-text token ({tokenizer.eos_token_id}) in the ids: pass ids that the model's own tokenizer made."
+            f"no end-of-text token ({tokenizer.eos_token_id}) in the ids: pass ids of the model's own tokenizer."
         )
-    return int(found[0, 0])
+    return int(ends[0, 0])
