@@ -70,6 +70,46 @@ def tiny_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def quickfix_change(tiny_sd1):
+    """A change of `tiny_sd1` from "blob style" to "noto style", by `edit.quickfix`."""
+    import overpaint
+
+    return overpaint.edit.quickfix(tiny_sd1, {"blob style": "noto style"})
+
+
+@pytest.fixture
+def studio(tiny_folder, tmp_path):
+    """A studio without its page that offers one tiny model; its downloads go to `tmp_path`."""
+    from overpaint.studio import Studio
+
+    return Studio([str(tiny_folder)], tmp_path / "downloads")
+
+
+@pytest.fixture(scope="session")
+def result_of():
+    """Return a function that runs a task of the studio to its end and returns its result."""
+    from overpaint.studio.scheduler import Result
+
+    def run_to_end(events):
+        return [event for event in events if isinstance(event, Result)][-1].value
+
+    return run_to_end
+
+
+@pytest.fixture
+def free_port():
+    """Return a function that finds a free port of this machine."""
+    import socket
+
+    def find():
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return probe.getsockname()[1]
+
+    return find
+
+
+@pytest.fixture(scope="module")
 def chromium():
     """A headless Chromium, open as long as the tests of one file: its event loop is in no other's way."""
     import browser

@@ -1,4 +1,4 @@
-"""The web page: trace, click, paint over, judge by eye, take the change away. Needs the extra `studio` (Gradio)."""
+"""The web page: trace, edit and compare in a browser, and download the change. Needs the extra `studio` (Gradio)."""
 
 from overpaint.studio.app import Studio
 

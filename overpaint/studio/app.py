@@ -1,7 +1,8 @@
-"""The studio without its page: models, sessions, and what each button does, as iterators over progress and results.
+"""The studio without its page: models, sessions, and the task behind each button.
 
-Each method that takes long yields `Progress`, then a `Part` for all that is finished on the way, and `Done` at the end.
-It can be closed at any time; a session is never left half changed.
+A method that takes long returns an iterator over events: `ProgressUpdate`s, a `PartialResult` for each result that is
+finished early, and the `Result` at the end. The iterator can be closed at any time. An edit is then applied wholly or
+not at all.
 """
 
 import secrets
@@ -14,35 +15,29 @@ from typing import Any
 
 from overpaint.edit import Change
 from overpaint.model import TextToImage, load
-from overpaint.scorers import judge as features
+from overpaint.scorers import judge
 from overpaint.scorers.judge import Judge
-from overpaint.studio import tasks, uploads
-from overpaint.studio.scheduler import (
-    Done,
-    Part,
-    Progress,
-    Tell,
-    Turns,
-    watch,
-)
-from overpaint.studio.session import Bench, Coat, Session
-from overpaint.studio.side_effects import Collateral, collateral
-from overpaint.studio.tasks import Drawn, Map, Question
+from overpaint.scorers.protocols import check_size
+from overpaint.studio import side_effects, tasks, uploads
+from overpaint.studio.scheduler import Event, Scheduler, Task, run_task
+from overpaint.studio.session import AppliedChange, EditState, Session
+from overpaint.studio.side_effects import SideEffects
+from overpaint.studio.tasks import LabelledPicture, PictureGrid, PromptSettings, TraceMap
 
-__all__ = ["AFTER", "BEFORE", "SESSIONS", "Studio", "Told"]
+__all__ = ["MAX_SESSIONS", "Events", "Studio"]
 
-Told = Iterator[Progress | Part | Done]
-BEFORE, AFTER = "before", "after"
-SESSIONS = 200  # open at once
+Events = Iterator[Event]
+MAX_SESSIONS = 200  # open at once
+_PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 
 
 class Studio:
-    """Models that all share and nobody writes to, and a session for each user.
+    """Models that all users share and no task writes to, and a session for each user.
 
     Attributes:
-        models: The names that can be chosen, the first by default.
-        folder: Holds a folder for each session's downloads; emptied by `close`.
-        turns: Who computes.
+        models: The names that can be chosen; the first is the default.
+        folder: Holds a folder of downloads for each session, which is deleted with the session.
+        scheduler: The queue in which tasks wait.
     """
 
     def __init__(
@@ -57,259 +52,293 @@ class Studio:
             raise ValueError("no model to show: name at least one, for example icons.")
         self.models = tuple(dict.fromkeys(models))
         self.folder = folder
-        self.turns = Turns()
+        self.scheduler = Scheduler()
         self._device, self._load = device, loader
         self._loaded: dict[str, TextToImage] = {}
-        self._judges: dict[str, Judge | str] = {}
-        self._sessions: dict[str, Session] = {}
+        self._scorers: dict[str, Judge | str] = {}
+        self._sessions: dict[str, Session] = {}  # the least recently used first
         self._lock = threading.Lock()
 
     # --- sessions -----------------------------------------------------------------------------------------------------
 
-    def open(self) -> str:
-        """Begin a session and return its key, which cannot be guessed; of too many that longest unused goes.
+    def open_session(self) -> str:
+        """Open a session and return its random key; above `MAX_SESSIONS` the least recently used idle one is closed.
 
         Raises:
-            ValueError: All of too many are at work.
+            ValueError: There are `MAX_SESSIONS` sessions and all of them run a task.
         """
         key = secrets.token_urlsafe(16)
         with self._lock:
-            idle = [old for old, session in self._sessions.items() if not session.busy]
-            full = len(self._sessions) >= SESSIONS
-            if full and not idle:
+            idle = [name for name, session in self._sessions.items() if not session.busy]
+            is_full = len(self._sessions) >= MAX_SESSIONS
+            if is_full and not idle:
                 raise ValueError(
-                    f"the studio is full: all of its {SESSIONS} sessions are at work. Load the page again in a while."
+                    f"the studio is full: all of its {MAX_SESSIONS} sessions are busy. Load the page again later."
                 )
-            if full:
-                self._end(idle[0])
+            if is_full:
+                self._close(idle[0])
             self._sessions[key] = Session(self.models[0])
         return key
 
-    def holds(self, key: str) -> bool:
-        """Whether a session of this key is open."""
+    def has_session(self, key: str) -> bool:
+        """Return True if a session of this key is open."""
         return key in self._sessions
 
     def session(self, key: str | None) -> Session:
-        """Return a session; it counts as used now.
+        """Return a session and mark it as the most recently used one.
 
         Raises:
-            ValueError: It ended.
+            ValueError: The session was closed.
         """
         with self._lock:
-            found = self._sessions.pop(key or "", None)
-            if found is None or key is None:
-                raise ValueError("this session has ended: load the page again. Downloads are yours.")  # fmt: skip
-            self._sessions[key] = found  # the last of them
-        return found
+            session = self._sessions.pop(key or "", None)
+            if session is None or key is None:
+                raise ValueError(
+                    "this session has ended: load the page again. Files that you downloaded are not affected."
+                )
+            self._sessions[key] = session
+        return session
 
-    def close(self, key: str | None) -> None:
-        """End a session: its work stops, its files go. One that has ended already is fine."""
+    def close_session(self, key: str | None) -> None:
+        """Stop the session's task and delete its files; does nothing if the session is closed already."""
         with self._lock:
-            self._end(key or "")
+            self._close(key or "")
 
-    def _end(self, key: str) -> None:
+    def _close(self, key: str) -> None:
         session = self._sessions.pop(key, None)
         if session is not None:
             session.stop()
             shutil.rmtree(self.folder / key, ignore_errors=True)
 
-    def close_all(self) -> None:
-        """End every session."""
-        for key in list(self._sessions):
-            self.close(key)
-
     def __len__(self) -> int:
-        """How many sessions are open."""
+        """Return the number of open sessions."""
         return len(self._sessions)
 
-    def choose(self, key: str, model: str) -> None:
-        """Start anew on another model.
+    def choose_model(self, key: str, model: str) -> None:
+        """Replace the session by a new one with another model.
 
         Raises:
-            ValueError: It is not one of those that the studio was opened with.
+            ValueError: The model is not one of `models`, or a task runs.
         """
         if model not in self.models:
             raise ValueError(
-                f"unknown model {model!r}: choose one of {', '.join(self.models)}, or open the studio with it."
+                f"unknown model {model!r}: choose one of {', '.join(self.models)}, or start the studio with it."
             )
         session = self.session(key)
-        with session.working():
+        with session.reserved():
             if model != session.model:
                 with self._lock:
                     if key in self._sessions:  # else the page was closed meanwhile
                         self._sessions[key] = Session(model)
 
-    # --- where is it? -------------------------------------------------------------------------------------------------
+    # --- trace --------------------------------------------------------------------------------------------------------
 
-    def trace(self, key: str, question: Question, *, pictures: bool = False) -> Told:
-        """Trace the text encoder; `Done` holds a `Map`.
+    def trace(self, key: str, settings: PromptSettings, *, pictures: bool = False) -> Events:
+        """Trace the text encoder; the result is a `TraceMap`.
 
-        With `pictures` a judge looks at the picture of each state. Where it cannot read the model's pictures the map is
-        by text features, and its `instead` says why.
+        With `pictures` the shipped judge scores a picture of each state. Where it cannot read the model's pictures,
+        text features are measured instead and `TraceMap.fallback_reason` says why.
         """
         session = self.session(key)
 
-        def run(tell: Tell) -> Map:
-            model = self._model(session, tell)
-            judge = self._judge(model) if pictures else None
-            if isinstance(judge, str):
-                found = tasks.trace_text(model, question, tell)
-                session.found = replace(found, instead=judge)
-            else:
-                session.found = tasks.trace_text(model, question, tell, judge=judge)
-            return session.found
+        def work(task: Task) -> TraceMap:
+            model = self._model(session, task)
+            scorer = self._scorer(model) if pictures else None
+            reason = scorer if isinstance(scorer, str) else ""
+            trace_map = tasks.trace_text_encoder(
+                model, settings, task.on_progress, scorer=None if isinstance(scorer, str) else scorer
+            )  # fmt: skip
+            session.trace_map = replace(trace_map, fallback_reason=reason)
+            return session.trace_map
 
-        return self._watch(session, run)
+        return self._run(session, work)
 
-    def restore(self, key: str, row: int, column: int) -> Told:
-        """Draw what one cell of the last map stands for; `Done` holds three `Picture`s."""
+    def restore(self, key: str, row: int, column: int) -> Events:
+        """Draw the pictures of one cell of the last map; the result is three `LabelledPicture`s.
+
+        Raises:
+            ValueError: Nothing was traced yet.
+        """
         session = self.session(key)
-        found = session.found
-        if found is None:
+        trace_map = session.trace_map
+        if trace_map is None:
             raise ValueError("there is no map yet: press Trace first, then click one of its cells.")
 
-        def run(tell: Tell) -> tuple[tasks.Picture, ...]:
-            return tasks.restore(self._model(session, tell), found, row, column, tell)
+        def work(task: Task) -> tuple[LabelledPicture, ...]:
+            model = self._model(session, task)
+            return tasks.draw_restored(model, trace_map, row, column, task.on_progress)
 
-        return self._watch(session, run)
+        return self._run(session, work)
 
-    # --- paint over it ------------------------------------------------------------------------------------------------
+    # --- edit ---------------------------------------------------------------------------------------------------------
 
-    def paint(
-        self, key: str, question: Question, new: str, *, method: str = "auto", preserve: Sequence[str] = ()
-    ) -> Told:  # fmt: skip
-        """Lay a coat over the question's concept; `Part`s are the `Collateral` and pictures as they finish."""
+    def edit(
+        self,
+        key: str,
+        settings: PromptSettings,
+        new: str,
+        *,
+        method: str = "auto",
+        preserve: Sequence[str] = (),
+    ) -> Events:
+        """Replace the concept by `new`; partial results are the `SideEffects` and the pictures as they are drawn."""
         session = self.session(key)
 
-        def run(tell: Tell) -> Drawn:
-            model = self._model(session, tell)
-            old = question.concept
-            change = tasks.make(model, old, new, tell, method=method, preserve=preserve)
-            bench = _with_coat(model, session.bench, Coat(f"{old} → {new}", change), tell)
-            predicted = _forecast(model, bench, tell)
-            session.put(bench)
-            tell.show(predicted)
-            return self._drawn(session, model, question, tell)
+        def work(task: Task) -> PictureGrid:
+            model = self._model(session, task)
+            old = settings.concept
+            change = tasks.solve_edit(
+                model, old, new, task.on_progress, method=method, preserve=preserve
+            )
+            state = _add_change(model, session.state, AppliedChange(f"{old} → {new}", change), task)
+            effects = _predict(model, state, task)
+            session.set_state(state)
+            task.publish(effects)
+            return self._draw(session, model, settings, task)
 
-        return self._watch(session, run)
+        return self._run(session, work)
 
-    def add(self, key: str, path: str | Path) -> Told:
-        """Open a change file or a picture of the studio; `Done` holds a `Collateral`, a `files.Origin`, or a text.
+    def open_file(self, key: str, path: str | Path) -> Events:
+        """Open a change file or a picture of the studio.
 
-        A change that cannot be solved together with the coats is put on the shelf, to compare; the text says why.
+        The result is the `SideEffects` of a change, the `PictureOrigin` of a picture, or a text. A change that cannot
+        be solved jointly with the applied ones is only kept to compare; the text says why.
         """
         session, name = self.session(key), uploads.shown_name(path)
 
-        def run(tell: Tell) -> Collateral | uploads.Origin | str | None:
-            if name.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".gif")):
-                return uploads.read_picture(path)
-            model = self._model(session, tell)
-            change = uploads.read_change(path, model)
+        def work(task: Task) -> SideEffects | uploads.PictureOrigin | str | None:
+            if name.lower().endswith(_PICTURE_SUFFIXES):
+                return uploads.load_origin(path)
+            model = self._model(session, task)
+            change = uploads.load_change(path, model)
             try:
                 pairs = ", ".join(f"{old} → {new}" for old, new in change.pairs.items())
-                bench = _with_coat(model, session.bench, Coat(pairs or name, change), tell)
+                state = _add_change(
+                    model, session.state, AppliedChange(pairs or name, change), task
+                )
             except ValueError as error:
-                session.shelve(name, change)
-                return f"{name} can be compared, but not laid over the other coats: {error}"
-            predicted = _forecast(model, bench, tell)
-            session.shelve(name, change)
-            session.put(bench)
-            return predicted
+                session.add_file(name, change)
+                return f"{name} can be compared, but not applied with the other edits: {error}"
+            effects = _predict(model, state, task)
+            session.add_file(name, change)
+            session.set_state(state)
+            return effects
 
-        return self._watch(session, run)
+        return self._run(session, work)
 
-    def draw(self, key: str, question: Question) -> Told:
-        """Draw before and after with what lies on the model; `Part`s and `Done` hold a `Drawn`."""
+    def draw(self, key: str, settings: PromptSettings) -> Events:
+        """Draw with the original and the edited model; partial results and result are `PictureGrid`s."""
         session = self.session(key)
 
-        def run(tell: Tell) -> Drawn:
-            return self._drawn(session, self._model(session, tell), question, tell)
+        def work(task: Task) -> PictureGrid:
+            return self._draw(session, self._model(session, task), settings, task)
 
-        return self._watch(session, run)
+        return self._run(session, work)
 
-    def predict(self, key: str) -> Told:
-        """Predict what the coats, as dialled, do to other concepts; `Done` holds a `Collateral`, or `None` of none."""
+    def predict(self, key: str) -> Events:
+        """Predict the side effects of the applied changes; the result is `SideEffects`, or `None` if there are none."""
         session = self.session(key)
 
-        def run(tell: Tell) -> Collateral | None:
-            return _forecast(self._model(session, tell), session.bench, tell)
+        def work(task: Task) -> SideEffects | None:
+            return _predict(self._model(session, task), session.state, task)
 
-        return self._watch(session, run)
+        return self._run(session, work)
 
-    def compare(self, key: str, question: Question, first: str, second: str) -> Told:
-        """Draw two of `Session.versions` at equal seeds; `Part`s and `Done` hold a `Drawn`."""
+    # --- compare and save ---------------------------------------------------------------------------------------------
+
+    def compare(self, key: str, settings: PromptSettings, first: str, second: str) -> Events:
+        """Draw two of `Session.versions` at equal seeds; partial results and result are `PictureGrid`s.
+
+        Raises:
+            ValueError: A version does not exist.
+        """
         session = self.session(key)
         versions = session.versions()
         for name in (first, second):
             if name not in versions:
-                raise ValueError(f"there is no {name!r} any more: choose again what to compare.")
+                raise ValueError(f"the version {name!r} no longer exists: choose another one.")
 
-        def run(tell: Tell) -> Drawn:
-            model = self._model(session, tell)
+        def work(task: Task) -> PictureGrid:
             chosen = [(name, versions[name]) for name in (first, second)]
-            return tasks.draw(model, question, chosen, tell, show=tell.show, known=session.pictures)
+            return tasks.draw_versions(
+                self._model(session, task), settings, chosen, task.on_progress,
+                publish=task.publish, cache=session.picture_cache,
+            )  # fmt: skip
 
-        return self._watch(session, run)
+        return self._run(session, work)
 
-    def download(self, key: str) -> Path | None:
-        """Write the change that is applied, as dialled, and return its path; `None` if there is none."""
+    def save_change(self, key: str) -> Path | None:
+        """Write the applied change at the chosen strength and return its path; `None` if there is none."""
         session = self.session(key)
-        change = session.bench.change
+        change = session.state.change
         if change is None:
             return None
         name = " and ".join(f"no {old}" for old in change.pairs) or "change"
-        return uploads.write_change(change, self.folder / str(key), name)
+        return uploads.save_change(change, self.folder / str(key), name)
 
-    def keep(self, key: str, drawn: Drawn) -> Path:
-        """Write a sheet of the pictures, which says how they were drawn, and return its path.
+    def save_pictures(self, key: str, grid: PictureGrid) -> Path:
+        """Write one PNG of all pictures, which holds their settings, and return its path.
 
         Raises:
-            ValueError: The session ended.
+            ValueError: The session was closed.
         """
         model = self.session(key).model
         folder = self.folder / key
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{uploads.safe_name(drawn.question.prompt, otherwise='pictures')}.png"
-        return uploads.write_picture(drawn.sheet(), drawn.question, model, path)
+        path = folder / f"{uploads.file_name(grid.settings.prompt, default='pictures')}.png"
+        return uploads.save_picture(grid.sheet(), grid.settings, model, path)
 
-    # --- what they share ----------------------------------------------------------------------------------------------
+    # --- shared by the tasks ------------------------------------------------------------------------------------------
 
-    def _watch(self, session: Session, run: Any) -> Told:
-        with session.working() as stop:
-            yield from watch(self.turns, stop, run)
+    def _run(self, session: Session, work: Callable[[Task], Any]) -> Events:
+        with session.reserved() as stop:
+            yield from run_task(self.scheduler, stop, work)
 
-    def _drawn(self, session: Session, model: TextToImage, question: Question, tell: Tell) -> Drawn:
-        session.question = question
-        versions: list[tuple[str, Change | None]] = [(BEFORE, None)]
-        if session.bench.change is not None:
-            versions.append((AFTER, session.bench.change))
-        return tasks.draw(model, question, versions, tell, show=tell.show, known=session.pictures)
+    def _draw(
+        self, session: Session, model: TextToImage, settings: PromptSettings, task: Task
+    ) -> PictureGrid:
+        versions: list[tuple[str, Change | None]] = [("before", None)]
+        if session.state.change is not None:
+            versions.append(("after", session.state.change))
+        return tasks.draw_versions(
+            model, settings, versions, task.on_progress,
+            publish=task.publish, cache=session.picture_cache,
+        )  # fmt: skip
 
-    def _model(self, session: Session, tell: Tell) -> TextToImage:
-        """Return the session's model; loaded once, inside a turn."""
+    def _model(self, session: Session, task: Task) -> TextToImage:
+        """Return the session's model, which is loaded at its first use."""
         name = session.model
         if name not in self._loaded:
-            tell(0, 1, f"loading {name}")
-            if name not in self._loaded:  # others may have loaded it while this one gave way
+            task.on_progress(0, 1, f"loading {name}")
+            if name not in self._loaded:  # else another task loaded it during `on_progress`
                 self._loaded[name] = self._load(name, device=self._device)
         return self._loaded[name]
 
-    def _judge(self, model: TextToImage) -> Judge | str:
-        """Return the shipped judge, or why it cannot read the model's pictures."""
-        if model.name not in self._judges:
-            judge = features.load(device=self._device)
-            (height, width), side = model.size, judge.size
-            refusal = f"the shipped judge reads {side} × {side} pixels, and this model draws {width} × {height}"
-            self._judges[model.name] = judge if height == width == side else refusal
-        return self._judges[model.name]
+    def _scorer(self, model: TextToImage) -> Judge | str:
+        """Return the shipped judge, or the reason why it cannot read the model's pictures."""
+        if model.name not in self._scorers:
+            scorer = judge.load(device=self._device)
+            (height, width), side = model.size, scorer.size
+            try:
+                check_size(scorer, model)
+                self._scorers[model.name] = scorer
+            except ValueError:
+                self._scorers[model.name] = (
+                    f"the shipped judge reads {side} × {side} pixels, and this model draws {width} × {height}"
+                )
+        return self._scorers[model.name]
 
 
-def _with_coat(model: TextToImage, bench: Bench, coat: Coat, tell: Tell) -> Bench:
-    coats = (*bench.coats, coat)
-    joint = tasks.combine(model, [c.change for c in coats], tell)
-    return Bench(coats, joint, bench.strength)
+def _add_change(
+    model: TextToImage, state: EditState, applied: AppliedChange, task: Task
+) -> EditState:
+    changes = (*state.changes, applied)
+    joint = tasks.stack_changes(model, [c.change for c in changes], task.on_progress)
+    return EditState(changes, joint, state.strength)
 
 
-def _forecast(model: TextToImage, bench: Bench, tell: Tell) -> Collateral | None:
-    change = bench.change
-    return None if change is None else collateral(model, change, step=tell)
+def _predict(model: TextToImage, state: EditState, task: Task) -> SideEffects | None:
+    change = state.change
+    if change is None:
+        return None
+    return side_effects.predict(model, change, on_progress=task.on_progress)

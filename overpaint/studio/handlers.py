@@ -1,35 +1,36 @@
-"""What each control of the page does: values in, and updates out by the name of the part of the page they belong to.
+"""The handler of each control of the page: values of the controls in, updates of the page out.
 
-No handler raises: what went wrong is said in the page, in the status line. Updates are plain values, HTML or choices.
+An update maps names of parts of the page to their new content: HTML, a plain value, `Choices` or `Value`. A handler
+does not raise: an error is shown in the page, in the status line.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 from overpaint.studio import html
-from overpaint.studio.app import Studio, Told
-from overpaint.studio.scheduler import Done, Part, Progress, Stopped
+from overpaint.studio.app import Events, Studio
+from overpaint.studio.scheduler import PartialResult, ProgressUpdate, Result, Stopped
 from overpaint.studio.session import Session
-from overpaint.studio.side_effects import Collateral
-from overpaint.studio.tasks import Drawn, Map, Question
-from overpaint.studio.uploads import Origin, model_name
+from overpaint.studio.side_effects import SideEffects
+from overpaint.studio.tasks import PictureGrid, PromptSettings, TraceMap
+from overpaint.studio.uploads import PictureOrigin, model_name
 
 __all__ = [
-    "LONGEST_CONCEPT", "LONGEST_LIST", "LONGEST_PROMPT", "Choices", "Setting", "Update",
-    "Value", "add", "bench", "choose", "compare", "dial", "draw", "paint", "question",
-    "restore", "stop", "trace", "undo",
+    "MAX_CONCEPT", "MAX_LIST", "MAX_PROMPT", "Choices", "Controls", "Update", "Value", "applied_changes",
+    "choose_model", "compare", "draw", "edit", "open_file", "prompt_settings", "restore", "set_strength", "stop",
+    "trace", "undo",
 ]  # fmt: skip
 
 Update = dict[str, Any]
-# Characters. The page's boxes end there too, but whoever speaks to the server without the page is not bound by them.
-LONGEST_PROMPT, LONGEST_CONCEPT, LONGEST_LIST = 2000, 400, 8000
+# Characters. The page's boxes have the same limits, but a client that does not use the page can send more.
+MAX_PROMPT, MAX_CONCEPT, MAX_LIST = 2000, 400, 8000
 
 
 @dataclass(frozen=True)
 class Choices:
-    """New choices of a control, and which of them is chosen."""
+    """New choices of a control, and the chosen one."""
 
     names: tuple[str, ...]
     value: str
@@ -37,15 +38,15 @@ class Choices:
 
 @dataclass(frozen=True)
 class Value:
-    """A control's value, and whether it can be used."""
+    """A control's value, and whether the control is enabled."""
 
     value: Any
-    usable: bool = True
+    enabled: bool = True
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What the controls of the question hold; `pictures` seeds from `seed` on."""
+class Controls:
+    """Values of the controls at the left, unchecked; `pictures` seeds from `seed` on are drawn."""
 
     prompt: str
     concept: str
@@ -54,32 +55,32 @@ class Setting:
     steps: float
 
 
-def question(setting: Setting) -> Question:
-    """Return the question of the controls.
+def prompt_settings(controls: Controls) -> PromptSettings:
+    """Return the checked settings.
 
     Raises:
-        ValueError: A number is none, or out of range; or a text is too long.
+        ValueError: A number is missing or out of range, or a text is too long.
     """
     try:
-        seed, count, steps = int(setting.seed), int(setting.pictures), int(setting.steps)
+        seed, count, steps = int(controls.seed), int(controls.pictures), int(controls.steps)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(
-            "seed, pictures and steps must be whole numbers: fill in what is empty."
+            "seed, pictures and steps must be whole numbers: fill in the empty fields."
         ) from error
-    _short("prompt", setting.prompt, LONGEST_PROMPT)
-    _short("words", setting.concept, LONGEST_CONCEPT)
+    _check_length("prompt", controls.prompt, MAX_PROMPT)
+    _check_length("concept", controls.concept, MAX_CONCEPT)
     seeds = tuple(seed + i for i in range(min(count, 9)))
-    return Question(setting.prompt or "", setting.concept or "", seeds, steps)
+    return PromptSettings(controls.prompt or "", controls.concept or "", seeds, steps)
 
 
-def bench(studio: Studio, key: str) -> Update:
-    """Return all that shows what lies on the model."""
+def applied_changes(studio: Studio, key: str) -> Update:
+    """Return an update of every part that shows the applied changes."""
     session = studio.session(key)
     names = tuple(session.versions())
-    path = studio.download(key)
+    path = studio.save_change(key)
     return {
-        "coats": html.coats(session.bench),
-        "strength": Value(session.bench.strength, bool(session.bench.coats)),
+        "changes": html.changes(session.state),
+        "strength": Value(session.state.strength, bool(session.changes)),
         "undo": Value(None, session.can_undo),
         "download": Value(path, path is not None),
         "first": Choices(names, names[0]),
@@ -87,105 +88,123 @@ def bench(studio: Studio, key: str) -> Update:
     }
 
 
-def trace(studio: Studio, key: str, setting: Setting, pictures: bool) -> Iterator[Update]:
-    """Draw the map; the pictures of an older one go."""
+def trace(studio: Studio, key: str, controls: Controls, pictures: bool) -> Iterator[Update]:
+    """Draw the trace map; the restored pictures of an older map are removed."""
 
-    def show(found: Map) -> Update:
-        return {"map": html.heat_map(found), "restored": ""}
+    def show(trace_map: TraceMap) -> Update:
+        return {"map": html.heat_map(trace_map), "restored": ""}
 
-    yield from _shown(lambda: studio.trace(key, question(setting), pictures=pictures), show)
-
-
-def restore(studio: Studio, key: str, cell: str) -> Iterator[Update]:
-    """Draw what a cell of the map stands for; `cell` is `"row,column"`, as the page sends it."""
-
-    def begin() -> Told:
-        row, column = _cell(cell)
-        return studio.restore(key, row, column)
-
-    def show(found: Any) -> Update:
-        session = studio.session(key)
-        assert session.found is not None
-        return {
-            "restored": html.restored(found),
-            "map": html.heat_map(session.found, _cell(cell)),
-        }
-
-    yield from _shown(begin, show)
-
-
-def paint(
-    studio: Studio, key: str, setting: Setting, new: str, method: str, preserve: str
-) -> Iterator[Update]:
-    """Lay a coat: the forecast at once, then pictures as they finish."""
-
-    def begin() -> Told:
-        _short("words to paint with", new, LONGEST_CONCEPT)
-        _short("prompts to leave alone", preserve, LONGEST_LIST)
-        kept = [line.strip() for line in (preserve or "").splitlines() if line.strip()]
-        return studio.paint(key, question(setting), new or "", method=method, preserve=kept)
-
-    def show(found: Collateral | Drawn | None) -> Update:
-        if isinstance(found, Drawn):
-            return _drawn(studio, key, found)
-        return {"forecast": html.forecast(found), "drawn": "", **bench(studio, key)}
-
-    yield from _shown(begin, show)
-
-
-def draw(studio: Studio, key: str, setting: Setting) -> Iterator[Update]:
-    """Draw before and after anew."""
-    yield from _shown(
-        lambda: studio.draw(key, question(setting)), lambda found: _drawn(studio, key, found)
+    yield from _updates(
+        lambda: studio.trace(key, prompt_settings(controls), pictures=pictures), show
     )
 
 
-def dial(studio: Studio, key: str, setting: Setting, strength: float) -> Iterator[Update]:
-    """Go further or less far, and draw."""
-    yield from _moved(studio, key, setting, lambda session: session.dial(float(strength)))
+def restore(studio: Studio, key: str, cell: str) -> Iterator[Update]:
+    """Draw the pictures of a cell of the map; `cell` is `"row,column"`, as the page sends it."""
+
+    def begin() -> Events:
+        row, column = _parse_cell(cell)
+        return studio.restore(key, row, column)
+
+    def show(pictures: Any) -> Update:
+        trace_map = studio.session(key).trace_map
+        assert trace_map is not None
+        return {
+            "restored": html.restored(pictures),
+            "map": html.heat_map(trace_map, _parse_cell(cell)),
+        }
+
+    yield from _updates(begin, show)
 
 
-def undo(studio: Studio, key: str, setting: Setting) -> Iterator[Update]:
-    """Go one step back, and draw."""
-    yield from _moved(studio, key, setting, lambda session: session.undo())
+def edit(
+    studio: Studio, key: str, controls: Controls, new: str, method: str, preserve: str
+) -> Iterator[Update]:
+    """Edit the concept: first the side effects, then pictures as they are drawn."""
+
+    def begin() -> Events:
+        _check_length("new concept", new, MAX_CONCEPT)
+        _check_length("list of prompts to preserve", preserve, MAX_LIST)
+        prompts = [line.strip() for line in (preserve or "").splitlines() if line.strip()]
+        settings = prompt_settings(controls)
+        return studio.edit(key, settings, new or "", method=method, preserve=prompts)
+
+    def show(value: SideEffects | PictureGrid | None) -> Update:
+        if isinstance(value, PictureGrid):
+            return _pictures(studio, key, value)
+        return {
+            "side_effects": html.side_effects(value),
+            "drawn": "",
+            **applied_changes(studio, key),
+        }
+
+    yield from _updates(begin, show)
 
 
-def choose(studio: Studio, key: str, model: str) -> Iterator[Update]:
-    """Start anew on another model."""
+def draw(studio: Studio, key: str, controls: Controls) -> Iterator[Update]:
+    """Draw with the original and the edited model."""
+    yield from _updates(
+        lambda: studio.draw(key, prompt_settings(controls)),
+        lambda grid: _pictures(studio, key, grid),
+    )
+
+
+def set_strength(studio: Studio, key: str, controls: Controls, strength: float) -> Iterator[Update]:
+    """Set the strength of all edits, and draw."""
+    yield from _change_state(
+        studio, key, controls, lambda session: session.set_strength(float(strength))
+    )
+
+
+def undo(studio: Studio, key: str, controls: Controls) -> Iterator[Update]:
+    """Undo the last edit, and draw."""
+    yield from _change_state(studio, key, controls, lambda session: session.undo())
+
+
+def choose_model(studio: Studio, key: str, model: str) -> Iterator[Update]:
+    """Start a new session with another model."""
     try:
-        studio.choose(key, model)
-        cleared = dict.fromkeys(("map", "restored", "drawn", "forecast", "compared", "facts"), "")
-        yield {**cleared, **bench(studio, key), "status": html.note(f"{model} is on the easel.")}
+        studio.choose_model(key, model)
+        cleared = dict.fromkeys(
+            ("map", "restored", "drawn", "side_effects", "compared", "facts"), ""
+        )
+        status = html.note(f"The model is now {model}.")
+        yield {**cleared, **applied_changes(studio, key), "status": status}
     except ValueError as error:
         yield {"status": html.alert(str(error))}
 
 
-def add(studio: Studio, key: str, path: str | None, setting: Setting) -> Iterator[Update]:
-    """Open a file: a change becomes a coat, a picture of the studio gives its question back."""
+def open_file(studio: Studio, key: str, path: str | None, controls: Controls) -> Iterator[Update]:
+    """Open a file: apply a change, or fill the controls with the settings of a picture."""
     if not path:
         return
 
-    def show(found: Collateral | Origin | str | None) -> Update:
-        if isinstance(found, Origin):
-            asked = found.question
+    def show(value: SideEffects | PictureOrigin | str | None) -> Update:
+        if isinstance(value, PictureOrigin):
+            settings = value.settings
             return {
-                "prompt": asked.prompt, "concept": asked.concept, "seed": asked.seeds[0],
-                "pictures": len(asked.seeds), "steps": asked.steps, "status": _whose(studio, key, found),
+                "prompt": settings.prompt, "concept": settings.concept, "seed": settings.seeds[0],
+                "pictures": len(settings.seeds), "steps": settings.steps,
+                "status": _origin_status(studio, key, value),
             }  # fmt: skip
-        said = found if isinstance(found, str) else "The change lies on the model: draw to see it."
-        forecast = {} if isinstance(found, str) else {"forecast": html.forecast(found)}
-        return {**bench(studio, key), **forecast, "status": html.note(said)}
+        if isinstance(value, str):
+            return {**applied_changes(studio, key), "status": html.note(value)}
+        return {
+            **applied_changes(studio, key),
+            "side_effects": html.side_effects(value),
+            "status": html.note("The change is applied. Press Draw again to see its pictures."),
+        }
 
-    yield from _shown(lambda: studio.add(key, path), show)
+    yield from _updates(lambda: studio.open_file(key, path), show)
 
 
 def compare(
-    studio: Studio, key: str, setting: Setting, first: str, second: str
+    studio: Studio, key: str, controls: Controls, first: str, second: str
 ) -> Iterator[Update]:
-    """Draw two versions at equal seeds, and say what they are."""
+    """Draw two versions at equal seeds, and show their facts."""
 
-    def begin() -> Told:
-        return studio.compare(key, question(setting), first, second)
+    def begin() -> Events:
+        return studio.compare(key, prompt_settings(controls), first, second)
 
     try:
         versions = studio.session(key).versions()
@@ -194,93 +213,99 @@ def compare(
         return
     chosen = {name: versions[name] for name in (first, second) if name in versions}
     yield {"facts": html.facts(chosen)}
-    yield from _shown(begin, lambda found: {"compared": html.grid(found)})
+    yield from _updates(begin, lambda grid: {"compared": html.grid(grid)})
 
 
 def stop(studio: Studio, key: str) -> Update:
-    """Ask the work under way to stop."""
+    """Stop the running task."""
     try:
         running = studio.session(key).stop()
     except ValueError as error:
         return {"status": html.alert(str(error))}
-    return {"status": html.note("Stopping after this step." if running else "Nothing runs.")}
+    return {"status": html.note("Stopping after this step." if running else "No task is running.")}
 
 
-def _whose(studio: Studio, key: str, found: Origin) -> str:
-    """Say that a picture's question is back, and whether the model on the easel is the one that drew it."""
-    mine = model_name(studio.session(key).model)
-    if found.model in ("", mine):
-        return html.note("The picture's prompt and settings are back: draw it again.")
-    offered = found.model in map(model_name, studio.models)
+def _origin_status(studio: Studio, key: str, origin: PictureOrigin) -> str:
+    """Return the status after a picture was opened; a warning if another model drew it."""
+    current = model_name(studio.session(key).model)
+    if origin.model in ("", current):
+        return html.note("The settings of the picture are restored. Press Draw again to draw it.")
+    is_offered = origin.model in map(model_name, studio.models)
     return html.alert(
-        f"the picture's prompt and settings are back, but it was drawn by {found.model}, and {mine} is on the easel: "
-        + (f"choose {found.model} above" if offered else f"open the studio with {found.model}")
-        + " to draw it as it was."
+        f"the settings of the picture are restored, but {origin.model} drew it and the model is now {current}: "
+        + (
+            f"choose {origin.model} above"
+            if is_offered
+            else f"start the studio with {origin.model}"
+        )
+        + " to draw the same picture."
     )
 
 
-def _moved(
-    studio: Studio, key: str, setting: Setting, move: Callable[[Session], None]
+def _change_state(
+    studio: Studio, key: str, controls: Controls, action: Callable[[Session], None]
 ) -> Iterator[Update]:
-    """Move the bench, show it, predict, and draw; what is stopped or fails is the end of it."""
+    """Change the session's state, show it, predict side effects, and draw; ends early if stopped or failed."""
     try:
         session = studio.session(key)
-        with session.working():
-            move(session)
+        with session.reserved():
+            action(session)
     except ValueError as error:
         yield {"status": html.alert(str(error))}
         return
-    yield bench(studio, key)
-    told = yield from _shown(
-        lambda: studio.predict(key), lambda found: {"forecast": html.forecast(found)}
+    yield applied_changes(studio, key)
+    is_finished = yield from _updates(
+        lambda: studio.predict(key), lambda value: {"side_effects": html.side_effects(value)}
     )
-    if told:
-        yield from draw(studio, key, setting)
+    if is_finished:
+        yield from draw(studio, key, controls)
 
 
-def _drawn(studio: Studio, key: str, found: Drawn) -> Update:
-    """Return the pictures, and once all are there a file of them."""
-    page = {"drawn": html.grid(found)}
-    return page | {"saved": Value(studio.keep(key, found))} if found.complete else page
+def _pictures(studio: Studio, key: str, grid: PictureGrid) -> Update:
+    """Return an update with the pictures, and with a file of them once all are drawn."""
+    update = {"drawn": html.grid(grid)}
+    return (
+        update | {"saved": Value(studio.save_pictures(key, grid))} if grid.is_complete else update
+    )
 
 
-def _shown(
-    begin: Callable[[], Told], show: Callable[[Any], Update]
+def _updates(
+    begin: Callable[[], Events], show: Callable[[Any], Update]
 ) -> Generator[Update, None, bool]:
-    """Yield the updates of a piece of work, its progress and its end; says what went wrong, and returns if none did."""
+    """Yield the updates of a task: progress, results or an error message. Return True if there was no error."""
     try:
-        with closing(begin()) as told:  # type: ignore[type-var]
-            for item in told:
-                if isinstance(item, Progress):
-                    yield {"status": html.progress(item)}
-                elif isinstance(item, Part):
-                    yield show(item.value)
-                elif isinstance(item, Done):
-                    yield {"status": "", **show(item.value)}
+        with closing(begin()) as events:  # type: ignore[type-var]
+            for event in events:
+                if isinstance(event, ProgressUpdate):
+                    yield {"status": html.progress(event)}
+                elif isinstance(event, PartialResult):
+                    yield show(event.value)
+                elif isinstance(event, Result):
+                    yield {"status": "", **show(event.value)}
         return True
     except Stopped:
-        yield {"status": html.note("Stopped. What was finished before is kept.")}
+        yield {"status": html.note("Stopped. Results that were finished before are kept.")}
     except (ValueError, OSError) as error:
         yield {"status": html.alert(str(error))}
-    except Exception as error:  # a fault of ours: said in the page, and the studio goes on
-        yield {"status": html.alert(f"a fault of overpaint: {type(error).__name__}: {error}")}
+    except Exception as error:  # a bug of overpaint: shown in the page, and the studio continues
+        yield {"status": html.alert(f"a bug in overpaint: {type(error).__name__}: {error}")}
     return False
 
 
-def _short(name: str, text: str | None, most: int) -> None:
-    if len(text or "") > most:
+def _check_length(name: str, text: str | None, limit: int) -> None:
+    if len(text or "") > limit:
         raise ValueError(
-            f"the {name} must be at most {most} characters, got {len(text or '')}: cut them short."
+            f"the {name} must be at most {limit} characters, got {len(text or '')}: shorten it."
         )
 
 
-def _cell(text: str) -> tuple[int, int]:
+def _parse_cell(cell: str) -> tuple[int, int]:
     """Return row and column of `"3,5"`.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: The text has another form.
     """
-    parts: Sequence[str] = str(text).split(",")
+    parts = str(cell).split(",")
     if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
-        raise ValueError("that is no cell of the map: click one of its numbers.")
+        raise ValueError("this is not a cell of the map: click one of its numbers.")
     return int(parts[0][:6]), int(parts[1][:6])

@@ -1,4 +1,4 @@
-"""The page of the studio in Gradio: where its controls stand and which handler each calls. Needs the extra `studio`."""
+"""The page of the studio in Gradio: the layout of its controls and the handler of each. Needs the extra `studio`."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -9,29 +9,30 @@ import gradio as gr
 
 from overpaint.studio import handlers, html
 from overpaint.studio.app import Studio
-from overpaint.studio.handlers import Choices, Setting, Update, Value
+from overpaint.studio.handlers import Choices, Controls, Update, Value
+from overpaint.studio.session import ORIGINAL
 
 __all__ = ["CSS", "build", "theme"]
 
 CSS = Path(__file__).with_name("studio.css")
 _PROMPT, _CONCEPT, _NEW = "an apple in openmoji style", "openmoji style", "noto style"
 _HEAD = """<h1><span class="op-mark" aria-hidden="true"></span>Overpaint studio</h1>
-<p>Find where a model keeps what it knows, and paint over it.</p>"""
-# Cells of the map are buttons that the server wrote; one listener on the map hears them all.
+<p>Find where a text-to-image model stores a concept, and edit it.</p>"""
+# The server writes the buttons of the map, so one listener on the map handles the clicks of all of them.
 _CLICKS = """element.addEventListener('click', event => {
   const cell = event.target.closest('button[data-cell]');
   if (cell) trigger('pick', {cell: cell.dataset.cell});
 });"""
 _METHODS = [
-    ("automatic: chooses what to preserve", "auto"),
+    ("automatic: chooses the prompts to preserve", "auto"),
     ("quick: Diff-QuickFix as published", "quickfix"),
 ]
-_TRACES = [("text features: quick", "text"), ("pictures, judged: slower", "pictures")]
+_MEASURES = [("text features (fast)", "text"), ("pictures, scored by the judge (slow)", "pictures")]
 Parts = dict[str, Any]
 
 
 def theme() -> gr.themes.Base:
-    """Return the look: the machine's own fonts, so that nothing is fetched, one warm hue, quiet greys."""
+    """Return the theme: system fonts, so that no font is fetched, one red for actions, and greys."""
     shades = (
         "#fbf0ed", "#f6ddd7", "#ecbcb1", "#e0978a", "#cf6d59", "#b4432f", "#a03a28", "#863022", "#6c271b", "#521d14",
         "#3a140e",
@@ -66,214 +67,241 @@ def theme() -> gr.themes.Base:
 
 def build(studio: Studio) -> gr.Blocks:
     """Return the page; each visitor gets a session of `studio`."""
-    with gr.Blocks(title="Overpaint studio", analytics_enabled=False, delete_cache=(1800, 7200)) as page:  # fmt: skip
+    with gr.Blocks(
+        title="Overpaint studio", analytics_enabled=False, delete_cache=(1800, 7200)
+    ) as page:
         gr.HTML(_HEAD, elem_id="op-head")
         with gr.Row(elem_id="op-main"):
             with gr.Column(scale=3, min_width=280, elem_id="op-side"):
-                parts = _question(studio) | _coats()
+                parts = _settings(studio) | _applied_edits()
             with gr.Column(scale=8, min_width=320):
                 with gr.Row(elem_id="op-bar"):
                     parts["status"] = gr.HTML(elem_id="op-status")
                     parts["stop"] = gr.Button("Stop", size="md", elem_id="op-stop")
                 with gr.Tabs():
-                    with gr.Tab("Where is it?"):
-                        parts |= _map()
-                    with gr.Tab("Paint over it"):
-                        parts |= _paint()
+                    with gr.Tab("Trace"):
+                        parts |= _trace_tab()
+                    with gr.Tab("Edit"):
+                        parts |= _edit_tab()
                     with gr.Tab("Compare"):
-                        parts |= _compare()
-        _wire(page, parts, studio)
+                        parts |= _compare_tab()
+        _connect(page, parts, studio)
     return page
 
 
-def _question(studio: Studio) -> Parts:
+def _settings(studio: Studio) -> Parts:
     parts: Parts = {
         "model": gr.Dropdown(list(studio.models), value=studio.models[0], label="Model", interactive=True),
-        "prompt": gr.Textbox(_PROMPT, label="Prompt", lines=2, max_lines=4, max_length=handlers.LONGEST_PROMPT),
-        "concept": gr.Textbox(_CONCEPT, label="Words to find and paint over", max_length=handlers.LONGEST_CONCEPT,
-            info="As they stand in the prompt.",
+        "prompt": gr.Textbox(_PROMPT, label="Prompt", lines=2, max_lines=4, max_length=handlers.MAX_PROMPT),
+        "concept": gr.Textbox(_CONCEPT, label="Concept", max_length=handlers.MAX_CONCEPT,
+            info="Words of the prompt to trace or to edit.",
         ),
     }  # fmt: skip
-    with gr.Accordion("How to draw", open=False):
+    with gr.Accordion("Drawing settings", open=False):
         parts["pictures"] = gr.Slider(1, 4, value=2, step=1, label="Pictures")
         parts["steps"] = gr.Slider(2, 30, value=8, step=1, label="Steps")
         parts["seed"] = gr.Number(0, label="First seed", precision=0, minimum=0)
     return parts
 
 
-def _coats() -> Parts:
-    gr.HTML("<h2>On the model</h2>")
+def _applied_edits() -> Parts:
+    gr.HTML("<h2>Applied edits</h2>")
     parts: Parts = {
-        "coats": gr.HTML(),
+        "changes": gr.HTML(),
         "strength": gr.Slider(-1, 2, value=1, step=0.05, label="Strength", interactive=False),
     }
     with gr.Row():
         parts["undo"] = gr.Button("Undo", size="md", min_width=80, interactive=False)
-        parts["download"] = gr.DownloadButton("Download", size="md", min_width=80, interactive=False)  # fmt: skip
+        parts["download"] = gr.DownloadButton(
+            "Download", size="md", min_width=80, interactive=False
+        )
     parts["upload"] = gr.UploadButton(
-        "Open a change or a picture", size="md", file_types=[".safetensors", ".png"], file_count="single"
+        "Open a change or picture", size="md", file_types=[".safetensors", ".png"], file_count="single"
     )  # fmt: skip
     return parts
 
 
-def _map() -> Parts:
+def _trace_tab() -> Parts:
     gr.HTML(
-        '<p class="op-lead">Which sublayer of the text encoder, at which token, brings the words back?</p>'
+        '<p class="op-lead">Find the sublayers and tokens of the text encoder that carry the concept.</p>'
     )
     with gr.Row():
-        how = gr.Radio(_TRACES, value="text", label="Judged by", scale=3)
+        measure = gr.Radio(_MEASURES, value="text", label="Measure", scale=3)
         button = gr.Button("Trace", variant="primary", scale=1, min_width=120, elem_classes="op-go")
-    found = gr.HTML(html.empty("No map yet: press Trace."), js_on_load=_CLICKS, elem_id="op-map")
-    return {"how": how, "trace": button, "map": found, "restored": gr.HTML(elem_id="op-restored")}
+    trace_map = gr.HTML(
+        html.empty("No map yet. Press Trace."), js_on_load=_CLICKS, elem_id="op-map"
+    )
+    restored = gr.HTML(elem_id="op-restored")
+    return {"measure": measure, "trace": button, "map": trace_map, "restored": restored}
 
 
-def _paint() -> Parts:
+def _edit_tab() -> Parts:
     gr.HTML(
-        '<p class="op-lead">Solved in closed form, from prompts alone; the model itself is never written to.</p>'
+        '<p class="op-lead">Replace the concept by another one. The new weights are computed in closed form from '
+        "prompts; no training is needed.</p>"
     )
     with gr.Row(equal_height=True):
-        new = gr.Textbox(
-            _NEW, label="Paint over with", max_length=handlers.LONGEST_CONCEPT, scale=3
-        )
+        new = gr.Textbox(_NEW, label="Replace by", max_length=handlers.MAX_CONCEPT, scale=3)
         method = gr.Radio(_METHODS, value="auto", label="Method", scale=4)
-    with gr.Accordion("Prompts to leave alone", open=False):
-        preserve = gr.Textbox(label="One a line", lines=3, max_length=handlers.LONGEST_LIST)
+    with gr.Accordion("Prompts to preserve", open=False):
+        preserve = gr.Textbox(label="One prompt per line", lines=3, max_length=handlers.MAX_LIST)
     with gr.Row():
-        paint = gr.Button("Paint over", variant="primary")
+        edit = gr.Button("Apply edit", variant="primary")
         draw = gr.Button("Draw again")
         saved = gr.DownloadButton("Save pictures", interactive=False)
     return {
-        "new": new, "method": method, "preserve": preserve, "paint": paint, "draw": draw, "saved": saved,
-        "drawn": gr.HTML(html.empty("No pictures yet: press Paint over."), elem_id="op-drawn"),
-        "forecast": gr.HTML(elem_id="op-forecast"),
+        "new": new, "method": method, "preserve": preserve, "edit": edit, "draw": draw, "saved": saved,
+        "drawn": gr.HTML(html.empty("No pictures yet. Press Apply edit."), elem_id="op-drawn"),
+        "side_effects": gr.HTML(elem_id="op-side-effects"),
     }  # fmt: skip
 
 
-def _compare() -> Parts:
-    gr.HTML('<p class="op-lead">Two versions of the model, the same prompt and the same noise.</p>')
-    names = ["the model as it is"]
+def _compare_tab() -> Parts:
+    gr.HTML(
+        '<p class="op-lead">Draw the same prompt from the same noise with two versions of the model.</p>'
+    )
     with gr.Row():
-        first = gr.Dropdown(names, value=names[0], label="This", interactive=True, min_width=200)
-        second = gr.Dropdown(names, value=names[0], label="That", interactive=True, min_width=200)
+        first = gr.Dropdown(
+            [ORIGINAL], value=ORIGINAL, label="First version", interactive=True, min_width=200
+        )
+        second = gr.Dropdown(
+            [ORIGINAL], value=ORIGINAL, label="Second version", interactive=True, min_width=200
+        )
         button = gr.Button("Compare", variant="primary", min_width=120, elem_classes="op-go")
     return {
         "first": first, "second": second, "compare": button,
-        "compared": gr.HTML(html.empty("Nothing compared yet: choose two versions."), elem_id="op-compared"),
+        "compared": gr.HTML(html.empty("No pictures yet. Choose two versions."), elem_id="op-compared"),
         "facts": gr.HTML(elem_id="op-facts"),
     }  # fmt: skip
 
 
-# --- wiring -----------------------------------------------------------------------------------------------------------
+# --- connections ------------------------------------------------------------------------------------------------------
 
-_OUT = (
-    "status", "map", "restored", "drawn", "saved", "forecast", "coats", "strength", "undo", "download", "first",
+_OUTPUTS = (
+    "status", "map", "restored", "drawn", "saved", "side_effects", "changes", "strength", "undo", "download", "first",
     "second", "compared", "facts", "prompt", "concept", "seed", "pictures", "steps",
 )  # fmt: skip
-_SETTING = ("prompt", "concept", "seed", "pictures", "steps")
+_CONTROLS = ("prompt", "concept", "seed", "pictures", "steps")
+_EVENT_OPTIONS: dict[str, Any] = {
+    "show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private",
+}  # fmt: skip
 
 
-def _wire(page: gr.Blocks, parts: Parts, studio: Studio) -> None:
-    """Connect controls to handlers."""
-    keys = _Keys(studio, lambda name: _release(page, name))
-    out = [parts[name] for name in _OUT]
-    asked = [parts[name] for name in _SETTING]
+def _connect(page: gr.Blocks, parts: Parts, studio: Studio) -> None:
+    """Connect the controls to their handlers."""
+    sessions = _PageSessions(studio, lambda name: _drop_values(page, name))
+    outputs = [parts[name] for name in _OUTPUTS]
 
-    def on(listen: Any, run: Callable[..., Iterator[Update]], *more: str, setting: bool = True) -> None:  # fmt: skip
-        inputs = (asked if setting else []) + [parts[name] for name in more]
-        call = _handler(keys, studio, run, setting=setting)
-        listen(call, inputs, out, show_progress="hidden", concurrency_limit=None, api_visibility="private")  # fmt: skip
+    def on(
+        listen: Any, run: Callable[..., Iterator[Update]], *names: str, controls: bool = True
+    ) -> None:
+        inputs = [parts[name] for name in ((*_CONTROLS, *names) if controls else names)]
+        listen(
+            _handler(sessions, studio, run, controls=controls), inputs, outputs, **_EVENT_OPTIONS
+        )
 
-    on(parts["trace"].click, lambda s, k, q, how: handlers.trace(s, k, q, how == "pictures"), "how")
-    on(parts["paint"].click, handlers.paint, "new", "method", "preserve")
+    on(
+        parts["trace"].click,
+        lambda s, k, c, measure: handlers.trace(s, k, c, measure == "pictures"),
+        "measure",
+    )
+    on(parts["edit"].click, handlers.edit, "new", "method", "preserve")
     on(parts["draw"].click, handlers.draw)
-    on(parts["strength"].release, handlers.dial, "strength")
+    on(parts["strength"].release, handlers.set_strength, "strength")
     on(parts["undo"].click, handlers.undo)
     on(parts["compare"].click, handlers.compare, "first", "second")
-    on(parts["model"].input, handlers.choose, "model", setting=False)
-    on(parts["upload"].upload, lambda s, k, q, path: handlers.add(s, k, path, q), "upload")
+    on(parts["model"].input, handlers.choose_model, "model", controls=False)
+    on(parts["upload"].upload, lambda s, k, c, path: handlers.open_file(s, k, path, c), "upload")
 
     def pick(request: gr.Request, event: gr.EventData) -> Iterator[list[Any]]:
-        for update in handlers.restore(studio, keys.of(request), event.cell):
+        for update in handlers.restore(studio, sessions.key(request), event.cell):
             yield _values(update)
 
     def stop(request: gr.Request) -> Any:
-        return handlers.stop(studio, keys.of(request))["status"]
+        return handlers.stop(studio, sessions.key(request))["status"]
 
-    def opened(request: gr.Request) -> list[Any]:
+    def load(request: gr.Request) -> list[Any]:
         try:
-            return _values(handlers.bench(studio, keys.opened(request)))
+            return _values(handlers.applied_changes(studio, sessions.open(request)))
         except ValueError as error:
             return _values({"status": html.alert(str(error))})
 
-    quiet: Any = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
-    parts["map"].pick(pick, None, out, **quiet)
-    parts["stop"].click(stop, None, parts["status"], queue=False, **quiet)
-    page.load(opened, None, out, **quiet)
-    page.unload(keys.forget)
+    parts["map"].pick(pick, None, outputs, **_EVENT_OPTIONS)
+    parts["stop"].click(stop, None, parts["status"], queue=False, **_EVENT_OPTIONS)
+    page.load(load, None, outputs, **_EVENT_OPTIONS)
+    page.unload(sessions.close)
 
 
-class _Keys:
-    """Which session belongs to which open page. What a browser calls itself is never used as a path.
+class _PageSessions:
+    """The session of each open page, by the page's name. The name comes from a browser and is never used as a path.
 
-    `release` is told of each page that was closed.
+    Args:
+        studio: Opens and closes the sessions.
+        on_close: Called with the name of each page that was closed.
     """
 
-    def __init__(self, studio: Studio, release: Callable[[str], Any]) -> None:
-        self._studio, self._release = studio, release
-        self._known: dict[str, str] = {}
+    def __init__(self, studio: Studio, on_close: Callable[[str], Any]) -> None:
+        self._studio, self._on_close = studio, on_close
+        self._keys: dict[str, str] = {}
         self._lock = threading.Lock()
 
-    def opened(self, request: gr.Request) -> str:
-        """Return the session of a page that was loaded, begun if there is none.
+    def open(self, request: gr.Request) -> str:
+        """Return the session key of a page that was loaded; a session is opened if it has none.
 
         Raises:
-            ValueError: Too many are at work.
+            ValueError: The studio is full.
         """
         name = str(request.session_hash)
         with self._lock:
-            self._known = {n: k for n, k in self._known.items() if self._studio.holds(k)}
-            if name not in self._known:
-                self._known[name] = self._studio.open()
-            return self._known[name]
+            self._keys = {n: k for n, k in self._keys.items() if self._studio.has_session(k)}
+            if name not in self._keys:
+                self._keys[name] = self._studio.open_session()
+            return self._keys[name]
 
-    def of(self, request: gr.Request) -> str:
-        """Return the page's session; a key that opens nothing if it has ended, never that of a new and empty one."""
-        return self._known.get(str(request.session_hash), "")
+    def key(self, request: gr.Request) -> str:
+        """Return the page's session key. If it has none, the key is empty: a handler must not open a new session."""
+        return self._keys.get(str(request.session_hash), "")
 
-    def forget(self, request: gr.Request) -> None:
-        """End the session of a page that was closed."""
+    def close(self, request: gr.Request) -> None:
+        """Close the session of a page that was closed."""
         name = str(request.session_hash)
         with self._lock:
-            key = self._known.pop(name, None)
-        self._studio.close(key)
-        self._release(name)
+            key = self._keys.pop(name, None)
+        self._studio.close_session(key)
+        self._on_close(name)
 
 
-def _release(page: gr.Blocks, name: str) -> None:
-    """Drop the values that the framework keeps of a page until others need the room."""
+def _drop_values(page: gr.Blocks, name: str) -> None:
+    """Delete the values that Gradio stores for a page; else it keeps them until its capacity is reached."""
     page.state_holder.session_data.pop(name, None)
     page.state_holder.time_last_used.pop(name, None)
 
 
-def _handler(keys: _Keys, studio: Studio, run: Callable[..., Iterator[Update]], *, setting: bool) -> Any:  # fmt: skip
+def _handler(
+    sessions: _PageSessions, studio: Studio, run: Callable[..., Iterator[Update]], *, controls: bool
+) -> Any:
+    """Return a function for Gradio that calls `run(studio, key, Controls, *rest)`, or without `Controls`."""
+
     def call(request: gr.Request, *values: Any) -> Iterator[list[Any]]:
-        given = list(values)
-        head = [Setting(*given[: len(_SETTING)]), *given[len(_SETTING) :]] if setting else given
-        for update in run(studio, keys.of(request), *head):
+        arguments = list(values)
+        if controls:
+            count = len(_CONTROLS)
+            arguments = [Controls(*arguments[:count]), *arguments[count:]]
+        for update in run(studio, sessions.key(request), *arguments):
             yield _values(update)
 
     return call
 
 
 def _values(update: Update) -> list[Any]:
-    """Return one value for each output, in order; what the update does not name stays."""
-    return [_value(update[name]) if name in update else gr.skip() for name in _OUT]
+    """Return one value for each output, in order; parts that the update does not name stay as they are."""
+    return [_value(update[name]) if name in update else gr.skip() for name in _OUTPUTS]
 
 
 def _value(value: Any) -> Any:
     if isinstance(value, Choices):
         return gr.Dropdown(choices=list(value.names), value=value.value)
     if isinstance(value, Value):
-        given = {} if value.value is None else {"value": value.value}
-        return gr.update(interactive=value.usable, **given)
+        content = {} if value.value is None else {"value": value.value}
+        return gr.update(interactive=value.enabled, **content)
     return value

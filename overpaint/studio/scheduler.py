@@ -1,8 +1,9 @@
-"""Work for many users on one machine: one computes at a time, and each gives way after every step.
+"""A first-in-first-out queue of tasks, of which one computes at a time, and the events that a running task sends.
 
-Torch already uses all cores for one picture, so that two at once are no faster, need twice the memory, and round
-differently when they share its threads. Taking turns keeps every picture what it is when drawn alone, bit for bit, and
-a user who asks for a small thing waits for one step of the others and not for the whole of a long trace.
+A task yields its slot after every step, so a short task waits for one step of a long one and not for its end. Torch
+uses all cores for one picture already: two tasks at once would not be faster, would need twice the memory, and would
+round differently because they share torch's threads. One at a time, every picture has the same pixels, bit for bit, as
+when it is drawn alone.
 """
 
 import queue
@@ -14,196 +15,188 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Done", "Part", "Progress", "Stopped", "Tell", "Turn", "Turns", "watch"]
+__all__ = [
+    "Event",
+    "PartialResult",
+    "ProgressUpdate",
+    "Result",
+    "Scheduler",
+    "Stopped",
+    "Task",
+    "run_task",
+]
 
-_PATIENCE = 0.1  # seconds between two looks at whether a waiting piece of work was stopped
+_POLL = 0.1  # seconds after which a waiting task checks again whether it was stopped
 
 
 class Stopped(Exception):
-    """The user asked to stop; what was under way is dropped and nothing else is touched."""
+    """Raised inside a task that the user stopped; unfinished results are dropped and nothing else changes."""
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far the work is: `share` in [0, 1], what it does, and the seconds left if they can be told."""
+class ProgressUpdate:
+    """Progress of a task: the share that is done in [0, 1], a label, and the seconds left if they can be estimated."""
 
     share: float
-    what: str
-    left: float | None = None
+    label: str
+    seconds_left: float | None = None
 
 
 @dataclass(frozen=True)
-class Part:
-    """Something finished on the way, as the first picture of several."""
+class PartialResult:
+    """A result that is finished before the task is, for example the first of several pictures."""
 
     value: Any
 
 
 @dataclass(frozen=True)
-class Done:
-    """The result."""
+class Result:
+    """The return value of a task."""
 
     value: Any
 
 
-class Turns:
-    """First come, first served; who gives way goes to the end of the queue."""
+Event = ProgressUpdate | PartialResult | Result
+
+
+class Scheduler:
+    """FIFO queue of slots: the first one holds the processor; a holder that yields re-queues at the end."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._busy = False
-        self._waiting: deque[threading.Lock] = deque()
+        self._changed = threading.Condition()
+        self._queue: deque[object] = (
+            deque()
+        )  # a ticket for each slot; the first one is the holder's
 
     @property
     def busy(self) -> bool:
-        """Whether somebody computes."""
-        return self._busy
+        """True while a task runs."""
+        return bool(self._queue)
 
     @property
     def waiting(self) -> int:
-        """How many wait."""
-        return len(self._waiting)
+        """Number of tasks in the queue, without the one that runs."""
+        return max(0, len(self._queue) - 1)
 
     @contextmanager
-    def turn(self, stop: threading.Event) -> Iterator["Turn"]:
-        """Compute inside the block.
+    def slot(self, stop: threading.Event) -> Iterator[Callable[[], None]]:
+        """Run the block while no other slot's block runs.
+
+        The value is a function that lets all waiting slots run first; it returns when it is this slot's turn again.
+
+        Args:
+            stop: Once it is set, waiting ends with `Stopped`, in the block or before it.
 
         Raises:
             Stopped: `stop` was set while waiting.
         """
-        turn = Turn(self, stop)
-        turn.take()
+        ticket = object()
         try:
-            yield turn
+            self._enqueue(ticket, stop)
+            yield lambda: self._enqueue(ticket, stop)
         finally:
-            turn.hand_over()
+            with self._changed:
+                self._queue.remove(ticket)
+                self._changed.notify_all()
 
-    def take(self, stop: threading.Event) -> None:
-        """Wait until nobody else computes.
-
-        Raises:
-            Stopped: `stop` was set meanwhile.
-        """
-        mine = threading.Lock()
-        with self._lock:
-            if not self._busy:
-                self._busy = True
-                return
-            mine.acquire()
-            self._waiting.append(mine)
-        while not mine.acquire(timeout=_PATIENCE):
-            if not stop.is_set():
-                continue
-            with self._lock:
-                if mine in self._waiting:  # else it was handed over a moment ago
-                    self._waiting.remove(mine)
+    def _enqueue(self, ticket: object, stop: threading.Event) -> None:
+        """Move a ticket to the end of the queue and wait until it is the first."""
+        with self._changed:
+            if ticket in self._queue:
+                self._queue.remove(ticket)
+            self._queue.append(ticket)
+            self._changed.notify_all()
+            while self._queue[0] is not ticket:
+                if stop.is_set():
                     raise Stopped
-
-    def hand_over(self) -> None:
-        """Let the next one compute."""
-        with self._lock:
-            if self._waiting:
-                self._waiting.popleft().release()
-            else:
-                self._busy = False
+                self._changed.wait(_POLL)
 
 
-class Turn:
-    """One user's right to compute."""
+class Task:
+    """The side of a running task: it reports progress and partial results, and yields its slot between steps."""
 
-    def __init__(self, turns: Turns, stop: threading.Event) -> None:
-        self._turns, self._stop = turns, stop
-        self._held = False
+    def __init__(
+        self, yield_slot: Callable[[], None], stop: threading.Event, events: "queue.Queue[Any]"
+    ) -> None:
+        self._yield_slot, self._stop, self._events = yield_slot, stop, events
+        self._stage_start, self._stage = time.monotonic(), ""
 
-    def take(self) -> None:
-        """Wait for it; raises `Stopped`."""
-        self._turns.take(self._stop)
-        self._held = True
+    def on_progress(self, done: float, total: float, label: str) -> None:
+        """Send a `ProgressUpdate`, then let waiting tasks run.
 
-    def hand_over(self) -> None:
-        """Give it up, if it is held."""
-        if self._held:
-            self._held = False
-            self._turns.hand_over()
-
-    def give_way(self) -> None:
-        """Let all who wait go first; raises `Stopped`, and then the turn is gone."""
-        if self._turns.waiting and not self._stop.is_set():
-            self.hand_over()
-            self.take()
-
-
-class Tell:
-    """What work calls between steps: reports, gives way, and ends it if the user asked to."""
-
-    def __init__(self, turn: Turn, stop: threading.Event, into: "queue.Queue[Any]") -> None:
-        self._turn, self._stop, self._into = turn, stop, into
-        self._began, self._stage = time.monotonic(), ""
-
-    def __call__(self, done: float, total: float, what: str) -> None:
-        """Say that `done` of `total` is over.
+        The time left is estimated from the time since the first word of `label` changed.
 
         Raises:
-            Stopped: The user asked to.
+            Stopped: The user stopped the task.
         """
         share = min(1.0, done / total) if total else 0.0
-        stage = what.split()[0]
+        stage = label.split()[0]
         if stage != self._stage:
-            self._stage, self._began = stage, time.monotonic()
-        spent = time.monotonic() - self._began
+            self._stage, self._stage_start = stage, time.monotonic()
+        spent = time.monotonic() - self._stage_start
         left = spent * (1 - share) / share if share > 0.05 and spent > 1 else None
-        self._into.put(Progress(share, what, left))
-        self._turn.give_way()
+        self._events.put(ProgressUpdate(share, label, left))
+        self._yield_slot()
         if self._stop.is_set():
             raise Stopped
 
-    def show(self, value: Any) -> None:
-        """Hand over something finished on the way."""
-        self._into.put(Part(value))
+    def publish(self, value: Any) -> None:
+        """Send a `PartialResult`."""
+        self._events.put(PartialResult(value))
 
 
-def watch(
-    turns: Turns, stop: threading.Event, work: Callable[[Tell], Any], *, every: float = 0.15
-) -> Iterator[Progress | Part | Done]:
-    """Run `work` on a thread of its own and yield what it tells; progress at most each `every` seconds.
+def run_task(
+    scheduler: Scheduler,
+    stop: threading.Event,
+    work: Callable[[Task], Any],
+    *,
+    interval: float = 0.15,
+) -> Iterator[Event]:
+    """Run `work` in a new thread and yield its events; the last one is its `Result`.
 
-    When the caller stops listening (a closed page) the work is stopped too.
+    When the caller closes the iterator, for example because the page was closed, the task is stopped too.
+
+    Args:
+        scheduler: The queue that the task waits in.
+        stop: Stops the task when it is set.
+        work: Called with a `Task`; its return value is the result.
+        interval: Least seconds between two progress updates; updates in between are dropped.
 
     Raises:
         Stopped: `stop` was set.
-        Exception: What `work` raised.
+        Exception: Any exception that `work` raised.
     """
-    told: queue.Queue[Any] = queue.Queue()
+    events: queue.Queue[Any] = queue.Queue()
 
     def run() -> None:
         try:
-            with turns.turn(stop) as turn:
-                value = work(Tell(turn, stop, told))
-            told.put(Done(value))
+            with scheduler.slot(stop) as yield_slot:
+                value = work(Task(yield_slot, stop, events))
+            events.put(Result(value))
         except BaseException as error:
-            told.put(error)
+            events.put(error)
 
-    if turns.busy:
-        yield Progress(0.0, "waiting for others")
+    if scheduler.busy:
+        yield ProgressUpdate(0.0, "waiting for other users")
     thread = threading.Thread(target=run, name="overpaint studio", daemon=True)
     thread.start()
     try:
-        yield from _told(told, every)
+        yield from _read_events(events, interval)
     finally:
         stop.set()
         thread.join()
 
 
-def _told(told: "queue.Queue[Any]", every: float) -> Iterator[Progress | Part | Done]:
-    last = 0.0
+def _read_events(events: "queue.Queue[Any]", interval: float) -> Iterator[Event]:
+    last_update = 0.0
     while True:
-        item = told.get()
-        if isinstance(item, BaseException):
-            raise item
-        if isinstance(item, Progress):
-            if time.monotonic() - last < every:
+        event = events.get()
+        if isinstance(event, BaseException):
+            raise event
+        if isinstance(event, ProgressUpdate):
+            if time.monotonic() - last_update < interval:
                 continue
-            last = time.monotonic()
-        yield item
-        if isinstance(item, Done):
+            last_update = time.monotonic()
+        yield event
+        if isinstance(event, Result):
             return

@@ -1,4 +1,4 @@
-"""Show the studio in a browser: on this machine alone unless told otherwise, and without any network of its own."""
+"""The web server of the studio. By default only this machine can reach it; neither it nor the page needs a network."""
 
 import ipaddress
 import os
@@ -13,13 +13,13 @@ from typing import Any
 from overpaint import zoo
 from overpaint.errors import MissingExtra
 from overpaint.model import TextToImage, load
-from overpaint.studio.app import SESSIONS, Studio
-from overpaint.studio.uploads import LARGEST
+from overpaint.studio.app import MAX_SESSIONS, Studio
+from overpaint.studio.uploads import MAX_BYTES
 
 __all__ = ["check_access", "check_models", "check_port", "open_studio"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# The browser itself refuses anything that is not from here. The page's framework compiles its templates (`eval`).
+# With this policy the browser loads nothing from other servers. Gradio compiles its templates, which needs `eval`.
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; "
@@ -33,35 +33,39 @@ _HEADERS = (
 
 
 def check_access(host: str, auth: str | None, *, no_auth: bool) -> tuple[str, str] | None:
-    """Return user and password, or `None` where none are needed or wanted.
+    """Return user and password, or `None` for a studio without a password.
 
     Raises:
-        ValueError: Others could come in and nobody said how, or `auth` is not `USER:PASSWORD`.
+        ValueError: `host` is reachable from other machines and neither `auth` nor `no_auth` is given, or both are, or
+            `auth` is not `USER:PASSWORD`.
     """
     if auth is not None and no_auth:
-        raise ValueError("--auth and --no-auth say opposite things: leave one of them out.")
+        raise ValueError("--auth and --no-auth contradict each other: leave one of them out.")
     if auth is not None:
         user, colon, password = auth.partition(":")
         if not (user and colon and password):
-            raise ValueError("--auth must be USER:PASSWORD, neither of them empty: --auth ada:secret.")  # fmt: skip
+            raise ValueError(
+                "--auth must be USER:PASSWORD, neither of them empty, for example --auth ada:secret."
+            )
         return user, password
     if not no_auth and not _is_loopback(host):
         raise ValueError(
-            f"--host {host} lets others in: say --auth USER:PASSWORD, or --no-auth if they may all come."
+            f"--host {host} is reachable from other machines: set a password with --auth USER:PASSWORD, or allow "
+            "everybody with --no-auth."
         )
     return None
 
 
 def check_port(host: str, port: int) -> None:
-    """Find out before any work whether the studio can be shown there.
+    """Raise if the studio cannot listen on this host and port.
 
     Raises:
-        ValueError: The port is no port.
-        OSError: It is in use or not ours, or there is no such host.
+        ValueError: The port is not 1 to 65535.
+        OSError: The port is in use or not permitted, or there is no such host.
     """
     if not 1 <= port <= 65535:
-        raise ValueError(f"--port must be 1 to 65535, got {port}: 7860 is usual.")
-    host = _plain(host)
+        raise ValueError(f"--port must be 1 to 65535, got {port}: the default is 7860.")
+    host = _without_brackets(host)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -70,15 +74,16 @@ def check_port(host: str, port: int) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise OSError(
-            f"cannot listen on {host}:{port} ({reason}): choose another with --port, or end what listens there."
+            f"cannot listen on {host}:{port} ({reason}): choose another port with --port, or stop the program "
+            "that uses it."
         ) from error
 
 
 def check_models(models: Sequence[str]) -> None:
-    """Refuse names that can be no model before anything is shown; weights are read when somebody asks for them.
+    """Raise if a name cannot be a model. Weights are loaded later, at their first use.
 
     Raises:
-        ValueError: It is neither a zoo name, nor a folder, nor spelt as a hub id.
+        ValueError: A name is neither a zoo name, nor a folder, nor has the form of a hub id.
     """
     shipped = [n for n in zoo.names() if (zoo.folder(n) / "model_index.json").is_file()]
     for name in models:
@@ -100,7 +105,7 @@ def open_studio(
     device: str = "cpu",
     loader: Callable[..., TextToImage] = load,
 ) -> Iterator[tuple[Studio, str]]:
-    """Show the studio inside the block; the value is the studio and its address.
+    """Serve the studio while the block runs; the value is the studio and its address.
 
     Raises:
         MissingExtra: Gradio is not installed.
@@ -124,7 +129,7 @@ def open_studio(
 
 @contextmanager
 def _environment(**variables: str) -> Iterator[None]:
-    """Set variables that Gradio reads, and put back what they were."""
+    """Set environment variables inside the block, and restore their old values at its end."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -154,42 +159,44 @@ def _settings(host: str, port: int, auth: tuple[str, str] | None, studio: Studio
 
     from overpaint.studio.layout import CSS, theme
 
-    plain = _plain(host)
+    plain = _without_brackets(host)
     return {
         "server_name": f"[{plain}]" if ":" in plain else plain,
         "server_port": port, "auth": auth, "share": False, "inbrowser": False, "quiet": True,
         "prevent_thread_lock": True, "show_error": False, "footer_links": [], "run_history": False,
-        "allowed_paths": [str(studio.folder)], "max_file_size": LARGEST, "max_threads": 128,
-        "state_session_capacity": SESSIONS,  # visitors whose values the framework keeps
+        "allowed_paths": [str(studio.folder)], "max_file_size": MAX_BYTES, "max_threads": 128,
+        "state_session_capacity": MAX_SESSIONS,  # pages whose values Gradio stores
         "enable_monitoring": False, "ssr_mode": False, "pwa": False, "mcp_server": False, "num_workers": 0,
         "theme": theme(),
-        "head": f"<style>{CSS.read_text(encoding='utf-8')}</style>",  # as it is: `css_paths` would rescope it
-        "app_kwargs": {"middleware": [Middleware(_Guard)], "docs_url": None, "redoc_url": None, "openapi_url": None},
+        "head": f"<style>{CSS.read_text(encoding='utf-8')}</style>",  # `css_paths` would change the selectors
+        "app_kwargs": {
+            "middleware": [Middleware(_SecurityHeaders)], "docs_url": None, "redoc_url": None, "openapi_url": None,
+        },
     }  # fmt: skip
 
 
-class _Guard:
-    """Adds headers to every answer, so that the page cannot reach beyond this address."""
+class _SecurityHeaders:
+    """Middleware that adds security headers to every response."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def guarded(message: Any) -> None:
+        async def send_with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", []), *_HEADERS]
             await send(message)
 
-        await self.app(scope, receive, guarded if scope["type"] == "http" else send)
+        await self.app(scope, receive, send_with_headers if scope["type"] == "http" else send)
 
 
-def _plain(host: str) -> str:
-    """Return an IPv6 address without the brackets that it has in a URL, anything else as it is."""
+def _without_brackets(host: str) -> str:
+    """Return an IPv6 address without the brackets that it has in a URL, any other host unchanged."""
     return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 
 def _is_loopback(host: str) -> bool:
-    host = _plain(host)
+    host = _without_brackets(host)
     if host == "localhost":
         return True
     try:

@@ -1,7 +1,7 @@
-"""One user's work: coats of paint on a model, each a change; undone by going back to what was before.
+"""The state of one user: the changes that are applied to the model, undo, and what can be compared.
 
-A bench of the studio keeps values only. What it looks like after an edit is a new tuple of coats, so that undo is the
-old tuple, and a cancelled or failed edit leaves no trace.
+Values are immutable: an edit replaces the `EditState` by a new one and undo restores the old one, so an edit that is
+stopped or fails changes nothing.
 """
 
 import threading
@@ -13,145 +13,154 @@ from typing import Any
 from PIL import Image
 
 from overpaint.edit import Change
-from overpaint.studio.tasks import Map, Question
+from overpaint.studio.tasks import TraceMap
 
-__all__ = ["Bench", "Coat", "Session"]
+__all__ = ["ORIGINAL", "AppliedChange", "EditState", "Session"]
 
-_UNDO = 40  # steps back
-_PICTURES = 32  # kept, so that undo shows at once
-_SHELF = 8  # files kept to compare; each may be as large as an upload
+ORIGINAL = "original model"  # name of the unedited model among the versions
+_UNDO_STEPS = 40
+_CACHED_PICTURES = 32  # so that undo shows its pictures at once
+_FILES = 8  # change files to compare; each may be as large as an upload
 
 
 @dataclass(frozen=True, eq=False)
-class Coat:
-    """One change on the model, under a name to show."""
+class AppliedChange:
+    """One change that is applied to the model, and the name to show for it."""
 
     name: str
     change: Change
 
 
 @dataclass(frozen=True, eq=False)
-class Bench:
-    """What lies on the model: coats in the order they came, their joint change, and how far to go.
+class EditState:
+    """The changes that are applied to the model.
 
-    `joint` is the coats' change at strength 1; `None` if there is no coat.
+    Attributes:
+        changes: In the order in which they were made.
+        joint: One change of all of them at strength 1; `None` if there are none.
+        strength: Factor of `joint`, -1 to 2.
     """
 
-    coats: tuple[Coat, ...] = ()
+    changes: tuple[AppliedChange, ...] = ()
     joint: Change | None = None
     strength: float = 1.0
 
     @property
     def change(self) -> Change | None:
-        """What is applied; `None` for the model as it is."""
+        """The change to apply, `strength` times `joint`; `None` for the original model."""
         if self.joint is None or self.strength == 0:
             return None
         return self.joint if self.strength == 1 else self.strength * self.joint
 
 
 class Session:
-    """A user's bench, and the steps back; one piece of work at a time.
+    """One user's state; it runs one task at a time.
 
     Attributes:
-        model: The name of the model chosen.
-        bench: What lies on it.
-        question: What was last drawn.
-        found: The last map.
-        pictures: Drawn before, by all that decides them.
-        shelf: Changes opened from files, by name, to compare.
+        model: Name of the chosen model.
+        state: The changes that are applied to it.
+        trace_map: The last map; `None` before the first trace.
+        picture_cache: Pictures drawn before, by everything that determines their pixels.
+        files: Changes that were opened from files, by file name, to compare.
     """
 
     def __init__(self, model: str) -> None:
         self.model = model
-        self.bench = Bench()
-        self.question: Question | None = None
-        self.found: Map | None = None
-        self.pictures: dict[Any, Image.Image] = {}
-        self.shelf: dict[str, Change] = {}
-        self._past: list[Bench] = []
+        self.state = EditState()
+        self.trace_map: TraceMap | None = None
+        self.picture_cache: dict[Any, Image.Image] = {}
+        self.files: dict[str, Change] = {}
+        self._history: list[EditState] = []
         self._stop: threading.Event | None = None
         self._lock = threading.Lock()
 
     @property
+    def changes(self) -> tuple[AppliedChange, ...]:
+        """The changes that are applied to the model, in the order in which they were made."""
+        return self.state.changes
+
+    @property
     def can_undo(self) -> bool:
-        """Whether there is a step back."""
-        return bool(self._past)
+        """True if there is a step to undo."""
+        return bool(self._history)
 
     @property
     def busy(self) -> bool:
-        """Whether a piece of work is under way."""
+        """True while a task runs."""
         return self._stop is not None
 
-    def put(self, bench: Bench) -> None:
-        """Replace the bench; `undo` brings the old one back."""
-        self._past = [*self._past[-_UNDO + 1 :], self.bench]
-        self.bench = bench
+    def set_state(self, state: EditState) -> None:
+        """Replace the state; `undo` restores the old one."""
+        self._history = [*self._history[-_UNDO_STEPS + 1 :], self.state]
+        self.state = state
 
     def undo(self) -> None:
-        """Go one step back.
+        """Restore the state before the last edit.
 
         Raises:
-            ValueError: There is none.
+            ValueError: There is nothing to undo.
         """
-        if not self._past:
-            raise ValueError("nothing to undo: paint over something first.")
-        self.bench = self._past.pop()
+        if not self._history:
+            raise ValueError("nothing to undo: make an edit first.")
+        self.state = self._history.pop()
 
-    def dial(self, strength: float) -> None:
-        """Go so far with all that lies on the model, -1 to 2; turning further replaces the last turn.
+    def set_strength(self, strength: float) -> None:
+        """Set the strength of all applied changes; several calls in a row are one step for `undo`.
 
         Raises:
-            ValueError: Out of range, or there is no coat.
+            ValueError: The strength is not in -1 to 2, or no change is applied.
         """
         if not -1 <= strength <= 2:
             raise ValueError(
-                f"the strength must be -1 to 2, got {strength}: 1 is the edit as made."
+                f"the strength must be -1 to 2, got {strength}: 1 is the edit as it was made."
             )
-        if not self.bench.coats:
-            raise ValueError("there is no coat to dial yet: paint over something first.")
-        before = self._past[-1] if self._past else None
-        turned = replace(self.bench, strength=strength)
-        if before is not None and before.joint is self.bench.joint:
-            self.bench = turned
+        if not self.changes:
+            raise ValueError(
+                "no change is applied yet, so there is no strength: make an edit first."
+            )
+        previous = self._history[-1] if self._history else None
+        state = replace(self.state, strength=strength)
+        if previous is not None and previous.joint is self.state.joint:
+            self.state = state
         else:
-            self.put(turned)
+            self.set_state(state)
 
-    def shelve(self, name: str, change: Change) -> None:
-        """Keep a change to compare, under its file's name; of too many the one opened first goes."""
-        rest = {n: c for n, c in self.shelf.items() if n != name}
-        self.shelf = dict([*rest.items(), (name, change)][-_SHELF:])
+    def add_file(self, name: str, change: Change) -> None:
+        """Keep a change under its file's name, to compare; only the files opened last are kept."""
+        others = {n: c for n, c in self.files.items() if n != name}
+        self.files = dict([*others.items(), (name, change)][-_FILES:])
 
     def versions(self) -> dict[str, Change | None]:
-        """Return what can be compared, by name: the model as it is, each coat and file, and all coats."""
-        found: dict[str, Change | None] = {"the model as it is": None}
-        found |= {f"coat {i}: {c.name}": c.change for i, c in enumerate(self.bench.coats, 1)}
-        found |= {f"file {name}": change for name, change in self.shelf.items()}
-        if self.bench.change is not None:
-            found["all coats, as dialled"] = self.bench.change
-        return found
+        """Return the versions of the model that can be compared, by name."""
+        versions: dict[str, Change | None] = {ORIGINAL: None}
+        versions |= {f"edit {i}: {c.name}": c.change for i, c in enumerate(self.changes, 1)}
+        versions |= {f"file {name}": change for name, change in self.files.items()}
+        if self.state.change is not None:
+            versions["all edits, at the chosen strength"] = self.state.change
+        return versions
 
     @contextmanager
-    def working(self) -> Iterator[threading.Event]:
-        """Reserve the session for one piece of work; the value is the event that stops it.
+    def reserved(self) -> Iterator[threading.Event]:
+        """Reserve the session for one task inside the block; the value is the event that stops the task.
 
         Raises:
-            ValueError: Something is under way.
+            ValueError: Another task runs.
         """
         with self._lock:
             if self._stop is not None:
                 raise ValueError(
-                    "something is still under way: wait until it is done, or press Stop first."
+                    "another task of this page is still running: wait until it ends, or press Stop."
                 )
             self._stop = threading.Event()
         try:
             yield self._stop
         finally:
             self._stop = None
-            for key in list(self.pictures)[:-_PICTURES]:
-                del self.pictures[key]
+            for key in list(self.picture_cache)[:-_CACHED_PICTURES]:
+                del self.picture_cache[key]
 
     def stop(self) -> bool:
-        """Ask the work under way to stop; say whether there was any."""
+        """Stop the running task after its present step; return False if none runs."""
         stop = self._stop
         if stop is None:
             return False

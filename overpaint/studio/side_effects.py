@@ -1,13 +1,12 @@
-r"""What a change will do to other concepts, from text alone: told at once, before any picture is drawn.
+r"""Prediction of a change's effect on other concepts, from text features alone, before any picture is drawn.
 
-Plain captions of each known concept, and of the erased ones, are encoded with and without the change. The drift of a
-concept is :math:`\|E' - E\|^2 / \|E'_{old} - E_{old}\|^2` of the text features :math:`E`, all positions: how far its
-captions move, as a share of how far those of the erased concepts do. Concepts of 5 % and more are endangered. The empty
-prompt's movement is measured likewise, as a share of its own size. What a solve reports of itself holds for the edit as
-made: of a change at another strength it is left out.
+Captions of each known concept, and of the erased ones, are encoded with and without the change. The drift of a concept
+is :math:`\|E' - E\|^2 / \|E'_{old} - E_{old}\|^2` of the text features :math:`E` at all positions: the squared movement
+of its captions, relative to that of the erased concepts. Concepts with a drift of 5 % or more are called endangered.
+The drift of the empty prompt is :math:`\|E' - E\| / \|E\|`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,131 +16,133 @@ from torch import Tensor
 from overpaint.edit import Change
 from overpaint.edit.vocabulary import concepts
 from overpaint.model import TextToImage
-from overpaint.studio.model_copy import private
+from overpaint.model.sampling import Progress
+from overpaint.studio.model_copy import copy_model
 
-__all__ = ["Collateral", "Drift", "collateral"]
+__all__ = ["ConceptDrift", "SideEffects", "predict"]
 
-_FRAMES = ("a picture of {}",)
-_BATCH = 64  # captions between two looks at who else waits
-ENDANGERED = 0.05
+_CAPTION = "a picture of {}"
+_BATCH_SIZE = 64  # captions between two calls of `on_progress`
+_ENDANGERED = 0.05
 
 
 @dataclass(frozen=True)
-class Drift:
-    """How far a concept's captions move, as a share of the erased concept's; 0 for not at all.
+class ConceptDrift:
+    """Movement of a concept's captions, relative to that of the erased concepts.
 
-    `kept` says that the edit itself looked after it.
+    Attributes:
+        concept: The words of the concept.
+        drift: At least 0; 1 is the movement of the erased concepts.
+        preserved: True if the edit itself preserved the concept.
     """
 
     concept: str
-    share: float
-    kept: bool = False
+    drift: float
+    preserved: bool = False
 
     @property
     def endangered(self) -> bool:
-        """Whether it moves so far that pictures are likely to show it."""
-        return self.share >= ENDANGERED
+        """True if the drift is so large that pictures are likely to show it."""
+        return self.drift >= _ENDANGERED
 
 
 @dataclass(frozen=True)
-class Collateral:
-    """What a change is expected to do.
+class SideEffects:
+    """The predicted effect of a change.
 
     Attributes:
-        drifts: Of the known concepts, the largest first; empty where it cannot be told from text.
-        reached: Share of the wanted movement that the solve, or its repair, reports; `None` at another strength than 1.
-        empty: Movement of the empty prompt, relative to its own size, if it can be told; guidance reads it for every
-            picture.
-        rank: Of the largest movement.
-        size: Of the movement, relative to the weight it is added to, if reported.
-        reason: Why no drift can be told, if it cannot.
+        drifts: Of the known concepts, the largest first; empty where text features cannot show it.
+        reached: Share of the target movement that the solve, or its repair, reports; `None` if the change has another
+            strength than 1, because the report is of the edit as it was made.
+        empty_prompt: Drift of the empty prompt, which guidance uses for every picture; `None` if it is not known.
+        rank: Rank of the largest movement.
+        size: Norm of the movement relative to that of the weight, if reported.
+        reason: Why `drifts` is empty, if it is.
     """
 
-    drifts: tuple[Drift, ...]
+    drifts: tuple[ConceptDrift, ...]
     reached: float | None
-    empty: float | None
+    empty_prompt: float | None
     rank: int
     size: float | None
     reason: str = ""
 
     @property
-    def endangered(self) -> tuple[Drift, ...]:
-        """The concepts that are likely to suffer."""
+    def endangered(self) -> tuple[ConceptDrift, ...]:
+        """The concepts whose pictures are likely to change."""
         return tuple(drift for drift in self.drifts if drift.endangered)
 
 
-def collateral(
+def predict(
     model: TextToImage,
     change: Change,
     *,
     vocabulary: Sequence[str] | None = None,
-    step: Callable[[float, float, str], None] | None = None,
-) -> Collateral:
-    """Predict what `change` does to concepts that it does not name.
+    on_progress: Progress | None = None,
+) -> SideEffects:
+    """Return the predicted effect of `change` on concepts that it does not name.
 
     Args:
-        model: The unedited model.
-        change: Of text encoders' weights; of others the report alone is told.
-        vocabulary: Concepts to look at; the shipped list for the model if `None`.
-        step: Told between batches of captions.
+        model: The original model.
+        change: Drifts are computed for changes of text encoders; for others only reported figures are returned.
+        vocabulary: Concepts to measure; the shipped list for the model if `None`.
+        on_progress: Called before each batch of captions.
     """
-    drifts: tuple[Drift, ...] = ()
-    told = {} if change.protocol.get("strength") else change.report
-    reason, empty = "", _number(told.get("empty_prompt_drift"))
+    drifts: tuple[ConceptDrift, ...] = ()
+    report = {} if change.protocol.get("strength") else change.report
+    reason, empty_prompt = "", _number(report.get("empty_prompt_drift"))
     if change.pairs and all(site.startswith("text") for site in change.sites):
         names = concepts("icons" if model.name == "icons" else "natural")
-        drifts, empty = _drifts(model, change, names if vocabulary is None else vocabulary, step)
+        drifts, empty_prompt = _drifts(
+            model, change, names if vocabulary is None else vocabulary, on_progress
+        )
     else:
-        reason = "it moves the UNet" if change.pairs else "it does not say which concept it is for"
-    repaired = _number(told.get("layer_missed"))
-    missed = _number(told.get("missed")) if repaired is None else repaired
-    before, after = _number(told.get("residual_before")), _number(told.get("residual_after"))
+        reason = "it moves the UNet" if change.pairs else "its file does not name its concepts"
+    repaired = _number(report.get("layer_missed"))
+    missed = _number(report.get("missed")) if repaired is None else repaired
+    before, after = _number(report.get("residual_before")), _number(report.get("residual_after"))
     if missed is None and before and after is not None:
         missed = (after / before) ** 2
-    return Collateral(
+    return SideEffects(
         drifts,
         None if missed is None else max(0.0, 1 - missed),
-        empty,
+        empty_prompt,
         max(m.left.shape[1] for m in change.movements),
-        _number(told.get("relative_delta_norm")),
+        _number(report.get("relative_delta_norm")),
         reason,
     )
 
 
 def _drifts(
-    model: TextToImage,
-    change: Change,
-    known: Sequence[str],
-    step: Callable[[float, float, str], None] | None,
-) -> tuple[tuple[Drift, ...], float]:
-    """Return the drifts, the largest first, and how far the empty prompt moves, relative to its own size."""
-    olds = [f" {' '.join(old.lower().split())} " for old in change.pairs]
-    others = [c for c in known if not any(old in f" {c.lower()} " for old in olds)]
-    asked = [*change.pairs, *others]
-    captions = [frame.replace("{}", concept) for concept in asked for frame in _FRAMES]
-    mine = private(model, change)
-    moves: list[Tensor] = []
-    for start in range(0, len(captions), _BATCH):
-        if step is not None:
-            step(start, len(captions), "foretelling what else moves")
-        part = captions[start : start + _BATCH]
-        shift = mine.encode(part).double() - model.encode(part).double()
-        moves.append(shift.square().sum((1, 2)).cpu())
-    means = torch.cat(moves).view(len(asked), len(_FRAMES)).mean(1).tolist()
-    own = sum(means[: len(olds)]) / len(olds)
-    named: Any = change.report.get("endangered") or []
-    kept = {row.get("concept") for row in named if isinstance(row, dict)}
-    kept |= {str(text) for text in change.protocol.get("preserve", [])}
-    found = [
-        Drift(concept, mean / own if own else 0.0, concept in kept)
-        for concept, mean in zip(others, means[len(olds) :], strict=True)
-    ]
-    nothing = model.encode([""]).double()
-    empty = float((mine.encode([""]).double() - nothing).norm() / nothing.norm())
-    return tuple(sorted(found, key=lambda drift: -drift.share)), empty
+    model: TextToImage, change: Change, vocabulary: Sequence[str], on_progress: Progress | None
+) -> tuple[tuple[ConceptDrift, ...], float]:
+    """Return the drifts, the largest first, and the drift of the empty prompt."""
+    erased = [f" {' '.join(old.lower().split())} " for old in change.pairs]
+    others = [c for c in vocabulary if not any(old in f" {c.lower()} " for old in erased)]
+    captions = [_CAPTION.format(concept) for concept in (*change.pairs, *others)]
+    edited = copy_model(model, change)
+    squares: list[Tensor] = []
+    for start in range(0, len(captions), _BATCH_SIZE):
+        if on_progress is not None:
+            on_progress(start, len(captions), "predicting side effects")
+        batch = captions[start : start + _BATCH_SIZE]
+        movement = edited.encode(batch).double() - model.encode(batch).double()
+        squares.append(movement.square().sum((1, 2)).cpu())  # (B, L, D) -> (B,)
+    movements = torch.cat(squares).tolist()
+    erased_movement = sum(movements[: len(erased)]) / len(erased)
+    reported: Any = change.report.get("endangered") or []
+    preserved = {row.get("concept") for row in reported if isinstance(row, dict)}
+    preserved |= {str(text) for text in change.protocol.get("preserve", [])}
+    drifts = [
+        ConceptDrift(concept, square / erased_movement if erased_movement else 0.0, concept in preserved)
+        for concept, square in zip(others, movements[len(erased) :], strict=True)
+    ]  # fmt: skip
+    original = model.encode([""]).double()
+    empty_prompt = float((edited.encode([""]).double() - original).norm() / original.norm())
+    return tuple(sorted(drifts, key=lambda drift: -drift.drift)), empty_prompt
 
 
 def _number(value: Any) -> float | None:
-    """Return a number of a report, if it is one; a file may hold anything there."""
-    whole = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if whole else None
+    """Return a number of a report, or `None`; a file may hold any type there."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number else None

@@ -1,6 +1,7 @@
-"""What the studio computes: maps, restored pictures, edits, pictures before and after. Values in, values out.
+"""The computations of the studio: trace maps, restored pictures, edits, and pictures of several versions of a model.
 
-Each function takes the shared model and never writes to it; `tell` is called between steps, and may end the work.
+Each function takes the shared model and does not write to it. `on_progress` is called between steps and may raise
+`Stopped`, which ends the computation.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,33 +12,36 @@ from PIL import Image
 
 from overpaint import edit, trace
 from overpaint.edit import Change
+from overpaint.images.pictures import Pictures
 from overpaint.model import TextToImage, sites
+from overpaint.model.sampling import Progress
 from overpaint.probes import Probe, questions
 from overpaint.scorers.judge import Judge
-from overpaint.studio.model_copy import private
+from overpaint.studio.model_copy import copy_model
 from overpaint.trace.corruption import ROLES, corruptions, places
 from overpaint.trace.renderer import Renderer
 from overpaint.trace.text_encoder_trace import encode_restored
 
 __all__ = [
-    "METHODS", "Drawn", "Map", "Picture", "Question", "combine", "draw", "make", "restore", "sublayer",
-    "trace_text",
+    "LabelledPicture", "PictureGrid", "PromptSettings", "TraceMap", "draw_restored", "draw_versions", "solve_edit",
+    "stack_changes", "sublayer_label", "trace_text_encoder",
 ]  # fmt: skip
 
-Step = Callable[[float, float, str], None]
-METHODS = ("auto", "quickfix")
-_ROWS = 16  # states drawn at once: short steps, so that others wait little
+_BATCH_SIZE = 16  # states drawn at once; few, so that steps are short and other tasks wait little
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is asked of a model: a prompt, the words in it to look for, and how to draw.
+class PromptSettings:
+    """The settings at the left of the page: a prompt, the concept in it, and how to draw.
 
     Attributes:
         prompt: The caption.
-        concept: Words of it, once.
+        concept: Words that occur once in `prompt`.
         seeds: One picture each.
         steps: Denoising steps, 1 to 100.
+
+    Raises:
+        ValueError: The prompt is empty, or a number is out of range.
     """
 
     prompt: str
@@ -51,75 +55,83 @@ class Question:
                 "the prompt is empty: write what to draw, for example 'an apple in noto style'."
             )
         if not 1 <= self.steps <= 100:
-            raise ValueError(f"the steps must be 1 to 100, got {self.steps}: 8 are quick, 20 good.")
+            raise ValueError(
+                f"the steps must be 1 to 100, got {self.steps}: 8 are fast, 20 give good pictures."
+            )
         if not 1 <= len(self.seeds) <= 8:
             raise ValueError(
-                f"the pictures must be 1 to 8 at a time, got {len(self.seeds)}: ask again for more."
+                f"the number of pictures must be 1 to 8, got {len(self.seeds)}: draw again for more."
             )
         if not all(0 <= seed < 2**31 for seed in self.seeds):
             raise ValueError(
-                f"a seed must be 0 to 2147483647, got {min(self.seeds)} to {max(self.seeds)}: 0 is as good as any."
+                f"a seed must be 0 to 2147483647, got {min(self.seeds)} to {max(self.seeds)}: 0 is the default."
             )
 
 
 @dataclass(frozen=True)
-class Map:
-    """What restoring each state of the text encoder brings back.
+class TraceMap:
+    """The effect of restoring each state of the text encoder.
 
     Attributes:
-        question: What was asked.
-        sites: Names of the rows, from the input up.
-        columns: Of each column (role, position, token as text).
-        values: Rows by columns; `None` where nothing was measured.
-        measured: `"pictures"` (the judge's score, restored minus corrupted) or `"text"` (share of the way that the
-            text features go back).
-        instead: Why it is not by pictures, where that was asked for.
+        settings: The prompt and concept that were traced.
+        sites: Site names of the rows, from the input to the output.
+        columns: Role, position and token text of each column.
+        values: One row for each site; `None` where nothing was measured.
+        measure: `"pictures"` (score of the restored picture minus that of the corrupted one) or `"text"` (share of
+            the distance between corrupted and clean text features that is recovered).
+        fallback_reason: Why text features were measured although pictures were requested, else empty.
     """
 
-    question: Question
+    settings: PromptSettings
     sites: tuple[str, ...]
     columns: tuple[tuple[str, int, str], ...]
     values: tuple[tuple[float | None, ...], ...]
-    measured: str
-    instead: str = ""
+    measure: str
+    fallback_reason: str = ""
 
     @property
     def best(self) -> tuple[int, int]:
         """Row and column of the largest value."""
         cells = {
-            (i, j): v
+            (i, j): value
             for i, row in enumerate(self.values)
-            for j, v in enumerate(row)
-            if v is not None
+            for j, value in enumerate(row)
+            if value is not None
         }
         row, column = max(cells, key=lambda cell: cells[cell])
         return row, column
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture and what it is: shown below it, and told to who cannot see it."""
+class LabelledPicture:
+    """A picture with a short title and a description, which is shown below it and read by screen readers."""
 
     image: Image.Image
     title: str
-    about: str
+    description: str
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Pictures of several versions of a model: `rows[i][j]` is version i at seed j, `None` if not there yet."""
+class PictureGrid:
+    """Pictures of several versions of a model.
 
-    question: Question
+    Attributes:
+        settings: The prompt, seeds and steps.
+        names: Names of the versions, one for each row.
+        rows: `rows[i][j]` is version i at seed j; `None` if it is not drawn yet.
+    """
+
+    settings: PromptSettings
     names: tuple[str, ...]
     rows: tuple[tuple[Image.Image | None, ...], ...]
 
     @property
-    def complete(self) -> bool:
-        """Whether every picture is there."""
+    def is_complete(self) -> bool:
+        """True if every picture is drawn."""
         return all(image is not None for row in self.rows for image in row)
 
     def sheet(self) -> Image.Image:
-        """Return one picture of all that are there, versions as rows, on white, two pixels apart."""
+        """Return one image of all pictures, versions as rows, on white, two pixels apart."""
         first = next(image for row in self.rows for image in row if image is not None)
         width, height = (side + 2 for side in first.size)
         sheet = Image.new(
@@ -132,89 +144,108 @@ class Drawn:
         return sheet
 
 
-# --- where is it? -----------------------------------------------------------------------------------------------------
+# --- trace ------------------------------------------------------------------------------------------------------------
 
 
-def trace_text(
-    model: TextToImage, question: Question, step: Step, *, judge: Judge | None = None
-) -> Map:
-    """Trace the text encoder at one prompt; with a judge by pictures, else by text features.
+def trace_text_encoder(
+    model: TextToImage,
+    settings: PromptSettings,
+    on_progress: Progress,
+    *,
+    scorer: Judge | None = None,
+) -> TraceMap:
+    """Trace the text encoder for one prompt.
+
+    Args:
+        model: The original model.
+        settings: Prompt, concept, steps; of the seeds the first is used.
+        on_progress: Called with (done, total, label).
+        scorer: Scores a picture of each state; text features are measured if `None`.
 
     Raises:
-        ValueError: The concept is not in the prompt once, or a token limit cuts it off.
-        UnsupportedModel: The model cannot be traced, or became NaN.
+        ValueError: The concept does not occur exactly once in the prompt, or is cut off by the token limit.
+        UnsupportedModel: The model cannot be traced, or a value became NaN.
     """
-    mine = private(model, whole=True)
-    probe = _probe(question, judge)
-    pictures = judge is not None
+    model_copy = copy_model(model, all_parts=True)
+    probe = _probe(settings, scorer)
+    pictures = scorer is not None
     effects = trace.text_encoder(
-        mine, [probe], control=False, generate=pictures, seeds=question.seeds[:1], steps=question.steps,
-        score=None if judge is None else judge.score, batch_size=_ROWS,
-        on_progress=lambda done, total: step(done, total, "restoring one state after another"),
+        model_copy, [probe], control=False, generate=pictures, seeds=settings.seeds[:1], steps=settings.steps,
+        score=None if scorer is None else scorer.score, batch_size=_BATCH_SIZE,
+        on_progress=lambda done, total, *_: on_progress(done, total, "restoring each state"),
     )  # fmt: skip
     value = "indirect_effect" if pictures else "embed_recovery"
-    found = {(r["site"], r["position"]): r[value] for r in effects.table.to_pylist()}
-    names = tuple(dict.fromkeys(site for site, _ in found))
-    columns = _columns(mine, probe)
-    return Map(
-        question, names, columns,
-        tuple(tuple(found.get((name, place)) for _, place, _ in columns) for name in names),
+    table = {(r["site"], r["position"]): r[value] for r in effects.table.to_pylist()}
+    names = tuple(dict.fromkeys(site for site, _ in table))
+    columns = _columns(model_copy, probe)
+    return TraceMap(
+        settings, names, columns,
+        tuple(tuple(table.get((name, position)) for _, position, _ in columns) for name in names),
         "pictures" if pictures else "text",
     )  # fmt: skip
 
 
-def restore(
-    model: TextToImage, found: Map, row: int, column: int, step: Step
-) -> tuple[Picture, ...]:
-    """Return the picture of the prompt, with its concept corrupted, and with one state of the map restored.
+def draw_restored(
+    model: TextToImage, trace_map: TraceMap, row: int, column: int, on_progress: Progress
+) -> tuple[LabelledPicture, ...]:
+    """Return three pictures from the same noise: clean, concept corrupted, and one state of the map restored.
 
     Raises:
         ValueError: The map has no such cell.
         UnsupportedModel: A picture became NaN.
     """
-    if not (0 <= row < len(found.sites) and 0 <= column < len(found.columns)):
+    if not (0 <= row < len(trace_map.sites) and 0 <= column < len(trace_map.columns)):
         raise ValueError(
-            f"the map has no cell ({row}, {column}): it has {len(found.sites)} rows and {len(found.columns)} columns. "
-            "Click one of them."
+            f"the map has no cell ({row}, {column}): it has {len(trace_map.sites)} rows and "
+            f"{len(trace_map.columns)} columns. Click one of them."
         )
-    question = found.question
-    mine = private(model, whole=True)
-    (corruption,), _ = corruptions(mine, [_probe(question, None)], noise_samples=1, sigma="3std")
-    name, (_, position, token) = found.sites[row], found.columns[column]
-    site = next(s for s in sites.find_texts(mine.text_encoders) if s.name == name)
-    embeds = encode_restored(mine.text_encoders, corruption, [[(site.module(mine), [position])]])
+    settings = trace_map.settings
+    model_copy = copy_model(model, all_parts=True)
+    (corruption,), _ = corruptions(
+        model_copy, [_probe(settings, None)], noise_samples=1, sigma="3std"
+    )
+    name, (_, position, token) = trace_map.sites[row], trace_map.columns[column]
+    site = next(s for s in sites.find_texts(model_copy.text_encoders) if s.name == name)
+    embeds = encode_restored(
+        model_copy.text_encoders, corruption, [[(site.module(model_copy), [position])]]
+    )
     renderer = Renderer.of(
-        mine, score=None, steps=question.steps, guidance_scale=None, solver_name="dpm", direction="restore",
-        minimum_gap=0.02, batch_size=_ROWS, memory=None, draw=False,
+        model_copy, score=None, steps=settings.steps, guidance_scale=None, solver_name="dpm", direction="restore",
+        minimum_gap=0.02, batch_size=_BATCH_SIZE, memory=None, draw=False,
     )  # fmt: skip
     latents = renderer.denoise(
-        question.seeds[0], 3, embeds, mine.encode([""]),
-        on_step=lambda done, _: step(done, question.steps, "drawing the restored picture"),
+        settings.seeds[0], 3, embeds, model_copy.encode([""]),
+        on_step=lambda done, _: on_progress(done, settings.steps, "drawing the restored picture"),
     )  # fmt: skip
-    titles = (
-        ("clean", f"{question.prompt}, as the model draws it"),
-        ("corrupted", f"the same with noise on “{question.concept}”"),
-        ("restored", f"and with {sublayer(name)} put back at “{token}”"),
+    captions = (
+        ("clean", f"{settings.prompt}, drawn by the original model"),
+        ("corrupted", f"the same, with noise on “{settings.concept}”"),
+        ("restored", f"the same, with {sublayer_label(name)} at “{token}” restored"),
+    )
+    pictures = Pictures(
+        model_copy.decode(latents).cpu(), (settings.prompt,) * 3, settings.seeds[:1] * 3
     )
     return tuple(
-        Picture(image, *words)
-        for image, words in zip(images(mine.decode(latents)), titles, strict=True)
+        LabelledPicture(image, *caption)
+        for image, caption in zip(pictures.pil(), captions, strict=True)
     )
 
 
-def _probe(question: Question, judge: Judge | None) -> Probe:
-    """Return the question as tracing wants it; the noise follows from its words alone."""
-    kind, label = "concept", question.concept
-    if judge is not None:
+def _probe(settings: PromptSettings, scorer: Judge | None) -> Probe:
+    """Return the probe of a prompt. The noise of the corruption depends on its words alone."""
+    kind, label = "concept", settings.concept
+    if scorer is not None:
         try:
-            kind, label = questions.concept(question.concept, judge.labels)
-        except ValueError:  # then its CLIP compares picture and prompt
+            kind, label = questions.parse_concept(settings.concept, scorer.labels)
+        except (
+            ValueError
+        ):  # no head for these words: the scorer compares picture and prompt by CLIP features
             kind = "concept"
-    if not question.concept.strip():
+    if not settings.concept.strip():
         raise ValueError(
-            "no words to look for: name words of the prompt, for example 'noto style'."
+            "the concept is empty: write words of the prompt, for example 'noto style'."
         )
-    return Probe("studio", kind, question.prompt, question.concept, label)
+    return Probe("studio", kind, settings.prompt, settings.concept, label)
 
 
 def _columns(model: TextToImage, probe: Probe) -> tuple[tuple[str, int, str], ...]:
@@ -222,115 +253,108 @@ def _columns(model: TextToImage, probe: Probe) -> tuple[tuple[str, int, str], ..
     tokens: Any = model.tokenizer.convert_ids_to_tokens(corruption.ids.tolist())
     names = {"eos": "end of text", "pad": "padding"}
     return tuple(
-        (role, place, names.get(role, str(tokens[place]).removesuffix("</w>")))
-        for role, place in places(corruption, ROLES)
+        (role, position, names.get(role, str(tokens[position]).removesuffix("</w>")))
+        for role, position in places(corruption, ROLES)
     )
 
 
-# --- paint over it ----------------------------------------------------------------------------------------------------
+# --- edit -------------------------------------------------------------------------------------------------------------
 
 
-def make(
-    model: TextToImage, old: str, new: str, step: Step, *, method: str = "auto", preserve: Sequence[str] = ()
-) -> Change:  # fmt: skip
-    """Return the change of one concept by `edit.auto` or `edit.quickfix`.
+def solve_edit(
+    model: TextToImage,
+    old: str,
+    new: str,
+    on_progress: Progress,
+    *,
+    method: str = "auto",
+    preserve: Sequence[str] = (),
+) -> Change:
+    """Return the change that replaces concept `old` by `new`, by `edit.auto` or `edit.quickfix`.
 
     Raises:
-        ValueError: A concept is empty or its own target, or the method is unknown.
+        ValueError: A concept is empty, both are the same, or the method is unknown.
         UnsupportedModel: The model cannot be edited.
     """
-    mine = private(model)
+    model_copy = copy_model(model)
     if method == "quickfix":
-        step(0, 1, "solving")
-        return edit.quickfix(mine, {old: new}, preserve=list(preserve))
+        on_progress(0, 1, "solving the edit")
+        return edit.quickfix(model_copy, {old: new}, preserve=list(preserve))
     if method != "auto":
         raise ValueError(f"unknown method {method!r}: choose auto or quickfix.")
-    return edit.auto(mine, {old: new}, preserve=list(preserve), on_progress=step)
+    return edit.auto(model_copy, {old: new}, preserve=list(preserve), on_progress=on_progress)
 
 
-def combine(model: TextToImage, changes: Sequence[Change], step: Step) -> Change:
-    """Return one change of all, solved jointly; a single one is what it is.
+def stack_changes(model: TextToImage, changes: Sequence[Change], on_progress: Progress) -> Change:
+    """Return one change that solves all of `changes` jointly; a single change is returned as it is.
 
     Raises:
-        ValueError: There is none, or they cannot be solved together.
+        ValueError: There is none, or they cannot be solved jointly.
     """
     if len(changes) == 1:
         return changes[0]
-    step(0, 1, "solving all coats together")
+    on_progress(0, 1, "solving all edits jointly")
     try:
-        return edit.stack(private(model), list(changes), on_progress=step)
+        return edit.stack(copy_model(model), list(changes), on_progress=on_progress)
     except ValueError as error:
         raise ValueError(
-            f"this coat cannot be solved together with those below it: {error} Use one method for all, or undo first."
+            f"this edit cannot be solved jointly with the earlier ones: {error} Use one method for all, or undo first."
         ) from error
 
 
-# --- what became of it? -----------------------------------------------------------------------------------------------
+# --- draw -------------------------------------------------------------------------------------------------------------
 
 
-def draw(
+def draw_versions(
     model: TextToImage,
-    question: Question,
+    settings: PromptSettings,
     versions: Sequence[tuple[str, Change | None]],
-    step: Step,
+    on_progress: Progress,
     *,
-    show: Callable[[Drawn], None] | None = None,
-    known: dict[Any, Image.Image] | None = None,
-) -> Drawn:
-    """Draw a prompt by several versions of a model at equal seeds, each picture as if it were the only one.
+    publish: Callable[[PictureGrid], None] | None = None,
+    cache: dict[Any, Image.Image] | None = None,
+) -> PictureGrid:
+    """Draw a prompt by several versions of a model at equal seeds, one picture at a time.
 
     Args:
-        model: The unedited one.
-        question: Prompt, seeds, steps.
-        versions: Names and changes; `None` is the model as it is.
-        step: Told after every denoising step.
-        show: Given what is finished, after every picture.
-        known: Pictures drawn before, by all that decides them; new ones are added.
+        model: The original model.
+        settings: Prompt, seeds, steps.
+        versions: Names and changes; `None` is the original model.
+        on_progress: Called after each denoising step.
+        publish: Called with the pictures so far, after each picture.
+        cache: Pictures drawn before, by everything that determines their pixels; new ones are added.
 
     Raises:
         ValueError: A change was made for another model.
     """
-    known = {} if known is None else known
-    rows: list[list[Image.Image | None]] = [[None] * len(question.seeds) for _ in versions]
+    cache = {} if cache is None else cache
+    rows: list[list[Image.Image | None]] = [[None] * len(settings.seeds) for _ in versions]
     names = tuple(name for name, _ in versions)
-    models = [model if change is None else private(model, change) for _, change in versions]
-    total = question.steps * len(question.seeds) * len(versions)
-    order = [(i, j) for j in range(len(question.seeds)) for i in range(len(versions))]
+    models = [model if change is None else copy_model(model, change) for _, change in versions]
+    order = [(i, j) for j in range(len(settings.seeds)) for i in range(len(versions))]
     for number, (i, j) in enumerate(order):
 
-        def tick(done: int, _: int, number: int = number) -> None:
-            what = f"drawing picture {number + 1} of {len(order)}"
-            step(number * question.steps + done, total, what)
+        def on_step(done: int, _: int, *_label: str, number: int = number) -> None:
+            label = f"drawing picture {number + 1} of {len(order)}"
+            on_progress(number * settings.steps + done, settings.steps * len(order), label)
 
-        change, seed = versions[i][1], question.seeds[j]
-        key = (
-            model.name,
-            "" if change is None else change.digest,
-            question.prompt,
-            seed,
-            question.steps,
-        )
-        if key not in known:
-            known[key] = (
-                models[i]
-                .generate(question.prompt, seed=seed, steps=question.steps, on_progress=tick)
-                .pil()[0]
+        change, seed = versions[i][1], settings.seeds[j]
+        digest = "" if change is None else change.digest
+        key = (model.name, digest, settings.prompt, seed, settings.steps)
+        if key not in cache:
+            pictures = models[i].generate(
+                settings.prompt, seed=seed, steps=settings.steps, on_progress=on_step
             )
-        rows[i][j] = known[key]
-        if show is not None:
-            show(Drawn(question, names, tuple(map(tuple, rows))))
-    return Drawn(question, names, tuple(map(tuple, rows)))
+            cache[key] = pictures.pil()[0]
+        rows[i][j] = cache[key]
+        if publish is not None:
+            publish(PictureGrid(settings, names, tuple(map(tuple, rows))))
+    return PictureGrid(settings, names, tuple(map(tuple, rows)))
 
 
-def sublayer(site: str) -> str:
-    """Return `text.0.self_attn` in words: `layer 0 attention."""
+def sublayer_label(site: str) -> str:
+    """Return a site name in words: `text.0.self_attn` is `layer 0 attention`."""
     part, number, kind = (*site.split("."), "", "")[:3]
     names = {"self_attn": "attention", "mlp": "MLP"}
     encoder = " of encoder 2" if part == "text2" else ""
     return f"layer {number} {names.get(kind, kind)}{encoder}" if number else site
-
-
-def images(pixels: Any) -> list[Image.Image]:
-    """Return tensors (N, 3, H, W) in [0, 1] as pictures."""
-    rows = (pixels.cpu().permute(0, 2, 3, 1) * 255).round().byte().numpy()
-    return [Image.fromarray(row) for row in rows]

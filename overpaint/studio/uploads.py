@@ -1,12 +1,11 @@
-"""What users send and take away: change files and pictures. Nothing that they name or hold is trusted.
+"""Files that users upload and download: change files and pictures. Their names and contents are not trusted.
 
-Names are shown and offered for download, never used as a path. A picture's size is read from its head before a pixel is
-decoded. Change files are safetensors, checked by checksum and structure before anything is made of them; whether they
-fit the model is checked by applying them to a private copy.
+Names are shown and offered for download, but never used as a path. The size of a picture is read from its header before
+any pixel is decoded. Change files are safetensors; checksum and structure are checked first, and then the change is
+applied to a copy of the model to check that it fits.
 """
 
 import json
-import os
 import re
 import unicodedata
 import warnings
@@ -16,60 +15,61 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
+from overpaint import files
 from overpaint.edit import Change
 from overpaint.model import TextToImage
-from overpaint.studio.model_copy import private
-from overpaint.studio.tasks import Question
+from overpaint.studio.model_copy import copy_model
+from overpaint.studio.tasks import PromptSettings
 
 __all__ = [
-    "LARGEST", "Origin", "model_name", "read_change", "read_picture", "safe_name", "shown_name", "write_change",
-    "write_picture",
+    "MAX_BYTES", "PictureOrigin", "file_name", "load_change", "load_origin", "model_name", "save_change",
+    "save_picture", "shown_name",
 ]  # fmt: skip
 
-LARGEST = 256 * 2**20  # bytes of an upload
-_PIXELS = 4096 * 4096
-_CHUNK = "overpaint"  # name of the text chunk of a PNG that holds how it was drawn
+MAX_BYTES = 256 * 2**20
+_MAX_PIXELS = 4096 * 4096
+_CHUNK = "overpaint"  # name of the PNG text chunk that holds the settings
 
 
 @dataclass(frozen=True)
-class Origin:
-    """How a picture of the studio came to be: what was asked, and of which model; `""` if it does not say."""
+class PictureOrigin:
+    """The settings that drew a picture of the studio, and the name of the model; empty if the file does not say."""
 
-    question: Question
+    settings: PromptSettings
     model: str = ""
 
 
-def safe_name(text: str, *, otherwise: str = "change") -> str:
-    """Return a file name of letters, digits and dashes made from any text: no folder, no dot, 1 to 60 characters."""
+def file_name(text: str, *, default: str = "change") -> str:
+    """Return a safe file name without suffix: `text` reduced to letters, digits and dashes, 1 to 60 characters."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:60].strip("-") or otherwise
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:60].strip("-") or default
 
 
 def shown_name(path: str | Path) -> str:
-    """Return the last part of a path, without control characters, cut to 80 characters; not escaped."""
+    """Return the last part of a path without control characters, cut to 80 characters; HTML is not escaped."""
     last = re.split(r"[\\/]", str(path))[-1]
     clean = "".join(c for c in last if unicodedata.category(c)[0] != "C").strip() or "file"
     return clean if len(clean) <= 80 else f"{clean[:76]}..."
 
 
 def model_name(model: str) -> str:
-    """Return what a model is called in a file that others may see: of a folder its last part alone."""
+    """Return the name of a model for files that others may see: of a folder only the last part of its path."""
     return shown_name(Path(model).resolve()) if Path(model).is_dir() else model
 
 
-def read_change(path: str | Path, model: TextToImage) -> Change:
-    """Return the change of an uploaded file, if it fits `model`.
+def load_change(path: str | Path, model: TextToImage) -> Change:
+    """Return the change in an uploaded file, if it fits `model`.
 
     Raises:
-        ValueError: It is no change file, damaged, too large, or made for another model.
-        OSError: It cannot be read.
+        ValueError: The file is not a change file, is damaged or too large, or was made for another model.
+        OSError: The file cannot be read.
     """
     path = Path(path)
     name = shown_name(path)
-    _check_size(path, name)
+    _check_bytes(path, name)
     try:
         change = Change.load(path)
-        private(model, change)
+        copy_model(model, change)
     except (ValueError, OSError) as error:
         raise ValueError(
             f"{name!r} was not opened: {str(error).replace(str(path), name)}"
@@ -77,87 +77,91 @@ def read_change(path: str | Path, model: TextToImage) -> Change:
     return change
 
 
-def write_change(change: Change, folder: Path, name: str) -> Path:
-    """Write a change under a safe name and return its path; an older file of that name is replaced at once.
+def save_change(change: Change, folder: Path, name: str) -> Path:
+    """Write a change under a safe name and return its path; a file of that name is replaced.
 
     Raises:
         OSError: The folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{safe_name(name)}.safetensors"
+    path = folder / f"{file_name(name)}.safetensors"
     change.save(path)
     return path
 
 
-def write_picture(image: Image.Image, question: Question, model: str, path: Path) -> Path:
-    """Write a PNG that says how it was drawn, beside its place and then renamed; `read_picture` reads that again."""
-    told = {
+def save_picture(image: Image.Image, settings: PromptSettings, model: str, path: Path) -> Path:
+    """Write a PNG that holds its settings, for `load_origin`, and return its path."""
+    origin = {
         "model": model_name(model),
-        "prompt": question.prompt,
-        "concept": question.concept,
-        "seeds": question.seeds,
-        "steps": question.steps,
+        "prompt": settings.prompt,
+        "concept": settings.concept,
+        "seeds": settings.seeds,
+        "steps": settings.steps,
     }
     info = PngImagePlugin.PngInfo()
-    info.add_itxt(_CHUNK, json.dumps(told, ensure_ascii=False))
-    beside = path.with_name(f".{path.name}.part")
-    image.save(beside, format="PNG", pnginfo=info)
-    os.replace(beside, path)
+    info.add_itxt(_CHUNK, json.dumps(origin, ensure_ascii=False))
+    with files.atomic(path) as draft:
+        image.save(draft, format="PNG", pnginfo=info)
     return path
 
 
-def read_picture(path: str | Path) -> Origin:
-    """Return how an uploaded picture of the studio was drawn; its pixels are never decoded.
+def load_origin(path: str | Path) -> PictureOrigin:
+    """Return the settings that drew an uploaded picture of the studio; its pixels are not decoded.
 
     Raises:
-        ValueError: It is no picture, too large, or not one of the studio.
-        OSError: It cannot be read.
+        ValueError: The file is not a picture, too large, or not drawn by the studio.
+        OSError: The file cannot be read.
     """
     path = Path(path)
     name = shown_name(path)
-    _check_size(path, name)
+    _check_bytes(path, name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=("PNG",)) as image:
                 width, height = image.size
-                told: Any = image.info.get(_CHUNK)  # chunks before the pixels
+                chunk: Any = image.info.get(_CHUNK)  # of the chunks before the pixels
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(_too_many_pixels(name)) from error
     except (UnidentifiedImageError, ValueError, SyntaxError, OSError) as error:
         raise ValueError(
-            f"{name!r} is no picture that can be read: send a PNG that the studio drew."
+            f"{name!r} cannot be read as a picture: choose a PNG that the studio saved."
         ) from error
-    if width * height > _PIXELS:
+    if width * height > _MAX_PIXELS:
         raise ValueError(_too_many_pixels(name))
-    return _origin(name, told)
+    return _parse_origin(name, chunk)
 
 
 def _too_many_pixels(name: str) -> str:
-    return f"{name!r} has more than {_PIXELS // 10**6} megapixels and was not decoded: send a PNG that the studio drew."
+    return (
+        f"{name!r} has more than {_MAX_PIXELS // 10**6} megapixels and was not decoded: "
+        "choose a PNG that the studio saved."
+    )
 
 
-def _origin(name: str, told: Any) -> Origin:
-    if told is None:
+def _parse_origin(name: str, chunk: Any) -> PictureOrigin:
+    if chunk is None:
         raise ValueError(
-            f"{name!r} does not say how it was drawn: send a PNG that was downloaded from the studio."
+            f"{name!r} does not contain the settings it was drawn with: choose a PNG that the studio saved."
         )
     try:
-        facts = json.loads(str(told))
-        seeds = tuple(int(seed) for seed in facts["seeds"])
-        asked = Question(str(facts["prompt"]), str(facts["concept"]), seeds, int(facts["steps"]))
-        return Origin(asked, str(facts.get("model", ""))[:80])
+        values = json.loads(str(chunk))
+        seeds = tuple(int(seed) for seed in values["seeds"])
+        settings = PromptSettings(
+            str(values["prompt"]), str(values["concept"]), seeds, int(values["steps"])
+        )
+        return PictureOrigin(settings, str(values.get("model", ""))[:80])
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise ValueError(
-            f"{name!r} is damaged: what it says of how it was drawn cannot be read. Draw it again."
+            f"{name!r} is damaged: its settings cannot be read. Draw and save the picture again."
         ) from error
 
 
-def _check_size(path: Path, name: str) -> None:
+def _check_bytes(path: Path, name: str) -> None:
     size = path.stat().st_size
     if size == 0:
-        raise ValueError(f"{name!r} is empty (0 bytes): send it again.")
-    if size > LARGEST:
+        raise ValueError(f"{name!r} is empty (0 bytes): upload it again.")
+    if size > MAX_BYTES:
         raise ValueError(
-            f"{name!r} has {size / 2**20:.0f} MiB and at most {LARGEST // 2**20} are read: send a smaller one."
+            f"{name!r} has {size / 2**20:.0f} MiB, and at most {MAX_BYTES // 2**20} are allowed: choose a smaller file."
         )
