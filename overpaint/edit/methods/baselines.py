@@ -1,4 +1,9 @@
-"""Two edits to compare against: swapping token embeddings, and the same solve at a place that should not matter."""
+"""Two baselines: swapping token embeddings, and the same solve at a random site.
+
+Source: the reviewers of Basu et al., 2024, requested the first, https://openreview.net/forum?id=Qmw9ne6SOQ; the second
+is ours.
+Deviations: none.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -17,29 +22,30 @@ __all__ = ["random_site", "swap_embedding"]
 
 
 def swap_embedding(model: TextToImage, pairs: Mapping[str, str]) -> Change:
-    """Change that copies the new concept's token embeddings over those of the old concept.
+    """Return the change that copies the new concept's token embeddings over those of the old concept.
 
-    Tokens are matched as in `tokens.wanted`. All other prompts with one of the old tokens change too, which is the
-    weakness of this baseline.
+    Tokens are matched as in `token_rows.target_rows`. All other prompts with one of the old tokens change too, which is
+    the weakness of this baseline.
 
     Args:
-        model: Its text encoder must be a CLIP; it is not touched.
+        model: Its text encoder must be a CLIP; it is not modified.
         pairs: Old concept to new.
+
+    Returns:
+        The change of the token embedding.
 
     Raises:
         ValueError: A concept is empty, or one token would get two embeddings.
-
-    Source: asked for by the reviewers of Basu et al., 2024, https://openreview.net/forum?id=Qmw9ne6SOQ.
     """
     if not pairs:
         raise ValueError(
             "`pairs` is empty: name at least one concept and its replacement, {'van gogh': 'painting'}."
         )
     rows: dict[int, Tensor] = {}
-    for old, found in token_rows.wanted(model, pairs).items():
-        for token, row in found.items():
+    for old, targets in token_rows.target_rows(model, pairs).items():
+        for token, row in targets.items():
             if not torch.equal(rows.setdefault(token, row), row):
-                (name,) = token_rows.names(model, {token: row})
+                (name,) = token_rows.token_names(model, {token: row})
                 raise ValueError(
                     f"contradictory pairs: the token {name!r} would get two embeddings, one of them from {old!r} → "
                     f"{pairs[old]!r}. Swap these concepts one at a time, or use `quickfix`."
@@ -62,13 +68,28 @@ def random_site(
     positions: Positions = "from_subject_to_end",
     frames: Sequence[str] = FRAMES,
 ) -> Change:
-    """`quickfix` with the same arguments at a layer after the first and a projection, both drawn by `seed`.
+    """Return `quickfix` at a layer after the first and at a projection, both drawn by `seed`; a control.
 
-    It meets its own targets as well as the real edit does; that the pictures nevertheless stay shows that the place
+    The edit meets its own targets as well as one at the traced site. If the pictures nevertheless stay, the site
     matters and not the size of the movement.
+
+    Args:
+        model: As in `quickfix`.
+        pairs: Old concept to new.
+        seed: Seed of the layer and the projection.
+        preserve: As in `quickfix`.
+        preserve_weight: As in `quickfix`.
+        ridge: As in `quickfix`.
+        positions: As in `quickfix`.
+        frames: As in `quickfix`.
+
+    Returns:
+        The change of that weight.
 
     Raises:
         ValueError: The model has one text layer only, or as `quickfix`.
+        TypeError: As `quickfix`.
+        UnsupportedModel: As `quickfix`.
     """
     last = len(text_layers(model)) - 1
     if last < 1:

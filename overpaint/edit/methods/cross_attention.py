@@ -18,6 +18,7 @@ from torch import Tensor
 
 from overpaint.edit.captions import captions, layer_inputs
 from overpaint.edit.change import Change
+from overpaint.edit.drift import weight_drift
 from overpaint.edit.least_squares import Factors, Solution, contradiction, factorise
 from overpaint.edit.methods.quickfix import preserve_gram
 from overpaint.edit.movement import Movement
@@ -78,7 +79,7 @@ def projection_sites(
 
     Args:
         model: The model.
-        layers: Cross-attention layers: numbers, names, or the sites that `trace.pick_window` returned; `None` means all.
+        layers: Cross-attention layers: numbers, names, or the sites of `trace.pick_window`; `None` means all.
         matrices: `"k"`, `"v"` or both.
 
     Raises:
@@ -96,8 +97,8 @@ def projection_sites(
     if unknown or not matrices or not indices:
         value = repr(unknown[0]) if unknown else "none"
         raise ValueError(
-            f"an edit of cross-attention moves 'k', 'v' or both, in at least one layer, got {value}: leave the argument "
-            "out for the default."
+            f"an edit of cross-attention moves 'k', 'v' or both, in at least one layer, got {value}: leave the "
+            "argument out for the default."
         )
     return [f"unet.cross_attn.{i}.to_{name}" for i in indices for name in ("k", "v") if name in matrices]  # fmt: skip
 
@@ -282,25 +283,23 @@ def _squared_norms(
 ) -> dict[str, float]:
     """Return squared norms that are summed over the weights for the report.
 
-    `projected` holds keys, preserved keys and the empty prompt times the right factor, which all weights share.
+    `projected` holds keys, preserved keys and the empty prompt times the right factor, which all weights share and
+    whose rows are orthonormal: the left factor moves these as the whole movement moves the inputs themselves.
     """
-
-    def square(matrix: Tensor) -> float:
-        return float(matrix.norm()) ** 2
-
     left, weight = solution.left, parameter.detach().cpu().float()
-    moved = [rows @ left.T for rows in projected]
-    return {
-        "delta": square(left),  # the rows of the right factor are orthonormal
-        "weight": square(weight),
-        "before": square(residuals),
-        "after": square(residuals - moved[0]),
-        "target": square(edit.sources @ weight.T),
-        "preserve_moved": square(moved[1]),
-        "preserve": square(edit.preserve @ weight.T),
-        "empty_moved": square(moved[2]),
-        "empty": square(edit.empty @ weight.T),
+    keys, preserve, empty = projected
+    norms = {
+        "delta": weight_drift(left),
+        "weight": weight_drift(weight),
+        "before": float(residuals.norm()),
+        "after": float((residuals - keys @ left.T).norm()),
+        "target": weight_drift(weight, inputs=edit.sources),
+        "preserve_moved": weight_drift(left, inputs=preserve),
+        "preserve": weight_drift(weight, inputs=edit.preserve),
+        "empty_moved": weight_drift(left, inputs=empty),
+        "empty": weight_drift(weight, inputs=edit.empty),
     }
+    return {name: norm**2 for name, norm in norms.items()}
 
 
 def _report(

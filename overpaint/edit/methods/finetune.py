@@ -1,54 +1,100 @@
-r"""Fine-tuning, the slow reference: cross-attention trained until an old concept is denoised as a new one.
+r"""Fine-tuning, the slow reference: cross-attention is trained until the old concept is denoised like the new one.
 
-Concept Ablation in its model-based form: at a noised picture :math:`x_t` of the new concept, what the tuned UNet
-predicts for the old one's caption should be what the frozen UNet predicts for the new one's,
+Concept Ablation in its model-based form: at a noised picture :math:`x_t` of the new concept, the prediction of the
+tuned UNet for the old concept's caption should equal the prediction of the frozen UNet for the new one's,
 
 .. math:: \min_{W'} \mathbb{E}_{x, t, \epsilon}
     \big\| \epsilon_{W'}(x_t, c_{old}, t) - \epsilon_W(x_t, c_{new}, t) \big\|_2^2 .
 
 Source: Kumari et al., 2023, https://arxiv.org/abs/2303.13516, equation 5.
-Deviations: the frozen model draws the pictures, a few steps each, so that no data are needed; preserved prompts, where
-given, take turns with the pairs and should be denoised as before. Meant to compare with: a closed form does the same
+Deviations: the frozen model draws the pictures, with few steps each, so no data are needed; preserved prompts, where
+given, alternate with the pairs and are trained to be denoised as before. It is a baseline: a closed form does the same
 thousands of times faster.
 """
 
+import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Generator, Tensor, nn
 
 from overpaint.edit.captions import caption, check_pairs
 from overpaint.edit.change import Change
-from overpaint.edit.methods.cross_attention import Layer, Projection, projections
+from overpaint.edit.methods.cross_attention import Layer, Projection, projection_sites
 from overpaint.edit.methods.quickfix import FRAMES
 from overpaint.edit.movement import Movement
 from overpaint.edit.weights import find_weights, fingerprint
 from overpaint.errors import UnsupportedModel
 from overpaint.model import TextToImage
-from overpaint.model.sampling import denoise
+from overpaint.model.sampling import Progress, denoise
 from overpaint.optim import DiffGrad
 
-__all__ = ["finetune"]
+__all__ = ["Training", "TrainingSettings", "finetune"]
 
 Optimiser = Literal["adam", "diffgrad"]
 
 
-@dataclass(frozen=True, eq=False)
-class _Lesson:
-    """Text features of what is read and of what it should be denoised as, shape (1, L, D), and pictures to do it on."""
+class TrainingSettings(TypedDict, total=False):
+    """Keyword arguments of `finetune` that set the training; `Training` describes them and has the defaults."""
 
-    read: Tensor
-    meant: Tensor
-    pictures: Tensor
+    steps: int
+    lr: float
+    optimizer: Optimiser
+    batch_size: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of the training in `finetune`.
+
+    Attributes:
+        steps: Number of updates; each reads one caption.
+        lr: Learning rate.
+        optimizer: `"adam"` or `"diffgrad"`.
+        batch_size: Number of noised pictures of an update.
+        seed: Seed of pictures, noise and the order of captions.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    steps: int = 100
+    lr: float = 1e-4
+    optimizer: Optimiser = "adam"
+    batch_size: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_positive({"steps": self.steps, "batch_size": self.batch_size, "lr": self.lr})
+        if self.optimizer not in ("adam", "diffgrad"):
+            raise ValueError(
+                f"`optimizer` must be 'adam' or 'diffgrad', got {self.optimizer!r}. Leave it out for Adam."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class _Example:
+    """Training data of one caption.
+
+    Attributes:
+        old: Text features that the tuned UNet reads, shape (1, L, D).
+        new: Text features that the frozen UNet reads, shape (1, L, D).
+        latents: Pictures to add noise to, shape (P, C, h, w).
+    """
+
+    old: Tensor
+    new: Tensor
+    latents: Tensor
 
 
 class _Predictor(nn.Module):
-    """The model's noise prediction, whose UNet can be called with other weights."""
+    """The model's noise prediction as a module, so that `functional_call` can replace weights of the UNet."""
 
     def __init__(self, model: TextToImage) -> None:
         super().__init__()
@@ -63,36 +109,28 @@ def finetune(
     model: TextToImage,
     pairs: Mapping[str, str],
     *,
-    steps: int = 100,
-    lr: float = 1e-4,
-    optimizer: Optimiser = "adam",
-    batch_size: int = 4,
     preserve: Sequence[str] = (),
     frames: Sequence[str] = FRAMES,
     layers: Sequence[Layer] | None = None,
     matrices: Sequence[Projection] = ("k", "v"),
     pictures: int = 4,
     picture_steps: int = 10,
-    seed: int = 0,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Progress | None = None,
+    **training: Unpack[TrainingSettings],
 ) -> Change:
-    """Change trained by gradient descent so that each old concept is denoised as its new one; the model stays as it is.
+    """Return the change, trained by gradient descent, by which each old concept is denoised like its new one.
 
     Args:
-        model: The model to edit.
+        model: The model to edit; it is not modified.
         pairs: Old concept to new.
-        steps: Updates; each takes one caption.
-        lr: Learning rate.
-        optimizer: `"adam"` or `"diffgrad"`.
-        batch_size: Noised pictures in an update.
-        preserve: Prompts that should be denoised as before; an update on one of them follows each on a pair.
-        frames: Captions around the concept: put before it, or filled in where they hold `{}`.
+        preserve: Prompts that should be denoised as before; each update on a pair is followed by one on such a prompt.
+        frames: Captions around the concept: a prefix, or a text in which `{}` is replaced.
         layers: Cross-attention layers, all if `None`.
-        matrices: Which of their projections.
-        pictures: How many are drawn of each caption to be noised.
-        picture_steps: Denoising steps of each.
-        seed: Of pictures, noise and the order of captions.
-        on_progress: Called after each update with the updates done and all of them.
+        matrices: Which of their projections are trained.
+        pictures: Number of pictures drawn for each caption.
+        picture_steps: Denoising steps of each picture.
+        on_progress: Called with (updates done, all updates, label).
+        **training: `steps`, `lr`, `optimizer`, `batch_size` and `seed`, as in `Training`.
 
     Returns:
         The change of all these projections. It was not solved, so it can be applied and scaled but not added. Its
@@ -101,26 +139,26 @@ def finetune(
     Raises:
         ValueError: A concept is empty or equals its target, a number is out of range, or the training diverged.
         UnsupportedModel: The UNet is offloaded.
-        TypeError: A list of texts is one text.
+        TypeError: A list of texts is one text, or a keyword is unknown.
     """
     check_pairs(pairs)
-    _check(steps, lr, optimizer, batch_size, pictures, picture_steps)
+    settings = Training(**training)
+    _check_positive({"pictures": pictures, "picture_steps": picture_steps})
     if isinstance(preserve, str) or isinstance(frames, str) or not frames:
         raise TypeError(
             "`preserve` and `frames` are lists of texts, and `frames` is not empty: write ['...'] around a single one."
         )
     started = time.perf_counter()
-    sites = projections(model, layers, matrices)
+    sites = projection_sites(model, layers, matrices)
     parameters = [weight.parameter for weight in find_weights(model, sites)]
-    lessons = _lessons(model, pairs, preserve, frames, pictures, picture_steps, seed)
+    examples = _examples(
+        model, pairs, preserve, frames, pictures=pictures, steps=picture_steps, seed=settings.seed
+    )
     drawn = time.perf_counter()
     tuned = [nn.Parameter(p.detach().float().clone()) for p in parameters]
-    losses = _train(
-        model, parameters, tuned, lessons,
-        steps=steps, lr=lr, optimizer=optimizer, batch_size=batch_size, seed=seed, on_progress=on_progress,
-    )  # fmt: skip
+    losses = _train(model, parameters, tuned, examples, settings, on_progress)
     movements = tuple(_movement(*row) for row in zip(sites, parameters, tuned, strict=True))
-    tenth = max(1, steps // 10)
+    tenth = max(1, settings.steps // 10)
     report = {
         "weights": len(sites),
         "loss_before": sum(losses[:tenth]) / tenth,
@@ -133,89 +171,85 @@ def finetune(
     }
     protocol = {
         "method": "finetune", "model": model.name, "pairs": dict(pairs), "preserve": list(preserve),
-        "steps": steps, "lr": lr, "optimizer": optimizer, "batch_size": batch_size, "frames": list(frames),
-        "matrices": list(matrices), "sites": sites, "pictures": pictures, "picture_steps": picture_steps, "seed": seed,
+        **dataclasses.asdict(settings), "frames": list(frames), "matrices": list(matrices), "sites": sites,
+        "pictures": pictures, "picture_steps": picture_steps,
         "versions": {name: version(name) for name in ("torch", "transformers", "diffusers")},
     }  # fmt: skip
     return Change(movements, protocol, report)
 
 
-def _lessons(
+def _examples(
     model: TextToImage,
     pairs: Mapping[str, str],
     preserve: Sequence[str],
     frames: Sequence[str],
+    *,
     pictures: int,
-    picture_steps: int,
+    steps: int,
     seed: int,
-) -> tuple[list[_Lesson], list[_Lesson]]:
-    """Return what to learn of the pairs, and of the preserved prompts."""
-    asked = [(old, new, frame) for old, new in pairs.items() for frame in frames]
-    olds = [caption(model, old, frame).text for old, _, frame in asked]
-    news = [caption(model, new, frame).text for _, new, frame in asked]
+) -> tuple[list[_Example], list[_Example]]:
+    """Return the examples of the pairs and those of the preserved prompts."""
+    framed = [(old, new, frame) for old, new in pairs.items() for frame in frames]
+    olds = [caption(model, old, frame).text for old, _, frame in framed]
+    news = [caption(model, new, frame).text for _, new, frame in framed]
     empty = model.encode([""])
-    drawn: dict[str, _Lesson] = {}
+    drawn: dict[str, _Example] = {}
     for text in dict.fromkeys([*news, *preserve]):
-        meant = model.encode([text])
+        embeds = model.encode([text])
         seeds = range(seed + 1000 * len(drawn), seed + 1000 * len(drawn) + pictures)
         latents = denoise(
             model,
-            model.initial_latents(list(seeds), steps=picture_steps),
-            meant.expand(pictures, -1, -1),
+            model.initial_latents(list(seeds), steps=steps),
+            embeds.expand(pictures, -1, -1),
             empty,
-            steps=picture_steps,
+            steps=steps,
             guidance_scale=model.guidance_scale,
             generators=[Generator().manual_seed(s + 1) for s in seeds],
         )
-        drawn[text] = _Lesson(meant, meant, latents)
-    taught = [
-        _Lesson(model.encode([old]), drawn[new].meant, drawn[new].pictures)
+        drawn[text] = _Example(embeds, embeds, latents)
+    edited = [
+        _Example(model.encode([old]), drawn[new].new, drawn[new].latents)
         for old, new in zip(olds, news, strict=True)
     ]
-    return taught, [drawn[text] for text in preserve]
+    return edited, [drawn[text] for text in preserve]
 
 
 def _train(
     model: TextToImage,
     parameters: Sequence[nn.Parameter],
     tuned: Sequence[nn.Parameter],
-    lessons: tuple[list[_Lesson], list[_Lesson]],
-    *,
-    steps: int,
-    lr: float,
-    optimizer: Optimiser,
-    batch_size: int,
-    seed: int,
-    on_progress: Callable[[int, int], None] | None,
+    examples: tuple[list[_Example], list[_Example]],
+    settings: Training,
+    on_progress: Progress | None,
 ) -> list[float]:
-    """Train `tuned`, and return the loss of each update on a pair."""
+    """Train `tuned` in place of `parameters`, and return the loss of each update on a pair."""
     predictor = _Predictor(model)
     names = {id(p): name for name, p in predictor.named_parameters()}
     if any(id(p) not in names for p in parameters):
         raise UnsupportedModel(
             "the UNet's weights are offloaded, and training needs them in memory: load the model without offloading."
         )
-    given = {names[id(p)]: t for p, t in zip(parameters, tuned, strict=True)}
-    generator = Generator().manual_seed(seed)
-    kind = {"adam": torch.optim.Adam, "diffgrad": DiffGrad}[optimizer]
-    updates: Any = kind(list(tuned), lr=lr)
+    replaced = {names[id(p)]: t for p, t in zip(parameters, tuned, strict=True)}
+    generator = Generator().manual_seed(settings.seed)
+    kind = {"adam": torch.optim.Adam, "diffgrad": DiffGrad}[settings.optimizer]
+    optimizer: Any = kind(list(tuned), lr=settings.lr)
     losses: list[float] = []
-    for done in range(1, steps + 1):
-        for some in (part for part in lessons if part):
-            lesson = some[int(torch.randint(len(some), (1,), generator=generator))]
-            loss = _loss(predictor, model, given, lesson, batch_size, generator)
+    for done in range(1, settings.steps + 1):
+        for group in (part for part in examples if part):
+            example = group[int(torch.randint(len(group), (1,), generator=generator))]
+            loss = _loss(predictor, model, replaced, example, settings.batch_size, generator)
             gradients = torch.autograd.grad(loss, list(tuned))
             for parameter, gradient in zip(tuned, gradients, strict=True):
                 parameter.grad = gradient
-            updates.step()
-            if some is lessons[0]:
+            optimizer.step()
+            if group is examples[0]:
                 losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise ValueError(
-                f"the training diverged at update {done}: lower `lr`, {lr!r}, or load the model in float32."
+                f"the training diverged at update {done}: lower `lr`, {settings.lr!r}, or load the model in float32."
             )
         if on_progress is not None:
-            on_progress(done, steps)
+            on_progress(done, settings.steps, "fine-tuning")
     return losses
 
 
@@ -223,50 +257,41 @@ def _loss(
     predictor: _Predictor,
     model: TextToImage,
     tuned: Mapping[str, Tensor],
-    lesson: _Lesson,
+    example: _Example,
     batch_size: int,
     generator: Generator,
 ) -> Tensor:
-    """Return the mean squared difference between tuned and frozen prediction at pictures noised to random degrees."""
+    """Return the mean squared difference of tuned and frozen prediction at pictures with random amounts of noise."""
     alphas = model.scheduler.alphas_cumprod
-    rows = torch.randint(len(lesson.pictures), (batch_size,), generator=generator)
+    rows = torch.randint(len(example.latents), (batch_size,), generator=generator)
     t = torch.randint(len(alphas), (batch_size,), generator=generator)
-    noise = torch.randn((batch_size, *lesson.pictures.shape[1:]), generator=generator)
-    clean = lesson.pictures[rows.to(model.device)]
+    noise = torch.randn((batch_size, *example.latents.shape[1:]), generator=generator)
+    clean = example.latents[rows.to(model.device)]
     share = alphas[t].view(-1, 1, 1, 1).to(clean)
     noisy = share.sqrt() * clean + (1 - share).sqrt() * noise.to(clean)
     t = t.to(model.device)
     with torch.no_grad():
-        wanted = predictor(noisy, t, lesson.meant.expand(batch_size, -1, -1))
+        target = predictor(noisy, t, example.new.expand(batch_size, -1, -1))
     cast = {name: value.to(model.dtype) for name, value in tuned.items()}
-    found = torch.func.functional_call(
-        predictor, cast, (noisy, t, lesson.read.expand(batch_size, -1, -1))
+    prediction = torch.func.functional_call(
+        predictor, cast, (noisy, t, example.old.expand(batch_size, -1, -1))
     )
-    return (found.float() - wanted.float()).square().mean()
+    return (prediction.float() - target.float()).square().mean()
 
 
 def _movement(site: str, parameter: nn.Parameter, tuned: Tensor) -> Movement:
-    """Return the whole difference as factors of which the smaller is the identity."""
+    """Return the whole difference of two weights as factors, the smaller of which is the identity."""
     weight = parameter.detach().cpu()
     delta = (tuned.detach().cpu().double() - weight.double()).float()
     out, width = delta.shape
     left, right = (torch.eye(out), delta) if out <= width else (delta, torch.eye(width))
-    none = torch.zeros(0, width), torch.zeros(0, out)
-    return Movement(site, fingerprint(parameter), left, right, *none, (), None)
+    no_keys = torch.zeros(0, width), torch.zeros(0, out)
+    return Movement(site, fingerprint(parameter), left, right, *no_keys, (), None)
 
 
-def _check(
-    steps: int, lr: float, optimizer: str, batch_size: int, pictures: int, picture_steps: int
-) -> None:
-    numbers = {
-        "steps": steps, "batch_size": batch_size, "pictures": pictures, "picture_steps": picture_steps, "lr": lr,
-    }  # fmt: skip
+def _check_positive(numbers: Mapping[str, float]) -> None:
     wrong = [name for name, value in numbers.items() if not (math.isfinite(value) and value > 0)]
     if wrong:
         raise ValueError(
             f"`{wrong[0]}` must be positive, got {numbers[wrong[0]]!r}. Leave it out for the default."
-        )
-    if optimizer not in ("adam", "diffgrad"):
-        raise ValueError(
-            f"`optimizer` must be 'adam' or 'diffgrad', got {optimizer!r}. Leave it out for Adam."
         )

@@ -1,6 +1,8 @@
-"""Which text layer to edit: what an edit of each does at the encoder's output, where the UNet reads it.
+"""Choose the text layer to edit: measure an edit of each layer at the encoder's output, which the UNet reads.
 
-Source: ours; the paper edits layer 0, where its causal state is.
+Source: ours; Basu et al., 2024, https://arxiv.org/abs/2310.13730, edit layer 0, where their tracing finds the causal
+state.
+Deviations: none, the method is ours.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,8 +12,10 @@ from torch import Tensor
 
 from overpaint.edit.captions import Pair, places
 from overpaint.edit.change import Change
+from overpaint.edit.drift import feature_drift
 from overpaint.edit.weights import text_layers
 from overpaint.model import TextToImage
+from overpaint.model.sampling import Progress
 
 __all__ = ["scan"]
 
@@ -20,43 +24,44 @@ _CHUNK = 256  # captions read at once
 
 def scan(
     model: TextToImage,
-    make: Callable[[int], Change],
+    edit_layer: Callable[[int], Change],
     *,
     pairs: Sequence[Pair],
     unseen: Sequence[str],
-    on_progress: Callable[[int, int, str], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> list[dict[str, float]]:
-    """Return what an edit of each layer of the first text encoder misses and moves, in units of the movement asked for.
+    """Return, for an edit of each layer of the first text encoder, the missed target movement and the drift.
 
     Args:
-        model: Each change is applied to it and taken back, bit for bit.
-        make: Returns the change of a layer, from 0.
-        pairs: Captions of the edited concepts beside those of their replacements; nothing may have been fitted to them.
+        model: Each change is applied to it and reverted, bit for bit.
+        edit_layer: Returns the change of a layer, numbered from 0.
+        pairs: Captions of the edited concepts beside those of their replacements; no edit may be fitted to them.
         unseen: Captions that should not move.
-        on_progress: Told what is done, of how much, and of what.
+        on_progress: Called with (done, total, label).
 
     Returns:
-        A row a layer: `layer`, `missed` (squared distance of the edited old caption from the new one, over that of the
-        unedited old one) and `drift` (squared movement of an average other caption, over that asked of an average old
-        one).
+        One row for each layer: `layer`, `missed` (squared distance of the edited old caption from the new one, over
+        that of the unedited old one) and `drift` (mean squared movement of an unseen caption, over the mean target
+        movement of an old one).
     """
     count = len(text_layers(model))
     ids = torch.cat([torch.stack([p.old.ids, p.new.ids]) for p in pairs])
-    old_ids, other_ids = ids[::2], model.tokenize(list(unseen))
-    at, of = places(pairs, torch.arange(len(ids)), ids.shape[1])
-    before, still = _outputs(model, ids), _outputs(model, other_ids)
-    old, new = before.flatten(0, 1)[at], before.flatten(0, 1)[of]
-    asked = float((new - old).square().sum())
+    old_ids, unseen_ids = ids[::2], model.tokenize(list(unseen))
+    key_rows, source_rows = places(pairs, torch.arange(len(ids)), ids.shape[1])
+    before, unseen_before = _outputs(model, ids), _outputs(model, unseen_ids)
+    old, new = before.flatten(0, 1)[key_rows], before.flatten(0, 1)[source_rows]
+    energy = float((new - old).square().sum())
+    reference = (energy / len(pairs)) ** 0.5
     rows: list[dict[str, float]] = []
     for layer in range(count):
         if on_progress is not None:
-            on_progress(layer, count, "trying every layer")
-        with make(layer).applied(model):
-            after, moved = _outputs(model, old_ids), _outputs(model, other_ids)
-        whole = before.clone()
-        whole[::2] = after
-        missed = float((new - whole.flatten(0, 1)[at]).square().sum()) / asked
-        drift = float((moved - still).square().sum()) / len(unseen) / (asked / len(pairs))
+            on_progress(layer, count, "editing each layer")
+        with edit_layer(layer).applied(model):
+            after, unseen_after = _outputs(model, old_ids), _outputs(model, unseen_ids)
+        edited = before.clone()
+        edited[::2] = after
+        missed = float((new - edited.flatten(0, 1)[key_rows]).square().sum()) / energy
+        drift = feature_drift(unseen_before, unseen_after, relative_to=reference) ** 2
         rows.append({"layer": layer, "missed": missed, "drift": drift})
     return rows
 
@@ -65,5 +70,5 @@ def _outputs(model: TextToImage, ids: Tensor) -> Tensor:
     """Return the first text encoder's last states for token ids (B, L), shape (B, L, D), on the CPU in float32."""
     device = next(model.text_encoder.parameters()).device
     with torch.no_grad():
-        read = [model.text_encoder(part.to(device))[0].float().cpu() for part in ids.split(_CHUNK)]
-    return torch.cat(read)
+        parts = [model.text_encoder(part.to(device))[0].float().cpu() for part in ids.split(_CHUNK)]
+    return torch.cat(parts)

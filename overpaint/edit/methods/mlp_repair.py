@@ -1,23 +1,24 @@
-r"""What the projection of a text layer leaves to do, taken up by the MLP behind it.
+r"""Second step of an edit: fit the layer's `mlp.fc2` to the residual that its `out_proj` cannot remove.
 
-An attention's `out_proj` reads mixtures of tokens in as many directions as the model is wide: it cannot tell every
-concept from every other one. The MLP of the same layer reads four times as many, after a nonlinearity. With the first
-movement in place, its second matrix is fitted so that the layer as a whole gives
+The inputs of an attention's `out_proj` are mixtures of tokens in D dimensions, too few to separate every concept from
+every other one. The second matrix of the same layer's MLP reads four times as many, after a nonlinearity. With the
+first movement in place it is fitted so that the output of the layer is
 
-- on captions of an edited concept, what the unedited layer gives on the captions of its replacement;
-- on all other captions, what it gave before.
+- on captions of an edited concept, the output of the unedited layer on the captions of its replacement;
+- on all other captions, the output before the edit.
 
-Both are one regularised least squares: with inputs :math:`k` of `fc2` under the first movement and :math:`r` what the
-layer's output lacks, minimise :math:`\sum \|\Delta k - r\|^2 + \lambda \|\Delta\|_F^2`, a term a caption.
+Both are one regularised least squares: with inputs :math:`k` of `fc2` under the first movement and residuals :math:`r`
+of the layer's output, minimise :math:`\sum \|\Delta k - r\|^2 + \lambda \|\Delta\|_F^2`, each caption with its weight.
 
-The inputs depend on the first movement and so on all its concepts: such a change is not added to another one but made
-anew for the pairs of both (`stack`).
+The inputs depend on the first movement, and so on all its concepts: such a change cannot be added to another one, and
+`edit.stack` makes it again for the pairs of both.
 
-Source: ours; that the MLPs of a transformer can be read as keys and values, and edited so, is in Meng et al., 2022
-(ROME), https://arxiv.org/abs/2202.05262, section 3.1.
+Source: ours; reading and editing the MLPs of a transformer as keys and values is from Meng et al., 2022 (ROME),
+https://arxiv.org/abs/2202.05262, section 3.1.
+Deviations: none, the method is ours.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,44 +40,47 @@ _CHUNK = 128  # captions read at once
 
 @dataclass(frozen=True, eq=False)
 class _Sums:
-    """What the fit reads of inputs K (N, D_in) and wanted movements R (N, D_out), as weighted sums over captions.
+    """Weighted sums over captions of inputs K (N, D_in) and residuals R (N, D_out).
 
-    `gram` is K^T K, `cross` R^T K, `energy` the squared norm of R, `asked` that of the whole movement before any edit.
+    Attributes:
+        gram: K^T K, shape (D_in, D_in).
+        cross: R^T K, shape (D_out, D_in).
+        energy: Squared norm of R.
+        target_energy: Squared norm of the whole target movement, before any edit.
     """
 
     gram: Tensor
     cross: Tensor
     energy: float
-    asked: float = 0.0
+    target_energy: float = 0.0
 
-    def left(self, delta: Tensor) -> float:
-        """Return the squared norm of what `delta` leaves of R."""
-        return (
-            float((delta @ self.gram * delta).sum() - 2 * (delta * self.cross).sum()) + self.energy
-        )
+    def residual_energy(self, delta: Tensor) -> float:
+        """Return the squared norm of R after the movement `delta`."""
+        quadratic = float((delta @ self.gram * delta).sum() - 2 * (delta * self.cross).sum())
+        return quadratic + self.energy
 
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """One text layer from its attention on, with and without a movement of `out_proj`."""
+    """One text layer after its attention, with and without a movement of `out_proj`."""
 
     model: TextToImage
     block: Any
     delta: Tensor
 
     @classmethod
-    def of(cls, model: TextToImage, layer: int, delta: Tensor) -> "_Layer":
+    def find(cls, model: TextToImage, layer: int, delta: Tensor) -> "_Layer":
         block = text_layers(model)[layer]
         parts = ("layer_norm2", "mlp.activation_fn", "mlp.fc1", "mlp.fc2")
         modules = dict(block.named_modules())
         if missing := [name for name in parts if name not in modules]:
             raise UnsupportedModel(
-                f"text layer {layer} has no {missing[0]}, so there is nothing to repair with: say `repair=False`."
+                f"text layer {layer} has no {missing[0]}, so its MLP cannot be edited: pass `repair=False`."
             )
         return cls(model, block, delta.float())
 
     def read(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return, for token ids (B, L): the layer's old output, what its MLP's `fc2` then reads, and its new output."""
+        """Return, for token ids (B, L): the old output of the layer, the new input of its `fc2`, and its new output."""
         device = self.block.mlp.fc2.weight.device
         attention, norm = self.block.self_attn.out_proj, self.block.layer_norm2
         with (
@@ -95,15 +99,15 @@ class _Layer:
         return self._output(state)[1], *self._output(moved)
 
     def _output(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what `fc2` reads and the layer's output, of the state after the attention; float32."""
+        """Return the input of `fc2` and the output of the layer, from the state after the attention; float32."""
         norm, mlp = self.block.layer_norm2, self.block.mlp
 
-        def numbers(module: Any) -> tuple[Tensor, Tensor]:
+        def weight_and_bias(module: Any) -> tuple[Tensor, Tensor]:
             return module.weight.detach().float().cpu(), module.bias.detach().float().cpu()
 
-        scaled = layer_norm(state, norm.normalized_shape, *numbers(norm), norm.eps)
-        hidden = mlp.activation_fn(linear(scaled, *numbers(mlp.fc1)))
-        return hidden, state + linear(hidden, *numbers(mlp.fc2))
+        scaled = layer_norm(state, norm.normalized_shape, *weight_and_bias(norm), norm.eps)
+        hidden = mlp.activation_fn(linear(scaled, *weight_and_bias(mlp.fc1)))
+        return hidden, state + linear(hidden, *weight_and_bias(mlp.fc2))
 
 
 def repair(
@@ -111,106 +115,108 @@ def repair(
     movement: Movement,
     *,
     layer: int,
-    wanted: Sequence[Sequence[Pair]],
-    kept: Sequence[tuple[Sequence[str], float]],
+    pairs: Sequence[Sequence[Pair]],
+    preserve: Sequence[tuple[Sequence[str], float]],
     fresh: Sequence[Sequence[Pair]],
     unseen: Sequence[str],
     ridge: float,
 ) -> tuple[Movement, dict[str, float]]:
-    """Return the movement of a layer's `mlp.fc2` that completes one of its `out_proj`; the model is not touched.
+    """Return the movement of a layer's `mlp.fc2` that completes one of its `out_proj`; the model is not modified.
 
     Args:
-        model: Unedited.
-        movement: Of `text.<layer>.self_attn.out_proj`.
-        layer: Of the first text encoder, from 0.
-        wanted: Of each concept, its captions paired with those of the replacement; a concept weighs 1.
-        kept: Captions whose output should stay, in groups, each with its weight.
-        fresh: As `wanted`, to measure with; not fitted.
-        unseen: As `kept`, to measure with.
+        model: The unedited model.
+        movement: Movement of `text.<layer>.self_attn.out_proj`.
+        layer: Layer of the first text encoder, from 0.
+        pairs: For each concept, its captions paired with those of the replacement; a concept has weight 1.
+        preserve: Groups of captions whose output should not change, each with its weight.
+        fresh: As `pairs`, to measure with; not fitted.
+        unseen: Captions whose output should not change, to measure with; not fitted.
         ridge: As in `auto`.
 
     Returns:
-        The movement, whose `gram` is that of the whole system and which has no keys of its own; and what the layer's
-        output misses and how far other captions drift, both as shares of the movement asked for, before and after.
+        The movement, whose `gram` is that of the whole system and which has no keys; and the report: missed target
+        movement and drift of unseen captions at the layer's output, both relative to the target movement, before and
+        after.
 
     Raises:
         UnsupportedModel: The layer has no such MLP, or the encoder is compiled or fused.
     """
-    read = _Layer.of(model, layer, movement.delta)
+    block = _Layer.find(model, layer, movement.delta)
     site = f"text.{layer}.mlp.fc2"
     parameter = find_weight(model, site).parameter
-    parts = [_of_pairs(read, pairs) for pairs in wanted]
-    parts += [_of_captions(read, captions, weight) for captions, weight in kept if weight]
+    parts = [_pair_sums(block, group) for group in pairs]
+    parts += [_caption_sums(block, captions, weight) for captions, weight in preserve if weight]
     gram = sum((p.gram for p in parts[1:]), parts[0].gram)
     cross = sum((p.cross for p in parts[1:]), parts[0].cross)
     system = gram + ridge * torch.eye(len(gram), dtype=torch.float64)
     delta = torch.linalg.solve(system, cross.T).T
     factors = torch.eye(len(delta), dtype=torch.float64), delta
-    none = torch.zeros(0, delta.shape[1]), torch.zeros(0, len(delta))
-    made = Movement(site, fingerprint(parameter), *factors, *none, (), gram)
-    return made, _report(read, delta, fresh, unseen)
+    no_keys = torch.zeros(0, delta.shape[1]), torch.zeros(0, len(delta))
+    repaired = Movement(site, fingerprint(parameter), *factors, *no_keys, (), gram)
+    return repaired, _report(block, delta, fresh, unseen)
 
 
 def _report(
-    read: _Layer, delta: Tensor, fresh: Sequence[Sequence[Pair]], unseen: Sequence[str]
+    block: _Layer, delta: Tensor, fresh: Sequence[Sequence[Pair]], unseen: Sequence[str]
 ) -> dict[str, float]:
-    missed = [_of_pairs(read, pairs) for pairs in fresh]
-    asked = sum(part.asked for part in missed) / len(missed)
-    drift = _of_captions(read, unseen, 1.0)
-    still = torch.zeros_like(delta)
-    told: dict[str, float] = {}
-    for name, movement in (("_before_repair", still), ("", delta)):
-        left = sum(part.left(movement) for part in missed) / len(missed)
-        told[f"layer_missed{name}"] = left / asked
-        told[f"layer_drift{name}"] = drift.left(movement) / asked
-    return told
+    fresh_sums = [_pair_sums(block, pairs) for pairs in fresh]
+    target = sum(part.target_energy for part in fresh_sums) / len(fresh_sums)
+    unseen_sums = _caption_sums(block, unseen, 1.0)
+    report: dict[str, float] = {}
+    for suffix, movement in (("_before_repair", torch.zeros_like(delta)), ("", delta)):
+        missed = sum(part.residual_energy(movement) for part in fresh_sums) / len(fresh_sums)
+        report[f"layer_missed{suffix}"] = missed / target
+        report[f"layer_drift{suffix}"] = unseen_sums.residual_energy(movement) / target
+    return report
 
 
-def _of_pairs(read: _Layer, pairs: Sequence[Pair]) -> _Sums:
+def _pair_sums(block: _Layer, pairs: Sequence[Pair]) -> _Sums:
+    """Return the sums over pairs of captions, as a mean."""
     parts: list[_Sums] = []
-    for found in _chunks(pairs):
-        old, at, new, of = _rows(read, found)
-        asked = float((new[0][of] - old[0][at]).square().sum()) / len(pairs)
-        parts.append(_summed(old[1][at], new[0][of] - old[2][at], 1 / len(pairs), asked))
+    for start in range(0, len(pairs), _CHUNK):
+        old, key_rows, new, source_rows = _rows(block, pairs[start : start + _CHUNK])
+        target = float((new[0][source_rows] - old[0][key_rows]).square().sum()) / len(pairs)
+        residual = new[0][source_rows] - old[2][key_rows]
+        parts.append(_weighted(old[1][key_rows], residual, 1 / len(pairs), target))
     return _total(parts)
 
 
-def _of_captions(read: _Layer, captions: Sequence[str], weight: float) -> _Sums:
+def _caption_sums(block: _Layer, captions: Sequence[str], weight: float) -> _Sums:
+    """Return the sums over captions whose output should not change, as a mean times `weight`."""
     parts: list[_Sums] = []
     for start in range(0, len(captions), _CHUNK):
-        before, hidden, after = read.read(read.model.tokenize(captions[start : start + _CHUNK]))
+        before, hidden, after = block.read(block.model.tokenize(captions[start : start + _CHUNK]))
         rows = hidden.flatten(0, 1), (before - after).flatten(0, 1)
-        parts.append(_summed(*rows, weight / len(captions)))
+        parts.append(_weighted(*rows, weight / len(captions)))
     return _total(parts)
 
 
 def _rows(
-    read: _Layer, found: Sequence[Pair]
+    block: _Layer, pairs: Sequence[Pair]
 ) -> tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, ...], Tensor]:
-    """Return what the layer reads and gives for old and for new captions, flat, and the rows that are aligned."""
-    length = len(found[0].old.ids)
-    at, of = places(found, torch.arange(2 * len(found)), length)
+    """Return `_Layer.read` of old captions with the rows of their keys, and of new captions with those of targets."""
+    length = len(pairs[0].old.ids)
+    key_rows, source_rows = places(pairs, torch.arange(2 * len(pairs)), length)
     old, new = (
-        read.read(torch.stack(ids))
-        for ids in zip(*((p.old.ids, p.new.ids) for p in found), strict=True)
+        block.read(torch.stack(ids))
+        for ids in zip(*((p.old.ids, p.new.ids) for p in pairs), strict=True)
     )
-    half = [(rows // (2 * length)) * length + rows % length for rows in (at, of)]
+    # `places` counts rows of old and new captions in turn; here each kind is a batch of its own
+    key_rows, source_rows = (
+        (rows // (2 * length)) * length + rows % length for rows in (key_rows, source_rows)
+    )
     flat = [tuple(t.flatten(0, 1) for t in states) for states in (old, new)]
-    return flat[0], half[0], flat[1], half[1]
+    return flat[0], key_rows, flat[1], source_rows
 
 
-def _chunks(pairs: Sequence[Pair]) -> Iterator[Sequence[Pair]]:
-    return (pairs[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK))
-
-
-def _summed(keys: Tensor, residual: Tensor, weight: float, asked: float = 0.0) -> _Sums:
+def _weighted(keys: Tensor, residual: Tensor, weight: float, target_energy: float = 0.0) -> _Sums:
     keys, residual = keys.double(), residual.double()
     energy = weight * float(residual.square().sum())
-    return _Sums(weight * keys.T @ keys, weight * residual.T @ keys, energy, asked)
+    return _Sums(weight * keys.T @ keys, weight * residual.T @ keys, energy, target_energy)
 
 
 def _total(parts: Sequence[_Sums]) -> _Sums:
     gram, cross = parts[0].gram, parts[0].cross
     for part in parts[1:]:
         gram, cross = gram + part.gram, cross + part.cross
-    return _Sums(gram, cross, sum(p.energy for p in parts), sum(p.asked for p in parts))
+    return _Sums(gram, cross, sum(p.energy for p in parts), sum(p.target_energy for p in parts))

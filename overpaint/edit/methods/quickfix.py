@@ -1,12 +1,12 @@
 r"""Diff-QuickFix: a closed-form edit of one projection in the text encoder's self-attention.
 
-The layer's inputs at the old concept are the keys :math:`k`, what it makes of the new concept are the targets
-:math:`v = W h_{new}`; the weight then moves by the ridge solution of `solve`.
+The layer's inputs at the old concept are the keys :math:`k`; the weight's outputs at the new concept are the targets
+:math:`v = W h_{new}`. The weight then moves by the ridge solution of `least_squares`.
 
 Source: Basu et al., 2024, https://arxiv.org/abs/2310.13730, equations 8 and 9.
-Deviations: targets come from the layer's inputs in float64, so the bias is never met (the release fits the weight to
-outputs that include it; `subtract_bias=False` does the same). The forward stops where the keys are known, all captions
-in one batch. `preserve` is ours, in UCE's form; the paper has none.
+Deviations: targets are computed from the layer's inputs in float64, without the bias (the release fits the weight to
+outputs that include the bias; `subtract_bias=False` does the same). The forward pass stops at the layer, and all
+captions are read in batches. The paper has no preserve list: `preserve` is the term of UCE, and 0.1 its default weight.
 """
 
 import math
@@ -30,6 +30,7 @@ from overpaint.edit.captions import (
     read_layer,
 )
 from overpaint.edit.change import Change
+from overpaint.edit.drift import weight_drift
 from overpaint.edit.least_squares import (
     Factors,
     Method,
@@ -46,7 +47,7 @@ from overpaint.model import TextToImage
 __all__ = ["FRAMES", "preserve_gram", "quickfix"]
 
 Projection = Literal["q", "k", "v", "out"]
-_ROWS = 4096  # of keys at a time
+_ROWS = 4096  # keys summed at a time
 FRAMES = ("", "a photo of ", "an image of ", "a picture of ")
 
 
@@ -65,27 +66,26 @@ def quickfix(
     encoder: Literal["text", "text2"] = "text",
     solver: Method = "auto",
 ) -> Change:
-    """Change that makes the text encoder read each old concept as its new one; the model is not touched.
+    """Return the change by which the text encoder reads each old concept as its new one; the model is not modified.
 
     Args:
         model: Its text encoder must be a CLIP.
         pairs: Old concept to new, as `{"van gogh": "painting"}`; several are solved jointly.
-        preserve: Whole prompts that should be read as before, at every position from begin-of-text to the last pad:
-            SD-1.x reads pads too, and begin-of-text, the same in every prompt, must not move. `""` is allowed and
-            stands for guidance.
-        preserve_weight: What one preserved key counts against one edited key; 0 is the paper's edit.
+        preserve: Whole prompts whose outputs should not change, at every position from begin-of-text to the last pad:
+            SD-1.x reads pads too, and begin-of-text is the same in every prompt. `""` is allowed; guidance reads it.
+        preserve_weight: Weight of one preserved key against one edited key; 0 leaves the preserve term out.
         ridge: Pull towards the old weight, in units of a key's squared norm. Positive.
         positions: Which tokens become keys: from the concept's last token to the end of the padding (the release),
-            the last token alone (the paper's text), it and the end of text, all tokens of the concept (`"subject"`),
-            or these and everything after (`"subject_to_end"`). Keys and values are aligned by their distance from the
-            concept's last token; where one runs over the new concept's first token or the last pad, that value is
-            repeated.
-        frames: Captions around the concept: put before it, or filled in where they hold `{}`.
+            the last token alone (the paper's text), the last token and the end of text, all tokens of the concept
+            (`"subject"`), or these and everything after (`"subject_to_end"`). Keys and targets are aligned by their
+            distance from the concept's last token; past the new concept's first token or the last pad, the target at
+            that end is repeated.
+        frames: Captions around the concept: a prefix, or a text in which `{}` is replaced.
         subtract_bias: `False` reproduces the release, whose targets include the bias.
         layer: Text layer, from 0.
-        projection: Which matrix of its self-attention; `q`, `k`, `v` are solved on the layer's own inputs.
-        encoder: `"text2"` is the second text encoder of SDXL; an edit of one leaves the other alone.
-        solver: `"dual"`, `"primal"` as in the paper, or `"auto"`, the one that solves the smaller system.
+        projection: Which matrix of its self-attention; `q`, `k` and `v` read the layer's own inputs.
+        encoder: `"text2"` is the second text encoder of SDXL; an edit of one encoder does not change the other.
+        solver: `"dual"`, `"primal"` as in the paper, or `"auto"`, whichever solves the smaller system.
 
     Returns:
         The change of one weight, not rounded, with condition number, effective rank and residuals in its report.
@@ -102,7 +102,7 @@ def quickfix(
     _check_choices(positions, projection)
     clock = _Clock()
     site = f"{encoder}.{layer}.self_attn.{projection}_proj"
-    weight = _weight(model, encoder, layer, site)
+    weight = _finite_weight(model, encoder, layer, site)
     planned = plan(model, pairs, frames, positions, encoder=encoder)
     ids = torch.cat([torch.stack([p.old.ids, p.new.ids]) for p in planned])
     others = model.tokenize(["", *preserve], encoder=weight.encoder or 0)
@@ -110,18 +110,19 @@ def quickfix(
     features, rows = read_layer(model, site, torch.cat([ids, others]))
     key_rows, source_rows = places(planned, rows, ids.shape[1])
     targets = _targets(weight, features, key_rows, source_rows, bias=not subtract_bias)
-    empty, kept = features[rows[len(ids)]], features[rows[len(ids) + 1 :]].flatten(0, 1)
-    clock.tick("keys")
+    empty = features[rows[len(ids)]]
+    preserved = features[rows[len(ids) + 1 :]].flatten(0, 1)
+    clock.record("keys")
     _check_targets(planned, targets)
-    clock.tick("values")
-    gram = preserve_gram(kept, preserve_weight)
+    clock.record("values")
+    gram = preserve_gram(preserved, preserve_weight)
     factors = factorise(targets.keys, ridge=ridge, gram=gram, method=solver)
     fit = _fit(targets, factors)
     movement = Movement.from_solution(
         site, weight.parameter, fit.solution, targets.keys, fit.residual_data, _owners(pairs, planned), gram
     )  # fmt: skip
-    clock.tick("solve")
-    report = _report(movement, fit, kept=kept, empty=empty, weight=targets.weight)
+    clock.record("solve")
+    report = _report(movement, fit, preserved=preserved, empty=empty, weight=targets.weight)
     report |= {
         "condition_number": fit.solution.condition_number,
         "effective_rank": fit.solution.effective_rank,
@@ -132,15 +133,15 @@ def quickfix(
         "subtract_bias": subtract_bias, "encoder": encoder, "layer": layer, "projection": projection, "solver": solver,
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }  # fmt: skip
-    clock.tick("report")
+    clock.record("report")
     return Change((movement,), protocol, report | {"seconds": clock.seconds})
 
 
-def preserve_gram(kept: Tensor, preserve_weight: float) -> Tensor | None:
-    r"""Return :math:`a P^\top P` of the preserved keys, float64, (D_in, D_in); `None` where there is nothing to keep.
+def preserve_gram(keys: Tensor, preserve_weight: float) -> Tensor | None:
+    r"""Return :math:`a P^\top P` of preserved keys, float64, (D_in, D_in); `None` without keys or at weight 0.
 
     Args:
-        kept: :math:`P`, shape (M, D_in).
+        keys: :math:`P`, shape (M, D_in).
         preserve_weight: :math:`a`.
 
     Raises:
@@ -150,9 +151,9 @@ def preserve_gram(kept: Tensor, preserve_weight: float) -> Tensor | None:
         raise ValueError(
             f"`preserve_weight` must be 0 or more and finite, got {preserve_weight!r}. 0.1 is the usual choice."
         )
-    if not len(kept) or preserve_weight == 0:
+    if not len(keys) or preserve_weight == 0:
         return None
-    return product(kept) * preserve_weight
+    return product(keys) * preserve_weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,46 +208,47 @@ def _fit_sums(targets: Targets, gram: Tensor, factors: Factors) -> _Fit:
     delta = solution.delta
     shift = counts.double() @ sources - sums.sum(0)
     moved = product(sources * counts.sqrt()[:, None]) - mixed - mixed.T + gram
-    before = _within(weight, moved) + float(2 * bias @ weight @ shift + len(group) * bias @ bias)
-    after = before - 2 * float((cross * delta).sum()) + _within(delta, gram)
-    target = before + 2 * float((cross * weight).sum()) + _within(weight, gram)
+    before = _quadratic(weight, moved) + float(2 * bias @ weight @ shift + len(group) * bias @ bias)
+    after = before - 2 * float((cross * delta).sum()) + _quadratic(delta, gram)
+    target = before + 2 * float((cross * weight).sum()) + _quadratic(weight, gram)
     norms = (max(square, 0.0) ** 0.5 for square in (before, after, target))
     return _Fit(solution, targets, *norms)
 
 
 def _sums(rows: Tensor, group: Tensor) -> Tensor:
-    """Return the sum of the rows of each group, in double."""
+    """Return the sum of the rows of each group, float64."""
     order = group.argsort(stable=True)
     sizes = torch.bincount(group)
     total = torch.zeros(len(sizes), rows.shape[1], dtype=torch.float64)
     for first in range(0, len(rows), _ROWS):
         chosen = order[first : first + _ROWS]
-        own, counts = torch.unique_consecutive(group[chosen], return_counts=True)
+        groups, counts = torch.unique_consecutive(group[chosen], return_counts=True)
         part = rows.index_select(0, chosen).double()
-        total[own] += embedding_bag(
+        total[groups] += embedding_bag(
             torch.arange(len(chosen)), part, counts.cumsum(0) - counts, mode="sum"
         )
     return total
 
 
-def _within(rows: Tensor, gram: Tensor) -> float:
+def _quadratic(rows: Tensor, gram: Tensor) -> float:
+    """Return the trace of `rows @ gram @ rows.T`."""
     return float((rows @ gram * rows).sum())
 
 
 class _Clock:
-    """Seconds of each stage."""
+    """Measures the seconds of each stage."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
-    def tick(self, stage: str) -> None:
+    def record(self, stage: str) -> None:
         now = time.perf_counter()
         self.seconds[stage] = round(now - self._last, 6)
         self._last = now
 
 
-def _weight(model: TextToImage, encoder: str, layer: int, site: str) -> Weight:
+def _finite_weight(model: TextToImage, encoder: str, layer: int, site: str) -> Weight:
     layers = len(text_layers(model, encoder))
     if not 0 <= layer < layers:
         raise UnknownSite(f"`layer` must be 0 to {layers - 1}, got {layer}. Name one of those.")
@@ -257,36 +259,31 @@ def _weight(model: TextToImage, encoder: str, layer: int, site: str) -> Weight:
 
 
 def _owners(pairs: Mapping[str, str], planned: Sequence[Pair]) -> list[int]:
-    places = {old: i for i, old in enumerate(pairs)}
-    return [places[p.names[0]] for p in planned for _ in p.positions]
+    """Return, for each key, the index of its concept among the pairs."""
+    indices = {old: i for i, old in enumerate(pairs)}
+    return [indices[p.names[0]] for p in planned for _ in p.positions]
 
 
 def _report(
-    movement: Movement, fit: _Fit, *, kept: Tensor, empty: Tensor, weight: Tensor
+    movement: Movement, fit: _Fit, *, preserved: Tensor, empty: Tensor, weight: Tensor
 ) -> dict[str, Any]:
-    """Return how well the movement does what was asked, and what it does besides."""
+    """Return residuals at the keys, and the drift of preserved prompts and of the empty prompt."""
     delta = movement.delta
     return {
         "keys": len(movement.keys),
-        "preserved_keys": len(kept),
+        "preserved_keys": len(preserved),
         "rank": movement.left.shape[1],
-        "delta_norm": _norm(delta),
-        "relative_delta_norm": _norm(delta) / _norm(weight),
+        "delta_norm": weight_drift(delta),
+        "relative_delta_norm": weight_drift(delta, relative_to=weight),
         "residual_before": fit.before / fit.target,
         "residual_after": fit.after / fit.target,
-        "preserve_drift": _drift(kept, delta, weight) if len(kept) else 0.0,
-        "empty_prompt_drift": _drift(empty, delta, weight),
+        "preserve_drift": weight_drift(delta, inputs=preserved.double(), relative_to=weight),
+        "empty_prompt_drift": weight_drift(delta, inputs=empty.double(), relative_to=weight),
     }
 
 
 def _norm(tensor: Tensor) -> float:
     return float(torch.linalg.norm(tensor))
-
-
-def _drift(inputs: Tensor, delta: Tensor, weight: Tensor) -> float:
-    """Return how far the layer's outputs at `inputs` (M, D_in) move, relative to their norm without bias."""
-    exact = inputs.double()
-    return float((exact @ delta.T).norm() / (exact @ weight.T).norm())
 
 
 def _check_texts(pairs: Mapping[str, str], preserve: Sequence[str], frames: Sequence[str]) -> None:
@@ -297,9 +294,9 @@ def _check_texts(pairs: Mapping[str, str], preserve: Sequence[str], frames: Sequ
     check_pairs(pairs)
     if not frames:
         raise ValueError("`frames` is empty: give at least one caption; '' is the bare concept.")
-    many = [frame for frame in frames if frame.count("{}") > 1]
-    if many:
-        raise ValueError(f"the frame {many[0]!r} holds the concept twice: leave one '{{}}'.")
+    double = [frame for frame in frames if frame.count("{}") > 1]
+    if double:
+        raise ValueError(f"the frame {double[0]!r} holds the concept twice: leave one '{{}}'.")
 
 
 def _check_choices(positions: str, projection: str) -> None:
@@ -314,9 +311,9 @@ def _check_choices(positions: str, projection: str) -> None:
 
 
 def _check_preserve(planned: Sequence[Pair], preserve: Sequence[str], ids: Tensor) -> None:
-    """Refuse a preserved prompt that begins as an edited caption does, up to the concept's last token.
+    """Raise if a preserved prompt begins like an edited caption, up to the concept's last token.
 
-    A causal encoder gives both the same key there.
+    In a causal encoder both have the same key there.
     """
     for pair in planned:
         begins = (ids[:, : pair.old.last + 1] == pair.old.ids[: pair.old.last + 1]).all(1)

@@ -1,13 +1,14 @@
-r"""Rows of the token embedding: the first matrix that a prompt meets, and the only one that keeps words apart.
+r"""Edit rows of the token embedding: the first matrix that reads a prompt, and the only one that separates all tokens.
 
-The embedding reads one-hot keys, so the regularised least squares of `solve` falls apart there into one problem a row:
-a token's row goes to :math:`(n v + a m w) / (n + a m)`, with :math:`v` the row wanted by the `n` captions of the
-concept and :math:`w` its own, wanted by the `m` captions to keep that hold the token. Where no caption to keep does,
-:math:`m` is 0 and the row is moved whole; no prompt without the token moves at all, not on average but exactly. That
-case is the one used here: a row half way between two words is neither.
+The inputs of the embedding are one-hot, so the regularised least squares of `least_squares` splits into one problem for
+each row: a token's row becomes :math:`(n v + a m w) / (n + a m)`, with :math:`v` the target row in the `n` captions of
+the concept and :math:`w` the present row, which is the target in the `m` preserved captions with that token. Where no
+preserved caption holds the token, :math:`m` is 0 and the row is replaced as a whole; prompts without the token do not
+move at all. Only that case is used here, since a row between two words means neither.
 
-Source: ours; that token embeddings should be compared with, was asked by the reviewers of Basu et al., 2024,
+Source: ours; the reviewers of Basu et al., 2024, requested a comparison with token embeddings,
 https://openreview.net/forum?id=Qmw9ne6SOQ.
+Deviations: none, the method is ours.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,76 +24,92 @@ from overpaint.edit.movement import Movement
 from overpaint.edit.weights import EMBEDDING, find_weight, fingerprint
 from overpaint.model import TextToImage, hooks
 
-__all__ = ["Own", "carried", "movement", "names", "own", "placed", "wanted"]
+__all__ = [
+    "ExclusiveRows",
+    "exclusive_rows",
+    "movement",
+    "rows_replaced",
+    "target_rows",
+    "texts_with_tokens",
+    "token_names",
+]
 
-Rows = dict[int, Tensor]  # a token's number and the row it gets, (D,)
+Rows = dict[int, Tensor]  # token id to its new row, (D,)
 
 
 @dataclass(frozen=True, eq=False)
-class Own:
-    """The tokens of a concept that occur nowhere else.
+class ExclusiveRows:
+    """Tokens of one concept that occur in no other text.
 
     Attributes:
-        rows: Each token with the row that it gets, float64 (D,).
-        whole: Whether these are all tokens in which the concept differs from its replacement.
+        rows: For each token its new row, float64, shape (D,).
+        complete: These are all tokens in which the concept differs from its replacement.
     """
 
     rows: Rows
-    whole: bool
+    complete: bool
 
 
-def wanted(model: TextToImage, pairs: Mapping[str, str]) -> dict[str, Rows]:
-    """Return, of each old concept, its tokens and what their rows would become, float64.
+def target_rows(model: TextToImage, pairs: Mapping[str, str]) -> dict[str, Rows]:
+    """Return, for each old concept, its tokens and their target rows, float64.
 
-    What both concepts begin or end with ("style") is left out; the other tokens are matched in order. Where the old
-    concept has more, the last new one is repeated; where it has fewer, its last token gets the mean of the new ones
-    left over.
+    Tokens that both concepts begin or end with ("style") are left out; the others are matched in order. Where the old
+    concept has more tokens, the last new one is repeated; where it has fewer, its last token gets the mean of the
+    remaining new ones.
 
     Raises:
         ValueError: A concept is empty, a token would get two rows, or the weight holds NaN.
     """
-    weight = _weight(model)
-    found = {old: _rows(model, weight, old, new) for old, new in pairs.items()}
-    for old, rows in found.items():
+    weight = _embedding(model)
+    targets = {old: _rows(model, weight, old, new) for old, new in pairs.items()}
+    for old, rows in targets.items():
         if rows is None:
             raise ValueError(
                 f"contradictory pairs: a token of {old!r} stands in it twice and would get two embeddings. Swap it in "
                 "other words, or use `quickfix`."
             )
-    return {old: rows for old, rows in found.items() if rows is not None}
+    return {old: rows for old, rows in targets.items() if rows is not None}
 
 
-def own(model: TextToImage, pairs: Mapping[str, str], kept: Sequence[str]) -> dict[str, Own]:
-    """Return what `wanted` does of the tokens that occur nowhere else; nothing of a concept without such tokens.
+def exclusive_rows(
+    model: TextToImage, pairs: Mapping[str, str], preserve: Sequence[str]
+) -> dict[str, ExclusiveRows]:
+    """Return the target rows of tokens that occur in no other text; a concept without such tokens is left out.
 
-    Elsewhere is: a text of `kept`, the small words of the captions that edits are fitted on, another concept of
-    `pairs`, or a replacement. A concept with tokens that are no word (marks, ends, pads, single bytes) has none of its
-    own, nor one whose replacement is edited itself.
+    Other texts are those of `preserve`, the function words of the captions that edits are fitted on, the other concepts
+    of `pairs`, and all replacements. A concept is also left out if it or its replacement holds a token that is not a
+    word (punctuation, end of text, padding, a single byte), or if another pair edits a token of its replacement.
     """
-    weight = _weight(model)
-    plain = " ".join(vocabulary.PLAIN)
-    shared = {token for text in (*kept, *pairs.values(), plain) for token in _read(model, text)}
-    spoken = {old: set(_read(model, old)) for old in pairs}
-    found: dict[str, Own] = {}
+    weight = _embedding(model)
+    function_words = " ".join(vocabulary.PLAIN)
+    shared = {
+        token
+        for text in (*preserve, *pairs.values(), function_words)
+        for token in _read(model, text)
+    }
+    tokens = {old: set(_read(model, old)) for old in pairs}
+    exclusive: dict[str, ExclusiveRows] = {}
     for old, new in pairs.items():
         rows = _moving(weight, _rows(model, weight, old, new) or {})
-        others = set[int]().union(*(spoken[name] for name in pairs if name != old))
-        sources = _apart(_read(model, old), _read(model, new))[1]
+        others = set[int]().union(*(tokens[name] for name in pairs if name != old))
+        sources = _without_common(_read(model, old), _read(model, new))[1]
         if others & set(sources) or not all(_is_word(model, t) for t in (*rows, *sources)):
             continue
         alone = {token: row for token, row in rows.items() if token not in shared | others}
         if alone:
-            found[old] = Own(alone, len(alone) == len(rows))
-    return found
+            exclusive[old] = ExclusiveRows(alone, len(alone) == len(rows))
+    return exclusive
 
 
-def carried(model: TextToImage, rows: Mapping[int, Tensor], texts: Sequence[str]) -> list[str]:
-    """Return the texts that hold one of the tokens and so are changed too."""
+def texts_with_tokens(
+    model: TextToImage, rows: Mapping[int, Tensor], texts: Sequence[str]
+) -> list[str]:
+    """Return the texts that hold a token of `rows`; their features change too."""
     return [text for text in texts if not rows.keys().isdisjoint(_read(model, text))]
 
 
 def movement(model: TextToImage, rows: Mapping[int, Tensor]) -> Movement:
-    """Return the movement of the embedding that gives each token its row; the model is not touched."""
+    """Return the movement of the embedding that sets the rows of tokens; the model is not modified."""
     parameter = find_weight(model, EMBEDDING).parameter
     weight = parameter.detach().to("cpu", torch.float64)
     tokens = sorted(_moving(weight, rows))
@@ -105,11 +122,11 @@ def movement(model: TextToImage, rows: Mapping[int, Tensor]) -> Movement:
 
 
 @contextmanager
-def placed(model: TextToImage, rows: Mapping[int, Tensor]) -> Iterator[None]:
-    """Let the model read `rows` in place of its own tokens' while the block runs.
+def rows_replaced(model: TextToImage, rows: Mapping[int, Tensor]) -> Iterator[None]:
+    """Replace the embedding's outputs at the tokens of `rows` while the block runs.
 
-    What the embedding returns is patched and no weight is written to: another model that shares the weight reads what
-    it did, and a weight that is kept elsewhere stays there.
+    The output of the module is patched and no weight is written: another model that shares the weight is not affected,
+    and the method works for an offloaded weight.
     """
     if not rows:
         yield
@@ -117,24 +134,24 @@ def placed(model: TextToImage, rows: Mapping[int, Tensor]) -> Iterator[None]:
     module = model.text_encoder.get_input_embeddings()
     tokens = torch.tensor(sorted(rows))
     table = torch.stack([rows[token] for token in sorted(rows)])
-    asked: list[Tensor] = []  # the tokens of the call at hand
+    current: list[Tensor] = []  # token ids of the current call
 
-    def hear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-        asked[:] = [args[0] if args else kwargs["input"]]
+    def store_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        current[:] = [args[0] if args else kwargs["input"]]
         return args, kwargs
 
-    def read(found: Tensor) -> Tensor:
-        ids = asked[0].to("cpu")
+    def replace(output: Tensor) -> Tensor:
+        ids = current[0].to("cpu")
         place = torch.searchsorted(tokens, ids).clamp(max=len(tokens) - 1)
-        moved = (tokens[place] == ids)[..., None].to(found.device)
-        return torch.where(moved, table[place].to(found), found)
+        replaced = (tokens[place] == ids)[..., None].to(output.device)
+        return torch.where(replaced, table[place].to(output), output)
 
-    with hooks.patch_inputs({module: hear}), hooks.patch({module: read}):
+    with hooks.patch_inputs({module: store_ids}), hooks.patch({module: replace}):
         yield
 
 
-def names(model: TextToImage, rows: Mapping[int, Tensor]) -> list[str]:
-    """Return the tokens as the tokenizer spells them, `</w>` at the end of a word."""
+def token_names(model: TextToImage, rows: Mapping[int, Tensor]) -> list[str]:
+    """Return the tokens of `rows` as the tokenizer spells them, with `</w>` at the end of a word."""
     return [str(name) for name in model.tokenizer.convert_ids_to_tokens(list(rows))]
 
 
@@ -142,7 +159,7 @@ def _moving(weight: Tensor, rows: Mapping[int, Tensor]) -> Rows:
     return {token: row for token, row in rows.items() if not torch.equal(row, weight[token])}
 
 
-def _weight(model: TextToImage) -> Tensor:
+def _embedding(model: TextToImage) -> Tensor:
     weight = find_weight(model, EMBEDDING).parameter.detach().to("cpu", torch.float64)
     if not bool(torch.isfinite(weight).all()):
         raise ValueError(
@@ -152,7 +169,7 @@ def _weight(model: TextToImage) -> Tensor:
 
 
 def _rows(model: TextToImage, weight: Tensor, old: str, new: str) -> Rows | None:
-    """Return the tokens of a concept and their new rows; `None` if one would get two."""
+    """Return the tokens of a concept and their target rows; `None` if one token would get two rows."""
     rows: Rows = {}
     for token, row in _matched(weight, _tokens(model, old), _tokens(model, new)):
         if not torch.equal(rows.setdefault(token, row), row):
@@ -164,7 +181,7 @@ def _is_word(model: TextToImage, token: int) -> bool:
     special = {*model.tokenizer.all_special_ids, model.tokenizer.pad_token_id}
     if token in special:
         return False
-    # A byte of a letter, which many letters share, reads as U+FFFD: no word either.
+    # One byte of a letter, which many letters share, is decoded as U+FFFD, which is not alphanumeric.
     return any(c.isalnum() for c in model.tokenizer.decode([token]))
 
 
@@ -180,8 +197,8 @@ def _tokens(model: TextToImage, concept: str) -> list[int]:
 
 
 def _matched(weight: Tensor, old: Sequence[int], new: Sequence[int]) -> list[tuple[int, Tensor]]:
-    """Return each old token with the row it gets, shape (D,)."""
-    old, new = _apart(old, new)
+    """Return each old token with its target row, shape (D,)."""
+    old, new = _without_common(old, new)
     sources = [new[min(i, len(new) - 1)] for i in range(len(old))]
     rows = [weight[source] for source in sources]
     if len(new) > len(old):
@@ -189,8 +206,8 @@ def _matched(weight: Tensor, old: Sequence[int], new: Sequence[int]) -> list[tup
     return list(zip(old, rows, strict=True))
 
 
-def _apart(old: Sequence[int], new: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
-    """Return both without what they begin or end with in common, as long as something is left."""
+def _without_common(old: Sequence[int], new: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """Return both without their common first and last tokens; at least one token of each remains."""
     while min(len(old), len(new)) > 1 and old[-1] == new[-1]:
         old, new = old[:-1], new[:-1]
     while min(len(old), len(new)) > 1 and old[0] == new[0]:

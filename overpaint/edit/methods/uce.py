@@ -238,8 +238,8 @@ def _counted(counts: Mapping[str, float], shares: Mapping[str, float]) -> dict[s
     missing = [name for name in shares if name not in counts]
     if missing or not all(0 <= counts[name] <= 1 for name in shares):
         raise ValueError(
-            f"`classify` returned {dict(counts)!r}: give the share of each of {', '.join(map(repr, shares))}, from 0 to "
-            "1. Divide counts by the number of pictures."
+            f"`classify` returned {dict(counts)!r}: give the share of each of {', '.join(map(repr, shares))}, from 0 "
+            "to 1. Divide counts by the number of pictures."
         )
     return {name: float(counts[name]) for name in shares}
 

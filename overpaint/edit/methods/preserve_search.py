@@ -1,0 +1,169 @@
+r"""Choose the background weight, the ridge and the preserve list of an automatic edit, from sums over keys alone.
+
+The drift of a concept is known before any picture is drawn: :math:`\|\Delta H\|^2` over the layer's inputs :math:`H` in
+captions of the concept, relative to the target movement of the edit. All functions work on sums, so that one solve is
+D_in x D_in and memory does not grow with the captions.
+
+Source: ours; the objective is that of `least_squares`, the preserve terms are those of Gandikota et al., 2024 (UCE),
+https://arxiv.org/abs/2308.14761.
+Deviations: none, the method is ours.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from overpaint.edit.caption_sums import Sums
+from overpaint.edit.drift import weight_drift
+
+__all__ = [
+    "RIDGES",
+    "WEIGHTS",
+    "Preserved",
+    "background_scan",
+    "best_row",
+    "mean_energy",
+    "mean_missed",
+    "merit",
+    "preserve_concepts",
+    "squared_drift",
+]
+
+WEIGHTS = (0.5, 1.5, 5.0, 15.0, 50.0, 150.0, 500.0)
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+_ROUNDS = 5
+_DRIFT_COST = 10.0  # weight of background drift against missed target movement
+
+
+@dataclass(frozen=True, eq=False)
+class Preserved:
+    """Result of `preserve_concepts`.
+
+    Attributes:
+        weights: For each concept its weight; 0 where it needs none.
+        before: For each concept its squared drift without the preserve terms.
+        after: For each concept its squared drift with them.
+        gram: Sum of all preserve terms, shape (D_in, D_in).
+    """
+
+    weights: list[float]
+    before: list[float]
+    after: list[float]
+    gram: Tensor
+
+
+def squared_drift(delta: Tensor, gram: Tensor, energy: float) -> float:
+    """Return the squared movement of outputs by `delta` at inputs with `gram`, relative to `energy`; 0 if that is 0."""
+    return weight_drift(delta, gram=gram, relative_to=energy**0.5) ** 2
+
+
+def mean_energy(sums: Sequence[Sums]) -> float:
+    """Return the mean squared norm of the residuals of some concepts: the target movement."""
+    return sum(s.energy for s in sums) / len(sums)
+
+
+def mean_missed(sums: Sequence[Sums], delta: Tensor) -> float:
+    """Return the mean share of the target movement of some concepts that `delta` misses."""
+    return sum(s.missed(delta) for s in sums) / len(sums)
+
+
+def background_scan(
+    fitted: Sequence[Sums],
+    fresh: Sequence[Sums],
+    background: Tensor,
+    unseen: Tensor,
+    *,
+    preserve_weight: float | str,
+    ridge: float | str,
+) -> list[dict[str, float]]:
+    """Return missed target movement and background drift for each weight of the background and each ridge.
+
+    Args:
+        fitted: Sums of each concept, to fit.
+        fresh: Sums of each concept in other captions, to measure the missed movement.
+        background: Mean Gram matrix of captions that should not move, to fit.
+        unseen: The same of other captions, to measure the drift.
+        preserve_weight: The only weight, or `"auto"` for all `WEIGHTS`.
+        ridge: The only ridge, or `"auto"` for all `RIDGES`.
+
+    Returns:
+        Rows with `preserve_weight`, `ridge`, `missed` and `drift`.
+    """
+    energy = mean_energy(fresh)
+    rows: list[dict[str, float]] = []
+    for pull in RIDGES if isinstance(ridge, str) else (float(ridge),):
+        for weight in WEIGHTS if isinstance(preserve_weight, str) else (float(preserve_weight),):
+            delta = _solve(fitted, weight * background, pull)
+            missed, drift = mean_missed(fresh, delta), squared_drift(delta, unseen, energy)
+            rows.append(
+                {"preserve_weight": weight, "ridge": pull, "missed": missed, "drift": drift}
+            )
+    return rows
+
+
+def best_row(scan: Sequence[Mapping[str, float]]) -> tuple[float, float]:
+    """Return the preserve weight and the ridge of the row with the largest merit."""
+    best = max(scan, key=merit)
+    return best["preserve_weight"], best["ridge"]
+
+
+def merit(row: Mapping[str, float]) -> float:
+    """Return the harmonic mean of the target movement that is reached and of the drift that is avoided."""
+    reached, steady = max(0.0, 1 - row["missed"]), max(0.0, 1 - _DRIFT_COST * row["drift"])
+    return 2 * reached * steady / max(reached + steady, 1e-9)
+
+
+def preserve_concepts(
+    fitted: Sequence[Sums],
+    fresh: Sequence[Sums],
+    gram: Tensor,
+    concepts: Sequence[Tensor],
+    *,
+    ridge: float,
+    bound: float,
+    allowance: float,
+) -> Preserved:
+    """Return preserve weights of the concepts that drift by more than `bound`; they grow fourfold in each round.
+
+    The search ends when all drifts are within `bound`, after a fixed number of rounds, or before the missed target
+    movement grows by more than `allowance`.
+
+    Args:
+        fitted: Sums of each edited concept, to fit.
+        fresh: Sums of each edited concept in other captions, to measure.
+        gram: Gram matrix of the background, with its weight.
+        concepts: Mean Gram matrix of each concept that may drift.
+        ridge: Pull towards the old weight.
+        bound: Largest squared drift of a concept, relative to the target movement.
+        allowance: Share of the target movement that may be missed in addition.
+    """
+    energy, weights = mean_energy(fitted), [0.0] * len(concepts)
+    delta = _solve(fitted, gram, ridge)
+    limit = mean_missed(fresh, delta) + allowance
+    before = after = [squared_drift(delta, g, energy) for g in concepts]
+    for _ in range(_ROUNDS):
+        added = [
+            (3 * w or 1.0) if drift > bound else 0.0
+            for w, drift in zip(weights, after, strict=True)
+        ]
+        if not any(added):
+            break
+        heavier = gram + sum(
+            (w * g for w, g in zip(added, concepts, strict=True) if w), torch.zeros_like(gram)
+        )
+        delta = _solve(fitted, heavier, ridge)
+        if mean_missed(fresh, delta) > limit:
+            break
+        gram, weights = heavier, [w + more for w, more in zip(weights, added, strict=True)]
+        after = [squared_drift(delta, g, energy) for g in concepts]
+    return Preserved(weights, before, after, gram)
+
+
+def _solve(fitted: Sequence[Sums], gram: Tensor, ridge: float) -> Tensor:
+    """Return the movement of the weight, shape (D_out, D_in), float64."""
+    prior = gram + ridge * torch.eye(len(gram), dtype=torch.float64)
+    system = sum((s.gram for s in fitted), prior)
+    cross = sum((s.cross for s in fitted), torch.zeros_like(fitted[0].cross))
+    return torch.linalg.solve(system, cross.T).T
