@@ -5,13 +5,14 @@ import itertools
 import pytest
 import torch
 
+from overpaint import edit
 from overpaint.edit import auto as make
 from overpaint.edit import stack as op_stack
 from overpaint.edit import vocabulary
 from overpaint.edit.captions import gather, layer_inputs, plan
 from overpaint.edit.methods import layer_scan
 from overpaint.edit.methods.automatic import RIDGES, preserve_terms
-from overpaint.edit.weights import weight_at
+from overpaint.edit.weights import find_weight
 
 SITE = "text.0.self_attn.out_proj"
 SMALL = {
@@ -33,7 +34,7 @@ def explicit(model, old, new, frames):
     """Return keys and residuals of all captions, one row a key, each caption's weight in them."""
     found = plan(model, {old: new}, frames, "subject_to_end")
     keys, residuals = [], []
-    weight = weight_at(model, SITE).detach().double()
+    weight = find_weight(model, SITE).parameter.detach().double()
     for p in found:
         first, second = p.old, p.new
         places = [(a, b) for a, b in p.positions if a < first.eos]
@@ -114,10 +115,10 @@ def test_the_same_arguments_make_the_same_change(tiny_double, change):
 
 
 def test_it_is_undone_bit_for_bit(tiny_double, change):
-    before = weight_at(tiny_double, SITE).detach().clone()
+    before = find_weight(tiny_double, SITE).parameter.detach().clone()
     with change.applied(tiny_double):
-        assert not torch.equal(weight_at(tiny_double, SITE), before)
-    assert torch.equal(weight_at(tiny_double, SITE), before)
+        assert not torch.equal(find_weight(tiny_double, SITE).parameter, before)
+    assert torch.equal(find_weight(tiny_double, SITE).parameter, before)
 
 
 def test_where_a_known_concept_begins_the_edit_waits_for_the_last_token(tiny_double):
@@ -189,12 +190,12 @@ def test_a_saved_change_is_completed_and_added_in_either_order(tiny_double, chan
     assert loaded.movements[0].gram is None
     with pytest.raises(ValueError, match="edit.stack"):
         loaded + other
-    whole = loaded.complete(tiny_double)
+    whole = edit.complete(tiny_double, loaded)
     gram = change.movements[0].gram
     assert (whole.movements[0].gram - gram).norm() <= 1e-9 * gram.norm()
     both = whole + other
     assert both.digest == (other + whole).digest
-    again = both.complete(tiny_double).movements[0].gram
+    again = edit.complete(tiny_double, both).movements[0].gram
     assert (again - both.movements[0].gram).norm() <= 1e-9 * again.norm()
     assert set(both.pairs) == {"van gogh", "monet"}
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from overpaint import edit
-from overpaint.edit.weights import weight_at
+from overpaint.edit.weights import find_weight
 
 
 def rows(model, text):
     ids = model.tokenizer(text, add_special_tokens=False).input_ids
-    return weight_at(model, "text.token_embedding").detach()[ids].clone()
+    return find_weight(model, "text.token_embedding").parameter.detach()[ids].clone()
 
 
 def test_swapping_makes_the_prompts_equal_when_lengths_are(tiny_sd1):

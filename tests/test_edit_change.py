@@ -226,7 +226,7 @@ def test_a_change_is_frozen(change):
         ("text.12.self_attn.out_proj", "this model has text layers 0 to 11"),
         ("text2.0.self_attn.out_proj", "unknown text encoder 'text2': this model has 'text'"),
         ("unet.cross_attn.16.to_k", "this model has cross_attn 0 to 15"),
-        ("unet.cross_attn.3", "unknown weight 'unet.cross_attn.3': edits know"),
+        ("unet.cross_attn.3", "unknown weight 'unet.cross_attn.3': an edit can"),
     ],
 )
 def test_unknown_sites_are_refused(own, change, site, message):
@@ -300,7 +300,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_half_one(change, saved, tmp_pa
 def test_places_that_cannot_be_written_are_named(change, tmp_path):
     missing = tmp_path / "missing" / "c.safetensors"
     with pytest.raises(
-        FileNotFoundError, match=r"cannot write the change .* exists and is yours.*c\.safe"
+        FileNotFoundError, match=r"cannot write the change .* exists and is writable.*c\.safe"
     ):
         change.save(missing)
     folder = tmp_path / "folder.safetensors"
@@ -329,7 +329,7 @@ def test_pickles_are_refused_unread(tmp_path, suffix):
     path = tmp_path / f"evil{suffix}"
     path.write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(
-        ValueError, match=rf"evil\{suffix}' is (a pickle, which can run|damaged or no safe)"
+        ValueError, match=rf"evil\{suffix}' is (a pickle, which can run|damaged or not a safe)"
     ):
         Change.load(path)
 
@@ -337,7 +337,9 @@ def test_pickles_are_refused_unread(tmp_path, suffix):
 @pytest.mark.parametrize("cut", [0, 4, 200, -1])
 def test_truncated_files_are_refused(saved, cut):
     saved.write_bytes(saved.read_bytes()[:cut])
-    with pytest.raises(ValueError, match=r"change\.safetensors' is damaged or no safetensors file"):
+    with pytest.raises(
+        ValueError, match=r"change\.safetensors' is damaged or not a safetensors file"
+    ):
         Change.load(saved)
 
 
@@ -345,7 +347,7 @@ def test_foreign_safetensors_are_refused(tmp_path):
     path = tmp_path / "lora.safetensors"
     save_file({"weight": torch.zeros(2, 2)}, path)
     with pytest.raises(
-        ValueError, match=r"lora\.safetensors' holds no change of the format .*found None"
+        ValueError, match=r"lora\.safetensors' is not a change of the format .*format is None"
     ):
         Change.load(path)
 
@@ -379,15 +381,15 @@ def without_nothing(fields):
         ({"movement": {"site": None}}, "its movements have other fields"),
         ({"movement": {"site": 3}}, "its `site` is of the wrong type"),
         ({"movement": {"keys": True}}, "its `keys` is of the wrong type"),
-        ({"movement": {"keys": 1}}, "a movement names keys that it does not hold"),
+        ({"movement": {"keys": 1}}, "a movement names keys that are not in the file"),
         ({"movement": {"site": "unet.0"}}, "its site or hash is not one that overpaint writes"),
         ({"movement": {"base_hash": "12"}}, "its site or hash is not one that overpaint writes"),
         ({"movement": {"gram": 0}}, "its tensors are not those of a change"),
         ({"owners": [[[0, 3]]]}, "its tensors do not fit one another"),
-        ({"owners": [[[1, 291]]]}, "its owners are not concepts that it holds"),
-        ({"owners": [[[0, -291]]]}, "its owners are not concepts that it holds"),
-        ({"owners": [[[0, 291.0]]]}, "its owners are not concepts that it holds"),
-        ({"owners": [7]}, "its owners are not concepts that it holds"),
+        ({"owners": [[[1, 291]]]}, "its owners are not concepts of the change"),
+        ({"owners": [[[0, -291]]]}, "its owners are not concepts of the change"),
+        ({"owners": [[[0, 291.0]]]}, "its owners are not concepts of the change"),
+        ({"owners": [7]}, "its owners are not concepts of the change"),
         ({"protocol": {"pairs": ["van gogh"]}}, "its protocol is of the wrong type"),
         ({"protocol": {"pairs": {"van gogh": 1}}}, "its protocol is of the wrong type"),
         ({"protocol": {"preserve": "a cat"}}, "its protocol is of the wrong type"),
@@ -399,7 +401,7 @@ def without_nothing(fields):
         ({"tensors": {"0.left": torch.zeros(64, 1).double()}}, "its tensors do not fit one another"),
         ({"tensors": {"keys.0": torch.zeros(1, 64)}}, "its tensors do not fit one another"),
         ({"tensors": {"0.right": torch.zeros(64, 64).int()}}, "wrong dtype or shape"),
-        ({"tensors": {"0.right": torch.full((64, 64), math.nan).double()}}, "it holds NaN or infinity"),
+        ({"tensors": {"0.right": torch.full((64, 64), math.nan).double()}}, "it contains NaN or infinity"),
     ],
 )  # fmt: skip
 def test_files_whose_content_does_not_hold_together_are_refused(saved, spoil, message):
@@ -415,7 +417,7 @@ def test_a_record_that_is_no_json_is_refused(saved):
     for text in ("{", "[" * 100_000, '{"movements": NaN}', "9" * 5_000):
         metadata = {"format": FORMAT, "change": text, "sha256": checksum(text, tensors)}
         save_file(tensors, saved, metadata=metadata)
-        with pytest.raises(ValueError, match="its record is no JSON"):
+        with pytest.raises(ValueError, match="its record is not JSON"):
             Change.load(saved)
 
 

@@ -16,7 +16,7 @@ from overpaint import edit, zoo
 from overpaint.edit import export
 from overpaint.edit.change import Change, Movement
 from overpaint.edit.export import formats, ldm
-from overpaint.edit.weights import fingerprint, weight_at
+from overpaint.edit.weights import find_weight, fingerprint
 from overpaint.errors import UnsupportedModel
 from overpaint.model import TextToImage
 
@@ -38,7 +38,7 @@ def moving(model, *sites, rank=2, size=0.5):
     """Return a change with random movements, of growing rank, each a good part of its weight's norm."""
     movements = []
     for i, site in enumerate(sites):
-        weight = weight_at(model, site).detach()
+        weight = find_weight(model, site).parameter.detach()
         left = torch.randn(len(weight), rank + i, dtype=torch.float64)
         right = torch.randn(rank + i, weight.shape[1], dtype=torch.float64)
         left *= size * weight.norm() / (left @ right).norm()
@@ -54,7 +54,9 @@ def stock(model):
 
 def applied_weights(model, change):
     with change.applied(model):
-        return {m.site: weight_at(model, m.site).detach().clone() for m in change.movements}
+        return {
+            m.site: find_weight(model, m.site).parameter.detach().clone() for m in change.movements
+        }
 
 
 def pixels(model, prompts, *, change=None, steps=4):
@@ -172,9 +174,9 @@ def test_stock_diffusers_fuses_a_lora_to_the_very_weights(own, tmp_path, sites):
     pipe.unload_lora_weights()
     fused = TextToImage(pipe, name="fused")
     for site, weight in applied_weights(own, change).items():
-        before = weight_at(own, site).detach()
+        before = find_weight(own, site).parameter.detach()
         assert float((weight - before).abs().max()) > 1e-3
-        assert float((weight_at(fused, site) - weight).abs().max()) <= 1e-6
+        assert float((find_weight(fused, site).parameter - weight).abs().max()) <= 1e-6
 
 
 @needs_peft
@@ -191,7 +193,10 @@ def test_other_layouts_read_their_loras_too(request, tmp_path, layout):
     pipe.unload_lora_weights()
     for site, weight in applied_weights(model, change).items():
         assert (
-            float((weight_at(TextToImage(pipe, name="fused"), site) - weight).abs().max()) <= 1e-6
+            float(
+                (find_weight(TextToImage(pipe, name="fused"), site).parameter - weight).abs().max()
+            )
+            <= 1e-6
         )
 
 
@@ -222,7 +227,7 @@ def test_icons_draws_the_same_pictures_with_the_lora(tmp_path):
     pipe.unload_lora_weights()
     for site, weight in applied_weights(model, change).items():
         bound = 1e-6 * max(1.0, float(weight.abs().max()))  # float32 has 1e-7 of the largest number
-        assert float((weight_at(shown, site) - weight).abs().max()) <= bound
+        assert float((find_weight(shown, site).parameter - weight).abs().max()) <= bound
 
 
 # --- one file with LDM's names ----------------------------------------------------------------------------------------
@@ -310,7 +315,10 @@ def test_other_layouts_have_no_single_file(request, tmp_path, layout):
     ):
         export.single_file(model, change, tmp_path / "c.safetensors")
     assert not list(tmp_path.iterdir())
-    assert fingerprint(weight_at(model, change.movements[0].site)) == change.movements[0].base_hash
+    assert (
+        fingerprint(find_weight(model, change.movements[0].site).parameter)
+        == change.movements[0].base_hash
+    )
 
 
 def test_a_weight_without_a_name_is_refused(own, tmp_path):
@@ -329,7 +337,7 @@ def test_the_folder_is_the_edited_model(own, tmp_path):
     change = moving(own, *TEXT_SITES[:1], *UNET_SITES[:1])
     found = overpaint.load(export.folder(own, change, tmp_path / "out"))
     for site, weight in applied_weights(own, change).items():
-        assert torch.equal(weight_at(found, site), weight)
+        assert torch.equal(find_weight(found, site).parameter, weight)
     assert (found.guidance_scale, found.held_out) == (3.5, own.held_out)
     assert json.loads((tmp_path / "out" / "overpaint.json").read_text())["guidance_scale"] == 3.5
 
@@ -349,7 +357,7 @@ def test_the_model_gets_its_bytes_back(own, tmp_path, write):
     change = moving(own, *TEXT_SITES[:2])
     write(own, change, tmp_path / "c.safetensors")
     assert not change.is_applied(own)
-    assert [fingerprint(weight_at(own, m.site)) for m in change.movements] == [
+    assert [fingerprint(find_weight(own, m.site).parameter) for m in change.movements] == [
         m.base_hash for m in change.movements
     ]
 
@@ -378,7 +386,7 @@ def test_a_model_that_is_not_in_memory_is_refused(own, tmp_path, write):
 def test_a_change_of_another_model_is_refused(own, tmp_path, write):
     change = moving(own, TEXT_SITES[0])
     with torch.no_grad():
-        weight_at(own, TEXT_SITES[0]).mul_(2)
+        find_weight(own, TEXT_SITES[0]).parameter.mul_(2)
     with pytest.raises(ValueError, match="wrong base hash"):
         write(own, change, tmp_path / "c.safetensors")
     assert not list(tmp_path.iterdir())
@@ -443,7 +451,7 @@ def test_the_command_line_writes_what_the_functions_write(run, own, tiny_folder,
     )
     found = overpaint.load(tmp_path / "folder")
     (site,) = change.sites
-    assert torch.equal(weight_at(found, site), applied_weights(own, change)[site])
+    assert torch.equal(find_weight(found, site).parameter, applied_weights(own, change)[site])
 
 
 def test_the_command_line_refuses_before_any_work(run, saved, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from overpaint import edit
-from overpaint.edit.weights import fingerprint, weight_at
+from overpaint.edit.weights import find_weight, fingerprint
 from overpaint.model import TextToImage
 
 GOGH = {"van gogh": "painting"}
@@ -66,7 +66,7 @@ def test_the_seed_decides_and_the_factors_hold_all_of_it(tiny_sd1):
     )
     assert first.digest == again.digest != other.digest
     for movement in first.movements:
-        out, width = weight_at(tiny_sd1, movement.site).shape
+        out, width = find_weight(tiny_sd1, movement.site).parameter.shape
         assert (movement.left.shape, movement.right.shape) == (
             ((out, out), (out, width)) if out <= width else ((out, width), (width, width))
         )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from overpaint import edit
-from overpaint.edit.weights import fingerprint, weight_at
+from overpaint.edit.weights import find_weight, fingerprint
 from overpaint.errors import UnknownSite
 from overpaint.model.sites import find_unet
 from overpaint.model.token_spans import find_span
@@ -31,7 +31,7 @@ def test_every_weight_is_that_of_the_papers_row_form(request, name):
     change = edit.loco(model, GOGH, ridge=0.1)
     x, y = features(model, "van gogh"), features(model, "painting")
     for movement in change.movements:
-        w = weight_at(model, movement.site).detach().double()
+        w = find_weight(model, movement.site).parameter.detach().double()
         system = x.T @ x + 0.1 * torch.eye(64, dtype=torch.float64)
         row = torch.linalg.solve(system, x.T @ y @ w.T + 0.1 * w.T)
         assert float((w + movement.delta - row.T).norm()) <= 1e-4 * float((row.T - w).norm())

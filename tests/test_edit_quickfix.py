@@ -10,7 +10,7 @@ import torch
 from overpaint import edit
 from overpaint.edit import captions
 from overpaint.edit.least_squares import solve
-from overpaint.edit.weights import fingerprint, text_layers, weight_at
+from overpaint.edit.weights import fingerprint, text_layers, find_weight
 from overpaint.errors import UnknownSite, UnsupportedModel
 from overpaint.model import TextToImage
 from overpaint.model.hooks import record, record_inputs
@@ -161,7 +161,7 @@ def test_primal_and_dual_agree_on_a_model(tiny_sd1):
 
 
 def test_a_concept_sent_to_what_reads_the_same_moves_nothing(biased):
-    words = weight_at(biased, "text.token_embedding")
+    words = find_weight(biased, "text.token_embedding").parameter
     cat, dog = (biased.tokenizer(w, add_special_tokens=False).input_ids[0] for w in ("cat", "dog"))
     words.data[cat] = words.data[dog]
     change = edit.quickfix(biased, {"cat": "dog"})

@@ -7,7 +7,7 @@ from overpaint import edit
 from overpaint.edit import Change, stack, vocabulary
 from overpaint.edit.caption_sums import background_captions, placed, spared
 from overpaint.edit.captions import plan
-from overpaint.edit.weights import text_layers, weight_at
+from overpaint.edit.weights import text_layers, find_weight
 
 SMALL = {
     "tokens": False,
@@ -111,13 +111,15 @@ def test_it_misses_less_and_pays_with_little_drift(change):
 
 
 def test_both_weights_return_bit_for_bit(tiny_double, change):
-    before = [weight_at(tiny_double, site).detach().clone() for site in SITES]
+    before = [find_weight(tiny_double, site).parameter.detach().clone() for site in SITES]
     with change.applied(tiny_double):
         assert not any(
-            torch.equal(weight_at(tiny_double, s), w) for s, w in zip(SITES, before, strict=True)
+            torch.equal(find_weight(tiny_double, s).parameter, w)
+            for s, w in zip(SITES, before, strict=True)
         )
     assert all(
-        torch.equal(weight_at(tiny_double, s), w) for s, w in zip(SITES, before, strict=True)
+        torch.equal(find_weight(tiny_double, s).parameter, w)
+        for s, w in zip(SITES, before, strict=True)
     )
 
 
@@ -148,7 +150,7 @@ def test_a_saved_one_is_completed_and_cut_in_its_own_metric(tiny_double, change,
     loaded = Change.load(tmp_path / "c.safetensors")
     with pytest.raises(ValueError, match=r"complete\(model\)"):
         loaded.compact()
-    whole = loaded.complete(tiny_double)
+    whole = edit.complete(tiny_double, loaded)
     for a, b in zip(whole.movements, change.movements, strict=True):
         assert a.gram is not None and b.gram is not None
         assert torch.allclose(a.gram, b.gram)

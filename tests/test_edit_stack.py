@@ -160,7 +160,7 @@ def test_a_saved_change_lacks_its_preserve_terms_unless_asked(tiny_sd1, gogh, sn
     assert near(edit.stack(tiny_sd1, [small, plain]), gogh + plain)
     both = small + snoopy
     both.save(tmp_path / "both.safetensors")
-    with pytest.raises(ValueError, match=r"`change\.complete\(model\)` first"):
+    with pytest.raises(ValueError, match=r"`edit\.complete\(model, change\)` first"):
         Change.load(tmp_path / "both.safetensors").without("snoopy")
 
 

@@ -39,7 +39,7 @@ def load(tmp_path):
 
 def refused(load, content):
     with pytest.raises(
-        ValueError, match=r"c\.safetensors' (is damaged|holds no change|is of the f)"
+        ValueError, match=r"c\.safetensors' (is damaged|is not a change|is of the f)"
     ):
         load(content)
 

@@ -6,7 +6,7 @@ import torch
 from overpaint import edit
 from overpaint.edit.captions import caption
 from overpaint.edit.methods.time_edit import align
-from overpaint.edit.weights import fingerprint, weight_at
+from overpaint.edit.weights import find_weight, fingerprint
 
 APPLE = {"a apple tree": "a red apple tree"}
 
@@ -37,7 +37,7 @@ def test_an_counts_as_a(tiny_sd1):
     loose = edit.time(tiny_sd1, {"an apple": "a red apple"}, frames=("",), layers=[0])
     source = tiny_sd1.encode(["a red apple"])[0, 1].double()
     key = tiny_sd1.encode(["an apple"])[0, 1].double()
-    w = weight_at(tiny_sd1, "unet.cross_attn.0.to_v").detach().double()
+    w = find_weight(tiny_sd1, "unet.cross_attn.0.to_v").parameter.detach().double()
     assert torch.allclose(loose.movements[0].residuals[1], w @ (source - key), atol=1e-5)
 
 
@@ -60,7 +60,7 @@ def test_every_weight_is_that_of_the_formula(tiny_sd2, matrices):
         k.append(old), s.append(new[places])
     k, s = torch.cat(k).T, torch.cat(s).T
     for movement in change.movements:
-        w = weight_at(tiny_sd2, movement.site).detach().double()
+        w = find_weight(tiny_sd2, movement.site).parameter.detach().double()
         system = 0.1 * torch.eye(64, dtype=torch.float64) + k @ k.T
         wanted = torch.linalg.solve(system, 0.1 * w + (w @ s) @ k.T, left=False) - w
         assert float((movement.delta - wanted).norm()) <= 2e-3 * float(wanted.norm())

@@ -9,7 +9,7 @@ import torch
 from overpaint import edit
 from overpaint.edit import Change, stack
 from overpaint.edit.methods import token_rows
-from overpaint.edit.weights import weight_at
+from overpaint.edit.weights import find_weight
 from overpaint.errors import UnknownSite
 
 SMALL = {"contexts": 24, "background": 32, "vocabulary": ["monet", "snoopy", "van dyck"]}
@@ -30,14 +30,14 @@ def number(model, word):
 def test_a_word_of_its_own_gets_the_row_of_its_replacement(tiny_double, change):
     assert change.sites == (SITE,)
     assert change.report["tokens"] == {"dog": ["dog</w>"]}
-    before = weight_at(tiny_double, SITE).detach().clone()
+    before = find_weight(tiny_double, SITE).parameter.detach().clone()
     dog, cat = number(tiny_double, "dog"), number(tiny_double, "cat")
     with change.applied(tiny_double):
-        after = weight_at(tiny_double, SITE).detach()
+        after = find_weight(tiny_double, SITE).parameter.detach()
         assert torch.equal(after[dog], before[cat])
         rest = torch.arange(len(before)) != dog
         assert torch.equal(after[rest], before[rest])
-    assert torch.equal(weight_at(tiny_double, SITE), before)
+    assert torch.equal(find_weight(tiny_double, SITE).parameter, before)
 
 
 def test_the_prompt_reads_as_the_other_one_and_no_third_one_moves(tiny_double, change):
@@ -93,7 +93,7 @@ def test_the_layer_is_fitted_to_what_the_moved_rows_leave(tiny_double):
     rows = token_rows.movement(
         tiny_double, token_rows.own(tiny_double, {"van gogh": "painting"}, SMALL["vocabulary"])["van gogh"].rows
     )  # fmt: skip
-    before = weight_at(tiny_double, SITE).detach().clone()
+    before = find_weight(tiny_double, SITE).parameter.detach().clone()
     with Change((rows,), {"pairs": {}}, {}).applied(tiny_double):
         alone = edit.auto(
             tiny_double, {"van gogh": "painting"}, tokens=False, repair=False, **SMALL
@@ -102,14 +102,14 @@ def test_the_layer_is_fitted_to_what_the_moved_rows_leave(tiny_double):
     assert torch.equal(found.movements[0].delta, alone.movements[0].delta)
     unmoved = edit.auto(tiny_double, {"van gogh": "painting"}, tokens=False, repair=False, **SMALL)
     assert not torch.equal(found.movements[0].keys, unmoved.movements[0].keys)
-    assert torch.equal(weight_at(tiny_double, SITE), before)
+    assert torch.equal(find_weight(tiny_double, SITE).parameter, before)
 
 
 def test_a_model_that_shares_the_weights_reads_what_it_did_meanwhile(tiny_double):
-    from overpaint.studio.model_copy import private
+    from overpaint.studio.model_copy import copy_model
 
-    twin, asked, seen = private(tiny_double), ["a van gogh", "a gogh"], []
-    before, weight = tiny_double.encode(asked), weight_at(twin, SITE)
+    twin, asked, seen = copy_model(tiny_double), ["a van gogh", "a gogh"], []
+    before, weight = tiny_double.encode(asked), find_weight(twin, SITE).parameter
     edit.auto(
         twin, {"van gogh": "painting"}, **{**SMALL, "repair": False},
         on_progress=lambda done, total, what: seen.append(
@@ -118,14 +118,14 @@ def test_a_model_that_shares_the_weights_reads_what_it_did_meanwhile(tiny_double
     )  # fmt: skip
     assert all(torch.equal(theirs, before) for theirs, _ in seen)
     assert not any(torch.equal(mine, before) for _, mine in seen[:-1])
-    assert weight_at(twin, SITE) is weight
+    assert find_weight(twin, SITE).parameter is weight
 
     def stop(done, total, what):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         edit.auto(twin, {"van gogh": "painting"}, **SMALL, on_progress=stop)
-    assert weight_at(twin, SITE) is weight
+    assert find_weight(twin, SITE).parameter is weight
 
 
 def test_an_offloaded_model_reads_the_rows_too(tiny_double):
@@ -150,10 +150,12 @@ def test_both_kinds_together_own_their_concepts(tiny_double, mixed):
     assert set(mixed.movements[0].owners) == {1}  # van gogh is the second pair
     assert mixed.report["tokens"] == {"dog": ["dog</w>"], "van gogh": ["gogh</w>"]}
     assert mixed.report["in_layer"] == ["van gogh"]
-    before = {s: weight_at(tiny_double, s).detach().clone() for s in mixed.sites}
+    before = {s: find_weight(tiny_double, s).parameter.detach().clone() for s in mixed.sites}
     with mixed.applied(tiny_double):
-        assert not any(torch.equal(weight_at(tiny_double, s), w) for s, w in before.items())
-    assert all(torch.equal(weight_at(tiny_double, s), w) for s, w in before.items())
+        assert not any(
+            torch.equal(find_weight(tiny_double, s).parameter, w) for s, w in before.items()
+        )
+    assert all(torch.equal(find_weight(tiny_double, s).parameter, w) for s, w in before.items())
 
 
 def test_a_file_holds_the_rows_that_move_only(tiny_double, mixed, change, tmp_path):
@@ -175,17 +177,17 @@ def test_stacks_are_made_anew_and_taken_apart(tiny_double, change, mixed, tmp_pa
     with pytest.raises(ValueError, match="add it with `edit.stack"):
         change + other
     mixed.save(tmp_path / "c.safetensors")
-    small = Change.load(tmp_path / "c.safetensors").complete(tiny_double).compact(rank=4)
+    small = edit.complete(tiny_double, Change.load(tmp_path / "c.safetensors")).compact(rank=4)
     assert small.movements[-1].left.shape == mixed.movements[-1].left.shape
     assert small.movements[0].left.shape[1] == 4
 
 
 def test_a_dial_moves_the_rows_part_of_the_way(tiny_double, change):
     half = change * 0.5
-    before = weight_at(tiny_double, SITE).detach().clone()
+    before = find_weight(tiny_double, SITE).parameter.detach().clone()
     dog, cat = number(tiny_double, "dog"), number(tiny_double, "cat")
     with half.applied(tiny_double):
-        after = weight_at(tiny_double, SITE).detach()[dog].clone()
+        after = find_weight(tiny_double, SITE).parameter.detach()[dog].clone()
     assert torch.allclose(after, (before[dog] + before[cat]) / 2, atol=1e-7)
 
 

@@ -10,7 +10,7 @@ from overpaint import edit
 from overpaint.edit.least_squares import factorise, solve
 from overpaint.edit.methods.cross_attention import projections, read, spot
 from overpaint.edit.methods.uce import ARTISTS, OBJECTS
-from overpaint.edit.weights import fingerprint, weight_at
+from overpaint.edit.weights import find_weight, fingerprint
 from overpaint.errors import UnknownSite, UnsupportedModel
 from overpaint.model import TextToImage
 from overpaint.model.sites import get
@@ -33,7 +33,7 @@ def hooks_of(model):
 
 
 def exact(model, site):
-    return weight_at(model, site).detach().double()
+    return find_weight(model, site).parameter.detach().double()
 
 
 def last_token(model, text):
@@ -164,7 +164,7 @@ def test_half_precision_is_solved_in_double_and_returns(own):
     before = bytes_of(own)
     change = edit.uce(own, MONET)
     change.apply(own)
-    assert weight_at(own, change.sites[0]).dtype == torch.float16
+    assert find_weight(own, change.sites[0]).parameter.dtype == torch.float16
     change.revert(own)
     assert bytes_of(own) == before
 
@@ -255,7 +255,7 @@ def test_layers_that_are_not_there_are_refused(tiny_sd1):
 
 
 def test_weights_that_cannot_be_solved_are_refused(own):
-    damaged = weight_at(own, "unet.cross_attn.4.to_v")
+    damaged = find_weight(own, "unet.cross_attn.4.to_v").parameter
     with torch.no_grad():
         damaged[0, 0] = math.nan
     with pytest.raises(ValueError, match="cross_attn.4.to_v holds NaN or infinity: load an und"):

@@ -233,5 +233,7 @@ def test_quantised_wrapped_and_fused_weights_are_refused(own, several, tiny_sd1)
 
 def test_fused_projections_are_refused(own, several):
     own.unet.fuse_qkv_projections()
-    with pytest.raises(UnsupportedModel, match="projections are fused, so edits of to_k and to_v"):
+    with pytest.raises(
+        UnsupportedModel, match="projections are fused, so that edits of to_k and to_v"
+    ):
         several.apply(own)

@@ -1,0 +1,76 @@
+r"""Two measures of the side effects of an edit: how far text features move, and how far a weight moves.
+
+`feature_drift` compares text features :math:`E` before and :math:`E'` after an edit. `weight_drift` is the norm of a
+movement :math:`\Delta` of a weight. Each is divided by a reference, `relative_to`. The reported values are:
+
+================================  ==================  ==============================================
+report                            function            `relative_to`
+================================  ==================  ==============================================
+`empty_drift` of an evaluation    `feature_drift`     the features of the empty prompt
+side effects in the studio        `feature_drift` ²   the movement of the erased concepts' captions
+`drift.json` of a report          `feature_drift`     the distance of the prompts from the empty prompt
+`drift` in a layer scan           `feature_drift` ²   the distance between old and new captions
+`preserve_drift`,                 `weight_drift`      the outputs of the old weight at the same inputs
+`empty_prompt_drift`
+`drift` in the report of `auto`   `weight_drift` ²    the residuals of the edited concepts
+`relative_delta_norm`             `weight_drift`      the old weight
+================================  ==================  ==============================================
+
+Those marked ² are reported as squares: shares of the squared movement.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["feature_drift", "weight_drift"]
+
+
+def feature_drift(before: Tensor, after: Tensor, *, relative_to: Tensor | float = 1.0) -> float:
+    r"""Return how far the text features of some prompts move, :math:`\sqrt{\mathrm{mean}_p \|E'(p) - E(p)\|^2}`.
+
+    Args:
+        before: Text features of N prompts without the edit, :math:`E`, shape (N, L, D).
+        after: Text features of the same prompts with the edit, :math:`E'`, shape (N, L, D).
+        relative_to: The reference: features or differences of features, shape (M, L, D), of which the root mean square
+            over prompts is taken, or that number itself.
+
+    Returns:
+        The movement divided by the reference; 0 if the reference is 0.
+    """
+    moved = _root_mean_square(after.double() - before.double())
+    reference = relative_to if isinstance(relative_to, float) else _root_mean_square(relative_to)
+    return moved / reference if reference else 0.0
+
+
+def weight_drift(
+    delta: Tensor,
+    *,
+    inputs: Tensor | None = None,
+    gram: Tensor | None = None,
+    relative_to: Tensor | float = 1.0,
+) -> float:
+    r"""Return the norm of a movement of a weight: :math:`\|\Delta\|_F`, or :math:`\|X \Delta^\top\|_F` at inputs.
+
+    Args:
+        delta: The movement :math:`\Delta`, shape (D_out, D_in).
+        inputs: Inputs :math:`X` of the weight, shape (N, D_in): measure the movement of its outputs.
+        gram: :math:`X^\top X` instead of `inputs`, shape (D_in, D_in), where only the sums are in memory.
+        relative_to: The reference: a weight, shape (D_out, D_in), measured like `delta`, or a norm.
+
+    Returns:
+        The norm divided by the reference; 0 if the reference is 0.
+    """
+    reference = relative_to if isinstance(relative_to, float) else _norm(relative_to, inputs, gram)
+    return _norm(delta, inputs, gram) / reference if reference else 0.0
+
+
+def _root_mean_square(features: Tensor) -> float:
+    return float(features.double().flatten(1).square().sum(1).mean().sqrt())
+
+
+def _norm(weight: Tensor, inputs: Tensor | None, gram: Tensor | None) -> float:
+    if inputs is not None:
+        return float((inputs @ weight.T).norm())
+    if gram is not None:
+        return max(float((weight @ gram * weight).sum()), 0.0) ** 0.5
+    return float(torch.linalg.norm(weight))
