@@ -1,4 +1,4 @@
-"""Read pictures, keep those that a model drew with their prompts and seeds, and draw charts."""
+"""Read pictures, store generated pictures with their prompts and seeds, and draw charts."""
 
 from overpaint.images.pictures import Pictures
 

@@ -1,13 +1,13 @@
-"""Pictures: what a model drew, and what made it draw so."""
+"""Pictures: generated images with the prompts, seeds and settings that produced them."""
 
-import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
+
+from overpaint import files
 
 __all__ = ["Pictures", "is_blank"]
 
@@ -18,8 +18,8 @@ class Pictures:
 
     Attributes:
         images: RGB in [0, 1], float32 on the CPU, shape (N, 3, H, W).
-        prompts: What each was to show.
-        seeds: What each started from.
+        prompts: The prompt of each picture.
+        seeds: The seed of each picture's start noise.
         protocol: Model, steps, guidance, scheduler, versions.
     """
 
@@ -37,7 +37,11 @@ class Pictures:
         return [Image.fromarray(rgb) for rgb in pixels]
 
     def grid(self, columns: int = 8) -> Image.Image:
-        """Return one image of all pictures in rows of `columns`, on white, two pixels apart."""
+        """Return one image of all pictures in rows of `columns`, on white, two pixels apart.
+
+        Raises:
+            ValueError: `columns` is not positive.
+        """
         if columns < 1:
             raise ValueError(f"`columns` must be at least 1, got {columns}.")
         tiles = self.pil()
@@ -53,26 +57,23 @@ class Pictures:
     def save(self, folder: str | Path) -> tuple[Path, ...]:
         """Write `0000.png` and so on, and `pictures.json` with prompts, seeds and protocol; return the PNGs' paths.
 
-        Each file is written beside its place and then moved there, so that none is ever half written.
+        Each file is written atomically; the folder is created.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         paths = tuple(folder / f"{i:04d}.png" for i in range(len(self)))
         for path, image in zip(paths, self.pil(), strict=True):
-            beside = path.with_suffix(".part")
-            image.save(beside, format="PNG")
-            os.replace(beside, path)
-        about = {"prompts": self.prompts, "seeds": self.seeds, "protocol": self.protocol}
-        beside = folder / "pictures.json.part"
-        beside.write_text(json.dumps(about, indent=1) + "\n")
-        os.replace(beside, folder / "pictures.json")
+            with files.atomic(path) as draft:
+                image.save(draft, format="PNG")
+        facts = {"prompts": self.prompts, "seeds": self.seeds, "protocol": self.protocol}
+        files.write_json(folder / "pictures.json", facts)
         return paths
 
 
 def is_blank(images: Tensor) -> Tensor:
-    """Say which of `images` (N, 3, H, W) are of one color throughout, as a safety checker leaves them; bool (N,).
+    """Return which of `images` (N, 3, H, W) have only one color, like the output of a safety checker; bool (N,).
 
-    A score of such a picture says nothing about the prompt.
+    A score of such a picture is meaningless.
     """
     flat = images.flatten(2)
     return (flat.amax(2) - flat.amin(2)).amax(1) < 1 / 255

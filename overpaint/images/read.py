@@ -1,4 +1,4 @@
-"""A picture from anything that holds one: a path, a PIL image, an array, a tensor."""
+"""Convert a path, PIL image, array or tensor to a picture tensor."""
 
 import os
 import warnings
@@ -20,36 +20,44 @@ def load_picture(image: Any, name: str) -> Tensor:
     """Return a picture as RGB in [0, 1], float32, shape (1, 3, H, W).
 
     Args:
-        image: A path; a PIL image, grey or colored, with a palette or not; an array (H, W), (H, W, 1), (H, W, 3) or
-            (H, W, 4); or a tensor, which has its channels first, with or without a batch of one. Arrays and tensors
-            hold bytes (white is 255), unsigned 16-bit numbers (65535), booleans or floats (1), and nothing else; PIL
-            images of integers count as 16-bit ones. Grey is spread over the colors; what is transparent is laid on
-            white.
-        name: What to call it in errors.
+        image: A path; a PIL image, grey or colored, with or without a palette; an array (H, W), (H, W, 1), (H, W, 3)
+            or (H, W, 4); or a tensor with channels first, with or without a batch dimension of 1. The dtype of arrays
+            and tensors is uint8 (white is 255), uint16 (white is 65535), bool or floating point (white is 1). PIL
+            images of integers are read as 16-bit ones. Grey is copied to all channels; transparent pixels are blended
+            with white.
+        name: Name of the picture in error messages.
 
     Raises:
-        TypeError: It is none of these.
-        ValueError: It cannot be read, is too small or too large, or holds values out of range.
+        TypeError: `image` has another type.
+        ValueError: The picture cannot be read, is too small or too large, or has values out of range.
     """
     if isinstance(image, str | os.PathLike):
-        found = _from_file(Path(image), name)
+        pixels = _from_file(Path(image), name)
     elif isinstance(image, Image.Image):
-        found = _from_open(image, name)
+        pixels = _from_open(image, name)
     elif isinstance(image, np.ndarray):
-        found = _from_array(torch.from_numpy(_native(image)), name, last=True)
+        pixels = _from_array(torch.from_numpy(_native(image)), name, last=True)
     elif isinstance(image, Tensor):
-        found = _from_array(image.detach().cpu(), name, last=False)
+        pixels = _from_array(image.detach().cpu(), name, last=False)
     else:
         raise TypeError(
             f"`{name}` must be a path, a PIL image, an array or a tensor, got {type(image).__name__}: convert it first."
         )
-    if found.shape[1] == 4:
-        color, alpha = found[:, :3], found[:, 3:]
-        found = color * alpha + (1 - alpha)
-    return found.expand(-1, 3, -1, -1).contiguous()
+    if pixels.shape[1] == 4:
+        color, alpha = pixels[:, :3], pixels[:, 3:]
+        pixels = color * alpha + (1 - alpha)
+    return pixels.expand(-1, 3, -1, -1).contiguous()
 
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # none that starts another program
+_FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "TIFF",
+    "BMP",
+    "GIF",
+    "PPM",
+)  # readers of these start no other program
 
 
 def _from_file(path: Path, name: str) -> Tensor:
@@ -71,12 +79,12 @@ def _from_file(path: Path, name: str) -> Tensor:
 
 
 def _from_open(image: Image.Image, name: str) -> Tensor:
-    """Read an image that the caller opened: its file is read only now, and may end too early."""
+    """Return the pixels of an image that the caller opened; its file is read only now and may be truncated."""
     try:
         return _from_pil(image, name)
     except (OSError, SyntaxError) as error:
         raise ValueError(
-            f"`{name}`: the open image cannot be read to its end ({error}): fetch its file again, or save it as PNG."
+            f"`{name}`: the open image cannot be read to its end ({error}): get its file again, or save it as PNG."
         ) from error
 
 
@@ -85,16 +93,15 @@ def _from_pil(image: Image.Image, name: str) -> Tensor:
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         return _from_array(torch.from_numpy(np.array(image)), name, last=True)
-    if image.mode.startswith("I"):  # 16 bits, whatever the order of their bytes
+    if image.mode.startswith("I"):  # 16 bits, in any byte order
         values = np.asarray(image).astype(np.float32) / 65535
         return _from_array(torch.from_numpy(values), name, last=True)
-    clear = image.has_transparency_data
-    mode = "RGBA" if clear else "L" if image.mode in ("1", "L") else "RGB"
+    mode = "RGBA" if image.has_transparency_data else "L" if image.mode in ("1", "L") else "RGB"
     return _from_array(torch.from_numpy(np.array(image.convert(mode))), name, last=True)
 
 
 def _native(values: np.ndarray) -> np.ndarray:
-    """Return the array as torch can take it."""
+    """Return the array in native byte order and contiguous, as torch requires."""
     if values.dtype.kind not in "buif" or values.dtype.itemsize > 8:
         raise TypeError(
             f"an array must hold numbers of at most 64 bits, got {values.dtype}: convert it first."
@@ -103,7 +110,7 @@ def _native(values: np.ndarray) -> np.ndarray:
 
 
 def _from_array(values: Tensor, name: str, *, last: bool) -> Tensor:
-    """Bring an array (channels last) or tensor (channels first) to (1, C, H, W), float32 in [0, 1]."""
+    """Return an array (channels last) or tensor (channels first) as float32 in [0, 1], shape (1, C, H, W)."""
     shape = tuple(values.shape)
     if not last and values.ndim == 4 and len(values) == 1:
         values = values[0]
@@ -112,8 +119,8 @@ def _from_array(values: Tensor, name: str, *, last: bool) -> Tensor:
     elif last and values.ndim == 3:
         values = values.permute(2, 0, 1)
     if values.ndim != 3 or len(values) not in (1, 3, 4):
-        wanted = "(H, W), (H, W, 3) or (H, W, 4)" if last else "(3, H, W), (1, H, W) or (4, H, W)"
-        raise ValueError(f"`{name}` must have shape {wanted}, got {shape}: give one picture.")
+        shapes = "(H, W), (H, W, 3) or (H, W, 4)" if last else "(3, H, W), (1, H, W) or (4, H, W)"
+        raise ValueError(f"`{name}` must have shape {shapes}, got {shape}: give one picture.")
     _check_size(values.shape[1], values.shape[2], name)
     if values.dtype == torch.uint8:
         return values[None].float().div_(255)
@@ -124,7 +131,7 @@ def _from_array(values: Tensor, name: str, *, last: bool) -> Tensor:
     if not values.is_floating_point():
         raise ValueError(
             f"`{name}` must be bytes, unsigned 16-bit numbers or floats in [0, 1], got {values.dtype}: "
-            "make it floats, divided by the number that stands for white."
+            "convert it to floats, divided by the value of white."
         )
     values = values[None].float()
     low, high = values.amin().item(), values.amax().item()
@@ -139,9 +146,7 @@ def _from_array(values: Tensor, name: str, *, last: bool) -> Tensor:
 
 def _check_size(h: int, w: int, name: str) -> None:
     if min(h, w) < SMALLEST:
-        raise ValueError(
-            f"`{name}` is {w}x{h} pixels: it must be at least {SMALLEST} a side to hold something to match."
-        )
+        raise ValueError(f"`{name}` is {w}x{h} pixels: each side must be at least {SMALLEST}.")
     if h * w > LIMIT:
         raise ValueError(
             f"`{name}` has {h * w / 1e6:.1f} megapixels, the limit is {LIMIT // 10**6}: make it smaller first."
