@@ -59,7 +59,7 @@ def test_match_prints_one_line_a_fact_and_draws_dark_views(run, inputs, tmp_path
     assert lines["wheel"] == str(tmp_path / "wheel.png")
     assert "std_median" not in lines  # of one hypothesis there is none
     with Image.open(tmp_path / "wheel.png") as view:
-        assert view.getpixel((view.width - 2, view.height - 2)) == (24, 27, 34)
+        assert view.convert("RGB").getpixel((view.width - 2, view.height - 2)) == (24, 27, 34)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""Where each place of one picture lies in another: dense correspondence by diffusion, with an uncertainty."""
+"""Dense correspondence of two pictures by diffusion, with an uncertainty."""
 
-from overpaint.match.config import Matcher
-from overpaint.match.denoiser import Config
+from overpaint.match.config import Config
+from overpaint.match.matcher import Matcher
 from overpaint.match.matching import Match, dense
 
 __all__ = ["Config", "Match", "Matcher", "dense"]

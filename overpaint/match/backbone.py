@@ -1,9 +1,9 @@
-"""The features that pictures are matched by: XFeat's dense part, frozen, and VGG-16 for the paper's full size.
+"""Networks that compute the features to match: XFeat's dense part, frozen, and VGG-16 for the paper's full size.
 
 Source: Potje et al., 2024 (XFeat), https://arxiv.org/abs/2404.19174; Simonyan and Zisserman, 2015 (VGG),
-https://arxiv.org/abs/1409.1556; Nam et al., 2024 (DiffMatch), https://arxiv.org/abs/2305.19094, which takes VGG-16.
-Deviations: XFeat in VGG's place, since its weights may be shipped and come to a twelfth of the size; they were
-trained by its authors for matching, on MegaDepth and warped pictures of COCO.
+https://arxiv.org/abs/1409.1556; Nam et al., 2024 (DiffMatch), https://arxiv.org/abs/2305.19094, which uses VGG-16.
+Deviations: XFeat instead of VGG, since its licence allows to ship the weights, which are a twelfth of the size. Its
+authors trained them for matching, on MegaDepth and warped pictures of COCO.
 """
 
 from pathlib import Path
@@ -21,8 +21,8 @@ __all__ = ["VGG", "Backbone", "build", "load"]
 class Backbone(nn.Module):
     """XFeat's dense features of grey pictures; 0.63 million parameters.
 
-    Pictures of any brightness and contrast give the same features: each is brought to mean 0 and variance 1 first.
-    The names of the parameters are those of the authors' file.
+    Each picture is first normalised to mean 0 and variance 1, so that brightness and contrast do not change the
+    features. The parameters have the names of the authors' file.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Backbone(nn.Module):
             Shapes (B, 64, H / 8, W / 8) and (B, 24, H / 4, W / 4).
 
         Raises:
-            ValueError: A side is no multiple of 32.
+            ValueError: A side is not a multiple of 32.
         """
         _check(images)
         grey = self.norm(images.mean(1, keepdim=True))
@@ -61,10 +61,10 @@ class Backbone(nn.Module):
 
 
 class VGG(nn.Module):
-    """VGG-16 up to its fourth pool, as the paper reads it. Built without weights.
+    """VGG-16 up to its fourth pooling layer, as in the paper. Built without weights.
 
-    The names of the parameters are those of torchvision's file (`features.0.weight` and so on), so that its tensors
-    load with `strict=False`, its classifier and last block being left out.
+    The parameters have the names of torchvision's file (`features.0.weight` and so on), so that its tensors load with
+    `strict=False`; the classifier and the last block are left out.
     """
 
     def __init__(self) -> None:
@@ -81,9 +81,9 @@ class VGG(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return features at an eighth and at half of the size.
 
-        The first are four maps beside each other, each of unit length and then halved, so that a product of two is
-        the average of the four maps' cosines: of the picture its levels of stride 4 and 8, and of the picture at half
-        the size those of stride 8 and 16.
+        The first are four maps concatenated, each at unit length and then halved, so that a dot product is the mean of
+        the four maps' cosines. Two maps are of the picture, at strides 4 and 8; two are of the picture at half the
+        size, at strides 8 and 16.
 
         Args:
             images: RGB in [0, 1], shape (B, 3, H, W), H and W multiples of 32.
@@ -92,7 +92,7 @@ class VGG(nn.Module):
             Shapes (B, 1152, H / 8, W / 8) and (B, 64, H / 2, W / 2).
 
         Raises:
-            ValueError: A side is no multiple of 32.
+            ValueError: A side is not a multiple of 32.
         """
         _check(images)
         size = (images.shape[2] // 8, images.shape[3] // 8)
@@ -104,12 +104,12 @@ class VGG(nn.Module):
     def _pools(self, images: Tensor) -> list[Tensor]:
         mean = images.new_tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
         x = (images - mean) / images.new_tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
-        found = []
+        pools = []
         for layer in self.features:
             x = layer(x)
             if isinstance(layer, nn.MaxPool2d):
-                found.append(x)
-        return found
+                pools.append(x)
+        return pools
 
 
 def build(name: str = "xfeat") -> Backbone | VGG:
@@ -119,7 +119,7 @@ def build(name: str = "xfeat") -> Backbone | VGG:
         name: `"xfeat"` or `"vgg16"`.
 
     Raises:
-        ValueError: The name is another.
+        ValueError: There is no such backbone.
     """
     if name not in ("xfeat", "vgg16"):
         raise ValueError(f"unknown backbone {name!r}: choose 'xfeat' or 'vgg16'.")
@@ -127,10 +127,10 @@ def build(name: str = "xfeat") -> Backbone | VGG:
 
 
 def load(path: str | Path | None = None) -> Backbone:
-    """Return XFeat with the weights that ship with the package, or with those of the safetensors file `path`.
+    """Return XFeat with the shipped weights, or with those of the safetensors file `path`.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
     """
     path = Path(path) if path is not None else zoo.folder("matcher") / "backbone.safetensors"
     if not path.is_file():
@@ -144,7 +144,7 @@ def load(path: str | Path | None = None) -> Backbone:
 
 
 class _Block(nn.Module):
-    """A convolution, batch normalisation without scale and shift, a ReLU."""
+    """A convolution, batch normalisation without scale and shift, and a ReLU."""
 
     def __init__(self, width: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class _Block(nn.Module):
 
 
 def _blocks(*shapes: tuple[int, int, int]) -> nn.Sequential:
-    """Stack blocks of (channels in, channels out, stride); stride 0 stands for a kernel of one pixel."""
+    """Return a sequence of blocks of (channels in, channels out, stride); stride 0 means a kernel of one pixel."""
     return nn.Sequential(*(_Block(*shape) for shape in shapes))
 
 

@@ -1,134 +1,71 @@
-"""A matcher: frozen features and two denoisers of flows, on disk a folder."""
+"""Sizes and switches of a matcher."""
 
-import json
-import os
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
-
-from overpaint import zoo
-from overpaint.errors import UnsupportedModel
-from overpaint.match import backbone
-from overpaint.match.conditioning import Config
-from overpaint.match.denoiser import Denoiser
-
-__all__ = ["Matcher"]
+__all__ = ["Config"]
 
 
-@dataclass(frozen=True, eq=False)
-class Matcher:
-    """The parts that match two pictures, in evaluation mode, float32.
+@dataclass(frozen=True)
+class Config:
+    """Sizes and switches of a matcher; the defaults are those of the shipped one."""
 
-    Attributes:
-        backbone: Pictures to features; frozen.
-        coarse: The denoiser of the coarse flow.
-        fine: The denoiser of the fine flow, or None: then the coarse one is all there is.
-        config: Sizes and switches.
-    """
-
-    backbone: nn.Module
-    coarse: Denoiser
-    fine: Denoiser | None
-    config: Config
-
-    @classmethod
-    def build(cls, config: Config, *, seed: int = 0) -> "Matcher":
-        """Return an untrained matcher: its answer is where each place's most alike one lies.
-
-        Args:
-            config: Sizes and switches.
-            seed: Of the random weights, the backbone's too. The global generator is left as it was.
-        """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            features = backbone.build(config.backbone)
-            coarse, fine = Denoiser(config).eval(), Denoiser(config, "fine").eval()
-        for part in (coarse, fine):
-            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a fifth faster on CPUs
-        return cls(features, coarse, fine, config)
+    image: int = (
+        256  # side that both pictures are resized to, whatever their aspect; a multiple of 32
+    )
+    grid: int = 32  # side of the coarse flow; an eighth of `image`
+    channels: tuple[int, ...] = (48, 80, 128)  # of the coarse U-Net's levels; multiples of `groups`
+    layers: int = 1  # ResNet blocks in a level of the coarse U-Net
+    attention: int = 16  # largest side at which the coarse U-Net has attention
+    sr_grid: int = 64  # side of the fine flow
+    sr_channels: tuple[int, ...] = (32, 64, 96)  # of the fine U-Net's levels
+    sr_layers: int = 1  # ResNet blocks in a level of the fine U-Net
+    sr_attention: int = 16  # largest side at which the fine U-Net has attention
+    head_width: int = 16  # channels of an attention head
+    groups: int = 16  # of the group normalisation
+    radius: int = 4  # of the windows of local cost, in cells
+    steps: int = 5  # noise levels T
+    # Factor on the diffused flow. At 1, as in the paper, noise exceeds the flow at nearly every level, since most flows
+    # are about a tenth of a picture.
+    flow_scale: float = 4.0
+    backbone: str = "xfeat"  # or "vgg16"
+    residual: bool = True  # add the network's output to the initial flow
+    local: bool = True  # the network reads the local cost
+    hints: bool = True  # the network reads four more channels: best cosine, trust, and the coordinates x and y
+    diffusion: bool = True  # False: no noise, and one prediction instead of samples; a control
+    robust: bool = True  # loss: root of the squared error instead of the square
+    align_corners: bool = (
+        False  # True: resize flows as the reference code does, half a cell off at the borders
+    )
 
     @classmethod
-    def load(cls, source: str | Path = "matcher") -> "Matcher":
-        """Load a matcher by zoo name or from a folder, on the CPU.
+    def tiny(cls) -> "Config":
+        """Return the configuration for training on two CPU cores: a flow of 32x32, refined to 64x64."""
+        return cls()
 
-        Raises:
-            ValueError: No such matcher, its weights are missing, or they are not a matcher's.
-        """
-        folder = zoo.folder("matcher") if source == "matcher" else Path(source)
-        if not folder.is_dir():
-            raise ValueError(f"unknown matcher {str(source)!r}: name a folder, or 'matcher'.")
-        for name in ("config.json", "backbone.safetensors", "coarse.safetensors"):
-            if not (folder / name).is_file():
-                raise ValueError(
-                    f"the matcher at {str(folder)!r} has no {name}: "
-                    "install the package anew, or train one with `overpaint train matcher`."
-                )
-        matcher = cls.build(_read_config(folder / "config.json"))
-        _fill(matcher.backbone, folder / "backbone.safetensors")
-        _fill(matcher.coarse, folder / "coarse.safetensors")
-        fine = matcher.fine if (folder / "fine.safetensors").is_file() else None
-        if fine is not None:
-            _fill(fine, folder / "fine.safetensors")
-        return cls(matcher.backbone, matcher.coarse, fine, matcher.config)
+    @classmethod
+    def smoke(cls) -> "Config":
+        """Return the smallest configuration that has every part, for tests."""
+        return cls(image=128, grid=16, channels=(16, 32), sr_grid=32, sr_channels=(16, 32))
 
-    def save(self, folder: str | Path) -> None:
-        """Write `config.json` and the weights, the denoisers' in half precision, the backbone's as they are.
+    @classmethod
+    def base(cls) -> "Config":
+        """Return the configuration for a GPU: a flow of 64x64 from pictures of 512x512, refined to 128x128."""
+        return cls(
+            image=512, grid=64, channels=(64, 128, 192, 256), layers=2, sr_grid=128,
+            sr_attention=32, head_width=32, groups=32,
+        )  # fmt: skip
 
-        Each file is written beside its place and then moved there, so that none is ever half written.
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        parts = {"backbone": self.backbone, "coarse": self.coarse, "fine": self.fine}
-        for name, part in parts.items():
-            path = folder / f"{name}.safetensors"
-            if part is None:
-                path.unlink(missing_ok=True)
-                continue
-            beside = path.with_suffix(".part")
-            save_file(_tensors(part, half=name != "backbone"), beside)
-            os.replace(beside, path)
-        beside = folder / "config.json.part"
-        beside.write_text(json.dumps(asdict(self.config), indent=1) + "\n")
-        os.replace(beside, folder / "config.json")
+    @classmethod
+    def full(cls) -> "Config":
+        """Return the paper's configuration: two U-Nets of 121 million parameters on VGG-16, a flow of 256x256."""
+        widths = (128, 256, 384, 512)
+        return cls(
+            image=512, grid=64, channels=widths, layers=3, sr_grid=256, sr_channels=widths,
+            sr_layers=3, sr_attention=64, head_width=128, groups=32, flow_scale=1.0,
+            backbone="vgg16", hints=False, robust=False, align_corners=True,
+        )  # fmt: skip
 
-
-def _read_config(path: Path) -> Config:
-    try:
-        found = json.loads(path.read_text())
-        known = {field.name for field in fields(Config)}
-        if not isinstance(found, dict) or set(found) - known:
-            raise ValueError(f"unknown entries {sorted(set(found) - known)}")
-        values: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in found.items()
-        }
-        return Config(**values)
-    except (ValueError, TypeError) as error:
-        raise UnsupportedModel(
-            f"{str(path)!r} is no matcher's configuration ({error}): it must be what `Matcher.save` writes. "
-            "Save the matcher again with this version."
-        ) from error
-
-
-def _fill(module: nn.Module, path: Path) -> None:
-    try:
-        tensors = load_file(path)
-        module.load_state_dict(
-            {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
-        )
-    except (SafetensorError, RuntimeError) as error:
-        raise UnsupportedModel(
-            f"the weights in {str(path)!r} do not fit the configuration beside them: {str(error)[:200]}. "
-            "Save the matcher again, or install the package anew."
-        ) from error
-
-
-def _tensors(module: nn.Module, *, half: bool) -> dict[str, torch.Tensor]:
-    return {
-        name: (x.half() if half and x.is_floating_point() else x).detach().cpu().contiguous()
-        for name, x in module.state_dict().items()
-    }
+    @property
+    def stack_channels(self) -> int:
+        """Channels of `Conditions.stack`."""
+        return (2 * self.radius + 1) ** 2 + 4 * self.hints

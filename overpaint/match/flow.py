@@ -1,22 +1,23 @@
-r"""Flow fields: where each place of one picture lies in another.
+r"""Flow fields: warp, resize, compose and compare them, read and write them.
 
-One convention throughout. A flow :math:`F` is on the grid of the **target** and points into the **source**: the place
-:math:`p` of the target shows what the source has at :math:`p + F(p)`. Shape (B, 2, H, W), float32, pixels; channel 0
-is x, rightwards, channel 1 is y, downwards. Pixel i covers [i - 0.5, i + 0.5], so a grid of n cells over W pixels has
-the centre of cell i at (i + 0.5) W / n - 0.5: torch's `align_corners=False`.
+One convention throughout. A flow :math:`F` is on the grid of the **target** and points into the **source**: pixel
+:math:`p` of the target corresponds to the point :math:`p + F(p)` of the source. Shape (B, 2, H, W), float32, pixels;
+channel 0 is x, rightwards, channel 1 is y, downwards. Pixel i covers [i - 0.5, i + 0.5], so a grid of n cells over W
+pixels has the centre of cell i at (i + 0.5) W / n - 0.5: torch's `align_corners=False`.
 
 Source: Nam et al., 2024 (DiffMatch), https://arxiv.org/abs/2305.19094.
 Deviations: the reference code mixes both conventions of the corners, which shifts a field by up to half a cell at the
-borders. `resize` can be asked for the other one.
+borders. `resize` has a switch for the reference's one.
 """
 
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from overpaint import files
 
 __all__ = [
     "compose",
@@ -42,21 +43,21 @@ def pixel_grid(h: int, w: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def to_mapping(flow: Tensor) -> Tensor:
-    """Return the places in the source that `flow` points to, in pixels, shape (B, 2, H, W)."""
+    """Return the points of the source that `flow` points to, in pixels, shape (B, 2, H, W)."""
     return flow + _grid_like(flow)
 
 
 def to_flow(mapping: Tensor) -> Tensor:
-    """Return the flow that points to the places `mapping`; undoes `to_mapping`."""
+    """Return the flow that points to the points `mapping`; the inverse of `to_mapping`."""
     return mapping - _grid_like(mapping)
 
 
 def warp(images: Tensor, flow: Tensor) -> Tensor:
-    """Return the source as the target shows it: warped(p) = images(p + flow(p)).
+    """Return the source warped onto the target's grid: warped(p) = images(p + flow(p)).
 
     Args:
-        images: The source, shape (B, C, Hs, Ws), any floating type.
-        flow: On the target's grid, shape (B, 2, H, W), or (1, 2, H, W) for all.
+        images: The source, shape (B, C, Hs, Ws), any floating dtype.
+        flow: On the target's grid, shape (B, 2, H, W), or (1, 2, H, W) for the whole batch.
 
     Returns:
         Shape (B, C, H, W), bilinear, 0 where the flow leaves the source.
@@ -65,14 +66,14 @@ def warp(images: Tensor, flow: Tensor) -> Tensor:
 
 
 def inside(flow: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-    """Say where `flow` stays within the source.
+    """Return where `flow` points to a point within the source.
 
     Args:
         flow: Shape (B, 2, H, W).
-        size: Height and width of the source; without it the flow's own.
+        size: Height and width of the source; by default those of the flow.
 
     Returns:
-        Bool, shape (B, 1, H, W): the place lies between the centres of the source's outermost pixels.
+        Bool, shape (B, 1, H, W): the point lies between the centres of the source's outermost pixels.
     """
     h, w = size or (flow.shape[2], flow.shape[3])
     x, y = to_mapping(flow).split(1, dim=1)
@@ -82,7 +83,8 @@ def inside(flow: Tensor, size: tuple[int, int] | None = None) -> Tensor:
 def resize(flow: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
     """Return the flow on a grid of `size` (height, width), in pixels of that grid.
 
-    Both pictures are taken to be resized alike: the values grow with the grid. Bilinear, without a low-pass filter.
+    Both pictures are assumed to be resized by the same factors, so the values scale with the grid. Bilinear, without a
+    low-pass filter.
     """
     h, w = size
     scale = flow.new_tensor([w / flow.shape[3], h / flow.shape[2]]).view(1, 2, 1, 1)
@@ -90,20 +92,21 @@ def resize(flow: Tensor, size: tuple[int, int], *, align_corners: bool = False) 
 
 
 def compose(ab: Tensor, bc: Tensor) -> Tensor:
-    """Return the flow from c to a by way of b.
+    """Return the flow from c to a through b.
 
     Args:
         ab: On b's grid, pointing into a, shape (B, 2, Hb, Wb).
         bc: On c's grid, pointing into b, shape (B, 2, Hc, Wc).
 
     Returns:
-        On c's grid, pointing into a, shape (B, 2, Hc, Wc). Where `bc` leaves b, `ab` is that of b's nearest border.
+        On c's grid, pointing into a, shape (B, 2, Hc, Wc). Where `bc` points outside of b, `ab` is read at
+            b's nearest border.
     """
     return bc + _sample(ab, to_mapping(bc), "border")
 
 
 def consistency(forward: Tensor, backward: Tensor) -> Tensor:
-    """Return by how many pixels there-and-back misses the start, shape (B, 1, H, W), on `forward`'s grid.
+    """Return the distance in pixels between each pixel and where forward and then backward lead, shape (B, 1, H, W).
 
     Args:
         forward: On the target's grid, pointing into the source, shape (B, 2, H, W).
@@ -113,32 +116,31 @@ def consistency(forward: Tensor, backward: Tensor) -> Tensor:
 
 
 def homography_flow(matrix: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the flow of a plane seen from two places.
+    """Return the flow of a homography.
 
     Args:
-        matrix: Sends pixels (x, y, 1) of the source to the target, shape (3, 3) or (B, 3, 3).
+        matrix: Maps pixels (x, y, 1) of the source to the target, shape (3, 3) or (B, 3, 3).
         size: Height and width of the target.
 
     Returns:
-        Shape (B, 2, H, W), float64: the truth of tests should not round. NaN where the plane passes the horizon.
+        Shape (B, 2, H, W), float64, since tests use it as ground truth. NaN beyond the horizon of the plane.
     """
     inverse = torch.linalg.inv(matrix.double().reshape(-1, 3, 3))
     grid = pixel_grid(*size, dtype=torch.float64).flatten(2)  # (1, 2, H * W)
-    places = inverse @ torch.cat([grid, torch.ones_like(grid[:, :1])], dim=1)
-    # The source's own pixels lie on one side of the horizon, where the third coordinate has the sign it has in the
-    # middle of what they are sent to; those of the other side are seen by nobody.
-    third = places[:, 2:]
+    points = inverse @ torch.cat([grid, torch.ones_like(grid[:, :1])], dim=1)
+    # Points on the visible side of the horizon have a third coordinate of the same sign as its median.
+    third = points[:, 2:]
     third = torch.where(
         third * torch.sign(third.median(2, keepdim=True).values) > 0, third, torch.nan
     )
-    return to_flow((places[:, :2] / third).view(-1, 2, *size))
+    return to_flow((points[:, :2] / third).view(-1, 2, *size))
 
 
 def read_flo(path: str | Path) -> Tensor:
-    """Read a flow from a Middlebury `.flo` file, shape (1, 2, H, W).
+    """Return the flow in a Middlebury `.flo` file, shape (1, 2, H, W).
 
     Raises:
-        ValueError: It is no such file, or it is cut short.
+        ValueError: The file has another format, or is truncated.
     """
     data = Path(path).read_bytes()
     if len(data) < 12 or np.frombuffer(data, "<f4", 1)[0] != _MAGIC:
@@ -159,10 +161,10 @@ def read_flo(path: str | Path) -> Tensor:
 def write_flo(path: str | Path, flow: Tensor) -> None:
     """Write a flow of shape (2, H, W) or (1, 2, H, W) as a Middlebury `.flo` file.
 
-    It is written beside its place and then moved there, so that it is never half written.
+    The file is written atomically.
 
     Raises:
-        ValueError: The shape is another.
+        ValueError: The flow has another shape.
     """
     if flow.ndim == 4 and len(flow) == 1:
         flow = flow[0]
@@ -170,12 +172,10 @@ def write_flo(path: str | Path, flow: Tensor) -> None:
         raise ValueError(
             f"a .flo file holds one flow of shape (2, H, W), got {tuple(flow.shape)}: write them one by one."
         )
-    path = Path(path)
     values = flow.detach().cpu().permute(1, 2, 0).contiguous().numpy().astype("<f4")
-    head = np.array([_MAGIC], "<f4").tobytes() + np.array(values.shape[1::-1], "<i4").tobytes()
-    beside = path.with_name(path.name + ".part")
-    beside.write_bytes(head + values.tobytes())
-    os.replace(beside, path)
+    header = np.array([_MAGIC], "<f4").tobytes() + np.array(values.shape[1::-1], "<i4").tobytes()
+    with files.atomic(path) as draft:
+        draft.write_bytes(header + values.tobytes())
 
 
 def _grid_like(flow: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ def _grid_like(flow: Tensor) -> Tensor:
 def _sample(images: Tensor, mapping: Tensor, padding: str) -> Tensor:
     """Read `images` (B, C, Hs, Ws) at `mapping` (B, 2, H, W), bilinearly."""
     size = mapping.new_tensor([images.shape[3], images.shape[2]]).view(1, 2, 1, 1)
-    places = ((2 * mapping + 1) / size - 1).permute(0, 2, 3, 1)  # (B, H, W, 2), in [-1, 1]
+    points = ((2 * mapping + 1) / size - 1).permute(0, 2, 3, 1)  # (B, H, W, 2), in [-1, 1]
     return F.grid_sample(
-        images, places.to(images.dtype), mode="bilinear", padding_mode=padding, align_corners=False
+        images, points.to(images.dtype), mode="bilinear", padding_mode=padding, align_corners=False
     )

@@ -1,9 +1,9 @@
-r"""Match two pictures: where each place of one lies in the other, and how sure that is.
+r"""Dense matching of two pictures: a flow with its uncertainty.
 
 Source: Nam et al., 2024 (DiffMatch), https://arxiv.org/abs/2305.19094, sections 4.4 to 4.6.
-Deviations: the uncertainty, which the paper shows in a figure only; starting again from the mean (`reinit`), of the
-paper's first version; the refinement (`refine`), which the hypotheses go through too before they are compared: where
-the pictures leave no doubt, it brings all of them to one place.
+Deviations: the uncertainty, which the paper shows in a figure only; repeating the coarse stage around the mean
+(`reinit`), which is from the paper's first version; the refinement by optical flow (`refine`). The hypotheses are
+refined too before they are compared; where the pictures are unambiguous, they converge to one point.
 """
 
 from collections.abc import Callable
@@ -11,54 +11,61 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from overpaint import files
+from overpaint.images.charts import LIGHT, Chart, Theme
 from overpaint.images.read import load_picture
-from overpaint.match import flow as fields
+from overpaint.match import flow as flows
+from overpaint.match import views
 from overpaint.match.conditioning import (
     Conditions,
     Features,
-    coarse_of,
-    describe,
-    fine_of,
+    coarse_conditions,
+    extract_features,
+    fine_conditions,
 )
-from overpaint.match.config import Matcher
 from overpaint.match.denoiser import Denoiser, sample
-from overpaint.match.optical_flow import refined
+from overpaint.match.matcher import Matcher
+from overpaint.match.optical_flow import refine as refine_flow
 from overpaint.match.resampling import (
-    Refined,
+    RefinedFlow,
     Size,
-    deviation,
-    enlarged,
-    grown,
-    reduced,
+    interpolate,
+    reduce,
     size_of,
+    std_in_pixels,
+    to_pixels,
 )
+from overpaint.model.sampling import Progress
 
 __all__ = ["Match", "dense"]
 
-_WORK = 1024  # pixels of the longer side that a flow is refined at
-_DOUBT = 256  # pixels of the longer side that each hypothesis is refined at, to see where it ends
-_ROWS = 256  # of a picture at a time, so that large ones fit into memory
+_REFINED_SIDE = 1024  # pixels: longer side of the pictures that the flow is refined on
+_COMPARED_SIDE = 256  # pixels: longer side of the pictures that each hypothesis is refined on
+_ROWS = 256  # rows of a picture that are warped at a time, so that large pictures fit into memory
 
 
 @dataclass(frozen=True, eq=False)
 class Match:
-    """Where each pixel of `image_b` lies in `image_a`.
+    """A dense match: for each pixel of `image_b` the corresponding point of `image_a`.
 
     Attributes:
         flow: On `image_b`'s grid, pointing into `image_a`, in pixels, (x, y), float32, shape (2, H, W): pixel p of b
-            shows what a shows at p + flow(p), each in its own picture's pixels.
-        std: How far the hypotheses lie from the flow, in pixels of `image_a`, shape (H, W); the larger, the less sure.
-            The root of the mean square, of the coarse stage's hypotheses, refined at 256 pixels of the longer side.
-            Where nothing is refined, the standard deviation of both stages' hypotheses. 0 of a single hypothesis. Where
-            a picture is of one color, at least that of a place that may lie anywhere in `image_a`.
-        warped: `image_a` as seen from `image_b`, RGB in [0, 1], shape (3, H, W); black where it ends.
-        inside: Where the flow stays within `image_a`, bool, shape (H, W).
-        consistency: By how many pixels there-and-back misses, shape (H, W); None unless asked for.
-        protocol: What made it: sizes (height, width), samples, steps, seed and so on.
+            corresponds to the point p + flow(p) of a, each in its picture's pixels.
+        std: Uncertainty in pixels of `image_a`, shape (H, W): root mean square distance of the coarse stage's
+            hypotheses from the flow, each refined at 256 pixels of the longer side. Without refinement, the standard
+            deviation of both stages' hypotheses. 0 for a single hypothesis. If a picture is of one color, at least the
+            standard deviation of a uniform distribution over `image_a`.
+        warped: `image_a` warped onto `image_b`'s grid, RGB in [0, 1], shape (3, H, W); black outside of `image_a`.
+        inside: Where the flow points to a point within `image_a`, bool, shape (H, W).
+        consistency: Distance in pixels between each pixel and where both flows lead, forth and back, shape (H, W);
+            `None` unless `cycle` was set.
+        protocol: Settings: sizes (height, width), samples, steps, seed and so on.
     """
 
     flow: Tensor
@@ -67,6 +74,81 @@ class Match:
     inside: Tensor
     consistency: Tensor | None = None
     protocol: dict[str, Any] = field(default_factory=dict)
+
+    def wheel(self, *, theme: Theme = LIGHT) -> Chart:
+        """Return the flow as colors, above a color wheel that explains them."""
+        return views.wheel(self.flow.numpy(), self.inside.numpy(), theme=theme)
+
+    def arrows(self, target: Any, *, theme: Theme = LIGHT) -> Chart:
+        """Return the flow as arrows over the target, colored by the uncertainty.
+
+        Args:
+            target: The `image_b` of the match, anything that `dense` takes.
+            theme: Colors.
+
+        Raises:
+            ValueError: The target cannot be read, or has another size than the flow.
+        """
+        pixels = self._pixels(target)
+        arrays = (self.flow.numpy(), self.inside.numpy(), self.std.numpy())
+        return views.arrows(*arrays, pixels, theme=theme)
+
+    def confidence(self, target: Any, *, theme: Theme = LIGHT) -> Chart:
+        """Return the uncertainty as colors: bright where it is small, dark where it is large.
+
+        Args:
+            target: The `image_b` of the match, anything that `dense` takes.
+            theme: Colors.
+
+        Raises:
+            ValueError: The target cannot be read, or has another size than the flow.
+        """
+        return views.confidence(self.std.numpy(), self._pixels(target), theme=theme)
+
+    def save(self, folder: str | Path, target: Any, *, theme: Theme = LIGHT) -> dict[str, Path]:
+        """Write `flow.flo`, `flow.npy`, `std.npy`, `warped.png` and the three views.
+
+        Each file is written atomically.
+
+        Args:
+            folder: Created if it does not exist.
+            target: The `image_b` of the match, anything that `dense` takes.
+            theme: Colors of the views.
+
+        Returns:
+            The files by their names without suffix; those of the flow by `flo` and `npy`.
+
+        Raises:
+            ValueError: The target cannot be read, or has another size than the flow.
+        """
+        charts = {
+            "wheel": self.wheel(theme=theme),
+            "arrows": self.arrows(target, theme=theme),
+            "confidence": self.confidence(target, theme=theme),
+        }
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = {"flo": folder / "flow.flo", "npy": folder / "flow.npy", "std": folder / "std.npy"}
+        flows.write_flo(paths["flo"], self.flow)
+        for name, values in (("npy", self.flow), ("std", self.std)):
+            with files.atomic(paths[name]) as draft, draft.open("wb") as file:
+                np.save(file, values.numpy())
+        paths["warped"] = folder / "warped.png"
+        with files.atomic(paths["warped"]) as draft:
+            pixels = (self.warped.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+            Image.fromarray(pixels.numpy()).save(draft, format="PNG")
+        return paths | {name: chart.save(folder / f"{name}.png") for name, chart in charts.items()}
+
+    def _pixels(self, target: Any) -> views.Floats:
+        """Return the target, (H, W, 3)."""
+        pixels = load_picture(target, "target")[0].permute(1, 2, 0).numpy()
+        height, width = self.std.shape
+        if pixels.shape[:2] != (height, width):
+            raise ValueError(
+                f"`target` is {pixels.shape[1]}x{pixels.shape[0]} pixels, the flow {width}x{height}: "
+                "give the `image_b` that was matched."
+            )
+        return pixels
 
 
 def dense(
@@ -80,173 +162,195 @@ def dense(
     reinit: int = 0,
     refine: bool = True,
     cycle: bool = False,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Match:
-    """Find where each pixel of `image_b` lies in `image_a`.
+    """Return for each pixel of `image_b` the corresponding point of `image_a`.
 
     Args:
         image_a: The source: a path, a PIL image, an array (H, W, C) or a tensor (C, H, W); grey, RGB or RGBA, floats
             in [0, 1], bytes or 16-bit integers, up to 60 megapixels.
-        image_b: The target; its size may be another.
-        matcher: A matcher, on whatever device, its folder, or the name of the one that ships.
-        samples: Hypotheses whose mean is the flow; from 2 on their spread says how sure it is.
-        steps: Of denoising, at most what the matcher was trained for.
-        seed: Of the noise that the hypotheses start from.
-        reinit: How often the coarse flow is sought again around the mean of its hypotheses.
-        refine: Whether optical flow adds what the matcher's cells are too coarse for, on pictures of up to 1,024 pixels
-            a side, and what each hypothesis comes to by it is compared.
-        cycle: Whether to match both ways, and tell by how much there-and-back misses. Takes twice as long.
-        on_progress: Called after each stage with the stages done and the stages in all.
+        image_b: The target; it may have another size.
+        matcher: A matcher on any device, the folder of one, or the name of the shipped one.
+        samples: Hypotheses, whose mean is the flow; from 2 on their spread is the uncertainty.
+        steps: Denoising steps, at most the number of noise levels that the matcher was trained with.
+        seed: Seed of the noise that the hypotheses start from.
+        reinit: How often to repeat the coarse stage around the mean of its hypotheses.
+        refine: Refine the flow by optical flow on pictures of up to 1,024 pixels a side, and compare the hypotheses
+            after refining them too.
+        cycle: Match in both directions and return their consistency. Takes twice as long.
+        on_progress: Called with (done, total, label) after each stage.
 
     Returns:
-        The flow, its uncertainty, and `image_a` as seen from `image_b`. A picture of one color gives a flow too; its
-        uncertainty is that of a place which may lie anywhere in `image_a`.
+        The flow, its uncertainty, and the warped `image_a`. A picture of one color gives a flow too, with a large
+        uncertainty.
 
     Raises:
-        TypeError: A picture is of no known kind.
-        ValueError: A picture cannot be read, is too small or large, or an argument is out of range.
+        TypeError: A picture is of an unsupported type.
+        ValueError: A picture cannot be read, is too small or too large, or an argument is out of range.
     """
     if reinit < 0:
         raise ValueError(f"`reinit` must be at least 0, got {reinit}.")
     source, target = load_picture(image_a, "image_a"), load_picture(image_b, "image_b")
     size_a, size_b = size_of(source), size_of(target)
-    flat = _is_flat(source) or _is_flat(target)
-    found = matcher if isinstance(matcher, Matcher) else Matcher.load(matcher)
-    device = next(found.coarse.parameters()).device
-    a, b = (
-        describe(found.backbone, found.config, _shrink(x, found.config.image).to(device))
-        for x in (source, target)
-    )
-    small = reduced(source, target, _WORK) if refine and not flat else None
-    del target  # a large picture's bytes may be needed
-    ways = [(a, b), (b, a)] if cycle else [(a, b)]
-    step = _Steps(on_progress, (1 + reinit + (found.fine is not None)) * len(ways))
-    drawn = [_search(found, s, t, samples, steps, seed, reinit, step) for s, t in ways]
-    corners = found.config.align_corners
-    near = Refined.of(drawn[0].flow, corners, *small) if small else None
-    flow = near.at(size_a, size_b) if near else enlarged(drawn[0].flow, size_a, size_b, corners)
-    std = _std(drawn[0], size_a, size_b, corners, near)
-    if flat:
-        std.clamp_(min=_anywhere(size_a))
-    missed = None
-    if cycle:
-        other = Refined.of(drawn[1].flow, corners, small[1], small[0]) if small else None
-        back = (
-            other.at(size_b, size_a) if other else enlarged(drawn[1].flow, size_b, size_a, corners)
+    is_uniform = _is_uniform(source) or _is_uniform(target)
+    loaded = matcher if isinstance(matcher, Matcher) else Matcher.load(matcher)
+    a, b = _features(loaded, source), _features(loaded, target)
+    pictures = reduce(source, target, _REFINED_SIDE) if refine and not is_uniform else None
+    del target  # frees the memory of a large picture
+    directions = [(a, b), (b, a)] if cycle else [(a, b)]
+    total = (1 + reinit + (loaded.fine is not None)) * len(directions)
+    search = _Search(loaded, samples, steps, seed, reinit, _Stages(on_progress, total))
+    forth, *back = [search.run(*direction) for direction in directions]
+    align_corners = loaded.config.align_corners
+    refined = RefinedFlow.compute(forth.flow, align_corners, *pictures) if pictures else None
+    flow = _full_size(forth.flow, refined, size_a, size_b, align_corners)
+    std = _std(forth, size_a, size_b, align_corners, refined)
+    if is_uniform:
+        std.clamp_(min=_uniform_std(size_a))
+    consistency = None
+    if back:
+        other = (
+            RefinedFlow.compute(back[0].flow, align_corners, *pictures[::-1]) if pictures else None
         )
-        missed = fields.consistency(flow, back)[0, 0]
-    warped, inside = _seen(source, flow)
+        backward = _full_size(back[0].flow, other, size_b, size_a, align_corners)
+        consistency = flows.consistency(flow, backward)[0, 0]
+    warped, inside = _warp(source, flow)
     protocol = {
         "matcher": "given" if isinstance(matcher, Matcher) else str(matcher),
         "source": size_a, "target": size_b,
         "samples": samples, "steps": steps, "seed": seed, "reinit": reinit, "refine": refine,
     }  # fmt: skip
-    return Match(flow[0], std, warped, inside, missed, protocol)
+    return Match(flow[0], std, warped, inside, consistency, protocol)
 
 
 @dataclass
-class _Steps:
-    """Counts stages and tells of them."""
+class _Stages:
+    """Counts stages and reports them."""
 
-    tell: Callable[[int, int], None] | None
+    on_progress: Progress | None
     total: int
     done: int = 0
 
     def __call__(self) -> None:
         self.done += 1
-        if self.tell is not None:
-            self.tell(self.done, self.total)
+        if self.on_progress is not None:
+            self.on_progress(self.done, self.total, "matching")
 
 
 @dataclass(frozen=True, eq=False)
-class _Drawn:
-    """What the networks say, over their sides.
+class _Hypotheses:
+    """Relative flows of the networks.
 
     Attributes:
-        flow: The answer, (1, 2, g, g).
-        hypotheses: The coarse stage's, (n, 2, g, g); one if nothing is drawn.
-        variance: Of the two numbers of the answer, both stages together, (1, 2, g, g).
+        flow: The mean of the last stage, (1, 2, g, g).
+        coarse: The coarse stage's hypotheses, (n, 2, g, g); one if the matcher has no diffusion.
+        variance: Variance of the flow, the sum of both stages', (1, 2, g, g).
     """
 
     flow: Tensor
-    hypotheses: Tensor
+    coarse: Tensor
     variance: Tensor
 
 
-def _search(
-    matcher: Matcher,
-    source: Features,
-    target: Features,
-    samples: int,
-    steps: int,
-    seed: int,
-    reinit: int,
-    step: Callable[[], None],
-) -> _Drawn:
-    """Draw hypotheses, coarse ones and then fine ones around their mean."""
-    generator = torch.Generator().manual_seed(seed)
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """Samples hypotheses: coarse ones, then fine ones around their mean."""
 
-    def draw(denoiser: Denoiser, conditions: Conditions) -> tuple[Tensor, Tensor, Tensor]:
-        flows = sample(denoiser, conditions, samples=samples, steps=steps, generator=generator)
-        step()
-        apart = flows[:, 0] if matcher.config.diffusion else flows[0]  # without, copies of one
-        return apart, flows.mean(0), flows.var(0, unbiased=samples > 1)
+    matcher: Matcher
+    samples: int
+    steps: int
+    seed: int
+    reinit: int
+    on_stage: Callable[[], None]
 
-    flows, mean, variance = draw(matcher.coarse, coarse_of(matcher.config, source, target))
-    for _ in range(reinit):
-        conditions = coarse_of(matcher.config, source, target, mean)
-        flows, mean, variance = draw(matcher.coarse, conditions)
-    if matcher.fine is None:
-        return _Drawn(mean.cpu(), flows.cpu(), variance.cpu())
-    _, fine, more = draw(matcher.fine, fine_of(matcher.config, source, target, mean))
-    # The fine stage starts from the coarse mean and knows nothing of the coarse hypotheses' doubt.
-    total = more + grown(variance, size_of(fine))
-    return _Drawn(fine.cpu(), flows.cpu(), total.cpu())
+    def run(self, source: Features, target: Features) -> _Hypotheses:
+        """Return the hypotheses for the flow on the target's grid."""
+        config, coarse = self.matcher.config, self.matcher.coarse
+        generator = torch.Generator().manual_seed(self.seed)
+        conditions = coarse_conditions(config, source, target)
+        hypotheses, mean, variance = self._draw(coarse, conditions, generator)
+        for _ in range(self.reinit):
+            conditions = coarse_conditions(config, source, target, mean)
+            hypotheses, mean, variance = self._draw(coarse, conditions, generator)
+        if self.matcher.fine is None:
+            return _Hypotheses(mean.cpu(), hypotheses.cpu(), variance.cpu())
+        conditions = fine_conditions(config, source, target, mean)
+        _, fine, fine_variance = self._draw(self.matcher.fine, conditions, generator)
+        # The fine stage starts from the coarse mean, so its spread does not include that of the coarse hypotheses.
+        total = fine_variance + interpolate(variance, size_of(fine))
+        return _Hypotheses(fine.cpu(), hypotheses.cpu(), total.cpu())
+
+    def _draw(
+        self, denoiser: Denoiser, conditions: Conditions, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return one stage's hypotheses, (n, 2, g, g), their mean and variance, (1, 2, g, g)."""
+        drawn = sample(
+            denoiser, conditions, samples=self.samples, steps=self.steps, generator=generator
+        )
+        self.on_stage()
+        # Without diffusion all samples are equal.
+        hypotheses = drawn[:, 0] if self.matcher.config.diffusion else drawn[0]
+        return hypotheses, drawn.mean(0), drawn.var(0, unbiased=self.samples > 1)
 
 
-def _std(drawn: _Drawn, source: Size, target: Size, corners: bool, near: Refined | None) -> Tensor:
+def _full_size(
+    relative: Tensor, refined: RefinedFlow | None, source: Size, target: Size, align_corners: bool
+) -> Tensor:
+    """Return the refined flow, or else the relative one, on the target's grid in the source's pixels."""
+    if refined is not None:
+        return refined.resize(source, target)
+    return to_pixels(relative, source, target, align_corners)
+
+
+def _std(
+    drawn: _Hypotheses, source: Size, target: Size, align_corners: bool, refined: RefinedFlow | None
+) -> Tensor:
     """Return `Match.std`, on the target's grid, in the source's pixels."""
-    if near is None or len(drawn.hypotheses) == 1:
-        return deviation(drawn.variance, source, target, corners)
-    pictures = reduced(near.source, near.target, _DOUBT)
-    first, second = size_of(pictures[0]), size_of(pictures[1])
-    answer, squares = near.at(first, second), []
-    for hypothesis in drawn.hypotheses:
-        given = enlarged(hypothesis[None], first, second, corners)
-        end = refined(*pictures, given)
+    if refined is None or len(drawn.coarse) == 1:
+        return std_in_pixels(drawn.variance, source, target, align_corners)
+    pictures = reduce(refined.source, refined.target, _COMPARED_SIDE)
+    size_a, size_b = size_of(pictures[0]), size_of(pictures[1])
+    flow, squares = refined.resize(size_a, size_b), []
+    for hypothesis in drawn.coarse:
+        start = to_pixels(hypothesis[None], size_a, size_b, align_corners)
+        end = refine_flow(*pictures, start)
         if (
-            end is given
-        ):  # too thin at this size: only what was refined can be compared with the answer
-            return deviation(drawn.variance, source, target, corners)
-        squares.append((answer - end) ** 2)
-    scale = answer.new_tensor([first[1], first[0]]).view(1, 2, 1, 1)
-    return deviation(torch.stack(squares).mean(0) / scale**2, source, target, False)
+            end is start
+        ):  # too small to refine; an unrefined hypothesis does not compare with a refined flow
+            return std_in_pixels(drawn.variance, source, target, align_corners)
+        squares.append((flow - end) ** 2)
+    scale = flow.new_tensor([size_a[1], size_a[0]]).view(1, 2, 1, 1)
+    return std_in_pixels(torch.stack(squares).mean(0) / scale**2, source, target, False)
 
 
-def _shrink(image: Tensor, side: int) -> Tensor:
-    """Resize to a square, averaging over what falls together."""
-    return F.interpolate(
+def _features(matcher: Matcher, image: Tensor) -> Features:
+    """Return the features of a picture, resized to the matcher's square with a low-pass filter."""
+    side = matcher.config.image
+    square = F.interpolate(
         image, (side, side), mode="bilinear", antialias=True, align_corners=False
-    ).clamp_(0, 1)
+    )
+    device = next(matcher.coarse.parameters()).device
+    return extract_features(matcher.backbone, matcher.config, square.clamp_(0, 1).to(device))
 
 
-def _seen(image: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
-    """Warp a few rows at a time, and say where the flow stays inside: (3, H, W) and (H, W)."""
+def _warp(image: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the warped image, (3, H, W), and where the flow stays inside, (H, W); a few rows at a time."""
     h, w = flow.shape[2:]
     warped, inside = torch.empty(3, h, w), torch.empty(h, w, dtype=torch.bool)
     size = size_of(image)
     for top in range(0, h, _ROWS):
         part = flow[:, :, top : top + _ROWS].clone()
         part[:, 1] += top
-        warped[:, top : top + _ROWS] = fields.warp(image, part)[0]
-        inside[top : top + _ROWS] = fields.inside(part, size)[0, 0]
+        warped[:, top : top + _ROWS] = flows.warp(image, part)[0]
+        inside[top : top + _ROWS] = flows.inside(part, size)[0, 0]
     return warped, inside
 
 
-def _is_flat(image: Tensor) -> bool:
+def _is_uniform(image: Tensor) -> bool:
+    """Return whether a picture is of one color."""
     return bool((image.amax((2, 3)) - image.amin((2, 3))).amax() < 1 / 255)
 
 
-def _anywhere(size: tuple[int, int]) -> float:
-    """Return the standard deviation of a place that may lie anywhere in a picture, in pixels."""
+def _uniform_std(size: Size) -> float:
+    """Return the standard deviation of a uniform distribution over a picture, in pixels."""
     return ((size[0] ** 2 + size[1] ** 2) / 12) ** 0.5

@@ -1,10 +1,10 @@
-"""Refine a flow by what the pictures look like.
+"""Refine a flow by optical flow on the pictures themselves.
 
-The source is seen through the flow, and the optical flow from the target to what is seen is what the flow misses. The
-matcher's grid of cells says which thing is where, small motions say where exactly.
+The source is warped by the flow, and the optical flow from the target to the warped source is added to the flow. The
+matcher's coarse grid decides which object corresponds to which, the optical flow localises it to less than a cell.
 
-Source: Kroeger et al., 2016 (DIS optical flow), https://arxiv.org/abs/1603.03590, as OpenCV has it.
-Deviations: ours; neither paper puts the one behind the other.
+Source: Kroeger et al., 2016 (DIS optical flow), https://arxiv.org/abs/1603.03590, OpenCV's implementation.
+Deviations: the combination is ours; neither paper refines a matcher by optical flow.
 """
 
 import threading
@@ -18,15 +18,15 @@ from torch.nn import functional as F
 
 from overpaint.match import flow as flows
 
-__all__ = ["FARTHEST", "refined"]
+__all__ = ["MAX_CORRECTION", "refine"]
 
-FARTHEST = 1 / 16  # of the longer side: what lies beyond is no refinement
-_LEAST = 16  # pixels of a side that patches of 8 need
-_ONE = threading.Lock()
+MAX_CORRECTION = 1 / 16  # of the longer side; larger corrections are ignored
+_MIN_SIDE = 16  # pixels; DIS needs it for its patches of 8
+_LOCK = threading.Lock()
 
 
-def refined(source: Tensor, target: Tensor, flow: Tensor) -> Tensor:
-    """Return the flow with what it misses added, where that is less than a sixteenth of the longer side.
+def refine(source: Tensor, target: Tensor, flow: Tensor) -> Tensor:
+    """Return the flow plus a correction by optical flow where it is less than a sixteenth of the longer side.
 
     Args:
         source: RGB in [0, 1], shape (1, 3, Ha, Wa).
@@ -34,33 +34,36 @@ def refined(source: Tensor, target: Tensor, flow: Tensor) -> Tensor:
         flow: On the target's grid, pointing into the source, in pixels, shape (1, 2, Hb, Wb).
 
     Returns:
-        A flow of the same kind; `flow` itself for pictures of less than 16 pixels a side.
+        A flow of the same shape; `flow` itself if the target has a side of less than 16 pixels.
     """
     h, w = target.shape[2:]
-    if min(h, w) < _LEAST:
+    if min(h, w) < _MIN_SIDE:
         return flow
     height, width = source.shape[2:]
     size = torch.tensor([width, height], device=flow.device)
-    places = (2 * flows.to_mapping(flow).permute(0, 2, 3, 1) + 1) / size - 1
-    # The border goes on where the source ends: a black edge would be followed.
-    seen = F.grid_sample(source, places, padding_mode="border", align_corners=False)
-    missed = torch.from_numpy(_dis(_grey(target), _grey(seen)))
-    missed = missed.permute(2, 0, 1)[None].to(flow)
-    near = missed.norm(dim=1, keepdim=True) < FARTHEST * max(h, w)
-    return flows.compose(flow, missed * near)
+    points = (2 * flows.to_mapping(flow).permute(0, 2, 3, 1) + 1) / size - 1
+    # Padded with the border's colors, since optical flow would follow a black edge.
+    warped = F.grid_sample(source, points, padding_mode="border", align_corners=False)
+    correction = torch.from_numpy(_dis(_grey(target), _grey(warped)))
+    correction = correction.permute(2, 0, 1)[None].to(flow)
+    small = correction.norm(dim=1, keepdim=True) < MAX_CORRECTION * max(h, w)
+    return flows.compose(flow, correction * small)
 
 
-def _dis(target: NDArray[np.uint8], seen: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return where each pixel of the target lies in what is seen, (H, W, 2), by one thread: more change the answer."""
+def _dis(target: NDArray[np.uint8], warped: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return the optical flow from the target to the warped source, (H, W, 2).
+
+    Computed in one thread, since the result depends on the number of threads.
+    """
     import cv2
 
     solver: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     solver.setFinestScale(0)
-    with _ONE:  # the number of threads is the process's
+    with _LOCK:  # the number of threads is a setting of the process
         threads = cv2.getNumThreads()
         cv2.setNumThreads(1)
         try:
-            return solver.calc(target, seen, None)
+            return solver.calc(target, warped, None)
         finally:
             cv2.setNumThreads(threads)
 
