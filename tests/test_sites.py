@@ -147,7 +147,7 @@ def test_paths_of_sd14(sd14):
 
 
 def test_census_and_order_of_sd21(sd21):
-    found = hook_check.probe(sd21)
+    found = hook_check.verified_sites(sd21)
     unet = [site for site in found if site.part == "unet"]
     assert Counter(site.kind for site in unet) == {
         "resnet": 22, "self_attn": 16, "cross_attn": 16, "mlp": 16,
@@ -160,7 +160,7 @@ def test_census_and_order_of_sd21(sd21):
 
 
 def test_census_and_order_of_sdxl(sdxl):
-    found = hook_check.probe(sdxl)
+    found = hook_check.verified_sites(sdxl)
     unet = [site for site in found if site.part == "unet"]
     assert Counter(site.kind for site in unet) == {
         "resnet": 17, "self_attn": 70, "cross_attn": 70, "mlp": 70,

@@ -1,6 +1,6 @@
 """`overpaint trace`: the one verb with many options."""
 
-from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from overpaint.trace import Effects
 
 __all__ = ["trace"]
-
-Stage = Callable[[int, int, str], None]
 
 
 def trace(
@@ -93,38 +91,41 @@ def trace(
     else:
         asked = probes.load_file(prompts, kind=kind, concept=concept)[:limit]
     loaded = load_model(model, device)
-    drawn: dict[str, Any] = {"seeds": (seed,), "steps": steps, "solver": solver}
-    if scorer is not None:
-        drawn["score"] = Clip(scorer, device=device).score
-    noise: dict[str, Any] = {"noise_samples": noise_samples, "sigma": _sigma(sigma)}
+    drawing = trace.Drawing(steps=steps, solver=solver, seeds=(seed,), memory=memory)
+    clip = None if scorer is None else Clip(scorer, device=device).score
+    noise = trace.Noise(noise_samples, _sigma(sigma))
     mode: dict[str, Any] = {"source": source, "branches": branches} if part == "unet" else {}
     name = {"text": "text", "unet": f"unet-{source}", "swap": "swap"}[part]
     with progress(as_json) as stage:
         estimate = None
         if screen is not None:
-            settings = {**drawn, **noise, **mode, "memory": memory}
-            estimate = _estimate(loaded, asked, part, settings, stage)
+            run: Any = trace.screening.text_encoder if part == "text" else trace.screening.unet
+            estimate = run(
+                loaded, asked, last=min(5, steps), noise=noise, drawing=replace(drawing, batch_size=8), scorer=clip,
+                on_progress=stage, **mode,
+            )  # fmt: skip
             estimate.save(out / f"{name}-screen.parquet")
         shared: dict[str, Any] = {
-            **drawn, "memory": memory, "folder": out / f"{name}-runs",
-            "on_progress": lambda done, total: stage(done, total, f"tracing {part}"),
+            "drawing": drawing, "scorer": clip, "folder": out / f"{name}-runs", "on_progress": stage,
         }  # fmt: skip
         if part == "text":
             effects = trace.text_encoder(
-                loaded, asked, direction=direction, heads=heads, generate=not features_only,  # type: ignore[arg-type]
-                only=_best(estimate, screen), **noise, **shared,
+                loaded, asked, states=trace.TextStates(heads=heads, only=_best(estimate, screen)),
+                direction=direction, generate=not features_only, noise=noise, **shared,  # type: ignore[arg-type]
             )  # fmt: skip
         elif part == "unet":
             best = _best(estimate, screen)
+            states = trace.UNetStates(
+                heads=heads, windows=tuple(trace.WINDOWS) if windows else ("",),
+                only=None if best is None else [site for site, _ in best],
+            )  # fmt: skip
             effects = trace.unet(
-                loaded, asked, direction=direction, heads=heads,  # type: ignore[arg-type]
-                windows=tuple(trace.WINDOWS) if windows else ("",),
-                only=None if best is None else [site for site, _ in best], **noise, **mode, **shared,
+                loaded, asked, states=states, direction=direction, noise=noise, **mode, **shared,  # type: ignore[arg-type]
             )  # fmt: skip
         else:
-            effects = trace.swap(loaded, asked, target=target, window=window, **shared)
+            effects = trace.prompt_swap(loaded, asked, target=target, window=window, **shared)
     if estimate is not None and screen is not None:
-        effects = trace.screening.noted(effects, estimate, share=screen)
+        effects = trace.screening.with_note(effects, estimate, share=screen)
     _show(effects, effects.save(out / f"{name}.parquet"), as_json=as_json)
 
 
@@ -148,28 +149,13 @@ def _sigma(text: str) -> float | str:
     try:
         return float(text)
     except ValueError:
-        return text  # a factor, or wrong: the tracer knows
-
-
-def _estimate(
-    model: Any, asked: Sequence[Any], part: str, settings: dict[str, Any], stage: Stage
-) -> "Effects":
-    from overpaint.trace import screening as screen
-
-    run: Any = screen.text_encoder if part == "text" else screen.unet
-    return run(
-        model,
-        asked,
-        last=min(5, settings["steps"]),
-        on_progress=lambda done, total: stage(done, total, "screening"),
-        **settings,
-    )
+        return text  # a factor, or an error that `Noise` reports
 
 
 def _best(estimate: "Effects | None", share: float | None) -> tuple[tuple[str, str], ...] | None:
-    from overpaint.trace import screening as screen
+    from overpaint.trace import screening
 
-    return None if estimate is None or share is None else screen.best(estimate, share)
+    return None if estimate is None or share is None else screening.best(estimate, share)
 
 
 def _proxy(effects: "Effects") -> float | None:
@@ -182,20 +168,20 @@ def _proxy(effects: "Effects") -> float | None:
 
 def _show(effects: "Effects", path: Path, *, as_json: bool) -> None:
     """Print the ten best states, and where all of them are."""
-    verdict = effects.test()
-    rows = sorted(verdict.table.to_pylist(), key=lambda row: -row["mean"])[:10]
+    test = effects.test()
+    rows = sorted(test.table.to_pylist(), key=lambda row: -row["mean"])[:10]
     facts: dict[str, Any] = {"effects": str(path), "dropped": effects.dropped}
     if "screen" in effects.protocol:
         facts["screen"] = effects.protocol["screen"]
     if (proxy := _proxy(effects)) is not None:
         facts["spearman_features_pictures"] = proxy
-    possible = not verdict.reason
-    if not possible and verdict.protocol["value"] == "indirect_effect":
-        facts["causal"] = verdict.reason
+    possible = not test.reason
+    if not possible and test.protocol["value"] != "embed_recovery":
+        facts["causal"] = test.reason
     if as_json:
-        return print_json({**facts, "threshold": verdict.protocol["threshold"], "top": rows})
+        return print_json({**facts, "threshold": test.protocol["threshold"], "top": rows})
     print_table(
-        ("site", "token", "head", "steps", verdict.protocol["value"], "95 % interval", "p (Holm)", "causal", "n"),
+        ("site", "token", "head", "steps", test.protocol["value"], "95 % interval", "p (Holm)", "causal", "n"),
         [
             (
                 r["site"], r["role"] or "all", "all" if r["head"] is None else str(r["head"]), r["window"] or "all",

@@ -1,7 +1,7 @@
-"""Gradients of a picture's score at every state: what `screen` multiplies with the states' differences.
+"""Attribution: gradients of a picture's score at every state, times the difference between clean and corrupted state.
 
-A batch of runs (prompt, noise, seed) is denoised without gradients up to its last K steps and with them from there.
-Weights are frozen meanwhile, so that the graph holds activations alone, and gradients are returned, never accumulated.
+A batch of runs (prompt, noise, seed) is denoised without gradients up to its last K steps, and with gradients in those.
+Meanwhile the weights are frozen, so that the graph holds only activations, and gradients are returned, not accumulated.
 """
 
 import inspect
@@ -22,7 +22,7 @@ from overpaint.trace.renderer import Renderer, finite
 __all__ = ["Attribution", "Objective", "Run", "choose"]
 
 Objective = Literal["score", "latents"]
-Run = tuple[Corruption, int]  # and the seed
+Run = tuple[Corruption, int]  # the corrupted prompt and the seed
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Attribution:
 
     Attributes:
         renderer: Model, scorer, steps and guidance.
-        last: Through how many of the last steps gradients go.
-        objective: `"score"` is the corrupted run's score; `"latents"` minus half the squared distance of its latents
-            to the clean ones.
+        last: Number of last steps with gradients.
+        objective: `"score"` is the corrupted run's score; `"latents"` is minus half the squared distance of its
+            latents to the clean ones.
     """
 
     renderer: Renderer
@@ -46,26 +46,29 @@ class Attribution:
         """Return the attribution of each module in each run, shape (S, B), float64.
 
         Raises:
-            UnsupportedModel: One is not finite.
+            UnsupportedModel: An attribution is not finite.
         """
         model, renderer = self.renderer.model, self.renderer
         states: list[list[Tensor]] = [[] for _ in modules]
         with _frozen(model), torch.enable_grad():
             with torch.no_grad():
                 clean, corrupted = _encode(model, batch), _encode(model, batch, corrupt=True)
-            seen: _Keep = (modules, states)
-            aims: list[list[Tensor]] = [[] for _ in modules]
+            corrupted_outputs: _Outputs = (modules, states)
+            clean_states: list[list[Tensor]] = [[] for _ in modules]
+            clean_outputs: _Outputs = (modules, clean_states)
             same = source == "same_latent"
-            goal = self._clean(clean, batch, None if same else (modules, aims))
-            tail = _Tail(renderer, self.last, seen, twin=(clean, (modules, aims)) if same else None)
-            latents = tail.run(corrupted, batch, leaf=True)
+            goal = self._clean(clean, batch, None if same else clean_outputs)
+            twin = (clean, clean_outputs) if same else None
+            denoiser = _LastSteps(renderer, self.last, corrupted_outputs, twin=twin)
+            latents = denoiser.run(corrupted, batch, leaf=True)
             grads = torch.autograd.grad(
                 self._objective(latents, goal, batch), sum(states, []), allow_unused=True
             )
-        found = [
-            _products(*three) for three in zip(grads, sum(aims, []), sum(states, []), strict=True)
+        products = [
+            _product(*three)
+            for three in zip(grads, sum(clean_states, []), sum(states, []), strict=True)
         ]
-        numbers = _finite(torch.stack(found).unflatten(0, (len(modules), -1)).sum(1))
+        numbers = _finite(torch.stack(products).unflatten(0, (len(modules), -1)).sum(1))
         if renderer.guidance_scale == 1:
             return numbers
         empty, full = numbers.chunk(2, dim=1)  # the guided batch holds the unconditional rows first
@@ -75,35 +78,37 @@ class Attribution:
         """Return the attribution of each module in each run at each position, shape (S, B, L), float64.
 
         Raises:
-            UnsupportedModel: One is not finite.
+            UnsupportedModel: An attribution is not finite.
         """
         model = self.renderer.model
         states: list[list[Tensor]] = [[] for _ in modules]
         with _frozen(model), torch.enable_grad():
-            with torch.no_grad(), hooks.record(modules) as aims:
+            with torch.no_grad(), hooks.record(modules) as clean_states:
                 clean = _encode(model, batch)
-            with hooks.patch(_listeners((modules, states))):
+            with hooks.patch(_recorders((modules, states))):
                 embeds = _encode(model, batch, corrupt=True)
             goal = self._clean(clean, batch, None)
             start = embeds.detach().requires_grad_()
-            latents = _Tail(self.renderer, self.last).run(start, batch)
-            (pull,) = torch.autograd.grad(self._objective(latents, goal, batch), [start])
-            grads = torch.autograd.grad(embeds, sum(states, []), pull, allow_unused=True)
-        found = [
-            _products(*three, keep=2)
-            for three in zip(grads, sum(aims, []), sum(states, []), strict=True)
+            latents = _LastSteps(self.renderer, self.last).run(start, batch)
+            (embeds_grad,) = torch.autograd.grad(self._objective(latents, goal, batch), [start])
+            grads = torch.autograd.grad(embeds, sum(states, []), embeds_grad, allow_unused=True)
+        products = [
+            _product(*three, batch_dims=2)
+            for three in zip(grads, sum(clean_states, []), sum(states, []), strict=True)
         ]
-        return _finite(torch.stack(found))
+        return _finite(torch.stack(products))
 
-    def _clean(self, embeds: Tensor, batch: Sequence[Run], into: "_Keep | None") -> Tensor | None:
-        """Draw the clean runs without gradients, if anybody needs them; return their latents."""
-        if into is None and self.objective == "score":
+    def _clean(
+        self, embeds: Tensor, batch: Sequence[Run], outputs: "_Outputs | None"
+    ) -> Tensor | None:
+        """Denoise the clean runs without gradients and return their latents; `None` if neither is used."""
+        if outputs is None and self.objective == "score":
             return None
         with torch.no_grad():
-            return _Tail(self.renderer, self.last, into).run(embeds, batch)
+            return _LastSteps(self.renderer, self.last, outputs).run(embeds, batch)
 
     def _objective(self, latents: Tensor, goal: Tensor | None, batch: Sequence[Run]) -> Tensor:
-        """Return the sum of the runs' objectives; a run's states reach its own summand alone."""
+        """Return the sum of the runs' objectives; a run's states affect only its own summand."""
         if self.objective == "score":
             assert self.renderer.scorer is not None
             images = _decode(self.renderer.model, latents)
@@ -113,10 +118,10 @@ class Attribution:
 
 
 def choose(renderer: Renderer, objective: Objective | None, probe: Any) -> Objective:
-    """Return the objective to use: the score if it has a gradient, unless told otherwise.
+    """Return `objective`; if it is `None`, `"score"` where the scores have a gradient, else `"latents"`.
 
     Raises:
-        ValueError: No such objective, or the score is asked for and has no gradient.
+        ValueError: No such objective, or it is `"score"` and the scores have no gradient.
     """
     if objective not in (None, "score", "latents"):
         raise ValueError(f"`objective` must be 'score', 'latents' or None, got {objective!r}.")
@@ -128,46 +133,43 @@ def choose(renderer: Renderer, objective: Objective | None, probe: Any) -> Objec
         try:
             differentiable = renderer.scorer(images, [probe]).requires_grad
         except RuntimeError as error:
-            if "requires grad" not in str(
-                error
-            ):  # numpy refuses a tensor with a gradient in these words
+            if "requires grad" not in str(error):  # numpy's message for a tensor with a gradient
                 raise
             differentiable = False
     if not differentiable and objective == "score":
         raise ValueError(
-            "`score` returns numbers without a gradient: write it in torch operations outside `torch.no_grad`, or say "
-            "objective='latents'."
+            "`scorer` returns numbers without a gradient: write it in torch operations outside `torch.no_grad`, or "
+            "pass objective='latents'."
         )
     return "score" if differentiable else "latents"
 
 
-_Keep = tuple[
-    Sequence[Module], list[list[Tensor]]
-]  # for each module, what it returned, graph and all
+# Modules, and for each a list to which its outputs are added, with their graph.
+_Outputs = tuple[Sequence[Module], list[list[Tensor]]]
 
 
-class _Tail:
-    """Denoises as `denoise` does; in the last steps states are kept and, unless under `no_grad`, gradients.
+class _LastSteps:
+    """Denoises as `denoise` does, and records states in the last steps, with gradients unless under `no_grad`.
 
-    With a twin, clean prompts run on the same latents too, without gradients, and their states are kept.
+    With a twin, clean prompts also run on the same latents, without gradients, and their states are recorded.
     """
 
     def __init__(
         self,
         renderer: Renderer,
         last: int,
-        into: _Keep | None = None,
-        twin: tuple[Tensor, _Keep] | None = None,
+        outputs: _Outputs | None = None,
+        twin: tuple[Tensor, _Outputs] | None = None,
     ) -> None:
-        self.renderer, self.into, self.twin = renderer, into, twin
+        self.renderer, self.outputs, self.twin = renderer, outputs, twin
         self.scheduler: Any = renderer.scheduler
         fresh: Any = type(self.scheduler).from_config(self.scheduler.config)
         fresh.set_timesteps(renderer.steps)
-        self.first = len(fresh.timesteps) - last  # some schedulers take a step more than asked
+        self.first = len(fresh.timesteps) - last  # some schedulers take one step more than `steps`
         self.step = 0
 
     def run(self, embeds: Tensor, batch: Sequence[Run], *, leaf: bool = False) -> Tensor:
-        """Return the final latents; with `leaf` gradients begin at the latents of the first late step."""
+        """Return the final latents; with `leaf` gradients begin at the latents of the first recorded step."""
         seeds = [seed for _, seed in batch]
         latents = self.renderer.model.initial_latents(
             seeds, steps=self.renderer.steps, scheduler=self.scheduler
@@ -176,7 +178,7 @@ class _Tail:
         def cut(done: int, latents: Tensor) -> Tensor | None:
             return latents.detach().requires_grad_() if leaf and done == self.first else None
 
-        # `denoise` is decorated to record no gradients; what it decorates records what is asked for.
+        # `denoise` is decorated with `no_grad`; the function inside the decorator has gradients.
         return inspect.unwrap(denoise)(
             self,
             latents.requires_grad_() if leaf and self.first == 0 else latents,
@@ -189,35 +191,35 @@ class _Tail:
         )
 
     def noise_pred(self, latents: Tensor, t: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """Predict as the model does."""
+        """Return the model's prediction, and record states in the last steps."""
         model, late = self.renderer.model, self.step >= self.first
         self.step += 1
         if not late:
             with torch.no_grad():
                 return model.noise_pred(latents, t, prompt_embeds)
         if self.twin is not None:
-            clean, keep = self.twin
+            clean, outputs = self.twin
             others = prompt_embeds[: len(prompt_embeds) - len(clean)]
-            with torch.no_grad(), hooks.patch(_listeners(keep)):
+            with torch.no_grad(), hooks.patch(_recorders(outputs)):
                 model.noise_pred(latents, t, torch.cat([others, clean]))
-        with hooks.patch(_listeners(self.into)) if self.into else nullcontext():
+        with hooks.patch(_recorders(self.outputs)) if self.outputs else nullcontext():
             return model.noise_pred(latents, t, prompt_embeds)
 
 
-def _listeners(keep: _Keep) -> dict[Module, Callable[[Tensor], Tensor]]:
-    def listener(into: list[Tensor]) -> Callable[[Tensor], Tensor]:
-        def listen(output: Tensor) -> Tensor:
+def _recorders(outputs: _Outputs) -> dict[Module, Callable[[Tensor], Tensor]]:
+    def recorder(into: list[Tensor]) -> Callable[[Tensor], Tensor]:
+        def record(output: Tensor) -> Tensor:
             into.append(output)
             return output
 
-        return listen
+        return record
 
-    return {module: listener(into) for module, into in zip(*keep, strict=True)}
+    return {module: recorder(into) for module, into in zip(*outputs, strict=True)}
 
 
 def _finite(numbers: Tensor) -> Tensor:
-    cure = "load it in float32, lower `guidance_scale`, or take fewer of the `last` steps"
-    return finite(numbers, "attributions", cure)
+    remedy = "load it in float32, lower `guidance_scale`, or take fewer of the `last` steps"
+    return finite(numbers, "attributions", remedy)
 
 
 def _encode(model: Any, batch: Sequence[Run], *, corrupt: bool = False) -> Tensor:
@@ -225,7 +227,7 @@ def _encode(model: Any, batch: Sequence[Run], *, corrupt: bool = False) -> Tenso
     with ExitStack() as stack:
         for part, encoder in enumerate(model.text_encoders):
             for row, (corruption, _) in enumerate(batch if corrupt else ()):
-                stack.enter_context(noisy(encoder, corruption, first=row, past=row + 1, part=part))
+                stack.enter_context(noisy(encoder, corruption, first=row, end=row + 1, part=part))
             if torch.is_grad_enabled():
                 begin = {encoder.get_input_embeddings(): lambda e: e.detach().requires_grad_()}
                 stack.enter_context(hooks.patch(begin))
@@ -237,27 +239,27 @@ def _encode(model: Any, batch: Sequence[Run], *, corrupt: bool = False) -> Tenso
 
 
 def _decode(model: Any, latents: Tensor) -> Tensor:
-    """Decode with gradients: what `decode` decorates with `no_grad`."""
+    """Decode with gradients: call `decode` without its decorator `no_grad`."""
     return inspect.unwrap(type(model).decode)(model, latents)
 
 
-def _products(grad: Tensor | None, aim: Tensor, state: Tensor, keep: int = 1) -> Tensor:
-    """Return the inner product of gradient and difference in all but the first `keep` dimensions, float64."""
+def _product(grad: Tensor | None, clean: Tensor, state: Tensor, batch_dims: int = 1) -> Tensor:
+    """Return the inner product of gradient and (clean - state) over all but the first `batch_dims` axes, float64."""
     if grad is None:
-        return torch.zeros(state.shape[:keep], dtype=torch.float64)
-    product = grad.double() * (aim.double() - state.detach().double())
-    return product.flatten(keep).sum(keep).cpu()
+        return torch.zeros(state.shape[:batch_dims], dtype=torch.float64)
+    product = grad.double() * (clean.double() - state.detach().double())
+    return product.flatten(batch_dims).sum(batch_dims).cpu()
 
 
 @contextmanager
 def _frozen(model: Any) -> Iterator[None]:
-    """Take no gradients of weights inside the block."""
+    """Set `requires_grad` of all weights to false inside the block."""
     parts = (*model.text_encoders, model.unet, model.vae)
-    taken = [p for part in parts for p in part.parameters() if p.requires_grad]
+    trainable = [p for part in parts for p in part.parameters() if p.requires_grad]
     try:
-        for parameter in taken:
+        for parameter in trainable:
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter in taken:
+        for parameter in trainable:
             parameter.requires_grad_(True)

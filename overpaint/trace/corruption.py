@@ -1,11 +1,11 @@
 """Corruption: Gaussian noise on the token embeddings of the words that carry the attribute.
 
 The encoder is causal: noise on positions s to e - 1 reaches every later position, end-of-text and
-padding included, and none before s.
+padding included, and no earlier one.
 
 Source: Basu et al., 2024, https://arxiv.org/abs/2310.13730, section 3; the paper states neither
 sigma nor the place. Both follow ROME (three standard deviations of the subjects' embeddings, added
-at the input). Deviations: noise is drawn per prompt and sample from a seed of its own, on the CPU;
+at the input). Deviations: noise is drawn for each prompt and sample from a seed of its own, on the CPU;
 with two text encoders (SDXL) the words are corrupted in both.
 """
 
@@ -24,11 +24,13 @@ from overpaint.model import hooks
 from overpaint.model.token_spans import Span, end_of_text, find_span
 from overpaint.trace.states import ROLES
 
-__all__ = ["ROLES", "Corruption", "Prompted", "corruptions", "noisy", "places"]
+__all__ = ["Corruption", "Noise", "Prompted", "corruptions", "noisy", "role_positions"]
+
+_FACTOR = re.compile(r"(\d+(?:\.\d+)?)std")
 
 
 class Prompted(Protocol):
-    """What tracing needs of a probe; `overpaint.probes.Probe` is one."""
+    """The attributes of a probe that the tracers read; `overpaint.probes.Probe` has them."""
 
     @property
     def id(self) -> str:
@@ -37,7 +39,7 @@ class Prompted(Protocol):
 
     @property
     def kind(self) -> str:
-        """The attribute."""
+        """Kind of the attribute."""
         ...
 
     @property
@@ -52,17 +54,52 @@ class Prompted(Protocol):
 
 
 @dataclass(frozen=True)
+class Noise:
+    """Settings of the noise on the concept's token embeddings.
+
+    Attributes:
+        samples: Noise samples, and so corruptions, of each prompt.
+        sigma: Standard deviation, or a factor such as `"3std"`: three times the standard deviation of the concepts'
+            embeddings.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    samples: int = 1
+    sigma: float | str = "3std"
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"`samples` must be at least 1, got {self.samples}.")
+        if isinstance(self.sigma, str):
+            valid = _FACTOR.fullmatch(self.sigma) is not None
+        else:
+            valid = 0 <= self.sigma < float("inf")
+        if not valid:
+            raise ValueError(
+                f"`sigma` must be a number from 0 on, or a factor such as '3std', got {self.sigma!r}."
+            )
+
+    def scale(self, embeds: Tensor) -> float:
+        """Return the standard deviation of the noise, given the token embeddings (N, D) of the concepts."""
+        if isinstance(self.sigma, str):
+            return float(self.sigma.removesuffix("std")) * float(embeds.double().std())
+        return float(self.sigma)
+
+
+@dataclass(frozen=True)
 class Corruption:
     """One corrupted prompt.
 
     Attributes:
-        probe: The question.
+        probe: The probe of the prompt.
         ids: Its padded token ids, shape (L,).
         span: The positions that are corrupted.
         eos: The first end-of-text position.
-        noise: What is added to their embeddings, float32, shape (len(span), D).
-        sample: Which noise sample.
-        others: Ids and noise for each further text encoder, whose tokens stand at the same places.
+        noise: Noise added to their embeddings, float32, shape (len(span), D).
+        sample: Number of the noise sample.
+        others: Ids and noise for each further text encoder, whose tokens stand at the same positions.
     """
 
     probe: Any
@@ -78,8 +115,8 @@ class Corruption:
         """Ids and noise for each text encoder."""
         return ((self.ids, self.noise), *self.others)
 
-    def elsewhere(self) -> "Corruption | None":
-        """Return the same noise on words of equal length that are not the concept, if there are any."""
+    def on_other_words(self) -> "Corruption | None":
+        """Return the same noise on as many tokens outside the concept; `None` if the prompt has too few."""
         length = len(self.span)
         for start in range(1, self.eos - length + 1):
             other = Span(start, start + length)
@@ -89,47 +126,43 @@ class Corruption:
 
 
 def corruptions(
-    model: Any, probes: Sequence[Prompted], *, noise_samples: int, sigma: float | str
+    model: Any, probes: Sequence[Prompted], noise: Noise
 ) -> tuple[list[Corruption], float]:
-    """Return one corruption for each probe and noise sample, and the noise's standard deviation.
+    """Return one corruption for each probe and noise sample, and the standard deviation of the noise.
 
     Args:
-        model: Whose tokenizers and embeddings to use.
-        probes: The questions.
-        noise_samples: Noise tensors a probe.
-        sigma: Standard deviation, or `"3std"` (any number before `std`) for so many times that of the
-            subjects' embeddings; with two encoders each has its own, and the first's is returned.
+        model: Its tokenizers and token embeddings are read.
+        probes: Prompts with the concept's words.
+        noise: Number of samples and standard deviation. A factor is computed for each text encoder from its own
+            embeddings; the returned standard deviation is that of the first encoder.
 
     Raises:
-        ValueError: No probes, a concept that is not in its prompt once, or a setting out of range.
-        UnsupportedModel: The model's tokenizers disagree on where a concept stands.
+        ValueError: There are no probes, or a concept is not in its prompt exactly once.
+        UnsupportedModel: The model's tokenizers disagree on the position of a concept.
     """
     if not probes:
         raise ValueError(
             "`probes` is empty: give at least one, for example `probes.load('style')`."
         )
-    if noise_samples < 1:
-        raise ValueError(f"`noise_samples` must be at least 1, got {noise_samples}.")
     spans = [find_span(model.tokenizer, probe.prompt, probe.concept) for probe in probes]
-    found = [
-        _Vocabulary(encoder, tokenizer, probes, spans, sigma)
+    first, *further = [
+        _Encoder(encoder, tokenizer, probes, spans, noise)
         for encoder, tokenizer in zip(model.text_encoders, model.tokenizers, strict=True)
     ]
-    first, *further = found
-    made = [
+    corrupted = [
         Corruption(
             probe, first.ids[i], span, end_of_text(model.tokenizer, first.ids[i]),
-            first.noise(f"{probe.id}:{sample}", span), sample,
-            tuple((v.ids[i], v.noise(f"{probe.id}:{sample}:{n}", span)) for n, v in enumerate(further, 2)),
+            first.draw(f"{probe.id}:{sample}", span), sample,
+            tuple((e.ids[i], e.draw(f"{probe.id}:{sample}:{n}", span)) for n, e in enumerate(further, 2)),
         )
         for i, (probe, span) in enumerate(zip(probes, spans, strict=True))
-        for sample in range(noise_samples)
+        for sample in range(noise.samples)
     ]  # fmt: skip
-    return made, first.scale
+    return corrupted, first.scale
 
 
-class _Vocabulary:
-    """What one encoder reads: the ids of all probes, shape (N, L), and the scale of its noise."""
+class _Encoder:
+    """Token ids of all probes for one text encoder, shape (N, L), and the standard deviation of its noise."""
 
     def __init__(
         self,
@@ -137,7 +170,7 @@ class _Vocabulary:
         tokenizer: Any,
         probes: Sequence[Prompted],
         spans: Sequence[Span],
-        sigma: float | str,
+        noise: Noise,
     ) -> None:
         for probe, span in zip(probes, spans, strict=True):
             if find_span(tokenizer, probe.prompt, probe.concept) != span:
@@ -152,15 +185,17 @@ class _Vocabulary:
         table = encoder.get_input_embeddings().weight.detach()
         rows = [row[span.start : span.end] for row, span in zip(self.ids, spans, strict=True)]
         self.width = table.shape[1]
-        self.scale = _sigma(sigma, table[torch.cat(rows).to(table.device)])
+        self.scale = noise.scale(table[torch.cat(rows).to(table.device)])
 
-    def noise(self, key: str, span: Span) -> Tensor:
-        """Draw the noise of one probe and sample, shape (len(span), D)."""
-        return self.scale * _draw(key, (len(span), self.width))
+    def draw(self, key: str, span: Span) -> Tensor:
+        """Draw the noise of one probe and sample, shape (len(span), D); `key` is its seed."""
+        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
+        generator = Generator().manual_seed(seed)
+        return self.scale * torch.randn((len(span), self.width), generator=generator)
 
 
-def places(corruption: Corruption, roles: Sequence[str]) -> list[tuple[str, int]]:
-    """Return (role, position) of every position that plays one of `roles`, in order.
+def role_positions(corruption: Corruption, roles: Sequence[str]) -> list[tuple[str, int]]:
+    """Return (role, position) of every position whose role is among `roles`, in order.
 
     Raises:
         ValueError: No such role.
@@ -169,51 +204,35 @@ def places(corruption: Corruption, roles: Sequence[str]) -> list[tuple[str, int]
         if role not in ROLES:
             raise ValueError(f"unknown position {role!r}: choose among {', '.join(ROLES)}.")
     span, eos = corruption.span, corruption.eos
-    found = [("subject", position) for position in span.positions[:-1]]
-    found.append(("last_subject", span.last))
+    pairs = [("subject", position) for position in span.positions[:-1]]
+    pairs.append(("last_subject", span.last))
     if span.end < eos:
-        found.append(("after", span.end))
-    found.append(("eos", eos))
+        pairs.append(("after", span.end))
+    pairs.append(("eos", eos))
     if eos + 1 < len(corruption.ids):
-        found.append(("pad", eos + 1))
-    return [(role, position) for role, position in found if role in roles]
+        pairs.append(("pad", eos + 1))
+    return [(role, position) for role, position in pairs if role in roles]
 
 
 @contextmanager
 def noisy(
-    text_encoder: Any, corruption: Corruption, *, first: int, past: int | None = None, part: int = 0
+    text_encoder: Any, corruption: Corruption, *, first: int, end: int | None = None, part: int = 0
 ) -> Iterator[None]:
-    """Add the noise to the token embeddings of rows `first` to `past - 1`, inside the block.
+    """Add the noise to the token embeddings of rows `first` to `end - 1`, inside the block.
 
     Args:
-        text_encoder: The encoder to disturb.
+        text_encoder: The text encoder.
         corruption: Span and noise.
         first: First row to corrupt.
-        past: One past the last, or `None` for all from `first` on.
-        part: Which of the model's encoders this is.
+        end: One past the last row, or `None` for all rows from `first` on.
+        part: Index of this encoder among the model's text encoders.
     """
     span, noise = corruption.span, corruption.parts[part][1]
 
     def add(embeds: Tensor) -> Tensor:
         changed = embeds.clone()
-        changed[first:past, span.start : span.end] += noise.to(embeds)
+        changed[first:end, span.start : span.end] += noise.to(embeds)
         return changed
 
     with hooks.patch({text_encoder.get_input_embeddings(): add}):
         yield
-
-
-def _sigma(sigma: float | str, embeds: Tensor) -> float:
-    factor = re.fullmatch(r"(\d+(?:\.\d+)?)std", sigma) if isinstance(sigma, str) else None
-    if factor:
-        return float(factor[1]) * float(embeds.double().std())
-    if isinstance(sigma, str) or not 0 <= sigma < float("inf"):
-        raise ValueError(
-            f"`sigma` must be a number from 0 on, or a factor such as '3std', got {sigma!r}."
-        )
-    return float(sigma)
-
-
-def _draw(key: str, shape: tuple[int, int]) -> Tensor:
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
-    return torch.randn(shape, generator=Generator().manual_seed(seed))

@@ -1,40 +1,37 @@
-"""Effects: what restoring each state did, one row a state, prompt, seed and noise sample.
+"""Effects: the result of a trace, one row a state, prompt, seed and noise sample.
 
-A state is a site, the role of a token (text) or nothing (UNet), one head or the whole output, and
-the window of steps. The indirect effect of a state is score(restored) - score(corrupted), signed; its
-normalised recovery is that over score(clean) - score(corrupted), defined only where the gap is wide enough.
+A state is a site, the role of a token (text encoder) or the empty role (UNet), one head or the whole output, and a
+window of steps. The indirect effect of a state is score(restored) - score(corrupted), signed. Its recovery is that
+over score(clean) - score(corrupted), defined only where this gap is wide enough.
 
 Source: Basu et al., 2024, https://arxiv.org/abs/2310.13730, section 3.
 Deviations: the paper takes the absolute effect, which counts damage as success; ours is signed. Its
-threshold was found by people looking at pictures; ours lies half-way from corrupted to clean, on
-prompts of its own, and the effect must be significant too.
+threshold was found by people looking at pictures; ours lies halfway from corrupted to clean, on
+prompts that are used for nothing else, and the effect must be significant too.
 """
 
-import hashlib
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from overpaint.metrics import Interval, bootstrap
+from overpaint import files
+from overpaint.images.charts import Chart, Theme
+from overpaint.metrics import Interval
 from overpaint.model.sites import Site
-from overpaint.trace import states
+from overpaint.trace import plot, states
+from overpaint.trace.significance import CausalTest, causal_test
 from overpaint.trace.states import COLUMNS, SCHEMA, VALUES
-from overpaint.trace.statistics import agreement
+from overpaint.trace.statistics import agreement, intervals
 
-if TYPE_CHECKING:
-    from overpaint.images.charts import Chart, Theme
-    from overpaint.trace.verdict import Verdict
+__all__ = ["Effects"]
 
-__all__ = ["SCHEMA", "VALUES", "Effects", "recovery"]
-
-_SCORES = ("score_clean", "score_corrupted")
+_OPTIONAL = ("direct_effect",)  # columns that files of earlier versions lack
 
 
 @dataclass(frozen=True)
@@ -42,10 +39,10 @@ class Effects:
     """Effects of restored states.
 
     Attributes:
-        table: One row a state, prompt, seed and noise sample; the columns of `SCHEMA`. `control` is
-            empty for the model itself, else `"untrained"` or `"other span"`. Values not measured
-            are null: all scores where no picture was drawn, `recovery` where the gap is too small.
-        protocol: Scorer, steps, guidance, noise, versions: what made the numbers.
+        table: One row a state, prompt, seed and noise sample, with the columns of `states.SCHEMA`. `control` is
+            empty for the model itself, else `"untrained"` or `"other span"`. A value that was not measured
+            is null: all scores where no picture was drawn, `recovery` where the gap is too small.
+        protocol: Settings that made the numbers: scorer, steps, guidance, noise, versions.
     """
 
     table: pa.Table
@@ -56,7 +53,7 @@ class Effects:
 
     @property
     def dropped(self) -> int:
-        """How many runs (prompt, seed, noise) have a gap too small for `recovery`."""
+        """Number of runs (prompt, seed, noise) whose gap is too small for `recovery`."""
         keys = ("probe", "seed", "noise", "score_clean", "recovery")
         rows = states.records(self.table, keys, control="")
         wide = {row[:3] for row in rows if row[4] is not None}
@@ -66,9 +63,9 @@ class Effects:
         """Return the mean of `value` for each state, with a 95 % bootstrap interval over prompts.
 
         Args:
-            value: One of `VALUES`; if `None` the indirect effect, or `embed_recovery` where no
+            value: One of `VALUES`; if `None` the effect on the score, or `embed_recovery` where no
                 pictures were drawn. Prompts weigh the same, however many rows each has.
-            control: Which run: the model itself, `"untrained"` or `"other span"`.
+            control: Rows to use: empty for the model itself, `"untrained"` or `"other span"`.
 
         Returns:
             Columns site, role, head, window, mean, low, high, n, in execution order; n counts rows,
@@ -79,8 +76,7 @@ class Effects:
         """
         rows = [
             {**state._asdict(), "mean": i.mean, "low": i.low, "high": i.high, "n": i.n}
-            for state, pairs in states.cells(self.table, self.value(value), control).items()
-            for i in [_interval(pairs)]
+            for state, i in intervals(self.table, self.value(value), control).items()
         ]
         numbers = [(name, pa.float64()) for name in ("mean", "low", "high")]
         return pa.Table.from_pylist(rows, schema=pa.schema([*COLUMNS, *numbers, ("n", pa.int64())]))
@@ -93,7 +89,7 @@ class Effects:
         """
         if n < 1:
             raise ValueError(f"`n` must be at least 1, got {n}.")
-        cells = states.cells(self.table, self.value(value), "")
+        cells = states.cells(self.table, self.value(value))
         means = {state: states.average(pairs) for state, pairs in cells.items()}
         best = sorted(means, key=lambda state: -means[state])
         sites = self.sites()
@@ -101,27 +97,27 @@ class Effects:
 
     def test(
         self, value: str | None = None, *, alpha: float = 0.05, threshold: float | None = None
-    ) -> "Verdict":
-        """Say for each state whether its effect is positive and large: significance, threshold, controls.
+    ) -> CausalTest:
+        """Test whether the effect of each state is positive and large: significance, threshold, controls.
 
         Without a `threshold` the prompts are split: the half-gap of the validation prompts is the
-        threshold, and every statistic is of the other prompts. With one, or where no pictures
-        were drawn, all prompts count.
+        threshold, and every statistic is of the other prompts. With a threshold, or where no pictures
+        were drawn, all prompts are tested.
 
         Args:
-            value: One of `VALUES` but `"score_restored"`, whose zero means nothing; by default as in `mean`.
-            alpha: Largest Holm-corrected p-value that counts as causal, in (0, 1].
-            threshold: A score that the mean restored score of a causal state reaches.
+            value: One of `VALUES` except `"score_restored"`, which cannot be compared with zero; by default as in
+                `mean`.
+            alpha: Largest Holm-corrected p-value of a causal state, in (0, 1].
+            threshold: Smallest mean restored score of a causal state.
 
         Raises:
             ValueError: No such value, one that cannot be tested, or `alpha` is out of range.
         """
-        from overpaint.trace.verdict import judge
-
-        return judge(self, self.value(value), alpha=alpha, threshold=threshold)
+        name = self.value(value)
+        return causal_test(self.table, self.protocol, name, alpha=alpha, threshold=threshold)
 
     def summary(self, value: str | None = None, *, alpha: float = 0.05) -> pa.Table:
-        """Return the table of `test`, one row a state; its columns are told at `Verdict`."""
+        """Return the table of `test`, one row a state; `CausalTest` explains its columns."""
         return self.test(value, alpha=alpha).table
 
     def causal(self, threshold: float | None = None, *, alpha: float = 0.05) -> tuple[Site, ...]:
@@ -134,46 +130,29 @@ class Effects:
             ValueError: No pictures were drawn, so there are no scores.
         """
         self.half_gap()
-        rows = self.test("indirect_effect", alpha=alpha, threshold=threshold).table.to_pylist()
+        rows = self.test(alpha=alpha, threshold=threshold).table.to_pylist()
         chosen = {row["site"] for row in rows if row["causal"]}
         return tuple(site for name, site in self.sites().items() if name in chosen)
 
     def half_gap(self) -> float:
-        """Return the score halfway between the mean corrupted and the mean clean one; prompts weigh the same.
+        """Return the score halfway between the mean corrupted and the mean clean score; prompts weigh the same.
 
         Raises:
             ValueError: No pictures were drawn, so there are no scores.
         """
-        rows = states.records(self.table, ("probe", "seed", "noise", *_SCORES), control="")
-        runs = sorted({row for row in rows if row[3] is not None})
-        if not runs:
-            raise ValueError("these effects hold no scores: trace again with `generate=True`.")
-        return states.average(
-            [(probe, (clean + corrupted) / 2) for probe, _, _, clean, corrupted in runs]
-        )
+        return states.half_gap(self.table)
 
     def split(self, validation: int = 10) -> tuple["Effects", "Effects"]:
-        """Return the effects of `validation` prompts and those of the others.
+        """Return the effects of `validation` prompts and the effects of the others.
 
-        The prompts are chosen by a hash of their probes' ids, so the choice is the same for every model and
-        order of rows. With fewer than twice as many prompts as asked for, a third of them validate.
+        A hash of the probes' ids chooses the prompts, so the choice is the same for every model and
+        order of rows. With fewer than twice as many prompts as `validation`, a third of them are validation prompts.
 
         Raises:
-            ValueError: Fewer than two prompts, or `validation` is not positive.
+            ValueError: There are fewer than two prompts, or `validation` is not positive.
         """
-        if validation < 1:
-            raise ValueError(f"`validation` must be at least 1 prompt, got {validation}.")
-        probes = sorted(set(self.table["probe"].to_pylist()), key=_hash)
-        if len(probes) < 2:
-            raise ValueError(
-                f"cannot split {len(probes)} prompt: trace at least two, or give a `threshold`."
-            )
-        count = validation if len(probes) >= 2 * validation else max(1, len(probes) // 3)
-        chosen = set(probes[:count])
-        return (
-            self._part(lambda probe: probe in chosen, "validation"),
-            self._part(lambda probe: probe not in chosen, "test"),
-        )
+        first, rest = states.split(self.table, validation)
+        return self._part(first, "validation"), self._part(rest, "test")
 
     def agreement(
         self, other: "Effects", *, value: str | None = None, other_value: str | None = None
@@ -181,9 +160,9 @@ class Effects:
         """Return the Spearman correlation of two maps over the states and prompts that both have.
 
         Args:
-            other: Another trace: few-step, screened, of another attribute's scorer.
-            value: Of this map; by default as in `mean`.
-            other_value: Of the other map; `value` if `None`.
+            other: Another trace, for example with few steps, of a screening, or with another scorer.
+            value: Value of this map; by default as in `mean`.
+            other_value: Value of the other map; `value` if `None`.
 
         Returns:
             The correlation with a 95 % bootstrap interval over prompts; `n` counts states.
@@ -191,19 +170,21 @@ class Effects:
         Raises:
             ValueError: The maps share no prompts or fewer than two states.
         """
-        probes, own, mine = states.grid(states.cells(self.table, self.value(value)))
-        name = other.value(other_value or value)
-        other_probes, others, theirs = states.grid(states.cells(other.table, name))
+        probes, names, grid = states.grid(states.cells(self.table, self.value(value)))
+        cells = states.cells(other.table, other.value(other_value or value))
+        other_probes, other_names, other_grid = states.grid(cells)
         rows = [probe for probe in probes if probe in other_probes]
-        shared = [state for state in own if state in others]
+        shared = [state for state in names if state in other_names]
         if not rows or len(shared) < 2:
             raise ValueError(
                 f"the maps share {len(rows)} prompts and {len(shared)} states, too few to compare: trace both with the "
                 "same probes and sites."
             )
-        here = np.ix_([probes.index(p) for p in rows], [own.index(s) for s in shared])
-        there = np.ix_([other_probes.index(p) for p in rows], [others.index(s) for s in shared])
-        return agreement(mine[here], theirs[there])
+        here = np.ix_([probes.index(p) for p in rows], [names.index(s) for s in shared])
+        there = np.ix_(
+            [other_probes.index(p) for p in rows], [other_names.index(s) for s in shared]
+        )
+        return agreement(grid[here], other_grid[there])
 
     def sites(self) -> dict[str, Site]:
         """Return the traced sites by name, in execution order."""
@@ -214,50 +195,46 @@ class Effects:
         kind: str | None = None,
         *,
         value: str | None = None,
-        theme: "Theme | None" = None,
+        theme: Theme | None = None,
         path: str | Path | None = None,
-    ) -> "Chart":
+    ) -> Chart:
         """Draw the means of `value`: a heat map of text layers and tokens, or bars with intervals.
 
         Args:
             kind: `"map"` or `"bars"`; by default the map for text and for heads, else bars.
             value: One of `VALUES`; by default as in `mean`.
-            theme: Colors; `figures.LIGHT` if `None`.
-            path: Where to save it too, as PNG or SVG by its suffix.
+            theme: Colors; `charts.LIGHT` if `None`.
+            path: File to save the chart to as well, PNG or SVG by its suffix.
 
         Returns:
-            A drawing with `png()`, `svg()` and `save(path)`; notebooks show it.
+            A chart with `png()`, `svg()` and `save(path)`; notebooks show it.
 
         Raises:
             ValueError: No such kind or value, or nothing to draw.
         """
-        from overpaint.trace.plot import draw
-
-        drawing = draw(self, kind, value=self.value(value), theme=theme)
+        chart = plot.draw(self.table, kind, value=self.value(value), theme=theme)
         if path is not None:
-            drawing.save(path)
-        return drawing
+            chart.save(path)
+        return chart
 
     def save(self, path: str | Path) -> Path:
-        """Write a parquet file with the protocol in its metadata, beside and then moved; return it."""
+        """Write a Parquet file with the protocol in its metadata, atomically, and return the path."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".part")
-        about = {b"overpaint": json.dumps(self.protocol).encode()}
-        try:
-            pq.write_table(self.table.replace_schema_metadata(about), beside)
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        metadata = {b"overpaint": json.dumps(self.protocol).encode()}
+        with files.atomic(path) as draft:
+            pq.write_table(self.table.replace_schema_metadata(metadata), draft)
         return path
 
     @classmethod
     def load(cls, path: str | Path) -> "Effects":
-        """Read what `save` wrote.
+        """Read a file that `save` wrote, in this version or an earlier one.
+
+        Files from before `direct_effect` had a column hold the direct effect of a prompt swap in `indirect_effect`.
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: It holds something else, or was written by another version.
+            ValueError: It holds something else, or another version wrote it and it lacks a column.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no effects at {str(path)!r}: trace and save them first.")
@@ -268,52 +245,34 @@ class Effects:
             raise ValueError(
                 f"{str(path)!r} does not hold effects: name a file that `Effects.save` wrote."
             ) from error
+        for name in _OPTIONAL:
+            if name not in table.schema.names:
+                empty = pa.nulls(table.num_rows, SCHEMA.field(name).type)
+                table = table.append_column(SCHEMA.field(name), empty)
         absent = [name for name in SCHEMA.names if name not in table.schema.names]
         if absent:
             raise ValueError(
                 f"the effects in {str(path)!r} lack {absent[0]!r}, for another version wrote them: trace again."
             )
-        return cls(table.replace_schema_metadata(None), protocol)
+        return cls(table.select(SCHEMA.names).replace_schema_metadata(None), protocol)
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]], protocol: Mapping[str, Any]) -> "Effects":
-        """Return the effects in `rows`, whose keys are columns of `SCHEMA`."""
+        """Return the effects in `rows`, whose keys are columns of `states.SCHEMA`."""
         return cls(pa.Table.from_pylist(list(rows), schema=SCHEMA), dict(protocol))
 
     def value(self, name: str | None = None) -> str:
-        """Return `name`, or what speaks for these effects if it is `None`.
+        """Return `name`, or the default value of these effects if it is `None`.
 
         Raises:
             ValueError: It is not one of `VALUES`.
         """
         if name is None:
-            drawn = self.table["indirect_effect"].null_count < self.table.num_rows
-            return "indirect_effect" if drawn else "embed_recovery"
+            return states.default_value(self.table)
         if name not in VALUES:
             raise ValueError(f"unknown value {name!r}: choose one of {', '.join(VALUES)}.")
         return name
 
-    def _part(self, chosen: Callable[[str], bool], name: str) -> "Effects":
-        kept = [chosen(probe) for probe in self.table["probe"].to_pylist()]
-        table = self.table.filter(pa.array(kept))
+    def _part(self, table: pa.Table, name: str) -> "Effects":
         prompts = len(set(table["probe"].to_pylist()))
         return Effects(table, {**self.protocol, "part": name, "part_prompts": prompts})
-
-
-def recovery(clean: float, corrupted: float, restored: float, *, gap: float) -> float | None:
-    """Return the share of the gap that was recovered: 0 as corrupted, 1 as clean.
-
-    `None` where the clean score is not more than `gap` above the corrupted one.
-    """
-    if not clean - corrupted > gap:
-        return None
-    return (restored - corrupted) / (clean - corrupted)
-
-
-def _interval(pairs: Sequence[tuple[str, float]]) -> Interval:
-    found = bootstrap(list(states.by_prompt(pairs).values()))
-    return Interval(found.mean, found.low, found.high, len(pairs))
-
-
-def _hash(probe: str) -> bytes:
-    return hashlib.sha256(probe.encode()).digest()

@@ -1,9 +1,9 @@
-"""Proof by one run that hooks see a model's sites as `sites` lists them: each once, in that order.
+"""Check, in one forward pass, that the hook of each site fires once and in the order in which `sites` lists the sites.
 
-`sites` reads the order off the structure. Whether `forward` follows it, and whether a hook sees it do so, only a run
-can tell: a compiled or fused module calls its parts around their hooks, a chunked one calls them several times, a
-foreign attention processor may leave out the projection that joins the heads. An effect measured through such a hook
-would be nought, or wrong, without a word.
+`sites` reads the order off the model's structure. Only a run shows that `forward` follows it and that the hooks fire: a
+compiled or fused module bypasses the hooks of its parts, a chunked module calls its parts several times, and a custom
+attention processor may leave out the projection that joins the heads. An effect measured through such a hook would be
+zero or wrong, without any error.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,20 +17,20 @@ from overpaint.errors import UnsupportedModel
 from overpaint.model import hooks, sites
 from overpaint.model.sites import Site
 
-__all__ = ["Runnable", "probe"]
+__all__ = ["Runnable", "verified_sites"]
 
 
 class Runnable(sites.HasParts, Protocol):
-    """A model as far as this file needs it; `TextToImage` is one."""
+    """The attributes of a model that this module uses; `TextToImage` has them."""
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """Their number format."""
+        """Data type of the weights."""
         ...
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -43,61 +43,62 @@ class Runnable(sites.HasParts, Protocol):
 
 
 @torch.no_grad()
-def probe(model: Runnable) -> tuple[Site, ...]:
-    """Run every part of `model` once, and return its sites in the order in which they ran.
+def verified_sites(model: Runnable) -> tuple[Site, ...]:
+    """Run each part of `model` once, and return its sites in execution order.
 
-    The picture is as small as the UNet takes, so that this costs a fraction of a denoising step. Attention slicing is
-    no hindrance: it happens between the projections, where no hook is.
+    The picture is the smallest that the UNet accepts, so this costs a fraction of a denoising step. Attention slicing
+    is allowed, since it acts between the projections, where there are no hooks.
 
     Args:
         model: A `TextToImage`; also on the meta device, where only shapes are computed.
 
     Returns:
-        What `sites.find` lists, proved: in one forward pass of each part every site's module, and in every attention
-        the projection that joins the heads (`sites.head_input`), fired exactly once and in this order.
+        The sites that `sites.find` lists. In one forward pass of each part the hook of every site's module, and in
+        every attention the hook of the projection that joins the heads (`sites.head_input`), fired exactly once and in
+        this order.
 
     Raises:
-        UnsupportedModel: One did not, with its name; or `sites.find` refuses the model.
+        UnsupportedModel: A hook did not, with its name; or `sites.find` refuses the model.
     """
-    found = sites.find(model)
-    wanted: list[str] = []
+    listed = sites.find(model)
+    expected: list[str] = []
     modules: list[Module] = []
-    for site in found:
+    for site in listed:
         if sites.heads(model, site):
-            wanted.append(f"{site.name} (heads)")
+            expected.append(f"{site.name} (heads)")
             modules.append(sites.head_input(model, site))
-        wanted.append(site.name)
+        expected.append(site.name)
         modules.append(site.module(model))
     ran: list[str] = []
-    listeners = {module: _noter(ran, name) for module, name in zip(modules, wanted, strict=True)}
+    recorders = {m: _recorder(ran, name) for m, name in zip(modules, expected, strict=True)}
     side = 2 ** (len(model.unet.down_blocks) - 1)
     shape = (1, model.unet.config.in_channels, side, side)
-    with hooks.patch(listeners):
+    with hooks.patch(recorders):
         embeds = model.encode(["a"])
         latents = torch.zeros(shape, device=model.device, dtype=model.dtype)
         model.noise_pred(latents, torch.tensor(1, device=model.device), embeds)
-    _check(ran, wanted)
-    return found
+    _check(ran, expected)
+    return listed
 
 
-def _noter(ran: list[str], name: str) -> Callable[[Tensor], Any]:
-    def note(output: Tensor) -> Tensor:
+def _recorder(ran: list[str], name: str) -> Callable[[Tensor], Any]:
+    def record(output: Tensor) -> Tensor:
         ran.append(name)
         return output
 
-    return note
+    return record
 
 
-def _check(ran: Sequence[str], wanted: Sequence[str]) -> None:
-    for name in wanted:
+def _check(ran: Sequence[str], expected: Sequence[str]) -> None:
+    for name in expected:
         if ran.count(name) != 1:
             raise UnsupportedModel(
                 f"the hook of {name} fired {ran.count(name)} times in one forward pass, not once: a module is shared, "
                 "replaced or called around its hooks. Use the pipeline as diffusers loads it."
             )
-    for seen, name in zip(ran, wanted, strict=True):
-        if seen != name:
+    for fired, name in zip(ran, expected, strict=True):
+        if fired != name:
             raise UnsupportedModel(
-                f"{seen} ran where {name} was due, so this model's layers run in another order than they are listed. "
+                f"{fired} ran where {name} was due, so this model's layers run in another order than they are listed. "
                 "Use the pipeline as diffusers loads it."
             )

@@ -1,8 +1,8 @@
-"""How many rows fit: the peak of the tensors that one more row of a batch keeps alive.
+"""Batch size for a memory budget, from the peak bytes of live tensors that one more row of a batch takes.
 
-A forward pass of one row and one of two are watched operation by operation; what a tensor's storage takes counts from
-its birth to its death. The difference is the price of a row, and no run has to fail to find out. Scratch space inside
-a kernel is not seen; `HEADROOM` allows for it.
+A forward pass of one row and one of two rows are counted operation by operation: a tensor's storage counts from its
+allocation until it is freed. The difference is the memory of a row, so no run has to fail to measure it. Scratch space
+inside a kernel is not counted; `HEADROOM` allows for it.
 """
 
 import weakref
@@ -20,21 +20,19 @@ HEADROOM = 1.6
 _MIB = 2**20
 
 
-def rows_that_fit(call: Callable[[int], object], memory: float, *, least: int, what: str) -> int:
+def rows_that_fit(call: Callable[[int], object], memory: float, *, least: int, label: str) -> int:
     """Return the largest batch of `call` that stays within `memory`.
 
     Args:
-        call: Runs a batch of so many rows once.
-        memory: Budget in MiB, for activations; the weights are there already.
-        least: The smallest batch that is of use.
-        what: Its name in the error.
+        call: Runs a batch once; called with its number of rows.
+        memory: Positive budget for activations in MiB; the weights are loaded already and do not count.
+        least: Rows of the smallest useful batch.
+        label: Name of the batch in the error.
 
     Raises:
-        ValueError: `memory` is not positive, or the smallest batch does not fit.
+        ValueError: The smallest batch does not fit.
     """
-    if not memory > 0:
-        raise ValueError(f"`memory` must be a positive number of MiB, got {memory!r}.")
-    call(1)  # what is made once, such as a kernel's cache, is no row's
+    call(1)  # allocates once what belongs to no row, such as a kernel's cache
     one, two = (peak_bytes(lambda n=n: call(n)) for n in (1, 2))
     row = max(two - one, 1) * HEADROOM
     fixed = max(one * HEADROOM - row, 0.0)
@@ -42,22 +40,22 @@ def rows_that_fit(call: Callable[[int], object], memory: float, *, least: int, w
     if fitting < least:
         needed = (fixed + least * row) / _MIB
         raise ValueError(
-            f"`memory` of {memory:g} MiB is too little: the smallest batch of {what}, {least} rows, takes {needed:.0f} "
-            "MiB. Give at least that, or load the model in half precision."
+            f"`memory` of {memory:g} MiB is too little: the smallest batch of {label}, {least} rows, takes "
+            f"{needed:.0f} MiB. Give at least that, or load the model in half precision."
         )
     return fitting
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """Return how many bytes of new tensors were alive at once while `call` ran."""
-    watch = _Watch()
-    with torch.no_grad(), watch:
+    """Return the largest number of bytes of new tensors that were alive at once while `call` ran."""
+    counter = _StorageCounter()
+    with torch.no_grad(), counter:
         call()
-    return watch.peak
+    return counter.peak
 
 
-class _Watch(TorchDispatchMode):
-    """Counts the storages that operations make, while they live."""
+class _StorageCounter(TorchDispatchMode):
+    """Counts the bytes of the storages that operations allocate, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +69,7 @@ class _Watch(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        held = {
+        inputs = {
             leaf.untyped_storage()._cdata
             for leaf in tree_leaves((args, kwargs))
             if isinstance(leaf, Tensor)
@@ -79,13 +77,13 @@ class _Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._add(leaf, held)
+                self._add(leaf, inputs)
         return result
 
-    def _add(self, tensor: Tensor, held: set[int]) -> None:
+    def _add(self, tensor: Tensor, inputs: set[int]) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in held or key in self._known:
+        if key in inputs or key in self._known:
             return  # a view, or written in place
         self._known.add(key)
         size = storage.nbytes()

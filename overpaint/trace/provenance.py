@@ -1,8 +1,8 @@
-"""Who was asked what: marks by which a folder knows that a trace goes on with the same model, scorer and prompts.
+"""Digests and fields that detect whether a saved trace used the same model, scorer and prompts.
 
-A mark of weights is a digest of every byte of them, so that a change of one number is another mark. A scorer is known
-by its name and, where its owner holds weights (as a `Judge` does), by these too. Of a plain function the name is all
-there is to know: two functions of one name pass for the same scorer.
+A digest of weights covers every byte of them, so a change of one number changes the digest. A scorer is identified by
+its name and, if the object that it is a method of holds weights (as a `Judge` does), by their digest. A plain function
+is identified by its name alone: two functions of one name count as the same scorer.
 """
 
 import hashlib
@@ -15,23 +15,23 @@ from torch.nn import Module
 
 from overpaint.model.sites import Site
 
-__all__ = ["asked", "fingerprint", "members", "scorer_mark"]
+__all__ = ["fingerprint", "group_members", "probe_fields", "scorer_digest"]
 
 
 def fingerprint(model: Any) -> str:
-    """Return a digest of all weights of a `TextToImage`, 16 hexadecimal digits; a second for every few GB."""
+    """Return a digest of all weights of a `TextToImage`, 16 hexadecimal digits; takes a second for every few GB."""
     parts = (*model.text_encoders, model.unet, model.vae)
-    return _digest((f"{i}.{name}", t) for i, part in enumerate(parts) for name, t in _held(part))
+    return _digest((f"{i}.{name}", t) for i, part in enumerate(parts) for name, t in _tensors(part))
 
 
-def scorer_mark(score: Any) -> str | None:
-    """Return a digest of the weights that `score`, or the object it is a method of, holds; `None` where it has none."""
-    found = list(_held(getattr(score, "__self__", score)))
-    return _digest(iter(found)) if found else None
+def scorer_digest(scorer: Any) -> str | None:
+    """Return a digest of the weights of `scorer`, or of the object it is a method of; `None` if there are none."""
+    tensors = list(_tensors(getattr(scorer, "__self__", scorer)))
+    return _digest(iter(tensors)) if tensors else None
 
 
-def asked(probes: Sequence[Any]) -> list[dict[str, Any]]:
-    """Return what makes each probe the question it is, ready for JSON; the prompts stand by themselves."""
+def probe_fields(probes: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return the fields that identify each probe, ready for JSON, without the prompt, which has a key of its own."""
     return [
         {
             "id": probe.id, "kind": probe.kind, "concept": probe.concept,
@@ -41,15 +41,15 @@ def asked(probes: Sequence[Any]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def members(groups: Mapping[str, Sequence[Site]] | None) -> dict[str, list[str]] | None:
+def group_members(groups: Mapping[str, Sequence[Site]] | None) -> dict[str, list[str]] | None:
     """Return the names of each group's sites, ready for JSON."""
     if groups is None:
         return None
-    return {name: [site.name for site in chosen] for name, chosen in groups.items()}
+    return {name: [site.name for site in members] for name, members in groups.items()}
 
 
-def _held(owner: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a module, or those in an object's attributes and in dictionaries there, by name."""
+def _tensors(owner: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) for the tensors of a module, or of an object's attributes and the dictionaries in them."""
     if isinstance(owner, Module):
         yield from owner.state_dict().items()
         return

@@ -1,15 +1,14 @@
-"""Resumable sweeps: a long trace in a folder, one shard a finished unit of work.
+"""Resumable sweeps: a long trace saved in a folder, one shard for each finished unit of work.
 
-The folder holds `protocol.json` (what makes the numbers, and the units), one parquet file for each finished unit,
-and `lock`. A shard is written beside and then renamed, and carries a digest of protocol, unit and rows; one that is
-damaged, or that another protocol made, is computed again. So a sweep that was killed at any moment continues and
-ends in the very rows of one that was not.
+The folder holds `protocol.json` (the settings that make the numbers, and the units), one Parquet file for each finished
+unit, and `lock`. A shard is written atomically and contains a digest of protocol, unit and rows; a shard that is
+damaged or belongs to another protocol is computed again. So a sweep that was killed at any moment continues, and its
+rows equal those of a sweep that was not.
 """
 
 import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +17,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 
-from overpaint.trace.effects import SCHEMA, Effects
+from overpaint import files
+from overpaint.trace.effects import Effects
+from overpaint.trace.states import SCHEMA
 
 __all__ = ["read", "sweep"]
 
@@ -32,20 +34,20 @@ def sweep(
     units: Sequence[str],
     compute: Callable[[str], Rows],
 ) -> Rows:
-    """Compute every unit, or read it where it was finished before, and return all rows in order.
+    """Compute each unit, or read it if it was finished before, and return all rows in order.
 
     Args:
-        folder: Where finished units are kept; `None` keeps none.
-        protocol: What makes the numbers; must survive JSON. On resuming, every field must be equal.
+        folder: Folder for finished units; nothing is saved if `None`.
+        protocol: Settings that make the numbers, in types of JSON. On resuming, every field must be equal.
         units: Names of the units of work, each once, in the order of their rows.
-        compute: From a unit's name to its rows, whose keys are columns of `SCHEMA`.
+        compute: Returns the rows of the unit with a given name; their keys are columns of `SCHEMA`.
 
     Returns:
-        Rows with every column of `SCHEMA`, `None` where `compute` gave nothing.
+        Rows with every column of `SCHEMA`, `None` where `compute` returned no value.
 
     Raises:
         ValueError: A unit is named twice, or the folder holds a sweep with another protocol.
-        BlockingIOError: Another process is writing the folder.
+        BlockingIOError: Another process is writing into the folder.
         OSError: A shard cannot be written, for example because the disk is full; finished shards
             stay readable.
     """
@@ -58,58 +60,59 @@ def sweep(
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     with _locked(place):
-        for draft in place.glob("*.part"):  # of a process that was killed while writing
+        for draft in place.glob("*.part"):  # left by a process that was killed while writing
             draft.unlink()
-        about = _agree(place, {**protocol, "units": names})
-        return [row for unit in names for row in _finished(place, about, unit, compute)]
+        settings = _agreed_protocol(place, {**protocol, "units": names})
+        return [row for unit in names for row in _rows(place, settings, unit, compute)]
 
 
 def read(folder: str | Path) -> Effects:
-    """Return what a sweep has finished so far, also while it runs; damaged shards are left out.
+    """Return the effects of the units that a sweep has finished, also while it runs; damaged shards are left out.
 
     Raises:
         FileNotFoundError: The folder holds no sweep.
         ValueError: Its protocol is damaged.
     """
     place = Path(folder)
-    about = _protocol(place)
-    if about is None:
+    protocol = _protocol(place)
+    if protocol is None:
         raise FileNotFoundError(f"no sweep in {str(place)!r}: name the folder of a trace.")
-    found = [_load(place, about, unit) for unit in about["units"]]
-    rows = [row for shard in found if shard is not None for row in shard]
-    return Effects.of(rows, {k: v for k, v in about.items() if k != "units"})
+    shards = [_load(place, protocol, unit) for unit in protocol["units"]]
+    rows = [row for shard in shards if shard is not None for row in shard]
+    return Effects.of(rows, {k: v for k, v in protocol.items() if k != "units"})
 
 
 @contextmanager
 def _locked(place: Path) -> Iterator[None]:
-    """Hold the folder's lock; the system lets go of it even if the process is killed."""
-    import fcntl
-
-    with open(place / "lock", "ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BlockingIOError(
-                f"another process is tracing into {str(place)!r}: wait for it, or name another folder."
-            ) from error
+    """Hold the folder's lock, which the system releases even if the process is killed."""
+    lock = FileLock(place / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise BlockingIOError(
+            f"another process is tracing into {str(place)!r}: wait for it, or name another folder."
+        ) from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
-def _agree(place: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Write the protocol, or check that the one there is equal; return it as JSON gives it back."""
-    text = json.dumps(wanted, indent=1)
-    about = json.loads(text)
-    known = _protocol(place)
-    if known is None:
-        _write(place / "protocol.json", text.encode(), "its protocol")
-        return about
-    for name in (*about, *known):
-        if name not in known or name not in about or known[name] != about[name]:
+def _agreed_protocol(place: Path, protocol: dict[str, Any]) -> dict[str, Any]:
+    """Write the protocol, or check that the saved one is equal; return it as JSON restores it."""
+    current = json.loads(json.dumps(protocol))
+    saved = _protocol(place)
+    if saved is None:
+        with _writing(place, "its protocol"):
+            files.write_json(place / "protocol.json", current)
+        return current
+    for name in (*current, *saved):
+        if name not in saved or name not in current or saved[name] != current[name]:
             raise ValueError(
-                f"{str(place)!r} holds a trace whose protocol differs in {name!r}: {_brief(known, name)} there, "
-                f"{_brief(about, name)} now. Repeat the settings it was begun with, or name another folder."
+                f"{str(place)!r} holds a trace whose protocol differs in {name!r}: {_brief(saved, name)} there, "
+                f"{_brief(current, name)} now. Repeat the settings it was begun with, or name another folder."
             )
-    return about
+    return current
 
 
 def _brief(protocol: dict[str, Any], name: str) -> str:
@@ -122,32 +125,34 @@ def _protocol(place: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        about = dict(json.loads(path.read_text(encoding="utf-8")))
-        about["units"]
+        protocol = dict(json.loads(path.read_text(encoding="utf-8")))
+        protocol["units"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{str(path)!r} is damaged: it is no protocol of a trace. Name another folder and trace again."
         ) from error
-    return about
+    return protocol
 
 
-def _finished(
-    place: Path, about: dict[str, Any], unit: str, compute: Callable[[str], Rows]
-) -> Rows:
-    """Return the rows of a unit from its shard; compute and keep them if there is no sound one."""
-    rows = _load(place, about, unit)
+def _rows(place: Path, protocol: dict[str, Any], unit: str, compute: Callable[[str], Rows]) -> Rows:
+    """Return the rows of a unit from its shard; compute and save them if there is no valid shard."""
+    rows = _load(place, protocol, unit)
     if rows is not None:
         return rows
     table = _table(compute(unit))
     rows = table.to_pylist()
     buffer = io.BytesIO()
-    mark = {b"overpaint": _digest(about, unit, rows)}
-    pq.write_table(table.replace_schema_metadata(mark), buffer)
-    _write(_path(place, unit), buffer.getvalue(), f"the shard of {unit!r}")
+    metadata = {b"overpaint": _digest(protocol, unit, rows)}
+    pq.write_table(table.replace_schema_metadata(metadata), buffer)
+    with (
+        _writing(place, f"the shard of {unit!r}"),
+        files.atomic(_path(place, unit)) as draft,
+    ):
+        draft.write_bytes(buffer.getvalue())
     return rows
 
 
-def _load(place: Path, about: dict[str, Any], unit: str) -> Rows | None:
+def _load(place: Path, protocol: dict[str, Any], unit: str) -> Rows | None:
     """Return the rows in a unit's shard, or `None` if it is absent, damaged or of another protocol."""
     path = _path(place, unit)
     if not path.is_file():
@@ -157,33 +162,33 @@ def _load(place: Path, about: dict[str, Any], unit: str) -> Rows | None:
         rows = table.to_pylist()
     except (pa.ArrowException, OSError, ValueError):
         return None
-    mark = (table.schema.metadata or {}).get(b"overpaint")
-    return rows if mark == _digest(about, unit, rows) else None
+    digest = (table.schema.metadata or {}).get(b"overpaint")
+    # A shard of an earlier version lacks a column; its digest is of its own columns.
+    return _table(rows).to_pylist() if digest == _digest(protocol, unit, rows) else None
 
 
 def _table(rows: Rows) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
-def _digest(about: dict[str, Any], unit: str, rows: Rows) -> bytes:
-    """Return a checksum of all that a shard stands for; JSON keeps every bit of a float."""
-    return hashlib.sha256(json.dumps([about, unit, rows]).encode()).hexdigest().encode()
+def _digest(protocol: dict[str, Any], unit: str, rows: Rows) -> bytes:
+    """Return a digest of a shard's protocol, unit and rows; JSON keeps every bit of a float."""
+    return hashlib.sha256(json.dumps([protocol, unit, rows]).encode()).hexdigest().encode()
 
 
 def _path(place: Path, unit: str) -> Path:
-    """Return a file name that is legible, fit for every file system, and the unit's own."""
-    legible = re.sub(r"[^A-Za-z0-9-]+", "_", unit)[:60]
-    return place / f"{legible}-{hashlib.sha256(unit.encode()).hexdigest()[:12]}.parquet"
+    """Return a readable file name that every file system allows and no other unit has."""
+    readable = re.sub(r"[^A-Za-z0-9-]+", "_", unit)[:60]
+    return place / f"{readable}-{hashlib.sha256(unit.encode()).hexdigest()[:12]}.parquet"
 
 
-def _write(path: Path, data: bytes, what: str) -> None:
-    beside = path.with_name(path.name + ".part")
+@contextmanager
+def _writing(place: Path, content: str) -> Iterator[None]:
+    """Raise an `OSError` that says what could not be written, if the block raises one."""
     try:
-        beside.write_bytes(data)
-        os.replace(beside, path)
+        yield
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise OSError(
-            f"cannot write {what} into {str(path.parent)!r} ({error.strerror}): make room and run the same again; "
+            f"cannot write {content} into {str(place)!r} ({error.strerror}): make room and run the same again; "
             "what is finished is kept."
         ) from error

@@ -1,10 +1,10 @@
-"""Is an effect real? Permutation p-values, Holm's correction and the agreement of two maps.
+"""Statistics of effects: means with intervals, permutation p-values, Holm's correction, agreement of two maps.
 
-Values are one number a prompt and state, the mean over a prompt's seeds and noise, shape (P, S); NaN where a
-prompt has no such state. If restoring a state did nothing for the attribute, a prompt's effect would
-be as likely to be below zero as above; so the signs are flipped, prompt by prompt, and the p-value
-is the share of flips whose mean is at least the measured one. With P prompts it is never below
-2^-P: few prompts cannot make many states significant.
+The tests take one number for each prompt and state, the mean over the prompt's seeds and noise samples, shape (P, S);
+NaN where a prompt has no such state. Under the null hypothesis that restoring a state has no effect, the effect on a
+prompt is below zero as often as above it. So the signs are flipped, prompt by prompt, and the p-value is the share of
+flips whose mean is at least the measured mean. With P prompts it is never below 2^-P, so few prompts cannot make many
+states significant.
 
 Sources: Fisher, The Design of Experiments, 1935, section 21 (flips); Phipson and Smyth, 2010,
 https://arxiv.org/abs/1603.05766 (a Monte-Carlo p-value counts the measured one); Holm, 1979,
@@ -14,34 +14,50 @@ https://www.jstor.org/stable/4615733.
 import math
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from overpaint.metrics import Interval, spearman
+from overpaint.metrics import Interval, bootstrap, spearman
+from overpaint.trace import states
+from overpaint.trace.states import State
 
-__all__ = ["agreement", "draws_for", "holm", "sign_flip"]
+__all__ = ["agreement", "draws_for", "holm", "intervals", "sign_flip"]
 
 Array = NDArray[np.float64]
 _BLOCK = 2048  # sign patterns at a time, to bound memory
 
 
-def draws_for(states: int, alpha: float) -> int:
-    """Return how many flips to draw so that Holm's correction over `states` can go below `alpha`."""
-    return max(10_000, math.ceil(4 * states / alpha))
+def intervals(table: pa.Table, value: str, control: str = "") -> dict[State, Interval]:
+    """Return the mean of `value` for each state, with a 95 % bootstrap interval over prompts.
+
+    Prompts weigh the same, however many rows each has; `n` of an interval counts the rows.
+    """
+    means: dict[State, Interval] = {}
+    for state, pairs in states.cells(table, value, control).items():
+        interval = bootstrap(list(states.by_prompt(pairs).values()))
+        means[state] = Interval(interval.mean, interval.low, interval.high, len(pairs))
+    return means
+
+
+def draws_for(family: int, alpha: float) -> int:
+    """Return the number of flips with which Holm's correction over `family` states can go below `alpha`."""
+    return max(10_000, math.ceil(4 * family / alpha))
 
 
 def sign_flip(values: Array, *, draws: int = 10_000, seed: int = 0) -> Array:
-    """Return for each state the p-value of "its mean over prompts is above zero", one-sided.
+    """Return the one-sided p-value of each state for a mean over prompts above zero.
 
     Args:
-        values: Shape (P, S); NaN where there is none.
-        draws: Flips drawn; where all 2^P are no more, all are taken and the p-value is exact.
-        seed: Of the draws. All states share them.
+        values: Shape (P, S); NaN where there is no value.
+        draws: Number of random flips. If there are at most as many flips in all, 2^P, every flip is taken and the
+            p-value is exact.
+        seed: Seed of the random flips, which all states share.
 
     Returns:
         Shape (S,), in (0, 1]; NaN for a state without values.
     """
-    kept = np.isfinite(values)
-    numbers = np.where(kept, values, 0.0)  # a zero is the same under either sign
+    present = np.isfinite(values)
+    numbers = np.where(present, values, 0.0)  # a zero is the same under either sign
     prompts = len(numbers)
     measured = numbers.sum(0) - 1e-9 * np.abs(numbers).sum(0)  # ties count, whatever the rounding
     exact = 2**prompts <= draws
@@ -56,17 +72,18 @@ def sign_flip(values: Array, *, draws: int = 10_000, seed: int = 0) -> Array:
             bits = rng.integers(0, 2, size=(size, prompts), dtype=np.int8)
         reached += ((1.0 - 2.0 * bits) @ numbers >= measured).sum(0)
     p = reached / total if exact else (reached + 1) / (total + 1)
-    return np.where(kept.any(0), p, np.nan)
+    return np.where(present.any(0), p, np.nan)
 
 
 def holm(p: Array, *, family: int | None = None) -> Array:
-    """Return p-values corrected for their number, so that any false alarm has the stated chance.
+    """Return p-values corrected by Holm's method, which bounds the chance of any false positive.
 
-    The k-th smallest of m is multiplied by m - k + 1, and none is below a smaller one's.
+    The k-th smallest of m p-values is multiplied by m - k + 1; then each is raised to the largest before it.
 
     Args:
-        p: Shape (m,); NaN for what was not tested, which does not count.
-        family: How many there are with those that are not in `p`, which count as 1; as many as are in it if `None`.
+        p: Shape (m,); NaN for a state that was not tested, which does not count.
+        family: Number of all hypotheses. Those that are not in `p` count as if their p-value were 1. The number of
+            tested states in `p` if `None`.
     """
     tested = np.flatnonzero(np.isfinite(p))
     order = tested[np.argsort(p[tested], kind="stable")]
@@ -77,13 +94,13 @@ def holm(p: Array, *, family: int | None = None) -> Array:
 
 
 def agreement(first: Array, second: Array, *, resamples: int = 1000, seed: int = 0) -> Interval:
-    """Return the Spearman correlation of two maps' means and its 95 % bootstrap interval over prompts.
+    """Return the Spearman correlation of the means of two maps and its 95 % bootstrap interval over prompts.
 
     Args:
-        first: One map's values, shape (P, S); NaN where there is none.
-        second: The other's, of the same prompts and states.
-        resamples: Draws of P prompts, the same prompts in both maps.
-        seed: Of the draws.
+        first: Values of one map, shape (P, S); NaN where there is no value.
+        second: Values of the other map, for the same prompts and states.
+        resamples: Number of bootstrap samples of P prompts; each is used for both maps.
+        seed: Seed of the bootstrap.
 
     Returns:
         The correlation as `mean`, its bounds, and the number of states with values in both as `n`.
@@ -94,14 +111,14 @@ def agreement(first: Array, second: Array, *, resamples: int = 1000, seed: int =
     weights = np.vstack([np.ones(prompts), counts.astype(np.float64)])
     means = zip(_weighted(weights, first), _weighted(weights, second), strict=True)
     whole, *drawn = [spearman(a[k], b[k]) for a, b in means for k in [np.isfinite(a + b)]]
-    states = int(np.isfinite(_weighted(weights[:1], first) + _weighted(weights[:1], second)).sum())
-    known = [rho for rho in drawn if math.isfinite(rho)]
-    low, high = np.percentile(known, [2.5, 97.5]) if known else (math.nan, math.nan)
-    return Interval(whole, float(low), float(high), states)
+    shared = int(np.isfinite(_weighted(weights[:1], first) + _weighted(weights[:1], second)).sum())
+    finite = [rho for rho in drawn if math.isfinite(rho)]
+    low, high = np.percentile(finite, [2.5, 97.5]) if finite else (math.nan, math.nan)
+    return Interval(whole, float(low), float(high), shared)
 
 
 def _weighted(weights: Array, values: Array) -> Array:
-    """Return means over prompts under each row of `weights`, shape (R, S); NaN where no weight is."""
-    kept = np.isfinite(values)
-    sums, counts = weights @ np.where(kept, values, 0.0), weights @ kept
+    """Return means over prompts under each row of `weights`, shape (R, S); NaN where all weights are 0."""
+    present = np.isfinite(values)
+    sums, counts = weights @ np.where(present, values, 0.0), weights @ present
     return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)

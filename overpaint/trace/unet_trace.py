@@ -1,4 +1,4 @@
-"""Causal tracing of the UNet in lockstep: clean, corrupted and restored rows ride in one batch.
+"""Causal tracing of the UNet: clean, corrupted and restored rows share one batch.
 
 At every step each restored row starts from its own latents; a hook at its sites copies the source's
 activation into it. No activation is stored, so memory does not grow with the number of steps. The
@@ -8,16 +8,16 @@ clean_trajectory  the clean row, with the clean run's latents (the paper)
 same_latent       a twin row: the clean prompt on the restored row's own latents (a control)
 
 Layers that run before the first cross-attention see no text. Under `same_latent` restoring them
-does exactly nothing; under `clean_trajectory` they act only by leaking the clean latents.
+has exactly no effect; under `clean_trajectory` they act only by leaking the clean latents.
 
 `direction="corrupt"` is the mirror image: the row is clean, and the source the corrupted run.
 
 Source: Basu et al., 2024, https://arxiv.org/abs/2310.13730, sections 3 and 4.
-Deviations: the `same_latent` control, single heads, windows of steps and the mirror image; which
-guidance branches the paper restores is not stated, both by default.
+Deviations: the `same_latent` control, single heads, windows of steps and the mirror image. The paper does not state
+which branches of the guidance it restores; here both by default.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,29 +29,25 @@ from torch.nn import Module
 
 from overpaint.errors import UnsupportedModel
 from overpaint.model import hooks, sites
-from overpaint.model.sites import KINDS, Kind, Site
+from overpaint.model.sampling import Drawing, Progress
+from overpaint.model.sites import Site
+from overpaint.scorers.protocols import Scorer
 from overpaint.trace import provenance, resume
-from overpaint.trace.corruption import Corruption, Prompted, corruptions
+from overpaint.trace.batches import equal_chunks, head_columns, on_first
+from overpaint.trace.corruption import Corruption, Noise, Prompted, corruptions
 from overpaint.trace.effects import Effects
-from overpaint.trace.renderer import (
-    Direction,
-    Renderer,
-    Scorer,
-    about,
-    check_seeds,
-    check_source,
-    equal_chunks,
-    head_columns,
+from overpaint.trace.renderer import Direction, Renderer, seeds_of
+from overpaint.trace.selection import (
+    UNetStates,
     head_numbers,
     named_sites,
-    on_first,
-    seeds_of,
     selected,
+    site_columns,
 )
 from overpaint.trace.states import WINDOWS
 from overpaint.trace.text_encoder_trace import encode_restored
 
-__all__ = ["WINDOWS", "Branches", "Intervention", "Source", "restore", "unet"]
+__all__ = ["Branches", "Intervention", "Source", "check_source", "restore", "unet"]
 
 Source = Literal["clean_trajectory", "same_latent"]
 Branches = Literal["both", "cond"]
@@ -59,13 +55,13 @@ Branches = Literal["both", "cond"]
 
 @dataclass(frozen=True)
 class Intervention:
-    """What one row takes from its source.
+    """Activations that one row copies from its source.
 
     Attributes:
-        sites: Whose output.
-        head: Of attention sites this head alone, before the output projection; `None` for the whole output.
-        window: At which steps, a name in `WINDOWS`.
-        name: What the table calls it; the site's name if there is one site.
+        sites: Sites whose output is copied.
+        head: Number of the only head to copy, before the output projection; `None` for the whole output.
+        window: Name in `WINDOWS` of the steps at which it is copied.
+        name: Name in the table; the site's name if there is one site.
     """
 
     sites: tuple[Site, ...]
@@ -74,8 +70,8 @@ class Intervention:
     name: str = ""
 
     def active(self, step: int, steps: int) -> bool:
-        """Say whether it acts at step 0 to `steps` - 1."""
-        low, high = WINDOWS[self.window]  # some schedulers take a step more than asked
+        """Return whether it acts at `step`, counted from 0, of `steps`."""
+        low, high = WINDOWS[self.window]  # some schedulers take one step more than `steps`
         return round(low * steps) <= step and (high == 1 or step < round(high * steps))
 
 
@@ -83,53 +79,34 @@ def unet(
     model: Any,
     probes: Sequence[Prompted],
     *,
+    states: UNetStates = UNetStates(),
     source: Source = "clean_trajectory",
     branches: Branches = "both",
     direction: Direction = "restore",
-    kinds: Sequence[Kind] = KINDS,
-    heads: bool = False,
-    windows: Sequence[str] = ("",),
-    groups: Mapping[str, Sequence[Site]] | None = None,
-    only: Collection[str] | None = None,
-    seeds: Sequence[int] = (0,),
-    noise_samples: int = 1,
-    sigma: float | str = "3std",
-    steps: int = 10,
-    guidance_scale: float | None = None,
-    solver: str = "dpm",
-    score: Scorer | None = None,
+    noise: Noise = Noise(),
+    drawing: Drawing = Drawing(),
+    scorer: Scorer | None = None,
     minimum_gap: float = 0.02,
-    batch_size: int = 32,
-    memory: float | None = None,
     folder: str | Path | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Effects:
-    """Trace every layer of the UNet.
+    """Trace the sites of the UNet.
 
     Args:
         model: A `TextToImage`; its weights and modules are left as they were.
         probes: Prompts with the concept's words.
-        source: Where copied activations come from, see above.
-        branches: Copy in both branches of the guidance, or in the conditional one alone.
-        direction: `"restore"` clean states in the corrupted run, or `"corrupt"` those of the clean run.
-        kinds: Which kinds of site.
-        heads: Each head of the attention sites by itself, besides whole sites.
-        windows: When to copy, each by itself: `""` at every step, `"early"`, `"middle"`, `"late"` a third of them.
-        groups: Several sites together, by a name of yours; instead of single sites.
-        only: Names of the sites to trace; all of `kinds` if `None`.
-        seeds: Start noise of the pictures; a probe that comes with a seed uses that instead.
-        noise_samples: Corruptions a prompt.
-        sigma: Their standard deviation, or `"3std"`: three times that of the concepts' embeddings.
-        steps: Denoising steps.
-        guidance_scale: The model's own if `None`.
-        solver: `"dpm"`, a multistep solver whose ten steps do for fifty, `"ddim"`, or `"own"`, the model's scheduler.
-        score: From pictures (N, 3, H, W) in [0, 1] and N probes to N scores; the shipped judge if
-            `None`, which takes pictures of 64x64 pixels.
+        states: Kinds, heads, windows of steps, groups or single sites to trace; all sites at every step by default.
+        source: Source of the copied activations: `"clean_trajectory"` or `"same_latent"`, explained above.
+        branches: Copy in both branches of the guidance (`"both"`), or in the conditional one alone (`"cond"`).
+        direction: `"restore"` clean states in the corrupted run, or `"corrupt"` states of the clean run.
+        noise: Noise samples a prompt and their standard deviation.
+        drawing: Steps, guidance, solver, seeds and batch. A probe with a seed of its own uses that instead.
+        scorer: Returns N scores from pictures (N, 3, H, W) in [0, 1] and N probes; the shipped judge if
+            `None`, which reads pictures of 64x64 pixels.
         minimum_gap: Runs whose clean score is not this much above the corrupted one have no `recovery`.
-        batch_size: Rows of a batch, at most.
-        memory: MiB for activations; lowers `batch_size` to what fits.
-        folder: Keeps finished runs, so that a sweep that was stopped goes on; one process at a time.
-        on_progress: Called with the runs (prompt, noise, seed) done, in thousandths, and their number times 1000.
+        folder: Finished runs are saved there, so that a stopped trace can continue; one process at a time.
+        on_progress: Called with (finished runs times 1000, runs times 1000, label); a run is a prompt, noise sample
+            and seed.
 
     Returns:
         Effects with a row a site, prompt, seed and noise sample.
@@ -139,57 +116,61 @@ def unet(
         UnsupportedModel: A site's hook does not fire once a step, or text features, latents or scores became NaN.
         OSError: `folder` cannot be written.
     """
-    _check_modes(source, branches, kinds, windows, seeds)
+    check_source(source, branches)
     renderer = Renderer.of(
-        model, score=score, steps=steps, guidance_scale=guidance_scale, solver_name=solver, direction=direction,
-        minimum_gap=minimum_gap, batch_size=batch_size, memory=memory,
-    )  # fmt: skip
-    made, scale = corruptions(model, probes, noise_samples=noise_samples, sigma=sigma)
-    found = [site for site in sites.find_unet(model.unet) if site.kind in kinds]
-    named = selected(named_sites(found, groups), only, lambda entry: entry[0])
-    plan = [
-        Intervention(s, h, w, n)
-        for n, s in named
-        for h in head_numbers(model, s, heads)
-        for w in windows
-    ]
+        model, drawing, scorer=scorer, direction=direction, minimum_gap=minimum_gap
+    )
+    corrupted, sigma = corruptions(model, probes, noise)
+    traced = [site for site in sites.find_unet(model.unet) if site.kind in states.kinds]
+    named = selected(named_sites(traced, states.groups), states.only, lambda entry: entry[0])
+    plan = _plan(model, named, states)
     units = {
         f"{c.probe.id}:{c.sample}:{seed}": (c, seed)
-        for c in made
-        for seed in seeds_of(c.probe, seeds)
+        for c in corrupted
+        for seed in seeds_of(c.probe, drawing.seeds)
     }
     negative = model.encode([""])
+    modes = {"source": source, "branches": branches, "direction": direction}
 
     def compute(unit: str) -> list[dict[str, Any]]:
         corruption, seed = units[unit]
         before = list(units).index(unit)
 
-        def tick(count: int, total: int) -> None:
+        def report(count: int, total: int) -> None:
             if on_progress is not None:
-                on_progress(1000 * before + 1000 * count // total, 1000 * len(units))
+                done = 1000 * before + 1000 * count // total
+                label = f"tracing the UNet, {source.replace('_', ' ')}"
+                on_progress(done, 1000 * len(units), label)
 
-        pair = encode_restored(model.text_encoders, corruption, [])
         latents = restore(
-            renderer,
-            pair,
-            negative,
-            plan,
-            seed=seed,
-            source=source,
-            branches=branches,
-            on_step=tick,
-        )
+            renderer, encode_restored(model.text_encoders, corruption, []), negative, plan, seed=seed,
+            source=source, branches=branches, on_step=report,
+        )  # fmt: skip
         rows = renderer.measured(renderer.scores(latents, corruption.probe), latents)
-        asked = {"seed": seed, "source": source, "branches": branches, "direction": direction}
-        return [{**_row(corruption, i), **asked, **m} for i, m in zip(plan, rows, strict=True)]
+        return [
+            {**_row(corruption, i), "seed": seed, **modes, **m}
+            for i, m in zip(plan, rows, strict=True)
+        ]
 
     protocol = renderer.protocol(
-        "unet", probes, folder=folder, source=source, branches=branches, kinds=list(kinds), heads=heads,
-        windows=list(windows), sites=[name for name, _ in named], groups=provenance.members(groups),
-        only=None if only is None else sorted(only), seeds=list(seeds), noise_samples=noise_samples, sigma=scale,
+        "unet", probes, folder=folder, source=source, branches=branches, kinds=list(states.kinds), heads=states.heads,
+        windows=list(states.windows), sites=[name for name, _ in named],
+        groups=provenance.group_members(states.groups), only=None if states.only is None else sorted(states.only),
+        seeds=list(drawing.seeds), noise_samples=noise.samples, sigma=sigma,
     )  # fmt: skip
-    rows = resume.sweep(folder, protocol, list(units), compute)
-    return Effects.of(rows, protocol)
+    return Effects.of(resume.sweep(folder, protocol, list(units), compute), protocol)
+
+
+def check_source(source: str, branches: str) -> None:
+    """Raise unless `source` and `branches` are known.
+
+    Raises:
+        ValueError: One is unknown.
+    """
+    if source not in ("clean_trajectory", "same_latent"):
+        raise ValueError(f"`source` must be 'clean_trajectory' or 'same_latent', got {source!r}.")
+    if branches not in ("both", "cond"):
+        raise ValueError(f"`branches` must be 'both' or 'cond', got {branches!r}.")
 
 
 def restore(
@@ -203,43 +184,41 @@ def restore(
     branches: Branches = "both",
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Denoise clean, corrupted and one further row an intervention in lockstep.
+    """Denoise a clean row, a corrupted row and one row an intervention, step by step in common batches.
 
     Args:
         renderer: Model, steps, guidance, direction and batch.
         prompt_embeds: Clean and corrupted text features, shape (2, L, D).
         negative_embeds: Text features of the empty prompt, shape (1, L, D).
-        plan: What each further row takes from its source.
+        plan: The intervention of each further row.
         seed: Start noise, the same in every row.
         source: `"clean_trajectory"` or `"same_latent"`.
         branches: `"both"` or `"cond"`.
-        on_step: Called after each step with the steps done in all batches, and their sum.
+        on_step: Called after each step with the steps done in all batches, and their total.
 
     Returns:
         Final latents, shape (2 + R, C, h, w): clean, corrupted, one an intervention.
 
     Raises:
         UnsupportedModel: A site's hook does not fire once a step, or batches disagree on the clean
-            row: a hook of someone else, or a model that is not deterministic.
+            row, because of other hooks or a model that is not deterministic.
     """
     twins = source == "same_latent"
     chunks = list(
         equal_chunks(
-            list(plan), renderer.rows, rows=partial(_size, twins=twins), multiple=4, fill=Intervention(())
+            list(plan), renderer.rows, rows=partial(_batch_rows, twins=twins), multiple=4, fill=Intervention(())
         )
     )  # fmt: skip
     parts: list[Tensor] = []
+    total = len(chunks) * renderer.steps
     for number, (chunk, used) in enumerate(chunks):
         batch = _Batch(renderer, chunk, twins=twins, both=branches == "both")
 
-        def tick(step: int, number: int = number) -> None:
+        def report(step: int, number: int = number) -> None:
             if on_step is not None:
-                on_step(
-                    min(number * renderer.steps + step, len(chunks) * renderer.steps),
-                    len(chunks) * renderer.steps,
-                )
+                on_step(min(number * renderer.steps + step, total), total)
 
-        latents = batch.run(prompt_embeds, negative_embeds, seed=seed, on_step=tick)
+        latents = batch.run(prompt_embeds, negative_embeds, seed=seed, on_step=report)
         if parts and not torch.allclose(parts[0][:2], latents[:2], atol=1e-4):
             raise UnsupportedModel(
                 "two equal runs of this model differ, so effects cannot be told from noise: remove "
@@ -259,7 +238,7 @@ class _Batch:
         self, renderer: Renderer, plan: Sequence[Intervention], *, twins: bool, both: bool
     ) -> None:
         self.renderer, self.plan, self.twins, self.both = renderer, plan, twins, both
-        self.rows = _size(len(plan), twins=twins)
+        self.rows = _batch_rows(len(plan), twins=twins)
         self.step = 0
 
     def run(
@@ -281,7 +260,7 @@ class _Batch:
         def after(done: int, latents: Tensor) -> Tensor:
             self.step = done
             on_step(done)
-            return self._level(latents)
+            return self._copy_to_twins(latents)
 
         whole, single = self._copiers()
         with hooks.patch(whole) as calls, hooks.patch_inputs(single) as head_calls:
@@ -296,15 +275,15 @@ class _Batch:
             )
         return latents[: 2 + count]
 
-    def _level(self, latents: Tensor) -> Tensor:
-        """Give each twin the latents of its row."""
+    def _copy_to_twins(self, latents: Tensor) -> Tensor:
+        """Return `latents` with those of each row copied to its twin."""
         if not self.twins:
             return latents
-        past = 2 + len(self.plan)
-        return torch.cat([latents[:past], latents[2:past]])
+        end = 2 + len(self.plan)
+        return torch.cat([latents[:end], latents[2:end]])
 
     def _copiers(self) -> tuple[dict[Module, Any], dict[Module, Any]]:
-        """Return functions that copy source rows into rows: of modules' outputs, and of heads' inputs."""
+        """Return functions by module that copy source rows: of modules' outputs, and of heads' inputs."""
         model = self.renderer.model
         whole: dict[Module, list[tuple[int, Intervention, slice]]] = {}
         single: dict[Module, list[tuple[int, Intervention, slice]]] = {}
@@ -340,29 +319,27 @@ class _Batch:
         return copy
 
 
-def _size(restored: int, *, twins: bool) -> int:
-    """Return the rows of a batch: clean, corrupted, restored and their twins."""
-    return 2 + restored * (2 if twins else 1)
+def _batch_rows(interventions: int, *, twins: bool) -> int:
+    """Return the number of rows of a batch: clean, corrupted, restored and their twins."""
+    return 2 + interventions * (2 if twins else 1)
 
 
-def _check_modes(
-    source: str, branches: str, kinds: Sequence[str], windows: Sequence[str], seeds: Sequence[int]
-) -> None:
-    check_source(source, branches)
-    unknown = [kind for kind in kinds if kind not in KINDS]
-    if unknown or not kinds:
-        raise ValueError(f"`kinds` must be among {', '.join(KINDS)}, got {list(kinds)!r}.")
-    if not windows or any(window not in WINDOWS for window in windows):
-        raise ValueError(
-            f"`windows` must be among {', '.join(map(repr, WINDOWS))}, got {list(windows)!r}."
-        )
-    check_seeds(seeds)
+def _plan(
+    model: Any, named: Sequence[tuple[str, tuple[Site, ...]]], states: UNetStates
+) -> list[Intervention]:
+    """Return one intervention for each site or group, head and window."""
+    return [
+        Intervention(members, head, window, name)
+        for name, members in named
+        for head in head_numbers(model, members, states.heads)
+        for window in states.windows
+    ]
 
 
 def _row(corruption: Corruption, intervention: Intervention) -> dict[str, Any]:
     probe = corruption.probe
     return {
-        **about(intervention.name, intervention.sites), "role": "", "control": "",
+        **site_columns(intervention.name, intervention.sites), "role": "", "control": "",
         "window": intervention.window, "head": intervention.head, "probe": probe.id,
         "attribute": probe.kind, "prompt": probe.prompt, "concept": probe.concept,
         "noise": corruption.sample,
