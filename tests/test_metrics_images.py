@@ -1,4 +1,4 @@
-"""Scores and distances of pictures against torchmetrics, scipy and plain loops, on noise and on drawn icons."""
+"""Metrics of pictures compared with torchmetrics, scipy and plain loops, on noise and on generated icons."""
 
 import sys
 from pathlib import Path
@@ -42,7 +42,7 @@ def pictures(request, icons):
 
 
 def ssim_by_hand(a, b):
-    """Wang's formula on one channel, with scipy's Gaussian, where the window lies inside."""
+    """Wang's formula on one channel with scipy's Gaussian, averaged where the whole window lies inside."""
 
     def blur(x):
         return ndimage.gaussian_filter(x, 1.5, truncate=3.5)[5:-5, 5:-5]
@@ -54,7 +54,7 @@ def ssim_by_hand(a, b):
     return (light * (2 * both + 9e-4) / (var_a + var_b + 9e-4)).mean()
 
 
-def test_ssim_is_wangs_formula(pictures):
+def test_ssim_equals_wangs_formula(pictures):
     a, b = pictures
     expected = [
         np.mean([ssim_by_hand(*(x[i, c].double().numpy() for x in pictures)) for c in range(3)])
@@ -64,7 +64,7 @@ def test_ssim_is_wangs_formula(pictures):
     assert torch.allclose(metrics.ssim(a, a), torch.ones(12, dtype=torch.float64))
 
 
-def test_psnr_is_torchmetrics_and_worked_by_hand(pictures):
+def test_psnr_equals_torchmetrics_and_a_value_by_hand(pictures):
     image = pytest.importorskip("torchmetrics.functional.image")
     a, b = pictures
     theirs = image.peak_signal_noise_ratio(
@@ -76,21 +76,21 @@ def test_psnr_is_torchmetrics_and_worked_by_hand(pictures):
     assert metrics.psnr(grey, grey).item() == float("inf")
 
 
-def test_perceptual_is_a_loop_over_layers_and_places(pictures, judge):
+def test_perceptual_equals_a_loop_over_layers_and_positions(pictures, judge):
     layers = [judge.layers(x) for x in pictures]
     assert len(layers[0]) == 5
-    found = metrics.perceptual(*layers)
+    distances = metrics.perceptual(*layers)
     expected = 0.0
     for a, b in zip(*layers, strict=True):
         for p in range(a.shape[1]):
             x, y = a[3, p].double().numpy(), b[3, p].double().numpy()
             x, y = x / np.linalg.norm(x), y / np.linalg.norm(y)
             expected += ((x - y) ** 2).sum() / a.shape[1]
-    assert found[3].item() == pytest.approx(expected, abs=1e-6)
+    assert distances[3].item() == pytest.approx(expected, abs=1e-6)
     assert torch.equal(metrics.perceptual(layers[0], layers[0]), torch.zeros(12).double())
 
 
-def test_clip_scores_are_the_judges_cosine_on_three_scales(pictures, judge):
+def test_clip_scores_equal_the_judges_cosine_on_three_scales(pictures, judge):
     seen, said = judge.image_features(pictures[0]), judge.text_features(PROMPTS)
     raw = metrics.clip_score(seen, said)
     assert torch.allclose(raw, judge.clip_score(pictures[0], PROMPTS).double(), atol=1e-6)
@@ -102,11 +102,11 @@ def test_clip_scores_are_the_judges_cosine_on_three_scales(pictures, judge):
     assert hessel.tolist() == pytest.approx([2.5 * max(-x, 0) for x in by_hand], abs=1e-6)
 
 
-def test_clip_score_is_torchmetrics_own(pictures, judge):
+def test_clip_score_equals_torchmetrics(pictures, judge):
     ours = pytest.importorskip("torchmetrics.functional.multimodal.clip_score")
 
     class Adapter:
-        """The judge as torchmetrics asks a CLIP: features of pictures, and of texts already read."""
+        """The judge with the interface that torchmetrics calls; texts are given as features."""
 
         config = None
 
@@ -117,7 +117,7 @@ def test_clip_score_is_torchmetrics_own(pictures, judge):
             return self
 
         def get_image_features(self, pixels):
-            return 3 * judge.image_features(pixels)  # their length must not matter
+            return 3 * judge.image_features(pixels)  # the norm must not matter
 
         def get_text_features(self, ids, mask):
             return ids
@@ -133,7 +133,7 @@ def test_clip_score_is_torchmetrics_own(pictures, judge):
     assert float(theirs) == pytest.approx(float(mine), abs=1e-4)
 
 
-def test_clip_accuracy_counts_ties_as_no_and_prefers_what_was_drawn(icons, judge):
+def test_clip_accuracy_is_false_for_ties_and_true_for_the_drawn_concept(icons, judge):
     seen = torch.tensor([[1.0, 0], [0, 1], [1, 1]])
     target, anchor = torch.tensor([[1.0, 0]]).expand(3, 2), torch.tensor([[0.0, 1]]).expand(3, 2)
     assert metrics.clip_accuracy(seen, target, anchor).tolist() == [True, False, False]
@@ -143,7 +143,7 @@ def test_clip_accuracy_counts_ties_as_no_and_prefers_what_was_drawn(icons, judge
     assert metrics.clip_accuracy(drawn, *texts).float().mean() >= 0.75
 
 
-def test_kid_and_fid_of_icons_are_torchmetrics(icons, judge):
+def test_kid_and_fid_of_icons_equal_torchmetrics(icons, judge):
     kid = pytest.importorskip("torchmetrics.image.kid")
     fid = pytest.importorskip("torchmetrics.image.fid")
     a, b = (judge.image_features(x).double() for x in icons)
@@ -154,7 +154,7 @@ def test_kid_and_fid_of_icons_are_torchmetrics(icons, judge):
     assert again.indistinguishable
 
 
-def test_every_card_says_everything_and_an_unknown_one_lists_them():
+def test_every_metric_has_a_complete_card_and_an_unknown_metric_raises():
     names = [card.name for card in metrics.cards()]
     assert len(set(names)) == len(names)
     assert set(names) == set(evaluate.METRICS)
@@ -166,14 +166,14 @@ def test_every_card_says_everything_and_an_unknown_one_lists_them():
         metrics.card("lpips")
 
 
-def test_the_documentation_holds_the_cards_as_they_are():
+def test_the_documentation_contains_the_cards():
     page = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
-    head, found = page.split("\n## ", 1)
-    assert "## " + found == "\n".join(card.markdown() for card in metrics.cards())
+    head, body = page.split("\n## ", 1)
+    assert "## " + body == "\n".join(card.markdown() for card in metrics.cards())
     assert "overpaint evaluate --explain" in head
 
 
-def test_without_torchmetrics_ssim_says_what_to_install(monkeypatch):
+def test_ssim_without_torchmetrics_raises_and_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics.functional", None)
     grey = torch.zeros(1, 3, 16, 16)
     with pytest.raises(op.MissingExtra, match=r"SSIM needs torchmetrics.*overpaint\[metrics\]"):
@@ -186,10 +186,10 @@ def test_without_torchmetrics_ssim_says_what_to_install(monkeypatch):
         (lambda x: metrics.psnr(x, x[:1]), r"pair up as \(B, 3, H, W\).*draw both"),
         (lambda x: metrics.ssim(x[..., :8], x[..., :8]), "window of 11x11 pixels, got .* 16x8"),
         (lambda x: metrics.perceptual([x], [x]), r"pair up as \(B, P, D\)"),
-        (lambda x: metrics.clip_score(x[:, 0, 0], x[:1, 0, 0]), "one text a picture"),
+        (lambda x: metrics.clip_score(x[:, 0, 0], x[:1, 0, 0]), "one text for each picture"),
         (lambda x: metrics.clip_score(x, x, scale="percent"), "unknown scale 'percent'"),
     ],
 )
-def test_bad_input_is_named(call, message):
+def test_bad_arguments_raise(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(2, 3, 16, 16))

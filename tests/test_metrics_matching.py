@@ -1,4 +1,4 @@
-"""Numbers about flows, worked by hand and against scipy."""
+"""Metrics of flow compared with values by hand, scipy and plain loops."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from overpaint import metrics
 from overpaint.metrics import matching
 
 
-def test_errors_are_those_worked_by_hand():
+def test_epe_and_pck_equal_values_by_hand():
     truth = torch.zeros(2, 2, 2, 2)
     flow = truth.clone()
     flow[0, :, 0, 0] = torch.tensor([3.0, 4.0])
@@ -23,15 +23,15 @@ def test_errors_are_those_worked_by_hand():
     assert torch.isnan(metrics.epe(flow, truth, valid)[1])
 
 
-def test_ranks_agree_with_scipys():
+def test_spearman_equals_scipy():
     error, std = torch.rand(3, 1, 8, 9), torch.rand(3, 1, 8, 9).round(decimals=1)
-    found = matching.spearman(std, error)
-    for ours, s, e in zip(found, std, error, strict=True):
+    correlations = matching.spearman(std, error)
+    for ours, s, e in zip(correlations, std, error, strict=True):
         assert ours == pytest.approx(stats.spearmanr(s.flatten(), e.flatten()).statistic)
     assert torch.isnan(matching.spearman(torch.ones(1, 4, 4), torch.rand(1, 4, 4)))
 
 
-def test_sparsification_is_that_of_a_loop():
+def test_ause_equals_a_loop():
     error, std = torch.rand(2, 5, 5).double(), torch.rand(2, 5, 5).double()
     for ours, s, e in zip(metrics.ause(std, error), std.numpy(), error.numpy(), strict=True):
         s, e = s.ravel(), e.ravel()
@@ -39,7 +39,7 @@ def test_sparsification_is_that_of_a_loop():
         assert ours == pytest.approx(np.mean(gaps) / e.mean())
 
 
-def test_the_best_order_has_no_sparsification_error_and_the_worst_most():
+def test_ause_is_zero_for_the_best_order_and_largest_for_the_worst():
     error = torch.rand(1, 20, 20)
     best, none, worst = (
         metrics.ause(std, error).item() for std in (error**3, torch.rand(1, 20, 20), -error)
@@ -49,7 +49,7 @@ def test_the_best_order_has_no_sparsification_error_and_the_worst_most():
     assert metrics.ause(error, torch.zeros(1, 20, 20)).item() == 0
 
 
-def test_what_does_not_pair_up_is_refused():
+def test_shapes_that_differ_raise():
     with pytest.raises(ValueError, match=r"share a shape \(B, 2, H, W\), got .* resize one"):
         metrics.epe(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 8, 8))
     with pytest.raises(ValueError, match="cover the same pixels, got .* resize them"):

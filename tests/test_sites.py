@@ -9,7 +9,7 @@ from overpaint.model import TextToImage, hooks, sites
 from overpaint.trace import hook_check
 from overpaint.zoo import builders
 
-# Width and side of each level of SD-1.4 at 512 pixels, and the blocks that run there in order.
+# Width and side of each level of SD-1.4 at 512 pixels, and the level of each block in execution order.
 LEVELS = {"a": (320, 64), "b": (640, 32), "c": (1280, 16), "d": (1280, 8)}
 RESNETS = "aabbccdd" + "dd" + "dddcccbbbaaa"
 ATTENTIONS = "aabbcc" + "d" + "cccbbbaaa"
@@ -98,36 +98,36 @@ def weights(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def test_census_of_sd14(sd14):
-    found = sites.find_unet(sd14)
-    kinds = Counter(site.kind for site in found)
+def test_number_of_sites_of_sd14(sd14):
+    all_sites = sites.find_unet(sd14)
+    kinds = Counter(site.kind for site in all_sites)
     assert kinds == {"resnet": 22, "self_attn": 16, "cross_attn": 16, "mlp": 16}
-    assert len({site.name for site in found}) == len({site.path for site in found}) == 70
+    assert len({site.name for site in all_sites}) == len({site.path for site in all_sites}) == 70
     assert len(list(sd14.named_modules())) == 709
     assert sum(p.numel() for p in sd14.parameters()) == 859_520_964
 
 
 def test_shapes_and_execution_order_of_sd14(sd14):
-    found = sites.find_unet(sd14)
+    all_sites = sites.find_unet(sd14)
     ran = []
-    names = {sd14.get_submodule(site.path): site.name for site in found}
+    names = {sd14.get_submodule(site.path): site.name for site in all_sites}
     shapes = {}
 
-    def seen(module):
-        def note(output):
+    def recorder(module):
+        def record(output):
             ran.append(names[module])
             shapes[names[module]] = tuple(output.shape[1:])
             return output
 
-        return note
+        return record
 
-    with hooks.patch({module: seen(module) for module in names}):
+    with hooks.patch({module: recorder(module) for module in names}):
         sd14(
             torch.empty(1, 4, 64, 64, device="meta"),
             torch.tensor(1, device="meta"),
             torch.empty(1, 77, 768, device="meta"),
         )
-    assert ran == [site.name for site in found]
+    assert ran == [site.name for site in all_sites]
     for i, level in enumerate(RESNETS):
         width, side = LEVELS[level]
         assert shapes[f"unet.resnet.{i}"] == (width, side, side)
@@ -146,32 +146,32 @@ def test_paths_of_sd14(sd14):
     assert paths["unet.mlp.15"] == "up_blocks.3.attentions.2.transformer_blocks.0.ff"
 
 
-def test_census_and_order_of_sd21(sd21):
-    found = hook_check.verified_sites(sd21)
-    unet = [site for site in found if site.part == "unet"]
+def test_number_and_order_of_sites_of_sd21(sd21):
+    all_sites = hook_check.verified_sites(sd21)
+    unet = [site for site in all_sites if site.part == "unet"]
     assert Counter(site.kind for site in unet) == {
         "resnet": 22, "self_attn": 16, "cross_attn": 16, "mlp": 16,
     }  # fmt: skip
-    assert len(found) == 70 + 2 * 23
+    assert len(all_sites) == 70 + 2 * 23
     assert weights(sd21.unet) == 865_910_724
     assert weights(sd21.text_encoder) == 340_387_840
     heads = [sites.heads(sd21, site) for site in unet if site.kind == "cross_attn"]
     assert heads == [5] * 2 + [10] * 2 + [20] * 2 + [20] + [20] * 3 + [10] * 3 + [5] * 3
 
 
-def test_census_and_order_of_sdxl(sdxl):
-    found = hook_check.verified_sites(sdxl)
-    unet = [site for site in found if site.part == "unet"]
+def test_number_and_order_of_sites_of_sdxl(sdxl):
+    all_sites = hook_check.verified_sites(sdxl)
+    unet = [site for site in all_sites if site.part == "unet"]
     assert Counter(site.kind for site in unet) == {
         "resnet": 17, "self_attn": 70, "cross_attn": 70, "mlp": 70,
     }  # fmt: skip
-    assert Counter(site.part for site in found) == {"text": 24, "text2": 64, "unet": 227}
-    assert len({site.name for site in found}) == len(found)
-    assert [site.part for site in found] == sorted(site.part for site in found)
+    assert Counter(site.part for site in all_sites) == {"text": 24, "text2": 64, "unet": 227}
+    assert len({site.name for site in all_sites}) == len(all_sites)
+    assert [site.part for site in all_sites] == sorted(site.part for site in all_sites)
     assert weights(sdxl.unet) == 2_567_463_684
     assert [weights(encoder) for encoder in sdxl.text_encoders] == [123_060_480, 694_659_840]
-    by_name = {site.name: site for site in found}
-    # 2 and 2 blocks at width 640, 10 and 10 at 1280, 10 in the middle, three times 10 and three times 2 on the way up
+    by_name = {site.name: site for site in all_sites}
+    # down blocks: 2 and 2 at width 640, 10 and 10 at 1280; mid block: 10; up blocks: 3 times 10 and 3 times 2
     heads = [sites.heads(sdxl, site) for site in unet if site.kind == "cross_attn"]
     assert heads == [10] * 4 + [20] * 20 + [20] * 10 + [20] * 30 + [10] * 6
     assert by_name["unet.cross_attn.24"].path == "mid_block.attentions.0.transformer_blocks.0.attn2"
@@ -181,22 +181,22 @@ def test_census_and_order_of_sdxl(sdxl):
     assert sites.heads(sdxl, by_name["text2.0.self_attn"]) == 20
 
 
-def test_text_sites_in_both_trees(tiny_sd1):
-    found = sites.find_text(tiny_sd1.text_encoder)
-    assert Counter(site.kind for site in found) == {"self_attn": 12, "mlp": 12}
-    assert [site.name for site in found[:3]] == [
+def test_text_sites_in_both_layouts_of_transformers(tiny_sd1):
+    all_sites = sites.find_text(tiny_sd1.text_encoder)
+    assert Counter(site.kind for site in all_sites) == {"self_attn": 12, "mlp": 12}
+    assert [site.name for site in all_sites[:3]] == [
         "text.0.self_attn",
         "text.0.mlp",
         "text.1.self_attn",
     ]
 
-    nested = nn.Module()  # the tree of transformers 4, and of CLIPTextModelWithProjection
+    nested = nn.Module()  # the layout of transformers 4, and of CLIPTextModelWithProjection
     nested.text_model = nn.Module()
     nested.text_model.encoder = tiny_sd1.text_encoder.get_submodule(
-        found[0].path.partition("encoder.")[0] + "encoder"
+        all_sites[0].path.partition("encoder.")[0] + "encoder"
     )
     other = sites.find_text(nested)
-    assert [site.name for site in other] == [site.name for site in found]
+    assert [site.name for site in other] == [site.name for site in all_sites]
     assert other[0].path == "text_model.encoder.layers.0.self_attn"
 
     second = sites.find_text(nested, "text2")
@@ -205,25 +205,25 @@ def test_text_sites_in_both_trees(tiny_sd1):
     assert [site.path for site in second] == [site.path for site in other]
 
 
-def test_find_lists_text_then_unet(tiny_sd1):
-    found = sites.find(tiny_sd1)
-    assert len(found) == 24 + 70
-    assert [site.part for site in found] == ["text"] * 24 + ["unet"] * 70
-    assert sites.get(tiny_sd1, "unet.cross_attn.3") in found
-    assert all(isinstance(site.module(tiny_sd1), nn.Module) for site in found)
+def test_find_returns_text_sites_then_unet_sites(tiny_sd1):
+    all_sites = sites.find(tiny_sd1)
+    assert len(all_sites) == 24 + 70
+    assert [site.part for site in all_sites] == ["text"] * 24 + ["unet"] * 70
+    assert sites.get(tiny_sd1, "unet.cross_attn.3") in all_sites
+    assert all(isinstance(site.module(tiny_sd1), nn.Module) for site in all_sites)
 
 
-def test_find_lists_both_text_encoders(tiny_xl):
-    found = sites.find(tiny_xl)
-    assert [site.part for site in found] == ["text"] * 4 + ["text2"] * 6 + ["unet"] * 44
+def test_find_returns_the_sites_of_both_text_encoders(tiny_xl):
+    all_sites = sites.find(tiny_xl)
+    assert [site.part for site in all_sites] == ["text"] * 4 + ["text2"] * 6 + ["unet"] * 44
     first, second = sites.get(tiny_xl, "text.0.mlp"), sites.get(tiny_xl, "text2.0.mlp")
     assert first.module(tiny_xl).fc1.in_features == 32
     assert second.module(tiny_xl).fc1.in_features == 48
 
 
 @pytest.mark.parametrize("name", ["text2.1.self_attn", "unet.self_attn.4", "unet.cross_attn.4"])
-def test_head_input_is_the_heads_side_by_side(tiny_xl, name):
-    """Against attention worked out head by head."""
+def test_head_input_is_the_concatenation_of_the_heads(tiny_xl, name):
+    """Compared with attention computed head by head."""
     site = sites.get(tiny_xl, name)
     module, count = site.module(tiny_xl), sites.heads(tiny_xl, site)
     linear = sites.head_input(tiny_xl, site)
@@ -253,7 +253,7 @@ def test_only_attention_has_heads(tiny_xl):
             sites.head_input(tiny_xl, site)
 
 
-def test_unknown_site_of_two_encoders(tiny_xl):
+def test_an_unknown_site_of_two_encoders_raises(tiny_xl):
     with pytest.raises(
         UnknownSite,
         match=r"'text2.3.mlp': this model has text.0 to 1 \(self_attn, mlp\), text2.0 to 2 \(",
@@ -261,7 +261,7 @@ def test_unknown_site_of_two_encoders(tiny_xl):
         sites.get(tiny_xl, "text2.3.mlp")
 
 
-def test_unknown_site(tiny_sd1):
+def test_an_unknown_site_raises(tiny_sd1):
     with pytest.raises(
         UnknownSite,
         match=r"unknown site 'unet.cross_attn.16': this model has text.0 to 11 .*cross_attn.0 to 15.*"
@@ -270,14 +270,14 @@ def test_unknown_site(tiny_sd1):
         sites.get(tiny_sd1, "unet.cross_attn.16")
 
 
-def test_other_modules_are_refused():
+def test_other_modules_raise():
     with pytest.raises(UnsupportedModel, match="Linear has no encoder layers"):
         sites.find_text(nn.Linear(1, 1))
     with pytest.raises(UnsupportedModel, match="Linear has no down, mid and up blocks"):
         sites.find_unet(nn.Linear(1, 1))
 
 
-def test_models_that_hide_their_modules_are_refused():
+def test_fused_chunked_and_compiled_models_raise():
     unet = builders.tiny().unet
     unet.fuse_qkv_projections()
     with pytest.raises(UnsupportedModel, match="projections are fused.*unfuse_qkv_projections"):
@@ -293,10 +293,10 @@ def test_models_that_hide_their_modules_are_refused():
         sites.find_unet(torch.compile(unet))
 
 
-def test_parts_compiled_in_place_are_refused():
+def test_submodules_compiled_in_place_raise():
     pipe = builders.tiny("sdxl", text_layers=1)
     pipe.unet.up_blocks[0].compile()
-    with pytest.raises(UnsupportedModel, match=r"is compiled \(up_blocks.0\), which hides"):
+    with pytest.raises(UnsupportedModel, match=r"is compiled \(up_blocks.0\), so that hooks"):
         sites.find_unet(pipe.unet)
     pipe.text_encoder_2.text_model.compile()
     with pytest.raises(UnsupportedModel, match=r"is compiled \(text_model\)"):
