@@ -8,6 +8,7 @@ report                            function            `relative_to`
 ================================  ==================  ==============================================
 `empty_drift` of an evaluation    `feature_drift`     the features of the empty prompt
 side effects in the studio        `feature_drift` ²   the movement of the erased concepts' captions
+the empty prompt in the studio    `feature_drift`     the features of the empty prompt
 `drift.json` of a report          `feature_drift`     the distance of the prompts from the empty prompt
 `drift` in a layer scan           `feature_drift` ²   the distance between old and new captions
 `preserve_drift`,                 `weight_drift`      the outputs of the old weight at the same inputs
@@ -38,7 +39,7 @@ def feature_drift(before: Tensor, after: Tensor, *, relative_to: Tensor | float 
         The movement divided by the reference; 0 if the reference is 0.
     """
     moved = _root_mean_square(after.double() - before.double())
-    reference = relative_to if isinstance(relative_to, float) else _root_mean_square(relative_to)
+    reference = _root_mean_square(relative_to) if isinstance(relative_to, Tensor) else relative_to
     return moved / reference if reference else 0.0
 
 
@@ -60,7 +61,9 @@ def weight_drift(
     Returns:
         The norm divided by the reference; 0 if the reference is 0.
     """
-    reference = relative_to if isinstance(relative_to, float) else _norm(relative_to, inputs, gram)
+    reference = relative_to
+    if isinstance(relative_to, Tensor):
+        reference = _norm(relative_to, inputs, gram)
     return _norm(delta, inputs, gram) / reference if reference else 0.0
 
 

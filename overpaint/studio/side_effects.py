@@ -10,10 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from overpaint.edit import Change
+from overpaint.edit.drift import feature_drift
 from overpaint.edit.vocabulary import concepts
 from overpaint.model import TextToImage
 from overpaint.model.sampling import Progress
@@ -119,26 +117,26 @@ def _drifts(
     """Return the drifts, the largest first, and the drift of the empty prompt."""
     erased = [f" {' '.join(old.lower().split())} " for old in change.pairs]
     others = [c for c in vocabulary if not any(old in f" {c.lower()} " for old in erased)]
-    captions = [_CAPTION.format(concept) for concept in (*change.pairs, *others)]
+    captions = [_CAPTION.format(concept) for concept in others]
     edited = copy_model(model, change)
-    squares: list[Tensor] = []
+    erased_captions = [_CAPTION.format(old) for old in change.pairs]
+    reference = feature_drift(model.encode(erased_captions), edited.encode(erased_captions))
+    squares: list[float] = []
     for start in range(0, len(captions), _BATCH_SIZE):
         if on_progress is not None:
             on_progress(start, len(captions), "predicting side effects")
         batch = captions[start : start + _BATCH_SIZE]
-        movement = edited.encode(batch).double() - model.encode(batch).double()
-        squares.append(movement.square().sum((1, 2)).cpu())  # (B, L, D) -> (B,)
-    movements = torch.cat(squares).tolist()
-    erased_movement = sum(movements[: len(erased)]) / len(erased)
+        pairs = zip(model.encode(batch).split(1), edited.encode(batch).split(1), strict=True)
+        squares += [feature_drift(a, b, relative_to=reference) ** 2 for a, b in pairs]
     reported: Any = change.report.get("endangered") or []
     preserved = {row.get("concept") for row in reported if isinstance(row, dict)}
     preserved |= {str(text) for text in change.protocol.get("preserve", [])}
     drifts = [
-        ConceptDrift(concept, square / erased_movement if erased_movement else 0.0, concept in preserved)
-        for concept, square in zip(others, movements[len(erased) :], strict=True)
-    ]  # fmt: skip
-    original = model.encode([""]).double()
-    empty_prompt = float((edited.encode([""]).double() - original).norm() / original.norm())
+        ConceptDrift(concept, square, concept in preserved)
+        for concept, square in zip(others, squares, strict=True)
+    ]
+    original = model.encode([""])
+    empty_prompt = feature_drift(original, edited.encode([""]), relative_to=original)
     return tuple(sorted(drifts, key=lambda drift: -drift.drift)), empty_prompt
 
 
