@@ -19,7 +19,7 @@ from overpaint.trace.effects import Effects
 
 
 class Page(HTMLParser):
-    """Collects what a page is made of."""
+    """Collects the tags, images, links and texts of a page."""
 
     def __init__(self, text):
         super().__init__()
@@ -27,9 +27,9 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
-        found = dict(attrs)
+        values = dict(attrs)
         if tag == "img":
-            self.images.append(found)
+            self.images.append(values)
         self.links += [v for k, v in attrs if k in ("src", "href", "srcset")]
         if tag not in ("img", "meta", "input", "br"):
             self.open.append(tag)
@@ -65,7 +65,7 @@ def scores(name, after):
 @pytest.fixture(scope="module")
 def comparison():
     names = ("no edit", "quickfix <plain>")
-    asked = tuple(
+    questions = tuple(
         Question(f"a {o} in {s} style", seed, "target", o, s)
         for seed, o in enumerate(("cat", "apple"))
         for s in ("openmoji", "noto", "blob")
@@ -73,9 +73,9 @@ def comparison():
     pictures = {
         name: torch.randint(0, 255, (6, 3, 8, 8), dtype=torch.uint8) for name in ("before", *names)
     }
-    found = {names[0]: scores(names[0], 0.9), names[1]: scores(names[1], 0.02)}
+    by_method = {names[0]: scores(names[0], 0.9), names[1]: scores(names[1], 0.02)}
     baseline = {"style": share(0.9, 0).before, "style held out": share(0.7, 0).before}
-    return Comparison(found, baseline, asked, pictures)
+    return Comparison(by_method, baseline, questions, pictures)
 
 
 def effect(site, part, kind, index, role, value, control="", **more):
@@ -119,8 +119,8 @@ def folder(comparison, tmp_path):
 
 @pytest.fixture(scope="module")
 def page(comparison, tmp_path_factory):
-    """A page that no test writes to: its charts take seconds."""
-    return report.write(saved(comparison, tmp_path_factory.mktemp("page")))
+    """A page that no test changes: its charts take seconds."""
+    return report.save(saved(comparison, tmp_path_factory.mktemp("page")))
 
 
 def test_the_page_is_well_formed_self_contained_and_described(page):
@@ -142,17 +142,22 @@ def test_every_part_of_the_page_is_there_and_escaped(page):
     assert "<h1>a &amp; b</h1>" in text
     assert "quickfix <plain>" in words
     assert "quickfix <plain>" not in text
-    for part in ("Where the text encoder", "Where the UNet", "Before and after", "How to make"):
+    for part in (
+        "trace of the text encoder",
+        "trace of the UNet",
+        "Before and after",
+        "How to reproduce",
+    ):
         assert part in words
     assert "Still recognised as openmoji 2 % before 90 %" in words
-    assert "The edit took" not in words
+    assert "Duration of the edit" not in words
     assert "overpaint demo" in words
 
 
 def test_a_folder_with_one_result_gives_a_page_of_that_result(comparison, tmp_path):
     comparison.save(tmp_path)
-    text = report.write(tmp_path, out=tmp_path / "other.html").read_text()
-    assert "Where the UNet" not in text
+    text = report.save(tmp_path, out=tmp_path / "other.html").read_text()
+    assert "trace of the UNet" not in text
     assert "What the edit did" in text
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [
         ".html", ".json", ".json", ".safetensors",
@@ -161,18 +166,18 @@ def test_a_folder_with_one_result_gives_a_page_of_that_result(comparison, tmp_pa
 
 def test_writing_twice_gives_the_same_page(page):
     first = page.read_bytes()
-    assert report.write(page.parent).read_bytes() == first
+    assert report.save(page.parent).read_bytes() == first
 
 
 def test_an_empty_or_damaged_folder_is_refused(folder, tmp_path_factory):
     with pytest.raises(FileNotFoundError, match="holds no result: name a folder that"):
-        report.write(tmp_path_factory.mktemp("empty"))
+        report.save(tmp_path_factory.mktemp("empty"))
     (folder / "run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run.json' is damaged"):
-        report.write(folder)
+        report.save(folder)
 
 
-def test_windows_heads_and_damage_have_their_place_on_the_page(tmp_path):
+def test_windows_heads_and_negative_values_are_on_the_page(tmp_path):
     unet = [
         effect(f"unet.self_attn.{n}", "unet", "self_attn", n, "", value, window=window, head=head)
         for n, value in enumerate((0.6, -0.2))
@@ -186,14 +191,14 @@ def test_windows_heads_and_damage_have_their_place_on_the_page(tmp_path):
         for head in (None, 3)
     ]
     Effects.of(text, {}).save(tmp_path / "text.parquet")
-    page = Page(report.write(tmp_path).read_text())
+    page = Page(report.save(tmp_path).read_text())
     alts = [image["alt"] for image in page.images]
     assert (
         sum(alt.startswith("Bar chart of 2 UNet sites") for alt in alts) == 2
-    )  # on light and on dark paper
+    )  # for light and dark background
     assert sum("largest value, 0.60, is at Heads" in alt for alt in alts) == 2
     words = " ".join(page.words)
-    assert "what is below zero, down to −0.10, is drawn in blue" in words
+    assert "negative values, down to −0.10, are blue" in words
     assert "Single heads, same latent (control)" in words
 
 
@@ -207,20 +212,20 @@ def test_the_page_says_which_states_are_causal_or_why_none_can_be(tmp_path):
             for n, value in enumerate((0.7, 0.05, -0.02))
         ]
 
-    for prompts, said in (
+    for prompts, sentence in (
         (30, "over 20 other prompts: text.0.mlp eos."),
         (6, "So few prompts (4 beside those that set the threshold) cannot show that any of 3"),
     ):
         Effects.of(rows(prompts), {}).save(tmp_path / "text.parquet")
-        assert said in " ".join(Page(report.write(tmp_path).read_text()).words)
+        assert sentence in " ".join(Page(report.save(tmp_path).read_text()).words)
 
 
 def test_the_table_of_methods_shows_shares_changes_and_absent_values(comparison):
     table = tables.methods(comparison)
     row = dict(zip(table.heads, table.rows[1], strict=True))
-    still = row["Still openmoji"]
-    assert (still.text, still.note) == ("2 %", "-3 to 7, n\N{NO-BREAK SPACE}20")
-    assert still.track == pytest.approx((0, 2, 93))  # of a line from 0 to 1
+    target = row["Still openmoji"]
+    assert (target.text, target.note) == ("2 %", "-3 to 7, n\N{NO-BREAK SPACE}20")
+    assert target.track == pytest.approx((0, 2, 93))  # of a line from 0 to 1
     change = row["Other styles, change in points"]
     assert (change.text, change.note) == ("−1.0", "−6 to +4, n\N{NO-BREAK SPACE}20")
     assert change.track == pytest.approx((47, 49.5, 48))  # of a line from -1 to 1
@@ -239,16 +244,16 @@ def test_figures_differ_by_theme_and_data():
     assert dark.getpixel((0, 0)) == (0x18, 0x1B, 0x22)
 
 
-def test_an_image_on_the_page_is_the_picture_that_was_kept(comparison, page):
+def test_an_image_on_the_page_equals_the_saved_picture(comparison, page):
     page = Page(page.read_text())
     alt = "a apple in noto style, quickfix <plain>"
     src = next(i["src"] for i in page.images if i["alt"] == alt)
     pixels = Image.open(io.BytesIO(base64.b64decode(src.partition(",")[2])))
-    kept = comparison.pictures["quickfix <plain>"][4]
-    assert pixels.getpixel((2, 5)) == tuple(kept[:, 5, 2].tolist())
+    saved = comparison.pictures["quickfix <plain>"][4]
+    assert pixels.getpixel((2, 5)) == tuple(saved[:, 5, 2].tolist())
 
 
-def test_the_same_lies_beside_the_page_as_json(page):
+def test_the_figures_are_saved_as_json_beside_the_page(page):
     folder = page.parent
     words = json.loads((folder / "report.json").read_text())
     assert words["title"] == "a & b"
@@ -258,7 +263,7 @@ def test_the_same_lies_beside_the_page_as_json(page):
     assert row["Still openmoji"] == {
         "mean": 0.02, "low": pytest.approx(-0.03), "high": pytest.approx(0.07), "n": 20,
     }  # fmt: skip
-    assert {one["alt"] for one in words["figures"]} <= {
+    assert {figure["alt"] for figure in words["figures"]} <= {
         i["alt"] for i in Page(page.read_text()).images
     }
     digest = hashlib.sha256((folder / "comparison.json").read_bytes()).hexdigest()
@@ -267,11 +272,11 @@ def test_the_same_lies_beside_the_page_as_json(page):
 
 
 def test_the_page_is_about_the_method_that_the_run_or_its_summary_names(comparison, tmp_path):
-    found = {**comparison.scores, "second": scores("second", 0.5)}
-    Comparison(found, {}, (), {}).save(tmp_path)
+    by_method = {**comparison.scores, "second": scores("second", 0.5)}
+    Comparison(by_method, {}, (), {}).save(tmp_path)
 
     def method():
-        report.write(tmp_path)
+        report.save(tmp_path)
         return json.loads((tmp_path / "report.json").read_text())["method"]
 
     assert method() == "quickfix <plain>"

@@ -1,4 +1,4 @@
-"""The report as a reader meets it in Chromium: wide, narrow, light, dark, by keyboard, on paper, under attack."""
+"""The report in Chromium: wide, narrow, light, dark, by keyboard, printed, and with hostile texts."""
 
 import io
 import json
@@ -10,9 +10,9 @@ from PIL import Image
 from test_report import effect, scores, share
 
 from overpaint import report
+from overpaint.evaluate import predicted_drift
 from overpaint.evaluate.results import Comparison
 from overpaint.probes.questions import Question
-from overpaint.report import drift_section
 from overpaint.trace.effects import Effects
 
 EVIL = '"><script>document.title="owned"</script><img src=x onerror=document.title="owned">'
@@ -22,13 +22,13 @@ SIZES = [(width, dark) for width in (1280, 390) for dark in (False, True)]
 
 
 def filled(folder, *, evil=""):
-    """Save a small result of every kind into `folder`; `evil` goes wherever a user's text goes."""
-    asked = tuple(
+    """Save a small result of every kind into `folder`; `evil` is added to every text of a user."""
+    questions = tuple(
         Question(f"a {o} in {s} style{evil}", seed, "target", o + evil, s)
         for seed, o in enumerate(("cat", "apple"))
         for s in STYLES
     )
-    # one color a method, so that a screenshot tells which is shown
+    # one color for each method, so that a screenshot shows which method is visible
     colors = {
         "before": (255, 0, 0),
         "no edit": (255, 0, 0),
@@ -37,22 +37,22 @@ def filled(folder, *, evil=""):
     }
     pictures = {
         name + (evil if name == "quickfix" else ""): torch.tensor(rgb, dtype=torch.uint8)
-        .view(1, 3, 1, 1).expand(len(asked), 3, 16, 16).contiguous()
+        .view(1, 3, 1, 1).expand(len(questions), 3, 16, 16).contiguous()
         for name, rgb in colors.items()
     }  # fmt: skip
     names = [name + (evil if name == "quickfix" else "") for name in METHODS]
-    found = {n: scores(n, after) for n, after in zip(names, (0.9, 0.3, 0.02), strict=True)}
+    by_method = {n: scores(n, after) for n, after in zip(names, (0.9, 0.3, 0.02), strict=True)}
     baseline = {"style": share(0.9, 0).before, "style held out": share(0.7, 0).before}
-    Comparison(found, baseline, asked, pictures).save(folder)
+    Comparison(by_method, baseline, questions, pictures).save(folder)
     predicted = {name: {"noto": 0.1 * i, "blob": 0.2 * i} for i, name in enumerate(names)}
-    drift_section.save(predicted, folder)
+    predicted_drift.save(predicted, folder)
     rows = [effect(f"text.{n}.mlp", "text", "mlp", n, "eos", 0.5 / (1 + n)) for n in range(2)]
     about = {"scorer": f"eyes{evil}", "probes": 1, "steps": 2}
     Effects.of(rows, about).save(folder / "text.parquet")
     run = {
         "title": f"cat → dog{evil}",
         "method": "automatic",
-        "lead": f"What became of it.{evil}",
+        "lead": f"Results of an edit.{evil}",
         "commands": [f"overpaint demo --erase '{evil}' --out {'x' * 300}"],
         "protocol": {f"Model{evil}": f"a/very/long/{'path/' * 40}{evil}"},
     }
@@ -63,14 +63,14 @@ def filled(folder, *, evil=""):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    return report.write(filled(tmp_path_factory.mktemp("report")))
+    return report.save(filled(tmp_path_factory.mktemp("report")))
 
 
 @pytest.fixture(scope="module")
 def evil(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evil") / "<script>document.title='owned'<"
     folder.mkdir()
-    return report.write(filled(folder, evil=EVIL))
+    return report.save(filled(folder, evil=EVIL))
 
 
 @pytest.mark.parametrize(("width", "dark"), [SIZES[0], SIZES[3]])  # each width and each colour once
@@ -105,7 +105,7 @@ def middle(seen, share):
     return image.getpixel((int(share * image.width), image.height // 2))
 
 
-def test_charts_keep_their_size_on_a_phone_and_scroll(chromium, page):
+def test_charts_keep_their_size_on_a_narrow_page_and_scroll(chromium, page):
     with browser.visit(chromium, page, width=390) as seen:
         wide, room = seen.page.locator("#text .chart > div").first.evaluate(
             "e => [e.scrollWidth, e.clientWidth]"
@@ -113,7 +113,7 @@ def test_charts_keep_their_size_on_a_phone_and_scroll(chromium, page):
         assert wide >= 34 * 16 > room
 
 
-def test_the_slider_is_reached_by_keyboard_and_uncovers_before_or_after(chromium, page):
+def test_the_slider_works_by_keyboard_and_shows_before_or_after(chromium, page):
     with browser.visit(chromium, page) as seen:
         assert (middle(seen, 0.3), middle(seen, 0.7)) == ((255, 0, 0), (0, 0, 255))
         slider = seen.page.get_by_role("slider")
@@ -136,8 +136,8 @@ def test_the_theme_can_be_chosen_against_the_system(chromium, page):
     with browser.visit(chromium, page) as seen:
         for name, paper in (("Dark", "rgb(24, 27, 34)"), ("Light", "rgb(255, 255, 255)")):
             seen.page.get_by_role("button", name=name).click()
-            found = seen.page.evaluate("getComputedStyle(document.body).backgroundColor")
-            assert found == paper
+            color = seen.page.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert color == paper
             browser.check_whole(seen)
         seen.page.emulate_media(color_scheme="dark")
         assert seen.page.locator(".on-dark:visible").count() == 0
@@ -145,7 +145,7 @@ def test_the_theme_can_be_chosen_against_the_system(chromium, page):
         assert seen.page.locator(".on-light:visible").count() == 0
 
 
-def test_paper_is_light_and_shows_no_controls(chromium, page):
+def test_a_printed_page_is_light_and_has_no_controls(chromium, page):
     with browser.visit(chromium, page, width=720, dark=True) as seen:
         seen.page.emulate_media(media="print")
         assert seen.page.locator(".theme:visible, .wipe:visible, .on-dark:visible").count() == 0
@@ -160,7 +160,7 @@ def test_without_scripts_every_picture_and_figure_is_there(chromium, page):
         assert seen.page.locator(".scene img:visible").count() == 2 * 6 * 3
 
 
-def test_tags_in_prompts_names_and_files_are_shown_and_do_nothing(chromium, evil):
+def test_tags_in_prompts_names_and_files_are_shown_as_text(chromium, evil):
     assert "<script>document" not in evil.read_text()
     with browser.visit(chromium, evil, width=390) as seen:
         browser.check_whole(seen)
@@ -177,23 +177,23 @@ def test_a_page_of_tags_is_accessible(chromium, axe, evil):
         browser.check_accessible(seen.page, axe)
 
 
-def test_the_policy_lets_nothing_move_the_base_or_send_a_form(chromium, page, tmp_path):
-    torn = tmp_path / "torn.html"
+def test_the_policy_forbids_another_base_and_forms(chromium, page, tmp_path):
+    modified = tmp_path / "modified.html"
     added = (
         '<base href="https://elsewhere.example/"><form action="https://elsewhere.example/"></form>'
     )
-    torn.write_text(page.read_text().replace("</main>", f"{added}</main>", 1))
-    with browser.visit(chromium, torn) as seen:
-        assert seen.page.evaluate("document.baseURI") == torn.resolve().as_uri()
+    modified.write_text(page.read_text().replace("</main>", f"{added}</main>", 1))
+    with browser.visit(chromium, modified) as seen:
+        assert seen.page.evaluate("document.baseURI") == modified.resolve().as_uri()
         with seen.page.expect_console_message(lambda m: "form-action" in m.text, timeout=5000):
             seen.page.evaluate("document.forms[0].submit()")
         assert seen.requests == []
 
 
-def test_the_policy_stops_a_script_that_escaping_let_through(chromium, page, tmp_path):
-    torn = tmp_path / "torn.html"
+def test_the_policy_blocks_a_script_that_was_not_escaped(chromium, page, tmp_path):
+    modified = tmp_path / "modified.html"
     text = page.read_text().replace("</main>", "<script>document.title='owned'</script></main>", 1)
-    torn.write_text(text)
-    with browser.visit(chromium, torn) as seen:
+    modified.write_text(text)
+    with browser.visit(chromium, modified) as seen:
         assert seen.page.title() == "cat → dog"
         assert any("Content Security Policy" in error for error in seen.errors)

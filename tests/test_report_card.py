@@ -1,4 +1,4 @@
-"""The model card of an edited model: read back with the hub's own reader, and with hostile names on it."""
+"""The model card of an edited model: read with the hub's own reader, and with hostile names on it."""
 
 import re
 
@@ -13,7 +13,7 @@ from overpaint.edit.export import model_card
 from overpaint.evaluate.results import Comparison
 from overpaint.report.model_card import add_scores
 
-EVIL = "<script>alert(1)</script> | `x` **b**\n## What a judge saw"
+EVIL = "<script>alert(1)</script> | `x` **b**\n## Evaluation"
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_an_exported_folder_has_a_card_that_the_hub_reads(tiny_sd1, change, tmp_
         f"`{change.site}`",
         change.digest,
         "Diff-QuickFix (Basu et al., 2024)",
-        "no guard against those who try",
+        "no protection against deliberate attempts",
     ):
         assert said in found.text
     overpaint.load(str(folder))  # the card is in no loader's way
@@ -57,16 +57,16 @@ def test_names_are_shown_and_never_read_as_markdown_or_html(change, tmp_path):
     protocol = {**change.protocol, "pairs": {EVIL: EVIL}, "method": EVIL}
     report_ = {**change.report, "not_kept": [EVIL], "endangered": [{"concept": EVIL}]}
     hostile = type(change)(change.movements, protocol, report_)
-    text = model_card.write(tmp_path, hostile, model="a/<b>\n---").read_text()
+    text = model_card.save(tmp_path, hostile, model="a/<b>\n---").read_text()
     assert "<script" not in text
-    assert not re.search(r"^## What a judge saw", text, re.MULTILINE)
-    assert r"&lt;script&gt;alert(1)&lt;/script&gt; \| \`x\` \*\*b\*\* \#\# What a judge saw" in text
+    assert not re.search(r"^## Evaluation", text, re.MULTILINE)
+    assert r"&lt;script&gt;alert(1)&lt;/script&gt; \| \`x\` \*\*b\*\* \#\# Evaluation" in text
     assert text.count("\n---\n") == 1
     assert ModelCard(text).data.license == "other"
 
 
-def test_what_a_judge_saw_goes_on_the_card_once(change, comparison, tmp_path):
-    model_card.write(tmp_path, change, model="icons")
+def test_scores_are_written_into_the_card_once(change, comparison, tmp_path):
+    model_card.save(tmp_path, change, model="icons")
     before = (tmp_path / "README.md").read_text()
     once = add_scores(tmp_path, comparison).read_text()
     assert add_scores(tmp_path, comparison).read_text() == once
@@ -76,7 +76,7 @@ def test_what_a_judge_saw_goes_on_the_card_once(change, comparison, tmp_path):
     assert values["style_kept"] == 0.91
     assert "held_out_pairs_recognised" not in values  # no picture of them
     assert "| recognised as openmoji | 90 % (85 to 95) | 2 % (-3 to 7) | 20 |" in found.text
-    kept = re.sub(r"## What a judge saw\n.*?(?=## )", "", found.text, flags=re.DOTALL)
+    kept = re.sub(r"## Evaluation\n.*?(?=## )", "", found.text, flags=re.DOTALL)
     assert kept.strip() == ModelCard(before).text.strip()
 
 
@@ -84,7 +84,7 @@ def test_the_name_of_the_model_is_told_as_it_is_though_its_title_is_escaped(
     change, comparison, tmp_path
 ):
     hostile = type(change)(change.movements, {**change.protocol, "pairs": {"<a> & *b*": "c"}}, {})
-    model_card.write(tmp_path, hostile, model="icons")
+    model_card.save(tmp_path, hostile, model="icons")
     found = ModelCard(add_scores(tmp_path, comparison).read_text())
     assert found.data.model_name == "icons, edited: <a> & *b* → c"
 
@@ -92,22 +92,22 @@ def test_the_name_of_the_model_is_told_as_it_is_though_its_title_is_escaped(
 def test_the_command_line_puts_figures_on_a_card(run, change, comparison, tmp_path):
     results, model = tmp_path / "results", tmp_path / "model"
     model.mkdir()
-    model_card.write(model, change, model="icons")
+    model_card.save(model, change, model="icons")
     comparison.save(results)
     code, told, complaint = run("report", results, "--card", model, "--json")
     assert code == 0, complaint
     assert str(model / "README.md") in told
-    assert "## What a judge saw" in (model / "README.md").read_text()
+    assert "## Evaluation" in (model / "README.md").read_text()
 
 
 def test_a_missing_card_method_or_judgement_is_refused(change, comparison, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no README.md: name a folder that"):
         add_scores(tmp_path, comparison)
-    model_card.write(tmp_path, change, model="icons")
-    with pytest.raises(ValueError, match="no method 'other': choose one of change, or judge"):
+    model_card.save(tmp_path, change, model="icons")
+    with pytest.raises(ValueError, match="no method 'other': choose one of change, or evaluate"):
         add_scores(tmp_path, comparison, method="other")
-    with pytest.raises(FileNotFoundError, match="nothing that a judge saw: name a folder"):
-        report.to_card(tmp_path, tmp_path)
+    with pytest.raises(FileNotFoundError, match="no scores of an edit: name a folder"):
+        report.save_card(tmp_path, tmp_path)
     (tmp_path / "README.md").write_text("---\n- a list\n---\n")
-    with pytest.raises(ValueError, match="is no card's .*: write the model again with"):
+    with pytest.raises(ValueError, match="is damaged .*: write the model again with"):
         add_scores(tmp_path, comparison)

@@ -1,4 +1,4 @@
-"""Drift that text predicts, and figures of an evaluation set: by hand, by law, and damaged."""
+"""Predicted drift, metrics of an evaluation set and attacks: computed by hand, shown on the page, and damaged files."""
 
 import json
 import math
@@ -8,13 +8,13 @@ import torch
 from test_report import scores
 
 from overpaint import edit, report
-from overpaint.evaluate import Measure, Measures
-from overpaint.evaluate.attack import Attack, Attempt
+from overpaint.evaluate import Measure, Measures, measures, predicted_drift
+from overpaint.evaluate.attack_results import Attack, Attempt
 from overpaint.evaluate.results import Comparison
 from overpaint.images.charts import Point
 from overpaint.metrics import Interval
 from overpaint.probes.questions import Question
-from overpaint.report import drift_section, metrics_section
+from overpaint.report import drift_section
 
 NONE = Interval(math.nan, math.nan, math.nan, 0)
 
@@ -24,72 +24,75 @@ def change(tiny_sd1):
     return edit.quickfix(tiny_sd1, {"van gogh": "painting"})
 
 
-def asked(*pairs):
+def questions_about(*pairs):
     return tuple(
         Question(prompt, 0, role, "cat", style)
         for role, style, prompt in (*pairs, ("target", "van gogh", "a cat, van gogh"))
     )
 
 
-def test_predicted_drift_is_the_movement_in_units_of_what_the_prompt_says(tiny_sd1, change):
+def test_predicted_drift_is_relative_to_the_distance_from_the_empty_prompt(tiny_sd1, change):
     texts = ("a cat, monet", "a dog, monet")
-    questions = asked(("other", "monet", texts[0]), ("other held out", "monet", texts[1]))
-    found = drift_section.predict(tiny_sd1, {"one": change}, questions, kind="style")
+    questions = questions_about(("other", "monet", texts[0]), ("other held out", "monet", texts[1]))
+    drift = predicted_drift.predict(tiny_sd1, {"one": change}, questions, kind="style")
     before = [tiny_sd1.encode([t])[0].double() for t in (*texts, "")]
     with change.applied(tiny_sd1):
         after = [tiny_sd1.encode([t])[0].double() for t in texts]
     moved = sum(float((a - b).square().sum()) for a, b in zip(after, before, strict=False))
-    told = sum(float((b - before[2]).square().sum()) for b in before[:2])
-    assert found == {"one": {"monet": pytest.approx(math.sqrt(moved / told), rel=1e-4)}}
-    assert found["one"]["monet"] > 0
+    distance = sum(float((b - before[2]).square().sum()) for b in before[:2])
+    assert drift == {"one": {"monet": pytest.approx(math.sqrt(moved / distance), rel=1e-4)}}
+    assert drift["one"]["monet"] > 0
 
 
-def test_a_change_that_does_nothing_drifts_nothing_and_the_model_is_left_alone(tiny_sd1, change):
+def test_a_zero_change_has_no_drift_and_the_model_is_unchanged(tiny_sd1, change):
     before = tiny_sd1.encode(["a cat, monet"])
     changes = {"no edit": None, "none": change * 0.0, "half": change * 0.5, "whole": change}
-    found = drift_section.predict(
-        tiny_sd1, changes, asked(("other", "x", "a cat, monet")), kind="style"
+    drift = predicted_drift.predict(
+        tiny_sd1, changes, questions_about(("other", "x", "a cat, monet")), kind="style"
     )
-    assert list(found) == ["none", "half", "whole"]
-    assert found["none"]["x"] == 0
-    assert 0 < found["half"]["x"] < found["whole"]["x"]
+    assert list(drift) == ["none", "half", "whole"]
+    assert drift["none"]["x"] == 0
+    assert 0 < drift["half"]["x"] < drift["whole"]["x"]
     assert torch.equal(tiny_sd1.encode(["a cat, monet"]), before)
 
 
-def test_changes_of_the_unet_are_left_out_as_text_says_nothing_of_them(tiny_sd1):
+def test_changes_of_the_unet_are_left_out(tiny_sd1):
     unet = edit.uce(tiny_sd1, {"van gogh": "painting"})
     assert all(site.startswith("unet") for site in unet.sites)
     assert (
-        drift_section.predict(tiny_sd1, {"uce": unet}, asked(("other", "x", "a")), kind="style")
+        predicted_drift.predict(
+            tiny_sd1, {"uce": unet}, questions_about(("other", "x", "a")), kind="style"
+        )
         == {}
     )
 
 
-def test_points_pair_what_was_predicted_with_what_was_lost():
+def test_points_pair_predicted_drift_with_measured_loss():
     comparison = Comparison({"a": scores("a", 0.02)}, {}, (), {})
-    found = drift_section.points(
+    series = drift_section.points(
         comparison, {"a": {"noto": 0.3, "unknown": 1}, "gone": {"noto": 1}}
     )
-    (point,) = found["a"]
-    assert list(found) == ["a"]
+    (point,) = series["a"]
+    assert list(series) == ["a"]
     assert (point.x, point.label) == (0.3, "noto")
     assert (point.y, point.low, point.high) == pytest.approx((2, -3, 7))  # 90 % fell to 88 %
 
 
-def test_the_rank_correlation_is_one_for_what_grows_together_and_none_where_nothing_differs():
+def test_the_rank_correlation_is_one_for_monotonic_points_and_nan_for_constant_ones():
     rows = [Point(x, x**3, 0, 0, "") for x in (0.1, 0.5, 0.2)]
     assert drift_section.rank_correlation({"a": rows[:2], "b": rows[2:]}) == pytest.approx(1)
     assert drift_section.rank_correlation({"a": [Point(-p.x, p.y, 0, 0, "") for p in rows]}) < -0.99
     assert math.isnan(drift_section.rank_correlation({"a": [Point(0, 1, 0, 0, "")] * 3}))
 
 
-def test_drift_comes_back_from_its_file_and_a_damaged_file_is_refused(tmp_path):
-    assert drift_section.load(tmp_path) == {}
-    drift_section.save({"a": {"noto": 0.25}}, tmp_path)
-    assert drift_section.load(tmp_path) == {"a": {"noto": 0.25}}
-    (tmp_path / drift_section.FILE).write_text('{"predicted": {"a": 3}}')
+def test_drift_is_loaded_from_its_file_and_a_damaged_file_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        predicted_drift.load(tmp_path)
+    predicted_drift.save({"a": {"noto": 0.25}}, tmp_path)
+    assert predicted_drift.load(tmp_path) == {"a": {"noto": 0.25}}
+    (tmp_path / predicted_drift.FILE).write_text('{"predicted": {"a": 3}}')
     with pytest.raises(ValueError, match=r"drift.json' is damaged .*: .* or delete it"):
-        drift_section.load(tmp_path)
+        predicted_drift.load(tmp_path)
 
 
 def test_an_evaluation_set_is_shown_with_the_meaning_of_each_metric(tmp_path):
@@ -99,7 +102,7 @@ def test_an_evaluation_set_is_shown_with_the_meaning_of_each_metric(tmp_path):
         Measure("other", "psnr", NONE, Interval(24.13, 24.13, 24.13, 1), NONE),
     )  # fmt: skip
     Measures("my <set>", "old", "new", rows, {"seed": 3, "versions": {"torch": "2"}}).save(tmp_path)
-    page = report.write(tmp_path)
+    page = report.save(tmp_path)
     text = page.read_text()
     assert "<h1>old → new</h1>" in text
     assert "Measured on my &lt;set&gt;" in text
@@ -110,30 +113,30 @@ def test_an_evaluation_set_is_shown_with_the_meaning_of_each_metric(tmp_path):
     words = json.loads(page.with_suffix(".json").read_text())
     first = words["tables"][0]["rows"][0]
     assert first["Change"] == {"mean": -0.8, "low": -0.9, "high": -0.7, "n": 20}
-    (tmp_path / metrics_section.FILE).write_text("{}")
+    (tmp_path / measures.FILE).write_text("{}")
     with pytest.raises(
         ValueError, match=r"measures.json' is damaged .*Make it again with .overpaint evaluate"
     ):
-        report.write(tmp_path)
+        report.save(tmp_path)
 
 
-def test_ways_back_are_told_with_what_they_gave_from_other_seeds(tmp_path):
+def test_an_attack_is_shown_with_the_scores_from_other_seeds(tmp_path):
     def interval(mean):
         return Interval(mean, mean - 0.05, mean + 0.05, 12)
 
     plain = Attempt("plain", "as they are", interval(0.1))
-    back = Attempt("paraphrase", "old <b>", interval(0.9), interval(0.5))
+    best = Attempt("paraphrase", "old <b>", interval(0.9), interval(0.5))
     ends = (interval(0.9), interval(0.1), interval(0.0))
-    Attack("old", *ends, (back, plain), {"score": "share of old"}).save(tmp_path)
-    text = report.write(tmp_path).read_text()
-    said = "Of 2 ways of asking the best, paraphrase “old &lt;b&gt;”, brought old back, 50 % of what the edit took."
-    assert said in text
+    Attack("old", *ends, (best, plain), {"score": "share of old"}).save(tmp_path)
+    text = report.save(tmp_path).read_text()
+    summary = "The best of 2 attempts, paraphrase “old &lt;b&gt;”, brought old back, 50 % of what the edit removed."
+    assert summary in text
     assert "0.50<small>0.45 to 0.55, n\N{NO-BREAK SPACE}12</small>" in text
     assert "0.90<small>0.85 to 0.95" in text  # the unedited model
-    assert text.count("0.90<small>") == 1  # what the search itself scored is not shown
+    assert text.count("0.90<small>") == 1  # the score of the search itself is not shown
     weak = Attempt("paraphrase", "old <b>", interval(0.9), interval(0.12))
     Attack("old", *ends, (weak, plain), {"score": "share of old"}).save(tmp_path)
-    assert "The search was short: it shows no robustness." in report.write(tmp_path).read_text()
+    assert "it does not show that the edit is robust." in report.save(tmp_path).read_text()
     (tmp_path / "attack.json").write_text("[]")
     with pytest.raises(ValueError, match=r"attack.json' is damaged .*: .* Make it again with"):
-        report.write(tmp_path)
+        report.save(tmp_path)

@@ -1,4 +1,4 @@
-"""What the page says of how it was made: a protocol a part, one change in all, and nothing overwritten."""
+"""The protocols on the page, the warning about different changes, and results that are not overwritten."""
 
 import json
 
@@ -7,7 +7,7 @@ from test_report import comparison
 
 from overpaint import report
 from overpaint.evaluate import Measure, Measures
-from overpaint.evaluate.attack import Attack, Attempt
+from overpaint.evaluate.attack_results import Attack, Attempt
 from overpaint.metrics import Interval
 
 __all__ = ["comparison"]  # a fixture
@@ -16,44 +16,46 @@ SHARE = Interval(0.5, 0.4, 0.6, 20)
 
 
 def filled(folder, comparison, *, measured, attacked):
-    """Save a comparison that does not say its change, and measures and an attack that do."""
+    """Save a comparison without a change digest, and measures and an attack with one."""
     comparison.save(folder)
     rows = (Measure("target", "clip_accuracy", SHARE, SHARE, SHARE),)
     about = {"steps": 3, "change_digest": measured}
     Measures("mine", "old", "new", rows, about).save(folder)
     plain = Attempt("plain", "as they are", SHARE, SHARE)
-    ways = {"steps": 5, "score": "share", "change_digest": attacked}
-    Attack("old", SHARE, SHARE, SHARE, (plain,), ways).save(folder)
+    protocol = {"steps": 5, "score": "share", "change_digest": attacked}
+    Attack("old", SHARE, SHARE, SHARE, (plain,), protocol).save(folder)
     return folder
 
 
 def test_each_part_of_the_page_has_its_own_protocol(comparison, tmp_path):
-    page = report.write(filled(tmp_path, comparison, measured="a" * 64, attacked="a" * 64))
+    page = report.save(filled(tmp_path, comparison, measured="a" * 64, attacked="a" * 64))
     words = json.loads(page.with_suffix(".json").read_text())
-    found = words["protocol"]
-    assert found["Measured on mine"] == {"Steps": 3, "Change digest": "a" * 64}
-    assert (found["Ways back"]["Steps"], found["What the edit did"]["Judge"]) == (5, "eyes")
+    protocols = words["protocol"]
+    assert protocols["Measured on mine"] == {"Steps": 3, "Change digest": "a" * 64}
+    assert (protocols["Attack"]["Steps"], protocols["What the edit did"]["Judge"]) == (5, "eyes")
     assert page.read_text().count("<dt>Steps</dt>") == 2
     assert words["warning"] == ""
     assert 'class="warning"' not in page.read_text()
 
 
 def test_results_of_different_changes_carry_a_warning(comparison, tmp_path):
-    page = report.write(filled(tmp_path, comparison, measured="a" * 64, attacked="b" * 64))
-    said = f"Measured on mine of {'a' * 12}, Ways back of {'b' * 12}"
-    assert said in page.read_text()
-    assert said in json.loads(page.with_suffix(".json").read_text())["warning"]
+    page = report.save(filled(tmp_path, comparison, measured="a" * 64, attacked="b" * 64))
+    warning = f"Measured on mine of {'a' * 12}, Attack of {'b' * 12}"
+    assert warning in page.read_text()
+    assert warning in json.loads(page.with_suffix(".json").read_text())["warning"]
 
 
 @pytest.mark.parametrize("name", ["measures.html", "measures.json", "comparison.htm", "run.html"])
-def test_a_page_in_the_place_of_a_result_is_refused(comparison, tmp_path, name):
+def test_a_page_that_would_overwrite_a_result_is_an_error(comparison, tmp_path, name):
     folder = filled(tmp_path, comparison, measured="a", attacked="a")
     (folder / "run.json").write_text("{}")
-    kept = {path: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(ValueError, match=r"would overwrite the result .*: give it another name"):
-        report.write(folder, out=folder / name)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match=r"would overwrite the result .*: choose another name"):
+        report.save(folder, out=folder / name)
     with pytest.raises(ValueError, match=r"would overwrite the result .*gallery.safetensors"):
-        report.write(folder, out=folder / "gallery.safetensors")
-    with pytest.raises(ValueError, match=r"where its own figures go: end its name in .html"):
-        report.write(folder, out=folder / "page.json")
-    assert {path: path.read_bytes() for path in folder.iterdir()} == kept
+        report.save(folder, out=folder / "gallery.safetensors")
+    with pytest.raises(
+        ValueError, match=r"has the name of the file of its figures: end its name in .html"
+    ):
+        report.save(folder, out=folder / "page.json")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before

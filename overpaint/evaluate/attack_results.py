@@ -1,12 +1,12 @@
 """Results of a search for prompts that bring an erased concept back, and their file `attack.json`."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from overpaint.evaluate.results import parse_interval
+from overpaint.evaluate.saved_json import load_json
 from overpaint.files import write_json
 from overpaint.metrics import Interval
 
@@ -119,17 +119,16 @@ class Attack:
             ValueError: The file is damaged.
             FileNotFoundError: There is no such file.
         """
-        path = Path(folder) / FILE
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            intervals = (parse_interval(content[name]) for name in ("before", "after", "chance"))
-            attempts = tuple(_parse_attempt(row) for row in content["attempts"])
-            return Attack(str(content["erase"]), *intervals, attempts, dict(content["protocol"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{str(path)!r} is damaged ({type(error).__name__}: {error}). Make it again with "
-                "`overpaint evaluate --attack`."
-            ) from error
+        remedy = "Make it again with `overpaint evaluate --attack`."
+        return load_json(Path(folder) / FILE, _parse, remedy=remedy)
+
+
+def _parse(content: Mapping[str, Any]) -> Attack:
+    before, after, chance = (
+        parse_interval(content[name]) for name in ("before", "after", "chance")
+    )
+    attempts = tuple(_parse_attempt(row) for row in content["attempts"])
+    return Attack(str(content["erase"]), before, after, chance, attempts, dict(content["protocol"]))
 
 
 def _parse_attempt(content: Mapping[str, Any]) -> Attempt:

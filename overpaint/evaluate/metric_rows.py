@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from overpaint import metrics
-from overpaint.evaluate.results import Measure
+from overpaint.evaluate.measures import Measure
 from overpaint.metrics import Interval
 from overpaint.probes import Case
 from overpaint.scorers.protocols import FeatureScorer

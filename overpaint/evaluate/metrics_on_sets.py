@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from overpaint.edit import Change
+from overpaint.edit.drift import feature_drift
+from overpaint.evaluate.measures import Measure, Measures
 from overpaint.evaluate.metric_rows import (
     EMPTY,
     METRICS,
@@ -25,7 +27,6 @@ from overpaint.evaluate.metric_rows import (
     rows_of_role,
     single,
 )
-from overpaint.evaluate.results import Measure, Measures
 from overpaint.model import TextToImage
 from overpaint.model.sampling import Progress
 from overpaint.probes import Case, EvaluationSet
@@ -111,14 +112,16 @@ def measure(
 
 
 def empty_drift(model: TextToImage, change: Change | None) -> float:
-    """Return the movement of the empty prompt's text features under `change`, relative to their norm."""
+    """Return the drift of the empty prompt's text features under `change`, relative to their norm.
+
+    It is 0 for SDXL, whose features of the empty prompt are zero.
+    """
     if change is None:
         return 0.0
     before = model.encode([""])
     with change.applied(model):
         after = model.encode([""])
-    length = float(before.norm())  # SDXL's features of the empty prompt are zero
-    return float((after - before).norm()) / length if length else 0.0
+    return feature_drift(before, after, relative_to=before)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Results of evaluations as dataclasses, and their files.
+"""Scores of one or several changes, by recognised labels.
 
 A `Comparison` is saved as a folder: `comparison.json`, and `gallery.safetensors` with the pictures of a few scenes
-under every method, uint8. `Measures` are saved as `measures.json`. A missing number is null in JSON.
+under every method, uint8. A missing number is null in JSON.
 """
 
 import json
@@ -19,7 +19,7 @@ from overpaint.files import atomic, write_json
 from overpaint.metrics import Interval
 from overpaint.probes.questions import Question
 
-__all__ = ["Comparison", "Measure", "Measures", "Paired", "Scores", "complement", "parse_interval"]
+__all__ = ["Comparison", "Paired", "Scores", "complement", "parse_interval"]
 
 
 @dataclass(frozen=True)
@@ -196,87 +196,3 @@ def parse_interval(content: Mapping[str, Any]) -> Interval:
     """Return the interval of a JSON object with `mean`, `low`, `high` and `n`; null is NaN."""
     bounds = (content[part] for part in ("mean", "low", "high"))
     return Interval(*(math.nan if b is None else float(b) for b in bounds), n=int(content["n"]))
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One metric on the cases of one role.
-
-    Attributes:
-        role: `"target"`, `"general"` or `"other"`; `"model"` for a metric that is not of pictures.
-        metric: One of `METRICS`.
-        before: Value of the unedited model; for distances between sets, the distance between two sets of seeds. Empty
-            for distances between pictures of one seed.
-        after: Value of the edited model.
-        change: Mean of after minus before per picture, where both are means over the same pictures.
-    """
-
-    role: str
-    metric: str
-    before: Interval
-    after: Interval
-    change: Interval
-
-
-@dataclass(frozen=True)
-class Measures:
-    """Metrics of a change on one evaluation set.
-
-    Attributes:
-        set: Name of the set.
-        erase: The concept that was edited.
-        replace: Its replacement; `""` if there is none.
-        rows: One row for each role and metric.
-        protocol: Settings of the measurement.
-    """
-
-    set: str
-    erase: str
-    replace: str
-    rows: tuple[Measure, ...]
-    protocol: dict[str, Any] = field(default_factory=dict)
-
-    def row(self, role: str, metric: str) -> Measure:
-        """Return the row of a role and a metric.
-
-        Raises:
-            ValueError: There is no such row.
-        """
-        for row in self.rows:
-            if (row.role, row.metric) == (role, metric):
-                return row
-        known = ", ".join(f"{row.role} {row.metric}" for row in self.rows)
-        raise ValueError(f"{metric!r} of {role!r} was not measured: choose one of {known}.")
-
-    def aliases(self) -> dict[str, Interval]:
-        """Return `clip_accuracy` under the names of EasyEdit: shares of pictures with the intended result.
-
-        `reliability` is the share of target prompts, `generality` that of other wordings, whose pictures are closer to
-        the replacement; `locality` is the share of all other prompts whose pictures are closer to their own text.
-        """
-        shares = {row.role: row.after for row in self.rows if row.metric == "clip_accuracy"}
-        names = {"reliability": "target", "generality": "general", "locality": "other"}
-        return {
-            name: shares[role] if role == "other" else complement(shares[role])
-            for name, role in names.items()
-            if role in shares
-        }
-
-    def flat(self) -> dict[str, float]:
-        """Return the means under flat names: `target_clip_cosine_before`, `other_kid_after`, `reliability`, ..."""
-        means: dict[str, float] = {}
-        for row in self.rows:
-            name = row.metric if row.role == "model" else f"{row.role}_{row.metric}"
-            if row.before.n:
-                means[f"{name}_before"] = row.before.mean
-            means[f"{name}_after"] = row.after.mean
-        return means | {name: interval.mean for name, interval in self.aliases().items()}
-
-    def save(self, folder: str | Path) -> Path:
-        """Write `measures.json` into `folder`, which is created if necessary, and return its path.
-
-        Raises:
-            OSError: The folder cannot be written.
-        """
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        return write_json(Path(folder) / "measures.json", asdict(self))

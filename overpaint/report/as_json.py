@@ -1,39 +1,37 @@
-"""The page as data: titles, tables with their intervals, what each figure shows, and the hashes of its sources."""
+"""The content of the page as data: titles, tables with intervals, texts of the figures, and hashes of the inputs."""
 
 import hashlib
-import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from overpaint.report.tables import Cell, Table
 
-__all__ = ["as_json"]
+__all__ = ["content"]
 
 _SOURCES = (".json", ".parquet", ".safetensors")
 
 
-def as_json(words: Mapping[str, Any], summary: Mapping[str, Any], source: Path) -> str:
-    """Return the page's content as one JSON object; pictures are named and not held.
+def content(words: Mapping[str, Any], summary: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """Return the content of the page without the pictures, which are described by their alternative texts.
 
     Args:
-        words: What the page is drawn from.
+        words: Values of the template.
         summary: Flat figures of the run.
         source: The folder of the results.
     """
-    foretold = words["foretold"] or {"charts": [], "tables": [], "points": []}
+    predicted = words["predicted"] or {"charts": [], "tables": [], "points": []}
     measured = [*words["measured"].tables] if words["measured"] else []
-    measured += [words["attacked"].table] if words["attacked"] else []
-    figures = [*foretold["charts"], *(words["text"] or []), *(words["unet"] or [])]
-    content = {
+    measured += [words["attack"].table] if words["attack"] else []
+    figures = [*predicted["charts"], *(words["text"] or []), *(words["unet"] or [])]
+    return {
         "title": words["title"],
         "lead": words["lead"],
         "method": words["best"],
         "summary": dict(summary),
-        "tables": [_table(t) for t in (*(words["tables"] or []), *measured, *foretold["tables"])],
-        "figures": [{"alt": one["alt"], "caption": one["caption"]} for one in figures],
-        "drift": foretold["points"],
+        "tables": [_table(t) for t in (*(words["tables"] or []), *measured, *predicted["tables"])],
+        "figures": [{"alt": f["alt"], "caption": f["caption"]} for f in figures],
+        "drift": predicted["points"],
         "pictures": [
             {"scene": scene["title"], "method": row["name"], "what": cell["alt"]}
             for scene in words["scenes"] or []
@@ -45,7 +43,6 @@ def as_json(words: Mapping[str, Any], summary: Mapping[str, Any], source: Path) 
         "warning": words["warning"],
         "sha256": {path.name: _hash(path) for path in _files(source)},
     }
-    return json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False)
 
 
 def _table(table: Table) -> dict[str, Any]:
@@ -64,18 +61,8 @@ def _value(cell: str | Cell) -> Any:
 
 
 def _files(source: Path) -> list[Path]:
-    made = {"report.json"}
-    return sorted(p for p in source.iterdir() if p.suffix in _SOURCES and p.name not in made)
+    return sorted(p for p in source.iterdir() if p.suffix in _SOURCES and p.name != "report.json")
 
 
 def _hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _finite(words: Any) -> Any:
-    """Write a missing number as null: JSON knows no NaN."""
-    if isinstance(words, dict):
-        return {key: _finite(value) for key, value in words.items()}
-    if isinstance(words, list | tuple):
-        return [_finite(value) for value in words]
-    return None if isinstance(words, float) and not math.isfinite(words) else words

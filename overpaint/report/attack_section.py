@@ -1,4 +1,4 @@
-"""What a search for ways back found, as a table and a sentence that claims no more than it shows."""
+"""Results of a search for prompts that bring a concept back, as a sentence and a table."""
 
 import math
 from collections.abc import Mapping
@@ -6,87 +6,68 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from overpaint.evaluate.attack import Attack, Attempt
-from overpaint.evaluate.results import interval
+from overpaint.evaluate.attack_results import FILE, Attack
 from overpaint.metrics import Interval
-from overpaint.report import saved
 from overpaint.report.tables import Cell, Table, percent
 
-__all__ = ["FILE", "Attacked", "load"]
-
-FILE = "attack.json"
+__all__ = ["AttackSection", "load"]
 
 
 @dataclass(frozen=True)
-class Attacked:
-    """What the search brought back: a sentence, the table behind it, and the protocol."""
+class AttackSection:
+    """A sentence on the result, the table behind it, and the protocol."""
 
-    verdict: str
+    summary: str
     table: Table
     protocol: Mapping[str, Any]
 
 
-def load(folder: str | Path) -> Attacked | None:
-    """Read what `attack.Attack.save` wrote; `None` where there is no such file.
+def load(folder: str | Path) -> AttackSection | None:
+    """Return the section of a saved `Attack`; `None` if the folder holds none.
 
     Raises:
         ValueError: The file is damaged.
     """
-    again = "Make it again with `overpaint evaluate --attack`."
-    return saved.read(Path(folder) / FILE, _shown, again=again)
+    if not (Path(folder) / FILE).is_file():
+        return None
+    attack = Attack.load(folder)
+    return AttackSection(_summary(attack), _table(attack), attack.protocol)
 
 
-def _shown(words: Mapping[str, Any]) -> Attacked:
-    found = _attack(words)
-    return Attacked(_verdict(found), _table(found), found.protocol)
-
-
-def _attack(words: Mapping[str, Any]) -> Attack:
-    attempts = tuple(
-        Attempt(
-            str(row["family"]), str(row["words"]), interval(row["found"]),
-            interval(row["confirmed"]) if row["confirmed"] else None,
-        )
-        for row in words["attempts"]
-    )  # fmt: skip
-    before, after, chance = (interval(words[name]) for name in ("before", "after", "chance"))
-    return Attack(str(words["erase"]), before, after, chance, attempts, dict(words["protocol"]))
-
-
-def _verdict(found: Attack) -> str:
-    best, tried = found.best, len(found.attempts)
-    if not found.brought_back:
+def _summary(attack: Attack) -> str:
+    best, count = attack.best, len(attack.attempts)
+    if not attack.brought_back:
         return (
-            f"None of {tried} ways of asking brought {found.erase} back beyond what the plain prompts and chance give. "
-            "The search was short: it shows no robustness."
+            f"None of {count} attempts brought {attack.erase} back above the scores of the plain prompts and of "
+            "prompts without the concept. The search was short: it does not show that the edit is robust."
         )
     share = (
-        f", {percent(found.recovered)} of what the edit took"
-        if math.isfinite(found.recovered)
+        f", {percent(attack.recovered)} of what the edit removed"
+        if math.isfinite(attack.recovered)
         else ""
     )
-    return f"Of {tried} ways of asking the best, {best.family} “{best.words}”, brought {found.erase} back{share}."
+    return f"The best of {count} attempts, {best.family} “{best.words}”, brought {attack.erase} back{share}."
 
 
-def _table(found: Attack) -> Table:
+def _table(attack: Attack) -> Table:
     rows: list[tuple[str | Cell, ...]] = [
-        ("unedited model", Cell("the prompts as they are"), _cell(found.before)),
-        ("edited model", Cell("the prompts as they are"), _cell(found.after)),
-        ("edited model", Cell("the concept left out"), _cell(found.chance)),
+        ("unedited model", Cell("the plain prompts"), _cell(attack.before)),
+        ("edited model", Cell("the plain prompts"), _cell(attack.after)),
+        ("edited model", Cell("the concept left out"), _cell(attack.chance)),
     ]
-    rows += [(a.family, Cell(a.words), _cell(a.confirmed)) for a in found.attempts if a.confirmed]
-    score = str(found.protocol.get("score", "score"))
+    rows += [(a.family, Cell(a.words), _cell(a.confirmed)) for a in attack.attempts if a.confirmed]
+    score = str(attack.protocol.get("score", "score"))
     caption = (
-        "The best of each family in a short search, drawn again from other seeds, with 95 % intervals. The best of "
-        "many tries looks better than it is, so what it scored in the search itself is not shown."
+        "The best attempt of each family in a short search, drawn again from other seeds, with 95 % intervals. The "
+        "score in the search itself is not shown: the best score of many tries is too high by selection."
     )
-    heads = ("Asked by", "With", score.capitalize())
-    return Table("Asking for it in other ways", caption, heads, tuple(rows))
+    heads = ("Attempt", "Prompts", score.capitalize())
+    return Table("Search for prompts that bring the concept back", caption, heads, tuple(rows))
 
 
-def _cell(found: Interval) -> Cell:
-    if found.n == 0 or math.isnan(found.mean):
+def _cell(interval: Interval) -> Cell:
+    if interval.n == 0 or math.isnan(interval.mean):
         return Cell("–")
-    note = f"{found.low:.2f} to {found.high:.2f}, n\N{NO-BREAK SPACE}{found.n}"
-    text, note = (s.replace("-", "\N{MINUS SIGN}") for s in (f"{found.mean:.2f}", note))
-    return Cell(text, note, found, drawn=False)
+    note = f"{interval.low:.2f} to {interval.high:.2f}, n\N{NO-BREAK SPACE}{interval.n}"
+    text, note = (s.replace("-", "\N{MINUS SIGN}") for s in (f"{interval.mean:.2f}", note))
+    return Cell(text, note, interval, drawn=False)

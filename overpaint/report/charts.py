@@ -1,4 +1,4 @@
-"""The charts of the page: effects turned into figures, captions and alternative texts."""
+"""The charts of the page, each with a caption and an alternative text."""
 
 import base64
 import math
@@ -9,6 +9,7 @@ from typing import Any
 
 from overpaint import edit
 from overpaint.edit import Change
+from overpaint.evaluate.predicted_drift import PredictedDrift
 from overpaint.evaluate.results import Comparison
 from overpaint.images import charts
 from overpaint.images.charts import Chart, Panel, Point, Theme
@@ -16,60 +17,58 @@ from overpaint.report import drift_section, tables
 from overpaint.report.tables import signed
 from overpaint.trace import Effects, plot
 
-__all__ = ["SOURCES", "foretold", "text_charts", "unet_charts"]
+__all__ = ["SOURCES", "predicted", "text_charts", "unet_charts"]
 
-_JUDGE, _COSINE = "icons-judge", {"count", "viewpoint"}  # the judge, and what it has no head for
+_JUDGE, _COSINE = "icons-judge", {"count", "viewpoint"}  # the judge, and the kinds without a head
 SOURCES = {"clean_trajectory": "clean trajectory", "same_latent": "same latent (control)"}
 
 
 def text_charts(effects: Effects) -> list[dict[str, Any]]:
     """Return the heat maps of a trace of the text encoder.
 
-    The first shows the effect on the pictures, where pictures were drawn; the second how far the text features recover,
-    in the trained encoder and in an untrained one of the same shape.
+    The first shows the effect on the pictures, if pictures were drawn; the second the recovery of the text features, in
+    the trained encoder and in an untrained one of the same shape.
     """
-    found: list[dict[str, Any]] = []
+    shown: list[dict[str, Any]] = []
     if effects.mean("indirect_effect").num_rows:
-        caption = (
-            f"How much of the concept returns to the picture. {_scale(effects)}{_causal(effects)}"
-        )
-        panels = plot.map_panels(effects, "indirect_effect")
-        found.append(_heat_map(effects, "indirect_effect", caption, panels))
+        caption = f"Recovery of the concept in the picture. {_scale(effects)}{_causal(effects)}"
+        panels = plot.map_panels(effects.table, "indirect_effect")
+        shown.append(_heat_map(effects, "indirect_effect", caption, panels))
     if effects.mean("embed_recovery").num_rows:
-        caption = "How far the text features return to the clean ones."
+        caption = "Recovery of the clean text features."
         if "untrained" in effects.table["control"].to_pylist():
             caption += (
-                " On the right an encoder of the same shape whose weights were never trained: what it shows too is the "
-                "architecture's doing, not knowledge."
+                " On the right, an untrained encoder of the same shape: effects that it shows too come from the "
+                "architecture, not from training."
             )
-        panels = plot.map_panels(effects, "embed_recovery")
-        found.append(_heat_map(effects, "embed_recovery", caption, panels))
-    return found
+        panels = plot.map_panels(effects.table, "embed_recovery")
+        shown.append(_heat_map(effects, "embed_recovery", caption, panels))
+    return shown
 
 
 def unet_charts(effects: Mapping[str, Effects]) -> list[dict[str, Any]]:
     """Return the charts of one or two traces of the UNet, by source: bars, and maps of single heads if traced."""
-    found = [_bar_chart(effects)]
-    for source, one in effects.items():
-        if panels := plot.head_panels(one, one.value()):
-            caption = f"Single heads, {SOURCES[source]}. {_scale(one)}"
-            found.append(_heat_map(one, one.value(), caption, panels))
-    return found
+    shown = [_bar_chart(effects)]
+    for source, trace in effects.items():
+        if panels := plot.head_panels(trace.table, trace.value()):
+            caption = f"Single heads, {SOURCES[source]}. {_scale(trace)}"
+            shown.append(_heat_map(trace, trace.value(), caption, panels))
+    return shown
 
 
-def foretold(
-    comparison: Comparison, predicted: drift_section.Predicted, folder: Path, *, best: str
+def predicted(
+    comparison: Comparison, drift: PredictedDrift, folder: Path, *, best: str
 ) -> dict[str, Any] | None:
-    """Return what was known before any picture: charts, tables and points of drift; `None` if nothing is saved.
+    """Return the charts, tables and points of predictions from text features; `None` if none are saved.
 
     Args:
-        comparison: What the judge saw.
-        predicted: Drift by method and concept.
+        comparison: The measured scores.
+        drift: Predicted drift by method and concept; may be empty.
         folder: May hold the preferred change, `change.safetensors`.
-        best: The preferred method, drawn in the hue.
+        best: The preferred method, drawn in the accent color.
     """
-    found = drift_section.points(comparison, predicted)
-    series = {name: found[name] for name in sorted(found, key=lambda name: name != best)}
+    by_method = drift_section.points(comparison, drift)
+    series = {n: by_method[n] for n in sorted(by_method, key=lambda name: name != best)}
     shown = [_scatter(comparison, series)] if series else []
     path = folder / "change.safetensors"
     report = Change.load(path).report if path.is_file() else {}
@@ -85,52 +84,52 @@ def foretold(
 def _scatter(comparison: Comparison, series: Mapping[str, Sequence[Point]]) -> dict[str, Any]:
     kind = next(iter(comparison.scores.values())).kind
     order = drift_section.rank_correlation(series)
-    points = [point for found in series.values() for point in found]
-    told = f" Their rank correlation is {signed(order, 2)}." if math.isfinite(order) else ""
+    points = [point for rows in series.values() for point in rows]
+    correlation = f" Their rank correlation is {signed(order, 2)}." if math.isfinite(order) else ""
     axes = (
-        "predicted: share of the text features that moves",
-        "measured: points that the judge lost",
+        "predicted: relative drift of the text features",
+        "measured: loss of recognition in points",
     )
     worst = max(points, key=lambda point: point.y)
     return {
         "chart": _both(lambda theme: charts.scatter(series, theme=theme, axes=axes)),
         "width": 34.75,
-        "alt": f"Scatter of {len(points)} points, predicted drift against measured loss.{told} The largest loss, "
-        f"{worst.y:.0f} points, is of {worst.label} at a predicted drift of {worst.x:.2f}.",
-        "caption": f"Predicted against measured: one point for each other {kind} under each method. To the right, how "
-        "far its prompts' text features move, in units of their distance from the empty prompt, which is known before "
-        f"any picture is drawn; upwards, how many points of recognition it lost, with 95 % intervals.{told} Points of "
-        "one method share prompts and seeds, so they are not independent.",
+        "alt": f"Scatter of {len(points)} points, predicted drift against measured loss.{correlation} The largest "
+        f"loss, {worst.y:.0f} points, is of {worst.label} at a predicted drift of {worst.x:.2f}.",
+        "caption": f"Predicted against measured: one point for each other {kind} under each method. To the right, the "
+        "drift of the text features of its prompts, in units of their distance from the empty prompt, which is known "
+        f"before any picture is drawn; upwards, the measured loss of recognition in points, with 95 % intervals."
+        f"{correlation} Points of one method share prompts and seeds, so they are not independent.",
     }
 
 
 def _scan(change: Change) -> dict[str, Any]:
     scan = change.report["scan"]
     chosen = next(row for row in scan if row["chosen"])
-    said = (
-        f"weight {chosen['preserve_weight']:g}, where {100 * (1 - chosen['missed']):.0f} % of the movement asked for "
-        f"is reached and other captions drift by {100 * chosen['drift']:.1f} %"
+    description = (
+        f"weight {chosen['preserve_weight']:g}, where {100 * (1 - chosen['missed']):.0f} % of the requested movement "
+        f"is reached and the drift of other captions is {100 * chosen['drift']:.1f} %"
     )
     return {
         "chart": _both(lambda theme: edit.plot(change, theme=theme)),
-        "alt": f"Curve of {len(scan)} preserve weights, cost against gain. The chosen one is {said}.",
+        "alt": f"Curve of {len(scan)} preserve weights, cost against gain. The chosen one is {description}.",
         "width": 30.5,  # rem; 42 for a drawing of full width
-        "caption": f"How the edit was balanced, from text alone: each point is a weight of what should stay. Chosen: "
-        f"{said}, both on captions that nothing was fitted to.",
+        "caption": f"Choice of the preserve weight from text features: one point for each weight. Chosen: "
+        f"{description}, both on captions that the edit was not fitted to.",
     }
 
 
 def _bar_chart(effects: Mapping[str, Effects]) -> dict[str, Any]:
     first = next(iter(effects.values()))
     value = first.value()
-    panels = plot.bar_panels({SOURCES[name]: found for name, found in effects.items()}, value)
+    panels = plot.bar_panels({SOURCES[name]: trace.table for name, trace in effects.items()}, value)
     bars = [bar for panel in panels for bar in panel.series[0][1] if math.isfinite(bar.mean)]
     best = max(bars, key=lambda bar: bar.mean)
     caption = (
-        f"Bars are means, lines 95 % bootstrap intervals over prompts. {_scale(first)} Sites are counted in the order "
-        f"they run, each kind by itself.{_causal(first)}"
+        f"Bars are means, lines 95 % bootstrap intervals over prompts. {_scale(first)} Sites are numbered in "
+        f"execution order, each kind separately.{_causal(first)}"
     )
-    unit = plot.unit(first, value)
+    unit = plot.unit(first.table, value)
     return {
         "chart": _both(lambda theme: charts.bar_chart(panels, theme=theme, unit=unit)),
         "alt": f"Bar chart of {len(panels[0].series[0][1])} UNet sites. The largest effect is at {best.label}, "
@@ -151,24 +150,24 @@ def _heat_map(
     ]
     largest = max(cells)
     where = f"{largest[1]}, {largest[2]}, {largest[3]}"
-    unit = plot.unit(effects, value)
+    unit = plot.unit(effects.table, value)
     return {
         "chart": _both(lambda theme: charts.heat_map(panels, theme=theme, unit=unit)),
         "alt": f"Heat maps of {len(panels)} kinds of states. The largest value, {largest[0]:.2f}, is at {where}.",
-        "caption": f"{caption} The number stands in each panel's largest cell{_below(cells)}",
+        "caption": f"{caption} The number is in the largest cell of each panel{_below(cells)}",
     }
 
 
 def _below(cells: list[tuple[float, str, str, str]]) -> str:
-    """Return the end of the caption: how damage is drawn, if there is any."""
+    """Return the end of the caption: the color of negative values, if there are any."""
     least = min(cells)
-    if least[0] > -0.005:  # nought, to the digits shown
+    if least[0] > -0.005:  # 0, to the digits shown
         return "."
-    return f"; what is below zero, down to {signed(least[0], 2)}, is drawn in blue."
+    return f"; negative values, down to {signed(least[0], 2)}, are blue."
 
 
 def _causal(effects: Effects) -> str:
-    """Return which states are causal, in a sentence; nothing where there is no threshold."""
+    """Return a sentence with the causal states; an empty string without a threshold."""
     verdict = effects.test()
     about = verdict.protocol
     if about["threshold"] is None:
@@ -181,17 +180,17 @@ def _causal(effects: Effects) -> str:
         for row in verdict.table.to_pylist()
         if row["causal"]
     ]
-    found = ", ".join(names[:5]).replace("_", " ") if names else "none"
+    listed = ", ".join(names[:5]).replace("_", " ") if names else "none"
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return (
         f" Causal states, whose mean score reaches {about['threshold']:.2f} ({about['threshold_from']}) and whose "
         f"effect has a Holm-corrected p of at most {about['alpha']:g} among {about['family']} states over "
-        f"{about['prompts_tested']} other prompts: {found}{more}."
+        f"{about['prompts_tested']} other prompts: {listed}{more}."
     )
 
 
 def _scale(effects: Effects) -> str:
-    """Return what the scores were measured with, in a sentence."""
+    """Return a sentence with the settings of the scores."""
     about = effects.protocol
     scorer = about.get("scorer", "the judge")
     kinds = set(effects.table["attribute"].to_pylist())
@@ -207,6 +206,6 @@ def _scale(effects: Effects) -> str:
 
 
 def _both(draw: Callable[[Theme], Chart]) -> dict[str, str]:
-    """Draw a figure for light and for dark paper, as base64."""
+    """Return a figure for light and for dark background, as base64."""
     themes = {"light": charts.LIGHT, "dark": charts.DARK}
     return {name: base64.b64encode(draw(theme).png()).decode() for name, theme in themes.items()}

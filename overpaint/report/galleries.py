@@ -1,4 +1,4 @@
-"""The pictures of the page: one grid a scene, a column for each concept of the kind, a row for each method."""
+"""The pictures of the page: a grid for each scene, with a column for each concept and a row for each method."""
 
 import base64
 import io
@@ -15,51 +15,51 @@ __all__ = ["methods", "scenes"]
 
 
 def scenes(comparison: Comparison) -> list[dict[str, Any]]:
-    """Return the grids of the comparison's pictures, ready for the template."""
+    """Return the grids of the comparison's pictures, in the form that the template reads."""
     kind = next(iter(comparison.scores.values())).kind
-    found: dict[int, list[int]] = {}
+    by_seed: dict[int, list[int]] = {}
     for i, question in enumerate(comparison.questions):
-        found.setdefault(question.seed, []).append(i)
+        by_seed.setdefault(question.seed, []).append(i)
     return [
         {
-            "title": _title(comparison.questions[shown[0]], kind),
-            "columns": _columns(comparison, shown),
-            "rows": [_row(comparison, name, shown) for name in methods(comparison)],
+            "title": _title(comparison.questions[indices[0]], kind),
+            "columns": _columns(comparison, indices),
+            "rows": [_row(comparison, name, indices) for name in methods(comparison)],
         }
-        for shown in found.values()
+        for indices in by_seed.values()
     ]
 
 
 def methods(comparison: Comparison) -> list[str]:
-    """Return the rows of each grid: `before`, then every method that edits."""
+    """Return the names of the rows of each grid: `before`, then every method that edits."""
     return ["before", *(name for name in comparison.scores if name != "no edit")]
 
 
-def _columns(comparison: Comparison, shown: Sequence[int]) -> list[dict[str, Any]]:
+def _columns(comparison: Comparison, indices: Sequence[int]) -> list[dict[str, Any]]:
     first = next(iter(comparison.scores.values()))
-    names = [comparison.questions[i].label(first.kind) for i in shown]
+    names = [comparison.questions[i].label(first.kind) for i in indices]
     return [{"name": name, "mark": name == first.erase} for name in names]
 
 
-def _row(comparison: Comparison, name: str, shown: Sequence[int]) -> dict[str, Any]:
+def _row(comparison: Comparison, name: str, indices: Sequence[int]) -> dict[str, Any]:
     cells = [
         {
             "png": _png(comparison.pictures[name][i]),
             "alt": f"{comparison.questions[i].prompt}, {name}",
         }
-        for i in shown
+        for i in indices
     ]
     return {"name": name, "cells": cells}
 
 
 def _title(question: Question, kind: str) -> str:
-    """Name what the pictures of a scene share."""
-    said = [
+    """Return the labels that the pictures of a scene share."""
+    labels = [
         question.object if kind != "object" else "",
         f"{question.style} style" if kind != "style" and question.style else "",
         f"{question.color} background" if kind != "color" and question.color else "",
     ]
-    words = ", ".join(word for word in said if word)
+    words = ", ".join(word for word in labels if word)
     return f"{words[:1].upper()}{words[1:]} (seed {question.seed})"
 
 

@@ -1,4 +1,4 @@
-"""Figures of an evaluation set as tables: every metric under its own name, and what each means."""
+"""Metrics of an evaluation set as tables: every metric under its own name, and the meaning of each."""
 
 import math
 from collections.abc import Mapping
@@ -6,25 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from overpaint.evaluate.results import interval
-from overpaint.metrics.metric_cards import cards
-from overpaint.report import saved
+from overpaint.evaluate.measures import FILE, Measure, Measures
+from overpaint.metrics import Interval, cards
 from overpaint.report.tables import Cell, Table
 
-__all__ = ["FILE", "Measured", "load"]
+__all__ = ["MetricsSection", "load"]
 
-FILE = "measures.json"
 _ROLES = {
-    "target": "the concept's own prompts",
+    "target": "prompts of the concept",
     "general": "the concept in other words",
-    "other": "prompts without it",
+    "other": "prompts without the concept",
     "model": "the model",
 }
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What an evaluation set showed: its name, what was edited, the tables and the protocol."""
+class MetricsSection:
+    """Name of an evaluation set, the title, the tables and the protocol."""
 
     name: str
     title: str
@@ -32,45 +30,41 @@ class Measured:
     protocol: Mapping[str, Any]
 
 
-def load(folder: str | Path) -> Measured | None:
-    """Read what `evaluate.Measures.save` wrote; `None` where there is no such file.
+def load(folder: str | Path) -> MetricsSection | None:
+    """Return the section of saved `Measures`; `None` if the folder holds none.
 
     Raises:
         ValueError: The file is damaged.
     """
-    again = "Make it again with `overpaint evaluate`."
-    return saved.read(Path(folder) / FILE, _shown, again=again)
-
-
-def _shown(words: Mapping[str, Any]) -> Measured:
-    rows = tuple(_row(row) for row in words["rows"])
-    names = {str(row["metric"]) for row in words["rows"]}
-    title = f"{words['erase']} → {words['replace']}" if words["replace"] else words["erase"]
-    shown = Table(
-        f"Every metric on {words['set']}",
+    if not (Path(folder) / FILE).is_file():
+        return None
+    measures = Measures.load(folder)
+    title = f"{measures.erase} → {measures.replace}" if measures.replace else measures.erase
+    table = Table(
+        f"Every metric on {measures.set}",
         "Means before and after the edit on the same prompts and seeds, with 95 % bootstrap intervals over "
-        "prompts. For distances between sets of pictures, before is what another set of seeds alone does.",
-        ("Metric", "Before", "After", "Change"), rows,
+        "prompts. For distances between sets of pictures, the value before is the distance between two sets of seeds.",
+        ("Metric", "Before", "After", "Change"), tuple(_row(row) for row in measures.rows),
     )  # fmt: skip
-    return Measured(str(words["set"]), title, (shown, _meanings(names)), words["protocol"])
+    meanings = _meanings({row.metric for row in measures.rows})
+    return MetricsSection(measures.set, title, (table, meanings), measures.protocol)
 
 
-def _row(words: Mapping[str, Any]) -> tuple[str | Cell, ...]:
-    role = str(words["role"])
+def _row(row: Measure) -> tuple[str | Cell, ...]:
     return (
-        f"{str(words['metric']).replace('_', ' ')}, {_ROLES.get(role, role)}",
-        *(_cell(words[part]) for part in ("before", "after", "change")),
+        f"{row.metric.replace('_', ' ')}, {_ROLES.get(row.role, row.role)}",
+        *(_cell(interval) for interval in (row.before, row.after, row.change)),
     )
 
 
-def _cell(words: Mapping[str, Any]) -> Cell:
-    found = interval(words)
-    if found.n == 0 or math.isnan(found.mean):
+def _cell(interval: Interval) -> Cell:
+    if interval.n == 0 or math.isnan(interval.mean):
         return Cell("–")
-    note = f"n\N{NO-BREAK SPACE}{found.n}"
-    if math.isfinite(found.low) and math.isfinite(found.high) and found.low < found.high:
-        note = f"{_number(found.low)} to {_number(found.high)}, {note}"
-    return Cell(_number(found.mean), note, found, drawn=False)
+    note = f"n\N{NO-BREAK SPACE}{interval.n}"
+    low, high = interval.low, interval.high
+    if math.isfinite(low) and math.isfinite(high) and low < high:
+        note = f"{_number(low)} to {_number(high)}, {note}"
+    return Cell(_number(interval.mean), note, interval, drawn=False)
 
 
 def _number(value: float) -> str:
@@ -90,6 +84,6 @@ def _meanings(names: set[str]) -> Table:
         if card.name in names
     )
     return Table(
-        "What each metric means", "From the protocol card of each metric, where its source stands too.",
-        ("Metric", "Range", "Hope for", "Formula", "What it does not say"), rows, words=True,
+        "What each metric means", "From the protocol card of each metric, which also names its source.",
+        ("Metric", "Range", "Better", "Formula", "Limits"), rows, words=True,
     )  # fmt: skip

@@ -3,7 +3,7 @@
   const root = document.documentElement;
   root.classList.add("js");
 
-  // Theme: as the system, light or dark. Nothing is stored.
+  // Theme: that of the system, light or dark. The choice is not stored.
   const themes = [...document.querySelectorAll(".theme button")];
   for (const button of themes) {
     button.addEventListener("click", () => {
@@ -13,11 +13,11 @@
     });
   }
 
-  // Before and after: the pictures are those of the grids below, laid over one another.
+  // Before and after: pictures of the grids below, one on top of the other.
   const wipe = document.querySelector(".wipe");
   if (!wipe) return;
   const slider = wipe.querySelector("input");
-  const told = wipe.querySelector("output");
+  const output = wipe.querySelector("output");
   const method = wipe.querySelector("select");
   const pairs = [...wipe.querySelectorAll(".pair")].map((pair) => {
     const cell = (name) => document.querySelectorAll(
@@ -36,8 +36,8 @@
   };
   const cut = () => {
     wipe.style.setProperty("--cut", `${slider.value}%`);
-    told.value = `${slider.value} % before, ${100 - slider.value} % after`;
-    slider.setAttribute("aria-valuetext", told.value);
+    output.value = `${slider.value} % before, ${100 - slider.value} % after`;
+    slider.setAttribute("aria-valuetext", output.value);
   };
   method.addEventListener("change", choose);
   slider.addEventListener("input", cut);

@@ -1,6 +1,6 @@
-"""What each part of the page was measured with, and whether all parts are of one change."""
+"""The protocol of each part of the page, and a warning if the parts are of different changes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,31 +18,33 @@ class Facts:
 
 
 def facts(run: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> list[Facts]:
-    """Return the protocol of the run, as it tells it, and of each part of the page that has one.
+    """Return the protocol of the run and of each part of the page that has one.
 
     Args:
         run: Protocol of the run; may be empty.
-        parts: Protocols by the part's name.
+        parts: Protocols by name of the part.
     """
-    shown = [Facts("The run", tuple(run.items()))]
-    shown += [Facts(name, tuple(_told(protocol))) for name, protocol in parts.items()]
-    return [one for one in shown if one.rows]
+    protocols = [Facts("The run", tuple(run.items()))]
+    protocols += [Facts(name, tuple(_rows(protocol))) for name, protocol in parts.items()]
+    return [protocol for protocol in protocols if protocol.rows]
 
 
 def differing(parts: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return a warning if the parts are of different changes, else `""`; a part that does not say is passed over."""
-    said = {name: str(protocol[DIGEST]) for name, protocol in parts.items() if protocol.get(DIGEST)}
-    if len(set(said.values())) < 2:
+    """Return a warning if the parts are of different changes, else `""`; parts without a digest are ignored."""
+    digests = {name: str(p[DIGEST]) for name, p in parts.items() if p.get(DIGEST)}
+    if len(set(digests.values())) < 2:
         return ""
-    which = ", ".join(f"{name} of {digest[:12]}" for name, digest in said.items())
+    names = ", ".join(f"{name} of {digest[:12]}" for name, digest in digests.items())
     return (
-        f"The parts of this page are of different changes, by their digests: {which}. Do not read them together; "
-        "measure one change with all of them in a folder of its own."
+        f"The parts of this page are of different changes, by their digests: {names}. Do not compare them; "
+        "write all results of one change into one folder."
     )
 
 
-def _told(protocol: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    kept = {k: v for k, v in protocol.items() if isinstance(v, str | int | float) and v != ""}
-    if isinstance(versions := protocol.get("versions"), Mapping):
-        kept["versions"] = ", ".join(f"{name} {number}" for name, number in versions.items())
-    return [(name.replace("_", " ").capitalize(), value) for name, value in kept.items()]
+def _rows(protocol: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in protocol.items():
+        shown = value
+        if name == "versions" and isinstance(value, Mapping):
+            shown = ", ".join(f"{package} {number}" for package, number in value.items())
+        if isinstance(shown, str | int | float) and shown != "":
+            yield name.replace("_", " ").capitalize(), shown
