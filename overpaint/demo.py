@@ -24,7 +24,9 @@ from overpaint import (
     report,
     trace,
 )
-from overpaint.edit import Change, words
+from overpaint.edit import Change
+from overpaint.edit.methods.token_rows import edited_words
+from overpaint.evaluate import predicted_drift
 from overpaint.evaluate.results import Comparison
 from overpaint.model import TextToImage
 from overpaint.probes import Probe, questions
@@ -61,8 +63,7 @@ def run(
     replace: str = "noto style",
     size: Size = FULL,
     seed: int = 0,
-    held_out: Collection[tuple[str, str]] | None = None,
-    judge: Judge | None = None,
+    scorer: Judge | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, float]:
     """Run the loop on `model` and return the flat figures of `summary.json`.
@@ -74,8 +75,7 @@ def run(
         replace: What to put in its place.
         size: How much of everything: `FULL`, `QUICK` or your own.
         seed: Of everything drawn.
-        held_out: (object, style) pairs that training never showed; those of `model` if `None`.
-        judge: By default `icons-judge`.
+        scorer: A judge; by default `icons-judge`.
         on_progress: Told what is done, of how much, and of what.
 
     Raises:
@@ -83,25 +83,24 @@ def run(
         OSError: `out` cannot be written.
     """
     began = time.perf_counter()
-    judge = features.load(device=model.device) if judge is None else judge
+    judge = features.load(device=model.device) if scorer is None else scorer
     kind, label = questions.parse_concept(erase, judge.labels)
     out.mkdir(parents=True, exist_ok=True)
     tell = on_progress or (lambda done, total, what: None)
 
-    composed = model.held_out if held_out is None else held_out
     changes, seconds = _changes(model, {erase: replace}, judge, seed, tell)
     changes[PREFERRED].save(out / "change.safetensors")
     _trace(model, judge, _pick(kind, label, erase, judge.labels), size, seed, out, tell)
     comparison = evaluate.compare(
-        model, {"no edit": None, **changes}, erase=erase, replace=replace, judge=judge,
-        held_out=composed, size=size.questions, steps=size.steps, seed=seed,
+        model, {"no edit": None, **changes}, erase=erase, replace=replace, scorer=judge,
+        size=size.questions, steps=size.steps, seed=seed,
         on_progress=lambda done, total, name: tell(done, total, f"judging, {name}"),
     )  # fmt: skip
     comparison.save(out)
     asked = questions.build(
-        kind, label, labels=judge.labels, held_out=composed, size=size.questions, seed=seed
+        kind, label, labels=judge.labels, held_out=model.held_out, size=size.questions, seed=seed
     )
-    report.drift_section.save(report.drift_section.predict(model, changes, asked, kind=kind), out)
+    predicted_drift.save(predicted_drift.predict(model, changes, asked, kind=kind), out)
     summary = _summary(comparison, judge)
     summary |= {"edit_seconds": seconds, "seconds": time.perf_counter() - began}
     _write_json(
@@ -112,7 +111,7 @@ def run(
         out / "run.json",
         _run_facts(model, erase, replace, seed, size, comparison, changes[PREFERRED], out),
     )
-    report.write(out)
+    report.save(out)
     return summary
 
 
@@ -166,18 +165,13 @@ def _trace(
     tell: Progress,
 ) -> None:
     """Trace the text encoder and the UNet, and save the effects."""
-    shared: dict[str, Any] = {"seeds": (seed,), "steps": size.trace_steps, "score": judge.score}
-    text = trace.text_encoder(
-        model, tuple(asked)[: size.text_probes],
-        on_progress=lambda done, total: tell(done, total, "tracing the text encoder"), **shared,
-    )  # fmt: skip
+    shared: dict[str, Any] = {
+        "drawing": trace.Drawing(steps=size.trace_steps, seeds=(seed,)), "scorer": judge.score, "on_progress": tell,
+    }  # fmt: skip
+    text = trace.text_encoder(model, tuple(asked)[: size.text_probes], **shared)
     text.save(out / "text.parquet")
     for source in ("clean_trajectory", "same_latent"):
-        name = f"tracing the UNet, {source.replace('_', ' ')}"
-        unet = trace.unet(
-            model, tuple(asked)[: size.unet_probes], source=source,
-            on_progress=lambda done, total, name=name: tell(done, total, name), **shared,
-        )  # fmt: skip
+        unet = trace.unet(model, tuple(asked)[: size.unet_probes], source=source, **shared)
         unet.save(out / f"unet-{source}.parquet")
 
 
@@ -244,7 +238,7 @@ def _run_facts(
 
 def _edit_facts(change: Change) -> str:
     solved, asked = change.report, change.protocol
-    moved = words.moved(solved)
+    moved = edited_words(solved)
     rows = f"rows of the token embedding, which nothing else that is looked after reads: {', '.join(moved)}"
     if not asked["terms"]:
         return rows

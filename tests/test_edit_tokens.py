@@ -6,7 +6,7 @@ import accelerate
 import pytest
 import torch
 
-from overpaint import edit
+from overpaint import demo, edit
 from overpaint.edit import Change, stack
 from overpaint.edit.methods import token_rows
 from overpaint.edit.weights import find_weight
@@ -253,3 +253,23 @@ def test_rows_stack_with_a_layer_that_was_chosen(tiny_double, change):
     rows = edit.auto(tiny_double, DOG, **few, layer="auto")
     other = edit.auto(tiny_double, {"van gogh": "painting"}, **few, layer=3)
     assert set(stack(tiny_double, [rows, other]).sites) == {"text.3.self_attn.out_proj", SITE}
+
+
+def test_the_edited_words_of_a_report_are_named_without_word_ends(tiny_sd1):
+    change = edit.auto(tiny_sd1, {"grumpy fish": "red bird"}, vocabulary=["a dog"])
+    assert change.report["tokens"] == {"grumpy fish": ["grumpy</w>", "fish</w>"]}
+    assert token_rows.edited_words(change.report) == ["grumpy", "fish"]
+    assert demo._edit_facts(change).endswith(": grumpy, fish")
+
+
+@pytest.mark.parametrize(
+    ("report", "words"),
+    [
+        ({}, []),
+        ({"tokens": 2}, []),
+        ({"tokens": ["van"]}, []),
+        ({"tokens": {"a": "cat</w>", "b": [3, None, "johan", "dog</w>"]}}, ["johan", "dog"]),
+    ],
+)
+def test_other_entries_of_a_report_are_not_edited_words(report, words):
+    assert token_rows.edited_words(report) == words

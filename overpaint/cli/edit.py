@@ -192,9 +192,9 @@ def _facts(change: "Change", report: Mapping[str, Any], out: Path) -> dict[str, 
 
 def moved_and_endangered(report: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return the tokens that a change moves and the concepts that its report names as endangered or not kept."""
-    from overpaint.edit.words import moved
+    from overpaint.edit.methods.token_rows import edited_words
 
-    tokens = moved(report)
+    tokens = edited_words(report)
     lists: dict[str, list[str]] = {"tokens": tokens} if tokens else {}
     for name in ("endangered", "not_kept"):
         rows: Sequence[Any] = report.get(name, [])

@@ -27,6 +27,7 @@ from overpaint.model import TextToImage, hooks
 __all__ = [
     "ExclusiveRows",
     "exclusive_rows",
+    "edited_words",
     "movement",
     "rows_replaced",
     "target_rows",
@@ -153,6 +154,19 @@ def rows_replaced(model: TextToImage, rows: Mapping[int, Tensor]) -> Iterator[No
 def token_names(model: TextToImage, rows: Mapping[int, Tensor]) -> list[str]:
     """Return the tokens of `rows` as the tokenizer spells them, with `</w>` at the end of a word."""
     return [str(name) for name in model.tokenizer.convert_ids_to_tokens(list(rows))]
+
+
+def edited_words(report: Mapping[str, Any]) -> list[str]:
+    """Return the words whose rows of the token embedding a change moves, in the order of its report.
+
+    Args:
+        report: Of a change. Its `tokens` map each concept to tokens as the tokenizer spells them. Entries of another
+            type, as the number of tokens that other methods report, are ignored.
+    """
+    tokens = report.get("tokens")
+    rows = tokens.values() if isinstance(tokens, Mapping) else ()
+    names = [name for row in rows if isinstance(row, list) for name in row]
+    return [name.removesuffix("</w>") for name in names if isinstance(name, str)]
 
 
 def _moving(weight: Tensor, rows: Mapping[int, Tensor]) -> Rows:
