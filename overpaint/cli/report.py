@@ -28,7 +28,7 @@ def report(
     from overpaint import report as pages
 
     check_writable(folder, make=False)
-    paths = {"report": str(pages.write(folder))}
+    paths = {"report": str(pages.save(folder))}
     if card is not None:
-        paths["card"] = str(pages.to_card(folder, card))
+        paths["card"] = str(pages.save_card(folder, card))
     print_facts(paths, as_json=as_json)
