@@ -1,14 +1,14 @@
-"""A real Chromium for tests of pages: opens them, and says what is wrong with them.
+"""A real Chromium for tests of pages, and checks of an open page.
 
-The browser is the system's own (`chromium`, `chromium-browser`, `google-chrome`, or what `CHROMIUM` names), driven by
-playwright; none is ever downloaded. axe-core, which judges accessibility, comes once from npm into `.cache/`, at a
-pinned version and SHA-256. Where one of them is missing the test is skipped and says why.
+The browser is the system's own (`chromium`, `chromium-browser`, `google-chrome`, or the path in `CHROMIUM`), driven by
+playwright; none is downloaded. axe-core, which checks accessibility, is fetched once from npm into `.cache/`, at a
+pinned version and SHA-256. Where one of them is missing the test is skipped with the reason.
 
     def test_a_page(chromium):
         with browser.visit(chromium, page, width=390, dark=True) as seen:
             browser.check_whole(seen)
 
-What asks for `axe` is skipped without npm, so let it stand in a test of its own.
+A test that uses the fixture `axe` is skipped without npm, so put such checks into tests of their own.
 """
 
 import hashlib
@@ -28,12 +28,19 @@ import pytest
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CACHE = Path(__file__).parent.parent / ".cache"
 AXE = ("4.14.1", "e6b0ce02b84d892e2e33e403485e7f3d6c29e2be6df65daf44d89ba564139745")
-GRAVE = ("serious", "critical")
+SEVERE = ("serious", "critical")
+HANG = 300.0  # seconds; bounds a hang only, also on a busy machine
 
 
 @dataclass
-class Seen:
-    """An open page, and what went wrong in it so far: console errors, and requests to anywhere but its own place."""
+class Visit:
+    """An open page.
+
+    Attributes:
+        page: Playwright's page.
+        errors: Errors in its console so far.
+        requests: Addresses of requests to other servers or folders so far.
+    """
 
     page: Any
     errors: list[str] = field(default_factory=list)
@@ -42,15 +49,16 @@ class Seen:
 
 @contextmanager
 def launched() -> Iterator[Any]:
-    """Give a headless Chromium; skip the test where there is none."""
+    """Yield a headless Chromium; skip the test if there is none."""
     path = _executable()
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with playwright.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        options = {"executable_path": path, "args": ["--no-sandbox"], "timeout": 1000 * HANG}
+        chromium = driver.chromium.launch(**options)
         try:
-            yield found
+            yield chromium
         finally:
-            found.close()
+            chromium.close()
 
 
 @contextmanager
@@ -61,12 +69,19 @@ def visit(
     width: int = 1280,
     height: int = 900,
     dark: bool = False,
-    timeout: float = 20,
+    timeout: float = HANG,
     **context: Any,
-) -> Iterator[Seen]:
-    """Open a file or an address in a fresh profile and wait until it has loaded; seconds in `timeout`.
+) -> Iterator[Visit]:
+    """Open a file or an address in a new profile and wait until it is loaded.
 
-    `context` goes to playwright's `new_context`, as `accept_downloads=True` or `java_script_enabled=False`.
+    Args:
+        chromium: A browser of `launched`.
+        page: The file or address.
+        width: Of the window, in pixels.
+        height: Of the window, in pixels.
+        dark: Prefer dark colors.
+        timeout: Seconds after which a wait fails.
+        context: Options of playwright's `new_context`, for example `accept_downloads=True`.
     """
     url = page.resolve().as_uri() if isinstance(page, Path) else page
     profile = chromium.new_context(
@@ -77,48 +92,51 @@ def visit(
     )
     try:
         profile.set_default_timeout(1000 * timeout)
-        seen = Seen(profile.new_page())
-        own = url.partition("?")[0].rpartition("/")[0]
-        seen.page.on("console", lambda m: seen.errors.append(m.text) if m.type == "error" else None)
-        seen.page.on("pageerror", lambda e: seen.errors.append(str(e)))
-        seen.page.on(
-            "request", lambda r: None if _local(r.url, own) else seen.requests.append(r.url)
+        opened = Visit(profile.new_page())
+        folder = url.partition("?")[0].rpartition("/")[0]
+        opened.page.on(
+            "console", lambda m: opened.errors.append(m.text) if m.type == "error" else None
         )
-        seen.page.goto(url)
-        yield seen
+        opened.page.on("pageerror", lambda error: opened.errors.append(str(error)))
+        opened.page.on(
+            "request",
+            lambda r: None if _is_local(r.url, folder) else opened.requests.append(r.url),
+        )
+        opened.page.goto(url)
+        yield opened
     finally:
         profile.close()
 
 
-def check(seen: Seen, axe: str) -> None:
-    """Assert all of: nothing wider than the window, all images there and described, no error, no grave violation."""
-    check_accessible(seen.page, axe)
-    check_whole(seen)
+def check(visit: Visit, axe: str) -> None:
+    """Run `check_accessible` and `check_whole`."""
+    check_accessible(visit.page, axe)
+    check_whole(visit)
 
 
-def check_whole(seen: Seen) -> None:
-    """Assert all of: nothing wider than the window, all images there and described, no error in the console."""
-    check_width(seen.page)
-    check_images(seen.page)
-    assert seen.errors == [], f"the console says {seen.errors}"
+def check_whole(visit: Visit) -> None:
+    """Assert that nothing is wider than the window, all images are loaded and described, and no error was logged."""
+    check_width(visit.page)
+    check_images(visit.page)
+    assert visit.errors == [], f"errors in the console: {visit.errors}"
 
 
 def check_width(page: Any) -> None:
-    """Assert that the page does not scroll sideways; names what is too wide."""
-    wide, room, which = page.evaluate(
+    """Assert that the page does not scroll sideways; the message names the elements that are too wide."""
+    width, available, elements = page.evaluate(
         """() => {
-            const root = document.documentElement, room = root.clientWidth;
-            const out = [...document.querySelectorAll('body *')].filter(
-                e => e.getBoundingClientRect().right > room + 1);
-            return [root.scrollWidth, room, out.slice(-3).map(e => e.outerHTML.slice(0, 120))];
+            const root = document.documentElement, available = root.clientWidth;
+            const wide = [...document.querySelectorAll('body *')].filter(
+                e => e.getBoundingClientRect().right > available + 1);
+            return [root.scrollWidth, available, wide.slice(-3).map(e => e.outerHTML.slice(0, 120))];
         }"""
     )
-    assert wide <= room, f"the page is {wide} px wide in a window of {room}: {which}"
+    assert width <= available, f"the page is {width} px wide in a window of {available}: {elements}"
 
 
 def check_images(page: Any) -> None:
-    """Assert that every image that is shown has arrived, has pixels and has a text."""
-    bad = page.evaluate(
+    """Assert that every image is loaded, is not empty and has an alternative text."""
+    faulty = page.evaluate(
         """async () => {
             const all = [...document.images];
             for (const i of all) i.loading = 'eager';
@@ -127,26 +145,26 @@ def check_images(page: Any) -> None:
                 || (!i.alt.trim() && i.getAttribute('aria-hidden') !== 'true')).map(i => i.outerHTML.slice(0, 120));
         }"""
     )
-    assert bad == [], f"images that are absent or have no text: {bad}"
+    assert faulty == [], f"images that are not loaded or have no text: {faulty}"
 
 
 def check_accessible(page: Any, axe: str) -> None:
-    """Assert that axe-core finds no serious or critical violation."""
+    """Assert that axe-core reports no serious or critical violation."""
     page.evaluate(axe)
-    found = page.evaluate("() => axe.run().then(r => r.violations)")
-    grave = [
+    violations = page.evaluate("() => axe.run().then(r => r.violations)")
+    severe = [
         (v["id"], v["help"], [n["html"][:120] for n in v["nodes"][:3]])
-        for v in found
-        if v["impact"] in GRAVE
+        for v in violations
+        if v["impact"] in SEVERE
     ]
-    assert grave == [], f"not accessible: {grave}"
+    assert severe == [], f"not accessible: {severe}"
 
 
 def axe_core() -> str:
-    """Return the source of axe-core, fetched once; skip the test where npm cannot fetch it.
+    """Return the source of axe-core, which is fetched once; skip the test if npm cannot fetch it.
 
     Raises:
-        ValueError: The archive is not the pinned one.
+        ValueError: The archive has another SHA-256 than the pinned one.
     """
     version, digest = AXE
     archive = CACHE / f"axe-core-{version}.tgz"
@@ -163,26 +181,29 @@ def axe_core() -> str:
 
 def _fetch(package: str, archive: Path) -> None:
     if shutil.which("npm") is None:
-        pytest.skip("axe-core comes from npm, which is not installed")
-    beside = CACHE / f"npm-{os.getpid()}"
-    beside.mkdir(parents=True, exist_ok=True)
+        pytest.skip("axe-core is fetched with npm, which is not installed")
+    folder = CACHE / f"npm-{os.getpid()}"
+    folder.mkdir(parents=True, exist_ok=True)
     command = ["npm", "pack", "--silent", "--ignore-scripts", package]
     try:
-        subprocess.run(command, cwd=beside, check=True, capture_output=True, timeout=60)
-        os.replace(beside / archive.name, archive)
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=60)
+        os.replace(folder / archive.name, archive)
     except (subprocess.SubprocessError, OSError) as error:
         pytest.skip(f"npm could not fetch {package}: {error}")
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _executable() -> str:
-    asked = os.environ.get("CHROMIUM")
-    found = next((p for n in ((asked,) if asked else NAMES) if (p := shutil.which(n))), None)
-    if found is None:
-        pytest.skip(f"no {asked or 'Chromium'} on this machine: install it, or name it in CHROMIUM")
-    return found
+    chosen = os.environ.get("CHROMIUM")
+    names = (chosen,) if chosen else NAMES
+    path = next((path for name in names if (path := shutil.which(name))), None)
+    if path is None:
+        pytest.skip(
+            f"no {chosen or 'Chromium'} on this machine: install it, or set CHROMIUM to its path"
+        )
+    return path
 
 
-def _local(url: str, own: str) -> bool:
-    return url.startswith((f"{own}/", "data:", "blob:", own.replace("http", "ws", 1)))
+def _is_local(url: str, folder: str) -> bool:
+    return url.startswith((f"{folder}/", "data:", "blob:", folder.replace("http", "ws", 1)))

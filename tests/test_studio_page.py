@@ -1,4 +1,4 @@
-"""The studio in a real Chromium: trace, click, paint over, undo, take away, and the same pixels from the shell."""
+"""The studio in a real Chromium: trace, edit, undo, download, and the same pixels from the command line."""
 
 import base64
 import gc
@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -25,62 +26,54 @@ from overpaint.studio.server import open_studio
 if find_spec("gradio") is None:
     pytest.skip("the extra `studio` is not installed", allow_module_level=True)
 
-SHOTS = Path(__file__).parent.parent / "runs" / "studio"  # git ignores it
+SCREENSHOTS = Path(__file__).parent.parent / "runs" / "studio"  # ignored by git
 PROMPT = "an apple in openmoji style"
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    with browser.launched() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def axe():
-    return browser.axe_core()
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @contextmanager
-def served(*options):
-    """The address of a studio, opened as a user does and ended by Ctrl-C; one thread, as the tests have."""
-    command = [sys.executable, "-m", "overpaint", "studio", "icons", "--port", str(free_port())]
+def served(port, *options):
+    """Start a studio on the command line with one thread, yield its address, and stop it with Ctrl-C."""
+    command = [sys.executable, "-m", "overpaint", "studio", "icons", "--port", str(port), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OVERPAINT_AUTH": "ada:secret"}
     process = subprocess.Popen(
-        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OVERPAINT_AUTH": "ada:secret"},
-    )  # fmt: skip
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    hang = threading.Timer(browser.HANG, process.kill)  # then the line below is empty
+    hang.start()
     try:
         line = process.stdout.readline()
-        found = re.search(r"http://[\d.:\[\]]+/", line)
-        assert found, line + process.stderr.read()
-        yield found[0]
-    finally:
+        address = re.search(r"http://[\d.:\[\]]+/", line)
+        assert address, line + process.stderr.read()
+        hang.cancel()
+        yield address[0]
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=browser.HANG)
+    finally:
+        hang.cancel()
+        process.kill()
+        process.communicate()
     assert process.returncode == 130
     assert err == "overpaint: stopped by Ctrl-C\n"
 
 
 @pytest.fixture(scope="module")
-def shown():
-    with served() as address:
-        yield address
+def address():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with served(port) as started:
+        yield started
 
 
 @contextmanager
 def visit(chromium, address, **options):
-    """Open the studio and come in by the password."""
-    with browser.visit(chromium, address, timeout=40, **options) as seen:
+    """Open the studio and log in with the password."""
+    with browser.visit(chromium, address, **options) as opened:
         form = {"username": "ada", "password": "secret"}
-        assert seen.page.request.post(f"{address}login", form=form).ok
-        seen.page.goto(address)
-        seen.errors.clear()
-        yield seen
+        assert opened.page.request.post(f"{address}login", form=form).ok
+        opened.page.goto(address)
+        opened.errors.clear()
+        yield opened
 
 
 def pictures(page, place):
@@ -90,7 +83,7 @@ def pictures(page, place):
     return [Image.open(io.BytesIO(d)).convert("RGB").tobytes() for d in data]
 
 
-def wait_for(page, place, count):
+def wait_for_pictures(page, place, count):
     page.wait_for_function(
         "([place, count]) => document.querySelectorAll(place + ' img').length === count"
         " && !document.querySelector('#op-status progress')",
@@ -102,144 +95,145 @@ def press(page, name, *, role="button"):
     page.get_by_role(role, name=name, exact=True).click()
 
 
-def few_steps(page):
-    """Four steps a picture."""
-    page.get_by_role("button", name="How to draw").click()
+def set_four_steps(page):
+    page.get_by_role("button", name="Drawing settings").click()
     box = page.get_by_role("spinbutton", name="Steps")
     box.fill("4")
     box.press("Tab")
 
 
-def shoot(page, name):
-    SHOTS.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=SHOTS / f"{name}.png", full_page=True)
+def screenshot(page, name):
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
 
 
-def test_the_whole_loop_and_the_same_pixels_from_the_shell(shown, chromium, axe, tmp_path, run):
-    with visit(chromium, shown, accept_downloads=True) as seen:
-        page = seen.page
-        few_steps(page)
-        press(page, "Trace")
+def test_trace_edit_undo_and_the_same_pixels_from_the_command_line(
+    address, chromium, axe, tmp_path, run
+):
+    with visit(chromium, address, accept_downloads=True) as opened:
+        page = opened.page
+        set_four_steps(page)
+        page.locator("#op-trace").click()
         cell = page.get_by_role("button", name="layer 0 attention at end of text")
         cell.focus()
         cell.press("Enter")
-        wait_for(page, "#op-restored", 3)
+        wait_for_pictures(page, "#op-restored", 3)
         clean, corrupted, restored = pictures(page, "#op-restored")
         assert len({clean, corrupted, restored}) == 3
-        assert "layer 0 attention put back at “end of text”" in page.inner_text("#op-restored")
-        shoot(page, "trace-1280")
-        browser.check(seen, axe)
+        text = page.inner_text("#op-restored")
+        assert "layer 0 attention at “end of text” restored" in text
+        screenshot(page, "trace-1280")
+        browser.check(opened, axe)
 
-        press(page, "Paint over it", role="tab")
+        press(page, "Edit", role="tab")
         page.get_by_text("Diff-QuickFix").click()
-        press(page, "Paint over")
-        wait_for(page, "#op-drawn", 4)
+        press(page, "Apply edit")
+        wait_for_pictures(page, "#op-drawn", 4)
         before, after = pictures(page, "#op-drawn")[:2], pictures(page, "#op-drawn")[2:]
         assert not set(before) & set(after)
-        assert page.locator("#op-forecast tbody tr").count() == 10
-        shoot(page, "paint-1280")
-        browser.check(seen, axe)
-        with page.expect_download() as fetched:
+        assert page.locator("#op-side-effects tbody tr").count() == 10
+        screenshot(page, "edit-1280")
+        browser.check(opened, axe)
+        with page.expect_download() as download:
             press(page, "Download")
-        assert fetched.value.suggested_filename == "no-openmoji-style.safetensors"
+        assert download.value.suggested_filename == "no-openmoji-style.safetensors"
         file = tmp_path / "mine.safetensors"
-        fetched.value.save_as(file)
+        download.value.save_as(file)
         arguments = ("--change", file, "--seed", 1, "--steps", 4, "--out", tmp_path)
         assert run("generate", "icons", PROMPT, *arguments)[0] == 0
         assert Image.open(tmp_path / "0000.png").tobytes() == after[1]
 
         press(page, "Undo")
-        wait_for(page, "#op-drawn", 2)
+        wait_for_pictures(page, "#op-drawn", 2)
         assert pictures(page, "#op-drawn") == before
-        assert "No coat yet" in page.inner_text("#op-side")
+        assert "No edits yet" in page.inner_text("#op-side")
 
         page.set_input_files("#op-side input[type=file]", file)
-        page.get_by_text("The change lies on the model").wait_for()
+        page.get_by_text("The change is applied").wait_for()
         press(page, "Compare", role="tab")
         page.locator("[role=tabpanel]:visible").get_by_role("button", name="Compare").click()
-        wait_for(page, "#op-compared", 4)
+        wait_for_pictures(page, "#op-compared", 4)
         assert pictures(page, "#op-compared") == before + after
-        shoot(page, "compare-1280")
-        browser.check(seen, axe)
-        assert seen.requests == []
+        screenshot(page, "compare-1280")
+        browser.check(opened, axe)
+        assert opened.requests == []
 
 
-def test_a_phone_in_the_dark_and_words_that_would_be_code(shown, chromium, axe, tmp_path):
-    nasty = "<script>window.bad=1</script><img src=x onerror=window.bad=2> {{7}} ${window.bad=3}"
+def test_a_dark_phone_and_prompts_that_contain_code(address, chromium, axe, tmp_path):
+    hostile = "<script>window.bad=1</script><img src=x onerror=window.bad=2> {{7}} ${window.bad=3}"
     damaged = tmp_path / "<img src=x onerror=window.bad=4>.safetensors"
-    damaged.write_bytes(b"no change")
-    with visit(chromium, shown, width=390, dark=True) as seen:
-        page = seen.page
-        few_steps(page)
-        page.get_by_label("Prompt", exact=True).fill(nasty)
-        press(page, "Paint over it", role="tab")
+    damaged.write_bytes(b"not a change")
+    with visit(chromium, address, width=390, dark=True) as opened:
+        page = opened.page
+        set_four_steps(page)
+        page.get_by_label("Prompt", exact=True).fill(hostile)
+        press(page, "Edit", role="tab")
         press(page, "Draw again")
-        wait_for(page, "#op-drawn", 2)
-        assert nasty in page.inner_text("#op-drawn figcaption")
+        wait_for_pictures(page, "#op-drawn", 2)
+        assert hostile in page.inner_text("#op-drawn figcaption")
         page.set_input_files("#op-side input[type=file]", damaged)
         alert = page.locator("#op-status [role=alert]")
         alert.wait_for()
-        assert "damaged or no safetensors file" in alert.inner_text()
+        assert "damaged or not a safetensors file" in alert.inner_text()
         assert page.evaluate("window.bad") is None
-        shoot(page, "paint-390-dark")
-        browser.check(seen, axe)
-        press(page, "Where is it?", role="tab")
+        screenshot(page, "edit-390-dark")
+        browser.check(opened, axe)
+        press(page, "Trace", role="tab")
         page.get_by_label("Prompt", exact=True).fill(PROMPT)
-        press(page, "Trace")
+        page.locator("#op-trace").click()
         page.locator("#op-map tbody tr").first.wait_for()
-        shoot(page, "trace-390-dark")
-        browser.check(seen, axe)
-        assert seen.requests == []
+        screenshot(page, "trace-390-dark")
+        browser.check(opened, axe)
+        assert opened.requests == []
 
 
-def kept_pages():
-    """How many pages the framework holds values of."""
+def stored_pages():
+    """Return the number of pages whose values Gradio stores."""
     from gradio.state_holder import StateHolder
 
     return sum(len(o.session_data) for o in gc.get_objects() if type(o) is StateHolder)
 
 
-def wait_until(true, seconds=10):
-    end = time.monotonic() + seconds
-    while not true() and time.monotonic() < end:
+def wait_until(condition):
+    end = time.monotonic() + browser.HANG
+    while not condition() and time.monotonic() < end:
         time.sleep(0.02)
-    assert true()
+    assert condition()
 
 
-def test_closing_a_page_takes_its_session_its_files_and_its_values_and_no_others(
-    chromium, tiny_folder
-):
-    before = kept_pages()
+def test_closing_a_page_deletes_its_session_files_and_values_only(chromium, tiny_folder, free_port):
+    before = stored_pages()
     with open_studio([str(tiny_folder)], port=free_port()) as (studio, address):
-        with browser.visit(chromium, address) as stays:
-            with browser.visit(chromium, address) as goes:
-                for seen in (stays, goes):
-                    press(seen.page, "Paint over it", role="tab")
-                    seen.page.get_by_text("Diff-QuickFix").click()
-                    press(seen.page, "Paint over")
-                    wait_for(seen.page, "#op-drawn", 4)
+        with browser.visit(chromium, address) as first:
+            with browser.visit(chromium, address) as second:
+                for opened in (first, second):
+                    press(opened.page, "Edit", role="tab")
+                    opened.page.get_by_text("Diff-QuickFix").click()
+                    press(opened.page, "Apply edit")
+                    wait_for_pictures(opened.page, "#op-drawn", 4)
                 folders = set(studio.folder.iterdir())
-                assert len(studio) == len(folders) == kept_pages() - before == 2
-                assert all({p.suffix for p in f.iterdir()} == {".safetensors", ".png"} for f in folders)  # fmt: skip
+                assert len(studio) == len(folders) == stored_pages() - before == 2
+                suffixes = [{path.suffix for path in folder.iterdir()} for folder in folders]
+                assert suffixes == [{".safetensors", ".png"}] * 2
             wait_until(lambda: len(studio) == 1)
-            wait_until(lambda: kept_pages() - before == 1)
-            (left,) = studio.folder.iterdir()
-            assert studio.holds(left.name) and len(list(left.iterdir())) == 2
-            press(stays.page, "Undo")
-            wait_for(stays.page, "#op-drawn", 2)
+            wait_until(lambda: stored_pages() - before == 1)
+            (folder,) = studio.folder.iterdir()
+            assert studio.has_session(folder.name) and len(list(folder.iterdir())) == 2
+            press(first.page, "Undo")
+            wait_for_pictures(first.page, "#op-drawn", 2)
         wait_until(lambda: len(studio) == 0)
-        wait_until(lambda: kept_pages() == before)
+        wait_until(lambda: stored_pages() == before)
         assert list(studio.folder.iterdir()) == []
 
 
-def test_long_work_shows_its_progress_and_stops(shown, chromium):
-    with visit(chromium, shown) as seen:
-        page = seen.page
-        page.get_by_text("pictures, judged").click()
-        press(page, "Trace")
+def test_a_long_task_shows_progress_and_can_be_stopped(address, chromium):
+    with visit(chromium, address) as opened:
+        page = opened.page
+        page.get_by_text("pictures, scored by the judge").click()
+        page.locator("#op-trace").click()
         page.locator("#op-status progress").wait_for()
         press(page, "Stop")
-        page.get_by_text("Stopped. What was finished before is kept.").wait_for()
+        page.get_by_text("Stopped. Results that were finished before are kept.").wait_for()
         assert page.locator("#op-map table").count() == 0
 
 
@@ -254,19 +248,19 @@ def has_ipv6():
 
 @pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
 @pytest.mark.parametrize("host", ["::1", "[::1]"])
-def test_an_ipv6_address_is_shown_in_brackets(host):
+def test_an_ipv6_address_is_printed_in_brackets(host, free_port):
     with (
         open_studio(["icons"], host=host, port=free_port()) as (_, address),
-        urllib.request.urlopen(address) as answer,
+        urllib.request.urlopen(address, timeout=browser.HANG) as answer,
     ):
         assert address.startswith("http://[::1]:")
         assert answer.status == 200
 
 
-def test_without_the_password_nobody_comes_in(shown):
+def test_a_password_is_required(address):
     with pytest.raises(urllib.error.HTTPError, match="401") as refused:
-        urllib.request.urlopen(f"{shown}config")
+        urllib.request.urlopen(f"{address}config", timeout=browser.HANG)
     refused.value.close()
-    with urllib.request.urlopen(shown) as answer:
+    with urllib.request.urlopen(address, timeout=browser.HANG) as answer:
         assert "default-src 'self'" in answer.headers["content-security-policy"]
         assert b"openmoji" not in answer.read()

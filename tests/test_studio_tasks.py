@@ -16,7 +16,7 @@ def test_a_cell_of_the_map_is_the_effect_that_tracing_measures(tiny_sd1):
     settings = PromptSettings("a cat in blob style", "blob style", (0,), 2)
     trace_map = tasks.trace_text_encoder(tiny_sd1, settings, ignore)
     probe = op.probes.Probe("studio", "concept", settings.prompt, "blob style")
-    effects = op.trace.text_encoder(tiny_sd1, [probe], control=False, generate=False)
+    effects = op.trace.text_encoder(tiny_sd1, [probe], controls="none", generate=False)
     table = {(r["site"], r["position"]): r["embed_recovery"] for r in effects.table.to_pylist()}
     row, column = trace_map.best
     position = trace_map.columns[column][1]

@@ -70,7 +70,7 @@ def test_change_files_that_are_damaged_or_of_another_model_are_refused(
     with pytest.raises(ValueError, match="'a.safetensors' is damaged") as error:
         uploads.load_change(path, tiny_sd1)
     assert str(tmp_path) not in str(error.value)
-    for content, message in ((b"", "is empty"), (b"PK\3\4 a zip", "damaged or no safetensors")):
+    for content, message in ((b"", "is empty"), (b"PK\3\4 a zip", "damaged or not a safetensors")):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             uploads.load_change(path, tiny_sd1)

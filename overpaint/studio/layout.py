@@ -127,7 +127,14 @@ def _trace_tab() -> Parts:
     )
     with gr.Row():
         measure = gr.Radio(_MEASURES, value="text", label="Measure", scale=3)
-        button = gr.Button("Trace", variant="primary", scale=1, min_width=120, elem_classes="op-go")
+        button = gr.Button(
+            "Trace",
+            variant="primary",
+            scale=1,
+            min_width=120,
+            elem_id="op-trace",
+            elem_classes="op-go",
+        )
     trace_map = gr.HTML(
         html.empty("No map yet. Press Trace."), js_on_load=_CLICKS, elem_id="op-map"
     )

@@ -14,12 +14,13 @@ from overpaint import edit, trace
 from overpaint.edit import Change
 from overpaint.images.pictures import Pictures
 from overpaint.model import TextToImage, sites
-from overpaint.model.sampling import Progress
+from overpaint.model.sampling import Drawing, Progress
 from overpaint.probes import Probe, questions
 from overpaint.scorers.judge import Judge
 from overpaint.studio.model_copy import copy_model
-from overpaint.trace.corruption import ROLES, corruptions, places
+from overpaint.trace.corruption import Noise, corruptions, role_positions
 from overpaint.trace.renderer import Renderer
+from overpaint.trace.states import ROLES
 from overpaint.trace.text_encoder_trace import encode_restored
 
 __all__ = [
@@ -170,10 +171,14 @@ def trace_text_encoder(
     probe = _probe(settings, scorer)
     pictures = scorer is not None
     effects = trace.text_encoder(
-        model_copy, [probe], control=False, generate=pictures, seeds=settings.seeds[:1], steps=settings.steps,
-        score=None if scorer is None else scorer.score, batch_size=_BATCH_SIZE,
-        on_progress=lambda done, total, *_: on_progress(done, total, "restoring each state"),
-    )  # fmt: skip
+        model_copy,
+        [probe],
+        generate=pictures,
+        controls="none",
+        drawing=_drawing(settings),
+        scorer=None if scorer is None else scorer.score,
+        on_progress=lambda done, total, _: on_progress(done, total, "restoring each state"),
+    )
     value = "indirect_effect" if pictures else "embed_recovery"
     table = {(r["site"], r["position"]): r[value] for r in effects.table.to_pylist()}
     names = tuple(dict.fromkeys(site for site, _ in table))
@@ -201,18 +206,13 @@ def draw_restored(
         )
     settings = trace_map.settings
     model_copy = copy_model(model, all_parts=True)
-    (corruption,), _ = corruptions(
-        model_copy, [_probe(settings, None)], noise_samples=1, sigma="3std"
-    )
+    (corruption,), _ = corruptions(model_copy, [_probe(settings, None)], Noise())
     name, (_, position, token) = trace_map.sites[row], trace_map.columns[column]
     site = next(s for s in sites.find_texts(model_copy.text_encoders) if s.name == name)
     embeds = encode_restored(
         model_copy.text_encoders, corruption, [[(site.module(model_copy), [position])]]
     )
-    renderer = Renderer.of(
-        model_copy, score=None, steps=settings.steps, guidance_scale=None, solver_name="dpm", direction="restore",
-        minimum_gap=0.02, batch_size=_BATCH_SIZE, memory=None, draw=False,
-    )  # fmt: skip
+    renderer = Renderer.of(model_copy, _drawing(settings), draw=False)
     latents = renderer.denoise(
         settings.seeds[0], 3, embeds, model_copy.encode([""]),
         on_step=lambda done, _: on_progress(done, settings.steps, "drawing the restored picture"),
@@ -229,6 +229,10 @@ def draw_restored(
         LabelledPicture(image, *caption)
         for image, caption in zip(pictures.pil(), captions, strict=True)
     )
+
+
+def _drawing(settings: PromptSettings) -> Drawing:
+    return Drawing(steps=settings.steps, seeds=settings.seeds[:1], batch_size=_BATCH_SIZE)
 
 
 def _probe(settings: PromptSettings, scorer: Judge | None) -> Probe:
@@ -249,12 +253,12 @@ def _probe(settings: PromptSettings, scorer: Judge | None) -> Probe:
 
 
 def _columns(model: TextToImage, probe: Probe) -> tuple[tuple[str, int, str], ...]:
-    (corruption,), _ = corruptions(model, [probe], noise_samples=1, sigma=0.0)
+    (corruption,), _ = corruptions(model, [probe], Noise())
     tokens: Any = model.tokenizer.convert_ids_to_tokens(corruption.ids.tolist())
     names = {"eos": "end of text", "pad": "padding"}
     return tuple(
         (role, position, names.get(role, str(tokens[position]).removesuffix("</w>")))
-        for role, position in places(corruption, ROLES)
+        for role, position in role_positions(corruption, ROLES)
     )
 
 
@@ -334,7 +338,7 @@ def draw_versions(
     order = [(i, j) for j in range(len(settings.seeds)) for i in range(len(versions))]
     for number, (i, j) in enumerate(order):
 
-        def on_step(done: int, _: int, *_label: str, number: int = number) -> None:
+        def on_step(done: int, _total: int, _label: str, number: int = number) -> None:
             label = f"drawing picture {number + 1} of {len(order)}"
             on_progress(number * settings.steps + done, settings.steps * len(order), label)
 
