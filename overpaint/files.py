@@ -10,12 +10,21 @@ import math
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic", "remove_drafts", "to_json", "write_json", "write_text"]
+__all__ = [
+    "atomic",
+    "atomic_folder",
+    "remove_drafts",
+    "restore_folder",
+    "to_json",
+    "write_json",
+    "write_text",
+]
 
 
 @contextmanager
@@ -36,9 +45,44 @@ def atomic(path: str | Path) -> Iterator[Path]:
     draft = place.with_name(f".{place.name}.{os.getpid()}.part")
     try:
         yield draft
+        _apply_umask(draft)
         os.replace(draft, place)
     finally:
         _remove(draft)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield an empty folder that replaces the folder `path` when the block ends without an exception.
+
+    The old folder is renamed to `.<name>.old` before the new one takes its place, and then removed. If the process is
+    killed between the two renames, `restore_folder` brings the old folder back.
+
+    Args:
+        path: Where the folder is to be. Its parent must exist.
+
+    Raises:
+        OSError: The folder cannot be written or renamed. `path` is then as before, and no draft is left.
+    """
+    place = Path(path)
+    restore_folder(place)
+    try:
+        with atomic(place) as draft:
+            draft.mkdir()
+            yield draft
+            if place.exists():
+                os.replace(place, _aside(place))
+    finally:
+        restore_folder(place)
+
+
+def restore_folder(path: str | Path) -> None:
+    """Rename `.<name>.old`, which a killed `atomic_folder` left, to `path`; remove it if `path` exists."""
+    place = Path(path)
+    if place.exists():
+        _remove(_aside(place))
+    elif _aside(place).exists():
+        os.replace(_aside(place), place)
 
 
 def remove_drafts(path: str | Path) -> None:
@@ -92,6 +136,10 @@ def _without_nan(value: Any) -> Any:
     return value
 
 
+def _aside(place: Path) -> Path:
+    return place.with_name(f".{place.name}.old")
+
+
 def _is_running(pid: int) -> bool:
     if os.name == "nt":  # there `os.kill` with signal 0 would interrupt the process
         return True
@@ -102,6 +150,19 @@ def _is_running(pid: int) -> bool:
     except OSError:  # the process belongs to another user
         return True
     return True
+
+
+def _apply_umask(draft: Path) -> None:
+    """Give the files of a draft the permissions of a new file: safetensors makes its files readable by the owner only."""
+    probe = draft.with_name(f"{draft.name}.mode")
+    try:
+        probe.touch()
+        mode = stat.S_IMODE(probe.stat().st_mode)
+        for path in (draft, *draft.rglob("*")):
+            if path.is_file() and not path.is_symlink():
+                path.chmod(mode)
+    finally:
+        _remove(probe)
 
 
 def _remove(path: Path) -> None:

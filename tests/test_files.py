@@ -62,9 +62,13 @@ def test_files_have_the_permissions_of_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
         path = files.write_text(tmp_path / "a.txt", "text")
+        with files.atomic(tmp_path / "folder") as draft:
+            draft.mkdir()
+            (draft / "private").touch(0o600)
     finally:
         os.umask(before)
-    assert path.stat().st_mode & 0o777 == 0o640
+    for file in (path, tmp_path / "folder" / "private"):
+        assert file.stat().st_mode & 0o777 == 0o640
 
 
 def test_json_has_null_for_numbers_that_it_cannot_hold(tmp_path):
@@ -73,3 +77,58 @@ def test_json_has_null_for_numbers_that_it_cannot_hold(tmp_path):
     assert json.loads(path.read_text()) == {"a": None, "b": [1.5, None], "c": ["x", None]}
     with pytest.raises(TypeError, match="not JSON serializable"):
         files.to_json({"a": object()})
+
+
+def test_a_folder_replaces_another_only_when_the_block_ends(tmp_path):
+    place = tmp_path / "model"
+    for text in ("1", "2"):
+        with files.atomic_folder(place) as draft:
+            (draft / "card.json").write_text(text)
+        assert (place / "card.json").read_text() == text
+        with pytest.raises(KeyboardInterrupt), files.atomic_folder(place) as draft:
+            (draft / "card.json").write_text("half")
+            raise KeyboardInterrupt
+        assert (place / "card.json").read_text() == text
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_folder_is_as_before_when_a_rename_fails(tmp_path, monkeypatch, failing):
+    place = tmp_path / "model"
+    place.mkdir()
+    (place / "card.json").write_text("old")
+    rename, calls = os.replace, []
+
+    def replace(source, target):
+        calls.append(target)
+        if len(calls) == failing:
+            raise OSError("disk full")
+        rename(source, target)
+
+    monkeypatch.setattr(files.os, "replace", replace)
+    with pytest.raises(OSError, match="disk full"), files.atomic_folder(place) as draft:
+        (draft / "card.json").write_text("new")
+    assert (place / "card.json").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_that_a_killed_replacement_moved_aside_is_restored(tmp_path):
+    code = (
+        "import os, signal, sys; from overpaint import files\n"
+        "rename = os.replace\n"
+        "def kill(source, target):\n"
+        "    if str(source).endswith('.part'): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    rename(source, target)\n"
+        "os.replace = kill\n"
+        "with files.atomic_folder(sys.argv[1]) as draft: (draft / 'card.json').write_text('new')"
+    )
+    place = tmp_path / "model"
+    place.mkdir()
+    (place / "card.json").write_text("old")
+    subprocess.run([sys.executable, "-c", code, str(place)], check=False)
+    assert not place.exists()
+    files.restore_folder(place)
+    assert (place / "card.json").read_text() == "old"
+    with files.atomic_folder(place) as draft:
+        (draft / "card.json").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
