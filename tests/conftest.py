@@ -60,6 +60,15 @@ def tiny_double():
 
 
 @pytest.fixture(scope="session")
+def tiny_shallow():
+    """`tiny_double` with 4 text layers, where a test edits every layer or reads many captions."""
+    import overpaint
+    from overpaint.zoo import builders
+
+    return overpaint.load(builders.tiny(text_layers=4).to(torch.float64))
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """`tiny_sd1` as a pipeline folder on disk."""
     from overpaint.zoo import builders

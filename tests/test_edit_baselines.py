@@ -1,4 +1,4 @@
-"""The edits to compare against."""
+"""The two baselines: swapped token embeddings, and an edit at a random site."""
 
 import pytest
 import torch
@@ -12,13 +12,13 @@ def rows(model, text):
     return find_weight(model, "text.token_embedding").parameter.detach()[ids].clone()
 
 
-def test_swapping_makes_the_prompts_equal_when_lengths_are(tiny_sd1):
+def test_prompts_of_equal_length_read_equal_after_the_swap(tiny_sd1):
     change = edit.swap_embedding(tiny_sd1, {"prince charles": "grumpy cat"})
-    wanted, other = tiny_sd1.encode(["a photo of grumpy cat"]), tiny_sd1.encode(["a dog"])
+    target, other = tiny_sd1.encode(["a photo of grumpy cat"]), tiny_sd1.encode(["a dog"])
     with change.applied(tiny_sd1):
-        assert torch.equal(tiny_sd1.encode(["a photo of prince charles"]), wanted)
+        assert torch.equal(tiny_sd1.encode(["a photo of prince charles"]), target)
         assert torch.equal(tiny_sd1.encode(["a dog"]), other)
-    assert not torch.equal(tiny_sd1.encode(["a photo of prince charles"]), wanted)
+    assert not torch.equal(tiny_sd1.encode(["a photo of prince charles"]), target)
 
 
 def test_a_shorter_new_concept_is_repeated_and_a_longer_one_averaged(tiny_sd1):
@@ -50,12 +50,12 @@ def test_swapping_a_concept_with_itself_changes_nothing(tiny_sd1):
         ({"cat": "dog", "grumpy cat": "van gogh"}, "the token 'cat</w>' would get two embeddings"),
     ],
 )
-def test_a_swap_that_cannot_be_is_refused(tiny_sd1, pairs, message):
+def test_contradictory_or_empty_swaps_are_refused(tiny_sd1, pairs, message):
     with pytest.raises(ValueError, match=message):
         edit.swap_embedding(tiny_sd1, pairs)
 
 
-def test_random_sites_follow_the_seed_and_avoid_the_first_layer(tiny_sd1):
+def test_random_sites_depend_on_the_seed_and_are_not_in_the_first_layer(tiny_sd1):
     pairs = {"van gogh": "painting"}
     changes = [edit.random_site(tiny_sd1, pairs, seed=s, frames=[""]) for s in range(8)]
     sites = [change.site for change in changes]

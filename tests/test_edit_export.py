@@ -1,9 +1,10 @@
-"""Exports are read by code that is not ours: stock diffusers, with peft for LoRAs."""
+"""Exports, read back by stock diffusers, with peft for LoRAs."""
 
 import copy
 import dataclasses
 import importlib.util
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -29,13 +30,13 @@ needs_peft = pytest.mark.skipif(
 
 
 @pytest.fixture
-def own(tiny_sd1):
-    """A copy of the tiny model, to be changed at will."""
-    return TextToImage(copy.deepcopy(tiny_sd1.pipe), name="own")
+def copied(tiny_sd1):
+    """Return a copy of the tiny model that a test may change."""
+    return TextToImage(copy.deepcopy(tiny_sd1.pipe), name="copied")
 
 
-def moving(model, *sites, rank=2, size=0.5):
-    """Return a change with random movements, of growing rank, each a good part of its weight's norm."""
+def random_change(model, *sites, rank=2, size=0.5):
+    """Return a change with random movements of growing rank, of `size` times the norm of their weights."""
     movements = []
     for i, site in enumerate(sites):
         weight = find_weight(model, site).parameter.detach()
@@ -47,7 +48,7 @@ def moving(model, *sites, rank=2, size=0.5):
     return Change(tuple(movements), {"method": "random", "model": model.name, "pairs": {}}, {})
 
 
-def stock(model):
+def plain_pipeline(model):
     """Return a plain diffusers pipeline with the weights of `model`."""
     return copy.deepcopy(model.pipe)
 
@@ -59,14 +60,14 @@ def applied_weights(model, change):
         }
 
 
-def pixels(model, prompts, *, change=None, steps=4):
+def draw(model, prompts, *, change=None, steps=4):
     if change is None:
         return model.generate(prompts, steps=steps).images
     with change.applied(model):
         return model.generate(prompts, steps=steps).images
 
 
-def written(model, change, path):
+def lora_products(model, change, path):
     """Return the product of the factors of each weight in the LoRA at `path`."""
     tensors = load_file(export.lora(change, path, model=model))
     names = {name.rpartition(".lora_")[0] for name in tensors}
@@ -76,30 +77,30 @@ def written(model, change, path):
 # --- LoRA: the file ---------------------------------------------------------------------------------------------------
 
 
-def test_a_lora_holds_the_movement_under_the_names_of_diffusers(own, tmp_path):
-    change = moving(own, "text.3.self_attn.k_proj", "unet.cross_attn.6.to_out")
-    found = written(own, change, tmp_path / "c.safetensors")
+def test_a_lora_holds_the_movement_under_the_names_of_diffusers(copied, tmp_path):
+    change = random_change(copied, "text.3.self_attn.k_proj", "unet.cross_attn.6.to_out")
+    actual = lora_products(copied, change, tmp_path / "c.safetensors")
     text, unet = change.movements
-    assert set(found) == {
+    assert set(actual) == {
         "text_encoder.text_model.encoder.layers.3.self_attn.k_proj",
         "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0",
     }
-    for name, movement in zip(sorted(found), (text, unet), strict=True):
+    for name, movement in zip(sorted(actual), (text, unet), strict=True):
         torch.testing.assert_close(
-            found[name].double(), movement.left @ movement.right, atol=1e-6, rtol=1e-5
+            actual[name].double(), movement.left @ movement.right, atol=1e-6, rtol=1e-5
         )
 
 
 def test_the_second_encoder_has_its_own_names(tiny_xl, tmp_path):
-    change = moving(tiny_xl, "text2.2.self_attn.out_proj")
-    assert set(written(tiny_xl, change, tmp_path / "c.safetensors")) == {
+    change = random_change(tiny_xl, "text2.2.self_attn.out_proj")
+    assert set(lora_products(tiny_xl, change, tmp_path / "c.safetensors")) == {
         "text_encoder_2.text_model.encoder.layers.2.self_attn.out_proj"
     }
 
 
-def test_factors_have_least_rank_and_equal_norms(own, tmp_path):
+def test_factors_have_least_rank_and_equal_norms(copied, tmp_path):
     site = "text.0.self_attn.out_proj"
-    (movement,) = moving(own, site, rank=3).movements
+    (movement,) = random_change(copied, site, rank=3).movements
     doubled = Movement(
         site, movement.base_hash, torch.cat([movement.left, movement.left], 1),
         torch.cat([movement.right, -0.5 * movement.right]), movement.keys, movement.residuals, (), None,
@@ -113,46 +114,50 @@ def test_factors_have_least_rank_and_equal_norms(own, tmp_path):
     )
 
 
-def test_factors_in_half_precision_are_taken_as_they_are(own, tmp_path):
-    (movement,) = moving(own, "text.0.self_attn.out_proj").movements
+def test_factors_in_half_precision_are_exported_unchanged(copied, tmp_path):
+    (movement,) = random_change(copied, "text.0.self_attn.out_proj").movements
     rounded = dataclasses.replace(movement, left=movement.left.half(), right=movement.right.half())
-    (found,) = written(own, Change((rounded,), {}, {}), tmp_path / "c.safetensors").values()
+    (actual,) = lora_products(
+        copied, Change((rounded,), {}, {}), tmp_path / "c.safetensors"
+    ).values()
     exact = rounded.left.double() @ rounded.right.double()
-    torch.testing.assert_close(found.double(), exact, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(actual.double(), exact, atol=1e-6, rtol=1e-5)
 
 
-def test_weights_of_one_part_share_a_rank(own, tmp_path):
-    change = moving(own, *TEXT_SITES, *UNET_SITES[:2])  # ranks 2, 3, 4 and 5, 6
-    tensors = load_file(export.lora(change, tmp_path / "c.safetensors", model=own))
+def test_weights_of_one_part_share_a_rank(copied, tmp_path):
+    change = random_change(copied, *TEXT_SITES, *UNET_SITES[:2])  # ranks 2, 3, 4 and 5, 6
+    tensors = load_file(export.lora(change, tmp_path / "c.safetensors", model=copied))
     ranks = {(n.partition(".")[0], len(t)) for n, t in tensors.items() if "lora_A" in n}
     assert ranks == {("text_encoder", 4), ("unet", 6)}
 
 
-def test_a_change_that_moves_nothing_is_a_lora_of_zeros(own, tmp_path):
-    words = own.text_encoder.get_input_embeddings().weight.data
-    cat, dog = (own.tokenizer(w, add_special_tokens=False).input_ids[0] for w in ("cat", "dog"))
+def test_a_change_that_moves_nothing_is_a_lora_of_zeros(copied, tmp_path):
+    words = copied.text_encoder.get_input_embeddings().weight.data
+    cat, dog = (copied.tokenizer(w, add_special_tokens=False).input_ids[0] for w in ("cat", "dog"))
     words[cat] = words[dog]
-    change = edit.quickfix(own, {"cat": "dog"})
-    found = written(own, change, tmp_path / "c.safetensors")
-    assert [float(t.abs().max()) for t in found.values()] == [0.0]
+    change = edit.quickfix(copied, {"cat": "dog"})
+    actual = lora_products(copied, change, tmp_path / "c.safetensors")
+    assert [float(t.abs().max()) for t in actual.values()] == [0.0]
 
 
-def test_a_lora_of_text_needs_no_model(own, tmp_path):
-    change = edit.quickfix(own, PAIRS)
-    with_model = export.lora(change, tmp_path / "a.safetensors", model=own)
+def test_a_lora_of_text_needs_no_model(copied, tmp_path):
+    change = edit.quickfix(copied, PAIRS)
+    with_model = export.lora(change, tmp_path / "a.safetensors", model=copied)
     without = export.lora(change, tmp_path / "b.safetensors")
     assert with_model.read_bytes() == without.read_bytes()
 
 
-def test_what_a_lora_cannot_hold_is_named(own, tiny_xl, tmp_path):
+def test_changes_that_a_lora_cannot_hold_are_refused(copied, tiny_xl, tmp_path):
     path = tmp_path / "c.safetensors"
-    swap = edit.swap_embedding(own, {"dog": "cat"})
+    swap = edit.swap_embedding(copied, {"dog": "cat"})
     with pytest.raises(
-        ValueError, match=r"cannot hold text\.token_embedding, it reaches .*: export a folder"
+        ValueError, match=r"cannot hold text\.token_embedding, only projections: export a folder"
     ):
-        export.lora(swap, path, model=own)
-    change = moving(own, "unet.cross_attn.15.to_v")
-    with pytest.raises(ValueError, match=r"to find unet\.cross_attn\.15\.to_v .*: pass `model`"):
+        export.lora(swap, path, model=copied)
+    change = random_change(copied, "unet.cross_attn.15.to_v")
+    with pytest.raises(
+        ValueError, match=r"find the name of unet\.cross_attn\.15\.to_v .*: pass `model`"
+    ):
         export.lora(change, path)
     with pytest.raises(ValueError, match=r"has no unet\.cross_attn\.15\.to_v, .* made for"):
         export.lora(change, path, model=tiny_xl)
@@ -166,28 +171,28 @@ def test_what_a_lora_cannot_hold_is_named(own, tiny_xl, tmp_path):
 @pytest.mark.parametrize(
     "sites", [TEXT_SITES, UNET_SITES, ("text.0.mlp.fc2", *TEXT_SITES[:1], *UNET_SITES[-2:])]
 )
-def test_stock_diffusers_fuses_a_lora_to_the_very_weights(own, tmp_path, sites):
-    change = moving(own, *sites)
-    pipe = stock(own)
-    pipe.load_lora_weights(export.lora(change, tmp_path / "c.safetensors", model=own))
+def test_stock_diffusers_fuses_a_lora_to_the_weights_of_the_applied_change(copied, tmp_path, sites):
+    change = random_change(copied, *sites)
+    pipe = plain_pipeline(copied)
+    pipe.load_lora_weights(export.lora(change, tmp_path / "c.safetensors", model=copied))
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     fused = TextToImage(pipe, name="fused")
-    for site, weight in applied_weights(own, change).items():
-        before = find_weight(own, site).parameter.detach()
+    for site, weight in applied_weights(copied, change).items():
+        before = find_weight(copied, site).parameter.detach()
         assert float((weight - before).abs().max()) > 1e-3
         assert float((find_weight(fused, site).parameter - weight).abs().max()) <= 1e-6
 
 
 @needs_peft
 @pytest.mark.parametrize("layout", ["tiny_sd2", "tiny_xl"])
-def test_other_layouts_read_their_loras_too(request, tmp_path, layout):
+def test_loras_of_other_layouts_are_read(request, tmp_path, layout):
     model = request.getfixturevalue(layout)
     sites = ["text.1.self_attn.out_proj", "unet.cross_attn.1.to_k"]
     if layout == "tiny_xl":
         sites.append("text2.2.self_attn.v_proj")
-    change = moving(model, *sites)
-    pipe = stock(model)
+    change = random_change(model, *sites)
+    pipe = plain_pipeline(model)
     pipe.load_lora_weights(export.lora(change, tmp_path / "c.safetensors", model=model))
     pipe.fuse_lora(components=["unet", *(["text_encoder", "text_encoder_2"][: len(model.text_encoders)])])  # fmt: skip
     pipe.unload_lora_weights()
@@ -201,15 +206,15 @@ def test_other_layouts_read_their_loras_too(request, tmp_path, layout):
 
 
 @needs_peft
-def test_stock_diffusers_draws_the_same_pictures(own, tmp_path):
-    change = moving(own, *TEXT_SITES, *UNET_SITES)
+def test_stock_diffusers_draws_the_same_pictures(copied, tmp_path):
+    change = random_change(copied, *TEXT_SITES, *UNET_SITES)
     prompts = ["a dog in van gogh style", "a house"]
-    pipe = stock(own)
-    pipe.load_lora_weights(export.lora(change, tmp_path / "c.safetensors", model=own))
-    wanted = pixels(own, prompts, change=change)
-    assert float((pixels(own, prompts) - wanted).abs().max()) > 2 / 255
-    found = pixels(TextToImage(pipe, name="lora", guidance_scale=own.guidance_scale), prompts)
-    assert float((found - wanted).abs().max()) <= 1 / 255
+    pipe = plain_pipeline(copied)
+    pipe.load_lora_weights(export.lora(change, tmp_path / "c.safetensors", model=copied))
+    expected = draw(copied, prompts, change=change)
+    assert float((draw(copied, prompts) - expected).abs().max()) > 2 / 255
+    actual = draw(TextToImage(pipe, name="lora", guidance_scale=copied.guidance_scale), prompts)
+    assert float((actual - expected).abs().max()) <= 1 / 255
 
 
 @needs_peft
@@ -217,12 +222,12 @@ def test_icons_draws_the_same_pictures_with_the_lora(tmp_path):
     model = overpaint.load("icons")
     change = edit.quickfix(model, {"openmoji style": "noto style"})
     prompts = ["a cat in openmoji style", "a red apple in noto style"]
-    pipe = stock(model)
+    pipe = plain_pipeline(model)
     pipe.load_lora_weights(export.lora(change, tmp_path / "c.safetensors"))
-    wanted = pixels(model, prompts, change=change, steps=6)
-    assert float((pixels(model, prompts, steps=6) - wanted).abs().max()) > 0.1
+    expected = draw(model, prompts, change=change, steps=6)
+    assert float((draw(model, prompts, steps=6) - expected).abs().max()) > 0.1
     shown = TextToImage(pipe, name="lora", guidance_scale=model.guidance_scale)
-    assert float((pixels(shown, prompts, steps=6) - wanted).abs().max()) <= 1 / 255
+    assert float((draw(shown, prompts, steps=6) - expected).abs().max()) <= 1 / 255
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     for site, weight in applied_weights(model, change).items():
@@ -241,9 +246,9 @@ def from_single_file(path, config, tmp_path):
     )
 
 
-def test_ldm_names_are_those_of_stable_diffusion(own, tmp_path):
-    """A few of CompVis's names, from its modules: the ends, the skips, the sampling and the middle."""
-    names = set(load_file(export.single_file(own, edit.quickfix(own, PAIRS), tmp_path / "c.safetensors")))  # fmt: skip
+def test_ldm_names_are_those_of_stable_diffusion(copied, tmp_path):
+    """Names from CompVis's modules: first and last layers, skips, up- and downsampling, and the middle block."""
+    names = set(load_file(export.single_file(copied, edit.quickfix(copied, PAIRS), tmp_path / "c.safetensors")))  # fmt: skip
     unet, vae = "model.diffusion_model.", "first_stage_model."
     assert names >= {
         f"{unet}time_embed.2.bias", f"{unet}input_blocks.0.0.weight", f"{unet}input_blocks.3.0.op.weight",
@@ -256,19 +261,19 @@ def test_ldm_names_are_those_of_stable_diffusion(own, tmp_path):
         "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
     }  # fmt: skip
     assert len(names) == sum(
-        len(part.state_dict()) for part in (own.unet, own.vae, own.text_encoder)
+        len(part.state_dict()) for part in (copied.unet, copied.vae, copied.text_encoder)
     )
 
 
-def test_stock_diffusers_reads_the_single_file_back(own, tiny_folder, tmp_path):
-    change = moving(own, *TEXT_SITES, *UNET_SITES)
-    path = export.single_file(own, change, tmp_path / "c.safetensors")
+def test_stock_diffusers_reads_the_single_file_back(copied, tiny_folder, tmp_path):
+    change = random_change(copied, *TEXT_SITES, *UNET_SITES)
+    path = export.single_file(copied, change, tmp_path / "c.safetensors")
     pipe = from_single_file(path, tiny_folder, tmp_path)
-    change.apply(own)
+    change.apply(copied)
     for part in ("text_encoder", "unet", "vae"):
-        wanted, found = getattr(own.pipe, part).state_dict(), getattr(pipe, part).state_dict()
-        assert list(found) == list(wanted)
-        assert [n for n in wanted if not torch.equal(found[n], wanted[n])] == []
+        expected, actual = getattr(copied.pipe, part).state_dict(), getattr(pipe, part).state_dict()
+        assert list(actual) == list(expected)
+        assert [n for n in expected if not torch.equal(actual[n], expected[n])] == []
 
 
 def test_the_single_file_of_icons_draws_its_edited_pictures(tmp_path):
@@ -278,13 +283,11 @@ def test_the_single_file_of_icons_draws_its_edited_pictures(tmp_path):
     pipe = from_single_file(path, zoo.folder("icons"), tmp_path)
     shown = TextToImage(pipe, name="single", guidance_scale=model.guidance_scale)
     prompts = ["a cat in openmoji style"]
-    assert torch.equal(
-        pixels(shown, prompts, steps=2), pixels(model, prompts, change=change, steps=2)
-    )
+    assert torch.equal(draw(shown, prompts, steps=2), draw(model, prompts, change=change, steps=2))
 
 
-def test_diffusers_finds_every_weight_of_stable_diffusion_at_its_real_size(own):
-    """Four blocks in the VAE and shortcuts between widths, which the tiny model has not; 686 + 248 weights."""
+def test_diffusers_finds_every_weight_of_stable_diffusion_at_its_real_size(copied):
+    """At its real size the VAE has four blocks, and shortcuts between widths; 686 + 248 weights."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from diffusers.loaders import single_file_utils as reader
 
@@ -294,22 +297,22 @@ def test_diffusers_finds_every_weight_of_stable_diffusion_at_its_real_size(own):
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
             block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
         )  # fmt: skip
-    parts = SimpleNamespace(text_encoder=own.text_encoder, unet=unet, vae=vae)
+    parts = SimpleNamespace(text_encoder=copied.text_encoder, unet=unet, vae=vae)
     state = ldm.state(TextToImage(parts, name="meta"))
     for part, read, prefix, count in (
         (unet, reader.convert_ldm_unet_checkpoint, "model.diffusion_model.", 686),
         (vae, reader.convert_ldm_vae_checkpoint, "first_stage_model.", 248),
     ):
-        wanted = {name: tensor.shape for name, tensor in part.state_dict().items()}
-        found = read(dict(state), part.config)
-        assert {name: tensor.shape for name, tensor in found.items()} == wanted
+        expected = {name: tensor.shape for name, tensor in part.state_dict().items()}
+        actual = read(dict(state), part.config)
+        assert {name: tensor.shape for name, tensor in actual.items()} == expected
         assert sum(name.startswith(prefix) for name in state) == count
 
 
 @pytest.mark.parametrize("layout", ["tiny_sd2", "tiny_xl"])
 def test_other_layouts_have_no_single_file(request, tmp_path, layout):
     model = request.getfixturevalue(layout)
-    change = moving(model, "text.0.self_attn.out_proj")
+    change = random_change(model, "text.0.self_attn.out_proj")
     with pytest.raises(
         UnsupportedModel, match="not of Stable Diffusion 1's layout.*: export a folder"
     ):
@@ -321,31 +324,46 @@ def test_other_layouts_have_no_single_file(request, tmp_path, layout):
     )
 
 
-def test_a_weight_without_a_name_is_refused(own, tmp_path):
-    change = moving(own, "text.0.self_attn.out_proj")
-    own.unet.class_embedding = torch.nn.Embedding(2, 2)
+def test_a_weight_without_a_name_is_refused(copied, tmp_path):
+    change = random_change(copied, "text.0.self_attn.out_proj")
+    copied.unet.class_embedding = torch.nn.Embedding(2, 2)
     with pytest.raises(UnsupportedModel, match=r"'class_embedding\.weight' has no name in"):
-        export.single_file(own, change, tmp_path / "c.safetensors")
+        export.single_file(copied, change, tmp_path / "c.safetensors")
 
 
 # --- a folder ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_folder_is_the_edited_model(own, tmp_path):
-    own.guidance_scale = 3.5
-    own.held_out = frozenset({("dog", "noto")})
-    change = moving(own, *TEXT_SITES[:1], *UNET_SITES[:1])
-    found = overpaint.load(export.folder(own, change, tmp_path / "out"))
-    for site, weight in applied_weights(own, change).items():
-        assert torch.equal(find_weight(found, site).parameter, weight)
-    assert (found.guidance_scale, found.held_out) == (3.5, own.held_out)
+def test_the_folder_is_the_edited_model(copied, tmp_path):
+    copied.guidance_scale = 3.5
+    copied.held_out = frozenset({("dog", "noto")})
+    change = random_change(copied, *TEXT_SITES[:1], *UNET_SITES[:1])
+    actual = overpaint.load(export.folder(copied, change, tmp_path / "out"))
+    for site, weight in applied_weights(copied, change).items():
+        assert torch.equal(find_weight(actual, site).parameter, weight)
+    assert (actual.guidance_scale, actual.held_out) == (3.5, copied.held_out)
     assert json.loads((tmp_path / "out" / "overpaint.json").read_text())["guidance_scale"] == 3.5
 
 
-def test_a_folder_is_never_written_over(own, tmp_path):
+def test_files_have_the_permissions_of_the_umask(copied, tmp_path):
+    change = random_change(copied, TEXT_SITES[0])
+    before = os.umask(0o027)
+    try:
+        export.lora(change, tmp_path / "c.safetensors")
+        export.folder(copied, change, tmp_path / "out")
+    finally:
+        os.umask(before)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 8
+    assert {path.stat().st_mode & 0o777 for path in written} == {0o640}
+
+
+def test_an_existing_folder_is_not_replaced(copied, tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(FileExistsError, match="exists already: an export never .* a new folder"):
-        export.folder(own, moving(own, TEXT_SITES[0]), tmp_path / "out")
+    with pytest.raises(
+        FileExistsError, match="exists already: an export replaces nothing; name a new folder"
+    ):
+        export.folder(copied, random_change(copied, TEXT_SITES[0]), tmp_path / "out")
     assert [p.name for p in tmp_path.rglob("*")] == ["out"]
 
 
@@ -353,48 +371,52 @@ def test_a_folder_is_never_written_over(own, tmp_path):
 
 
 @pytest.mark.parametrize("write", [export.single_file, export.folder])
-def test_the_model_gets_its_bytes_back(own, tmp_path, write):
-    change = moving(own, *TEXT_SITES[:2])
-    write(own, change, tmp_path / "c.safetensors")
-    assert not change.is_applied(own)
-    assert [fingerprint(find_weight(own, m.site).parameter) for m in change.movements] == [
+def test_the_model_is_restored_bit_for_bit(copied, tmp_path, write):
+    change = random_change(copied, *TEXT_SITES[:2])
+    write(copied, change, tmp_path / "c.safetensors")
+    assert not change.is_applied(copied)
+    assert [fingerprint(find_weight(copied, m.site).parameter) for m in change.movements] == [
         m.base_hash for m in change.movements
     ]
 
 
-def test_a_change_that_is_applied_already_stays_so(own, tmp_path):
-    change = moving(own, *TEXT_SITES[:2])
-    fresh = export.single_file(own, change, tmp_path / "a.safetensors")
-    change.apply(own)
-    again = export.single_file(own, change, tmp_path / "b.safetensors")
-    assert change.is_applied(own)
+def test_a_change_that_is_applied_already_stays_applied(copied, tmp_path):
+    change = random_change(copied, *TEXT_SITES[:2])
+    fresh = export.single_file(copied, change, tmp_path / "a.safetensors")
+    change.apply(copied)
+    again = export.single_file(copied, change, tmp_path / "b.safetensors")
+    assert change.is_applied(copied)
     assert fresh.read_bytes() == again.read_bytes()
 
 
 @pytest.mark.parametrize("write", [export.single_file, export.folder])
-def test_a_model_that_is_not_in_memory_is_refused(own, tmp_path, write):
-    change = moving(own, TEXT_SITES[0])
-    own.vae.to("meta")
+def test_a_model_that_is_not_in_memory_is_refused(copied, tmp_path, write):
+    change = random_change(copied, TEXT_SITES[0])
+    copied.vae.to("meta")
     with pytest.raises(
-        UnsupportedModel, match=r"'encoder\.conv_in\.weight' of 'own' is not in memory .*: load the"
+        UnsupportedModel,
+        match=r"'encoder\.conv_in\.weight' of 'copied' is not in memory .*: load the",
     ):
-        write(own, change, tmp_path / "c.safetensors")
+        write(copied, change, tmp_path / "c.safetensors")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("write", [export.single_file, export.folder])
-def test_a_change_of_another_model_is_refused(own, tmp_path, write):
-    change = moving(own, TEXT_SITES[0])
+def test_a_change_of_another_model_is_refused(copied, tmp_path, write):
+    change = random_change(copied, TEXT_SITES[0])
     with torch.no_grad():
-        find_weight(own, TEXT_SITES[0]).parameter.mul_(2)
+        find_weight(copied, TEXT_SITES[0]).parameter.mul_(2)
     with pytest.raises(ValueError, match="wrong base hash"):
-        write(own, change, tmp_path / "c.safetensors")
+        write(copied, change, tmp_path / "c.safetensors")
     assert not list(tmp_path.iterdir())
 
 
-def test_files_end_in_safetensors_and_say_what_they_are(own, tmp_path):
-    change = edit.quickfix(own, PAIRS)
-    for write in (lambda p: export.lora(change, p), lambda p: export.single_file(own, change, p)):
+def test_files_end_in_safetensors_and_hold_their_format(copied, tmp_path):
+    change = edit.quickfix(copied, PAIRS)
+    for write in (
+        lambda p: export.lora(change, p),
+        lambda p: export.single_file(copied, change, p),
+    ):
         with pytest.raises(ValueError, match=r"not as 'c\.ckpt': end the name in '\.safetensors'"):
             write(tmp_path / "c.ckpt")
         with safe_open(write(tmp_path / "c.safetensors"), framework="pt") as file:
@@ -403,15 +425,17 @@ def test_files_end_in_safetensors_and_say_what_they_are(own, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["lora", "single_file", "folder"])
-def test_places_that_cannot_be_written_are_named(own, tmp_path, kind, monkeypatch):
-    change = edit.quickfix(own, PAIRS)
+def test_unwritable_places_are_named_and_no_draft_is_left(copied, tmp_path, kind, monkeypatch):
+    change = edit.quickfix(copied, PAIRS)
 
     def write(path):
         if kind == "lora":
             return export.lora(change, path)
-        return getattr(formats, kind)(own, change, path)
+        return getattr(formats, kind)(copied, change, path)
 
-    with pytest.raises(FileNotFoundError, match=r"cannot write the export .* exists and is yours"):
+    with pytest.raises(
+        FileNotFoundError, match=r"cannot write the export .* exists and that you can write to"
+    ):
         write(tmp_path / "missing" / "c.safetensors")
 
     def interrupted(*_):
@@ -433,25 +457,32 @@ def saved(tiny_sd1, tmp_path):
     return path
 
 
-def test_the_command_line_writes_what_the_functions_write(run, own, tiny_folder, saved, tmp_path):
+def test_the_command_line_writes_what_the_functions_write(
+    run, copied, tiny_folder, saved, tmp_path
+):
     change = Change.load(saved)
-    wanted = {
+    expected = {
         "lora": export.lora(change, tmp_path / "a.safetensors"),
-        "ldm": export.single_file(own, change, tmp_path / "b.safetensors"),
+        "ldm": export.single_file(copied, change, tmp_path / "b.safetensors"),
     }
-    for form, path in wanted.items():
+    for form, path in expected.items():
         out = tmp_path / f"{form}.safetensors"
-        code, told, _ = run("export", tiny_folder, saved, "--format", form, "--out", out, "--json")
+        code, output, _ = run(
+            "export", tiny_folder, saved, "--format", form, "--out", out, "--json"
+        )
         size = path.stat().st_size
-        assert (code, json.loads(told)) == (0, {"format": form, "written": str(out), "bytes": size})
+        assert (code, json.loads(output)) == (
+            0,
+            {"format": form, "written": str(out), "bytes": size},
+        )
         assert out.read_bytes() == path.read_bytes()
     assert (
         run("export", tiny_folder, saved, "--format", "folder", "--out", tmp_path / "folder")[0]
         == 0
     )
-    found = overpaint.load(tmp_path / "folder")
+    actual = overpaint.load(tmp_path / "folder")
     (site,) = change.sites
-    assert torch.equal(find_weight(found, site).parameter, applied_weights(own, change)[site])
+    assert torch.equal(find_weight(actual, site).parameter, applied_weights(copied, change)[site])
 
 
 def test_the_command_line_refuses_before_any_work(run, saved, tmp_path):
@@ -460,7 +491,7 @@ def test_the_command_line_refuses_before_any_work(run, saved, tmp_path):
         (("--format", "gguf", "--out", out), "unknown format 'gguf': choose lora, ldm or folder"),
         ((), "Missing option '--out'"),
     ):
-        code, told, error = run("export", "nonesuch", saved, *arguments)
-        assert (code, told) == (2, "") and message in error
+        code, output, error = run("export", "nonesuch", saved, *arguments)
+        assert (code, output) == (2, "") and message in error
     assert run("export", "icons", tmp_path / "no.safetensors", "--out", out)[0] == 2
     assert not out.exists()

@@ -1,4 +1,4 @@
-"""Fine-tuning on the tiny pipeline: it learns what it says, and nothing of the model is touched meanwhile."""
+"""Fine-tuning on the tiny pipelines: the loss falls, the model is not modified, and bad arguments are refused."""
 
 import copy
 import math
@@ -29,15 +29,15 @@ def test_the_old_concept_is_denoised_more_like_the_new_one(tiny_sd1):
     before = bytes_of(tiny_sd1)
     change = edit.finetune(tiny_sd1, GOGH, steps=8, lr=5e-4, **{**QUICK, "layers": None})
     assert bytes_of(tiny_sd1) == before
-    wanted, old = predicted(tiny_sd1, "painting"), predicted(tiny_sd1, "van gogh")
+    new, old = predicted(tiny_sd1, "painting"), predicted(tiny_sd1, "van gogh")
     with change.applied(tiny_sd1):
         now = predicted(tiny_sd1, "van gogh")
-    assert float((now - wanted).norm()) < 0.8 * float((old - wanted).norm())
+    assert float((now - new).norm()) < 0.8 * float((old - new).norm())
     assert change.report["loss_after"] < change.report["loss_before"]
 
 
 @pytest.mark.parametrize("name", ["tiny_sd1", "tiny_sd2", "tiny_xl"])
-def test_it_moves_the_weights_it_names_and_they_return(request, name):
+def test_only_the_named_weights_move_and_they_are_restored(request, name):
     model = request.getfixturevalue(name)
     change = edit.finetune(model, GOGH, steps=1, preserve=["a dog"], **QUICK)
     assert change.sites == tuple(f"unet.cross_attn.{i}.to_{kv}" for i in (0, 8) for kv in "kv")
@@ -60,7 +60,7 @@ def test_the_first_update_of_adam_and_of_diffgrad(tiny_sd1):
     assert len(ratio) > 100 and float(ratio.min()) > 0.499 and float(ratio.max()) < 0.51
 
 
-def test_the_seed_decides_and_the_factors_hold_all_of_it(tiny_sd1):
+def test_equal_seeds_give_equal_changes_of_full_rank(tiny_sd1):
     first, again, other = (
         edit.finetune(tiny_sd1, GOGH, steps=2, seed=seed, **QUICK) for seed in (3, 3, 4)
     )
@@ -72,23 +72,23 @@ def test_the_seed_decides_and_the_factors_hold_all_of_it(tiny_sd1):
         )
 
 
-def test_progress_is_told_and_sums_are_refused(tiny_sd1):
-    told = []
+def test_progress_is_reported_and_sums_are_refused(tiny_sd1):
+    progress = []
     change = edit.finetune(
-        tiny_sd1, GOGH, steps=2, on_progress=lambda *done: told.append(done), **QUICK
+        tiny_sd1, GOGH, steps=2, on_progress=lambda *call: progress.append(call), **QUICK
     )
-    assert told == [(1, 2), (2, 2)]
+    assert progress == [(1, 2, "fine-tuning"), (2, 2, "fine-tuning")]
     with pytest.raises(ValueError, match="only changes that were solved can be added"):
         change + change
     assert torch.equal((0.5 * change).movements[0].delta, change.movements[0].delta / 2)
 
 
-def test_training_that_diverges_is_stopped_and_leaves_no_trace(tiny_sd1):
-    own = TextToImage(copy.deepcopy(tiny_sd1.pipe), name="own")
-    before = bytes_of(own)
+def test_training_that_diverges_stops_and_the_model_is_not_modified(tiny_sd1):
+    model = TextToImage(copy.deepcopy(tiny_sd1.pipe), name="copied")
+    before = bytes_of(model)
     with pytest.raises(ValueError, match="training diverged at update .: lower `lr`"):
-        edit.finetune(own, GOGH, steps=5, lr=1e30, **QUICK)
-    assert bytes_of(own) == before
+        edit.finetune(model, GOGH, steps=5, lr=1e30, **QUICK)
+    assert bytes_of(model) == before
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import torch
 from overpaint import edit
 from overpaint.edit.weights import find_weight, fingerprint
 from overpaint.errors import UnknownSite
+from overpaint.model.sampling import Drawing
 from overpaint.model.sites import find_unet
 from overpaint.model.token_spans import find_span
 
@@ -18,7 +19,7 @@ def bytes_of(model):
 
 
 def features(model, concept):
-    """Features of the concept's last token in each frame, shape (4, D), by whole prompts."""
+    """Return the features of the concept's last token in each frame, shape (4, D), from whole prompts."""
     texts = [frame + concept for frame in FRAMES]
     rows = model.encode(texts)
     places = [find_span(model.tokenizer, text, concept).last for text in texts]
@@ -26,7 +27,7 @@ def features(model, concept):
 
 
 @pytest.mark.parametrize("name", ["tiny_sd1", "tiny_sd2"])
-def test_every_weight_is_that_of_the_papers_row_form(request, name):
+def test_every_weight_equals_the_papers_row_form(request, name):
     model = request.getfixturevalue(name)
     change = edit.loco(model, GOGH, ridge=0.1)
     x, y = features(model, "van gogh"), features(model, "painting")
@@ -37,7 +38,7 @@ def test_every_weight_is_that_of_the_papers_row_form(request, name):
         assert float((w + movement.delta - row.T).norm()) <= 1e-4 * float((row.T - w).norm())
 
 
-def test_the_middle_layers_move_and_return(tiny_sd1):
+def test_the_middle_layers_move_and_are_restored(tiny_sd1):
     before = bytes_of(tiny_sd1)
     change = edit.loco(tiny_sd1, GOGH)
     assert change.sites == tuple(f"unet.cross_attn.{i}.to_{kv}" for i in (8, 9) for kv in "kv")
@@ -51,28 +52,28 @@ def test_the_middle_layers_move_and_return(tiny_sd1):
     assert again.digest == change.digest
 
 
-def test_the_window_of_a_trace_says_which_layers(tiny_sd1):
+def test_the_layers_can_be_those_of_a_traced_window(tiny_sd1):
     from overpaint import trace
     from overpaint.probes import Probe
 
     probes = [Probe("one", "style", "a tree in van gogh style", "van gogh")]
-    effects = trace.swap(
-        tiny_sd1, probes, target="painting", steps=1, guidance_scale=1.0, minimum_gap=0.0,
-        score=lambda images, _: images.flatten(1).mean(1),
+    effects = trace.prompt_swap(
+        tiny_sd1, probes, target="painting", drawing=Drawing(steps=1, guidance_scale=1.0),
+        minimum_gap=0.0, scorer=lambda images, _: images.flatten(1).mean(1),
     )  # fmt: skip
-    picked = trace.pick_window(effects)
-    change = edit.loco(tiny_sd1, GOGH, layers=picked)
-    assert change.sites == tuple(f"{site.name}.to_{kv}" for site in picked for kv in "kv")
+    window = trace.pick_window(effects)
+    change = edit.loco(tiny_sd1, GOGH, layers=window)
+    assert change.sites == tuple(f"{site.name}.to_{kv}" for site in window for kv in "kv")
 
 
-def test_wider_windows_and_many_concepts(tiny_xl):
+def test_a_wider_window_and_two_concepts(tiny_xl):
     change = edit.loco(tiny_xl, {**GOGH, "snoopy": "dog"}, window=11, ridge=1e-6)
     assert len(change.movements) == 22
     assert change.movements[0].owners == (0,) * 4 + (1,) * 4
     assert change.report["residual_after"] < 1e-2 * change.report["residual_before"]
 
 
-def test_concepts_come_apart_and_together(tiny_sd1):
+def test_a_concept_can_be_removed_and_added(tiny_sd1):
     joint = edit.loco(tiny_sd1, {**GOGH, "snoopy": "dog"})
     alone = edit.loco(tiny_sd1, GOGH)
     for a, b in zip(joint.without("snoopy").movements, alone.movements, strict=True):
@@ -82,7 +83,7 @@ def test_concepts_come_apart_and_together(tiny_sd1):
         assert float((a.delta - b.delta).norm()) <= 1e-6 * float(b.delta.norm())
 
 
-def test_what_cannot_be_edited_is_refused(tiny_sd1):
+def test_bad_arguments_are_refused(tiny_sd1):
     with pytest.raises(ValueError, match="the new concept of the pair 'apple' → '' is empty"):
         edit.loco(tiny_sd1, {"apple": ""})
     with pytest.raises(ValueError, match="`window` must be from 1 to 16, .* got 17. 2 is usual"):

@@ -1,4 +1,4 @@
-"""TIME against the formula written out, and the alignment worked by hand."""
+"""TIME against its formula, and the alignment of words worked by hand."""
 
 import pytest
 import torch
@@ -22,14 +22,14 @@ def aligned(model, old, new, frame="", same=None):
 
 @pytest.mark.parametrize("name", ["tiny_sd1", "tiny_sd2"])
 def test_words_are_aligned_with_their_next_occurrence(request, name):
-    """Begin, a, apple, tree, end → begin, a, red, apple, tree, end: one further from "apple" on, the last repeated."""
+    """Positions from "apple" on are aligned one further, since "red" comes before it; the last one is repeated."""
     model = request.getfixturevalue(name)
     places = aligned(model, "a apple tree", "a red apple tree")
     assert places == [0, 1, *range(3, 77), 76]
     assert len(places) == 77
 
 
-def test_an_counts_as_a(tiny_sd1):
+def test_an_is_aligned_with_a(tiny_sd1):
     a, an = (tiny_sd1.tokenizer(w, add_special_tokens=False).input_ids[0] for w in ("a", "an"))
     strict = aligned(tiny_sd1, "an apple", "a red apple")
     assert strict[:4] == [0, 2, 3, 4]  # not contained: aligned from the last word
@@ -41,8 +41,8 @@ def test_an_counts_as_a(tiny_sd1):
     assert torch.allclose(loose.movements[0].residuals[1], w @ (source - key), atol=1e-5)
 
 
-def test_concepts_not_contained_are_aligned_from_their_last_word(tiny_sd1):
-    """Begin, a, photo, of, van, gogh, end → ..., of, painting, end: both names read the one new word."""
+def test_concepts_that_are_not_contained_are_aligned_from_their_last_word(tiny_sd1):
+    """In "a photo of van gogh" → "a photo of painting" both words of the name are aligned with the one new word."""
     places = aligned(tiny_sd1, "van gogh", "painting", "a photo of ")
     assert places[:8] == [0, 1, 2, 3, 4, 4, 5, 6] and places[-1] == 75
     wider = aligned(tiny_sd1, "cat", "van gogh", "a photo of ")
@@ -50,7 +50,7 @@ def test_concepts_not_contained_are_aligned_from_their_last_word(tiny_sd1):
 
 
 @pytest.mark.parametrize("matrices", [("v",), ("k", "v")])
-def test_every_weight_is_that_of_the_formula(tiny_sd2, matrices):
+def test_every_weight_equals_the_formula(tiny_sd2, matrices):
     change = edit.time(tiny_sd2, APPLE, ridge=0.1, frames=("", "a photo of "), matrices=matrices)
     assert len(change.movements) == 16 * len(matrices)
     k, s = [], []
@@ -62,12 +62,12 @@ def test_every_weight_is_that_of_the_formula(tiny_sd2, matrices):
     for movement in change.movements:
         w = find_weight(tiny_sd2, movement.site).parameter.detach().double()
         system = 0.1 * torch.eye(64, dtype=torch.float64) + k @ k.T
-        wanted = torch.linalg.solve(system, 0.1 * w + (w @ s) @ k.T, left=False) - w
-        assert float((movement.delta - wanted).norm()) <= 2e-3 * float(wanted.norm())
+        expected = torch.linalg.solve(system, 0.1 * w + (w @ s) @ k.T, left=False) - w
+        assert float((movement.delta - expected).norm()) <= 2e-3 * float(expected.norm())
 
 
 @pytest.mark.parametrize("name", ["tiny_sd1", "tiny_xl"])
-def test_the_values_of_all_layers_move_and_return(request, name):
+def test_the_value_projections_of_all_layers_move_and_are_restored(request, name):
     model = request.getfixturevalue(name)
     before = bytes_of(model)
     change = edit.time(model, APPLE)
@@ -80,7 +80,7 @@ def test_the_values_of_all_layers_move_and_return(request, name):
     assert bytes_of(model) == before
 
 
-def test_what_cannot_be_edited_is_refused(tiny_sd1):
+def test_bad_arguments_are_refused(tiny_sd1):
     with pytest.raises(ValueError, match="the new concept .* is empty: name it in words"):
         edit.time(tiny_sd1, {"apple": ""})
     with pytest.raises(ValueError, match="moves 'k', 'v' or both"):

@@ -1,4 +1,4 @@
-"""Token rows: what is moved there and what is not, that no other prompt moves, files, stacks and bad input."""
+"""Token rows: which rows move, that no other prompt moves, files, stacks and bad input."""
 
 import copy
 
@@ -18,34 +18,34 @@ SITE = "text.token_embedding"
 
 
 @pytest.fixture(scope="module")
-def change(tiny_double):
-    return edit.auto(tiny_double, DOG, **SMALL)
+def change(tiny_shallow):
+    return edit.auto(tiny_shallow, DOG, **SMALL)
 
 
-def number(model, word):
+def token_id(model, word):
     (token,) = model.tokenizer(word, add_special_tokens=False).input_ids
     return token
 
 
-def test_a_word_of_its_own_gets_the_row_of_its_replacement(tiny_double, change):
+def test_an_exclusive_word_gets_the_row_of_its_replacement(tiny_shallow, change):
     assert change.sites == (SITE,)
     assert change.report["tokens"] == {"dog": ["dog</w>"]}
-    before = find_weight(tiny_double, SITE).parameter.detach().clone()
-    dog, cat = number(tiny_double, "dog"), number(tiny_double, "cat")
-    with change.applied(tiny_double):
-        after = find_weight(tiny_double, SITE).parameter.detach()
+    before = find_weight(tiny_shallow, SITE).parameter.detach().clone()
+    dog, cat = token_id(tiny_shallow, "dog"), token_id(tiny_shallow, "cat")
+    with change.applied(tiny_shallow):
+        after = find_weight(tiny_shallow, SITE).parameter.detach()
         assert torch.equal(after[dog], before[cat])
         rest = torch.arange(len(before)) != dog
         assert torch.equal(after[rest], before[rest])
-    assert torch.equal(find_weight(tiny_double, SITE).parameter, before)
+    assert torch.equal(find_weight(tiny_shallow, SITE).parameter, before)
 
 
-def test_the_prompt_reads_as_the_other_one_and_no_third_one_moves(tiny_double, change):
+def test_the_prompt_reads_as_the_other_one_and_no_third_one_moves(tiny_shallow, change):
     others = ["", "a red bird", "van gogh, snoopy"]
-    asked, still = tiny_double.encode(["a cat on the beach"]), tiny_double.encode(others)
-    with change.applied(tiny_double):
-        assert torch.allclose(tiny_double.encode(["a dog on the beach"]), asked, atol=1e-9)
-        assert torch.equal(tiny_double.encode(others), still)
+    target, still = tiny_shallow.encode(["a cat on the beach"]), tiny_shallow.encode(others)
+    with change.applied(tiny_shallow):
+        assert torch.allclose(tiny_shallow.encode(["a dog on the beach"]), target, atol=1e-9)
+        assert torch.equal(tiny_shallow.encode(others), still)
 
 
 @pytest.mark.parametrize(
@@ -58,10 +58,10 @@ def test_the_prompt_reads_as_the_other_one_and_no_third_one_moves(tiny_double, c
         (DOG, {"tokens": False}, "said so"),
     ],
 )
-def test_what_shares_a_token_is_edited_in_the_layer(tiny_double, pairs, options, why):
-    found = edit.auto(tiny_double, pairs, **{**SMALL, "repair": False, **options})
-    assert found.sites == ("text.0.self_attn.out_proj",), why
-    assert "tokens" not in found.report
+def test_concepts_with_shared_tokens_are_edited_in_the_layer(tiny_shallow, pairs, options, why):
+    edited = edit.auto(tiny_shallow, pairs, **{**SMALL, "repair": False, **options})
+    assert edited.sites == ("text.0.self_attn.out_proj",), why
+    assert "tokens" not in edited.report
 
 
 @pytest.mark.parametrize(
@@ -78,42 +78,42 @@ def test_what_shares_a_token_is_edited_in_the_layer(tiny_double, pairs, options,
         ({"red dog": "cat", "bird": "fish"}, {}, {"red dog": ["red</w>", "dog</w>"], "bird": ["bird</w>"]}),
     ],
 )  # fmt: skip
-def test_tokens_of_a_concepts_own_move_and_the_layer_does_the_rest(
-    tiny_double, pairs, options, moved
+def test_exclusive_tokens_move_and_the_layer_is_edited_for_the_others(
+    tiny_shallow, pairs, options, moved
 ):
-    found = edit.auto(tiny_double, pairs, **{**SMALL, "repair": False, **options})
-    assert found.report["tokens"] == moved
+    edited = edit.auto(tiny_shallow, pairs, **{**SMALL, "repair": False, **options})
+    assert edited.report["tokens"] == moved
     shared = [old for old in pairs if len(moved[old]) < len(old.split())]
-    assert found.report["in_layer"] == shared
-    assert found.sites == (*["text.0.self_attn.out_proj"][: len(shared)], SITE)
+    assert edited.report["in_layer"] == shared
+    assert edited.sites == (*["text.0.self_attn.out_proj"][: len(shared)], SITE)
 
 
-def test_the_layer_is_fitted_to_what_the_moved_rows_leave(tiny_double):
-    found = edit.auto(tiny_double, {"van gogh": "painting"}, **{**SMALL, "repair": False})
+def test_the_layer_is_fitted_with_the_replaced_rows_as_its_input(tiny_shallow):
+    edited = edit.auto(tiny_shallow, {"van gogh": "painting"}, **{**SMALL, "repair": False})
     rows = token_rows.movement(
-        tiny_double, token_rows.own(tiny_double, {"van gogh": "painting"}, SMALL["vocabulary"])["van gogh"].rows
+        tiny_shallow, token_rows.exclusive_rows(tiny_shallow, {"van gogh": "painting"}, SMALL["vocabulary"])["van gogh"].rows
     )  # fmt: skip
-    before = find_weight(tiny_double, SITE).parameter.detach().clone()
-    with Change((rows,), {"pairs": {}}, {}).applied(tiny_double):
+    before = find_weight(tiny_shallow, SITE).parameter.detach().clone()
+    with Change((rows,), {"pairs": {}}, {}).applied(tiny_shallow):
         alone = edit.auto(
-            tiny_double, {"van gogh": "painting"}, tokens=False, repair=False, **SMALL
+            tiny_shallow, {"van gogh": "painting"}, tokens=False, repair=False, **SMALL
         )
-    assert torch.equal(found.movements[0].keys, alone.movements[0].keys)
-    assert torch.equal(found.movements[0].delta, alone.movements[0].delta)
-    unmoved = edit.auto(tiny_double, {"van gogh": "painting"}, tokens=False, repair=False, **SMALL)
-    assert not torch.equal(found.movements[0].keys, unmoved.movements[0].keys)
-    assert torch.equal(find_weight(tiny_double, SITE).parameter, before)
+    assert torch.equal(edited.movements[0].keys, alone.movements[0].keys)
+    assert torch.equal(edited.movements[0].delta, alone.movements[0].delta)
+    unmoved = edit.auto(tiny_shallow, {"van gogh": "painting"}, tokens=False, repair=False, **SMALL)
+    assert not torch.equal(edited.movements[0].keys, unmoved.movements[0].keys)
+    assert torch.equal(find_weight(tiny_shallow, SITE).parameter, before)
 
 
-def test_a_model_that_shares_the_weights_reads_what_it_did_meanwhile(tiny_double):
+def test_a_model_that_shares_the_weights_is_not_affected_during_the_edit(tiny_shallow):
     from overpaint.studio.model_copy import copy_model
 
-    twin, asked, seen = copy_model(tiny_double), ["a van gogh", "a gogh"], []
-    before, weight = tiny_double.encode(asked), find_weight(twin, SITE).parameter
+    twin, texts, seen = copy_model(tiny_shallow), ["a van gogh", "a gogh"], []
+    before, weight = tiny_shallow.encode(texts), find_weight(twin, SITE).parameter
     edit.auto(
         twin, {"van gogh": "painting"}, **{**SMALL, "repair": False},
         on_progress=lambda done, total, what: seen.append(
-            (tiny_double.encode(asked), twin.encode(asked))
+            (tiny_shallow.encode(texts), twin.encode(texts))
         ),
     )  # fmt: skip
     assert all(torch.equal(theirs, before) for theirs, _ in seen)
@@ -128,71 +128,73 @@ def test_a_model_that_shares_the_weights_reads_what_it_did_meanwhile(tiny_double
     assert find_weight(twin, SITE).parameter is weight
 
 
-def test_an_offloaded_model_reads_the_rows_too(tiny_double):
-    mine, options = copy.deepcopy(tiny_double), {**SMALL, "repair": False}
+def test_rows_are_replaced_in_an_offloaded_model_too(tiny_shallow):
+    mine, options = copy.deepcopy(tiny_shallow), {**SMALL, "repair": False}
     accelerate.cpu_offload(mine.text_encoder, execution_device=torch.device("cpu"))
-    made, wanted = (edit.auto(m, {"van gogh": "painting"}, **options) for m in (mine, tiny_double))
-    assert made.digest == wanted.digest
+    offloaded, plain = (
+        edit.auto(m, {"van gogh": "painting"}, **options) for m in (mine, tiny_shallow)
+    )
+    assert offloaded.digest == plain.digest
     assert mine.text_encoder.get_input_embeddings().weight.device.type == "meta"
 
 
-def test_a_replacement_that_is_edited_itself_keeps_a_concept_in_the_layer(tiny_double):
-    assert token_rows.own(tiny_double, {"dog": "cat", "cat": "fish"}, []) == {}
+def test_a_concept_whose_replacement_is_edited_has_no_exclusive_rows(tiny_shallow):
+    assert token_rows.exclusive_rows(tiny_shallow, {"dog": "cat", "cat": "fish"}, []) == {}
 
 
 @pytest.fixture(scope="module")
-def mixed(tiny_double):
-    return edit.auto(tiny_double, {"dog": "cat", "van gogh": "painting"}, **SMALL)
+def mixed(tiny_shallow):
+    return edit.auto(tiny_shallow, {"dog": "cat", "van gogh": "painting"}, **SMALL)
 
 
-def test_both_kinds_together_own_their_concepts(tiny_double, mixed):
+def test_rows_and_layer_are_edited_together_and_restored(tiny_shallow, mixed):
     assert mixed.sites == ("text.0.self_attn.out_proj", "text.0.mlp.fc2", SITE)
     assert set(mixed.movements[0].owners) == {1}  # van gogh is the second pair
     assert mixed.report["tokens"] == {"dog": ["dog</w>"], "van gogh": ["gogh</w>"]}
     assert mixed.report["in_layer"] == ["van gogh"]
-    before = {s: find_weight(tiny_double, s).parameter.detach().clone() for s in mixed.sites}
-    with mixed.applied(tiny_double):
+    before = {s: find_weight(tiny_shallow, s).parameter.detach().clone() for s in mixed.sites}
+    with mixed.applied(tiny_shallow):
         assert not any(
-            torch.equal(find_weight(tiny_double, s).parameter, w) for s, w in before.items()
+            torch.equal(find_weight(tiny_shallow, s).parameter, w) for s, w in before.items()
         )
-    assert all(torch.equal(find_weight(tiny_double, s).parameter, w) for s, w in before.items())
+    assert all(torch.equal(find_weight(tiny_shallow, s).parameter, w) for s, w in before.items())
 
 
-def test_a_file_holds_the_rows_that_move_only(tiny_double, mixed, change, tmp_path):
-    for name, made in (("one", change), ("both", mixed)):
+def test_a_file_holds_only_the_rows_that_move(tiny_shallow, mixed, change, tmp_path):
+    for name, written in (("one", change), ("both", mixed)):
         path = tmp_path / f"{name}.safetensors"
-        made.save(path)
-        found = Change.load(path)
-        assert found.digest == made.digest
-        assert torch.equal(found.movements[-1].left, made.movements[-1].left)
+        written.save(path)
+        edited = Change.load(path)
+        assert edited.digest == written.digest
+        assert torch.equal(edited.movements[-1].left, written.movements[-1].left)
     assert (tmp_path / "one.safetensors").stat().st_size < 8_000
 
 
-def test_stacks_are_made_anew_and_taken_apart(tiny_double, change, mixed, tmp_path):
-    other = edit.auto(tiny_double, {"van gogh": "painting"}, **SMALL)
-    both = stack(tiny_double, [other, change])
-    assert both.digest == stack(tiny_double, [change, other]).digest
+def test_stacks_are_solved_again_and_concepts_are_removed(tiny_shallow, change, mixed, tmp_path):
+    other = edit.auto(tiny_shallow, {"van gogh": "painting"}, **SMALL)
+    both = stack(tiny_shallow, [other, change])
+    assert both.digest == stack(tiny_shallow, [change, other]).digest
     assert set(both.sites) == set(mixed.sites)
-    assert stack(tiny_double, [both], without=["van gogh"]).sites == (SITE,)
+    assert stack(tiny_shallow, [both], without=["van gogh"]).sites == (SITE,)
     with pytest.raises(ValueError, match="add it with `edit.stack"):
         change + other
     mixed.save(tmp_path / "c.safetensors")
-    small = edit.complete(tiny_double, Change.load(tmp_path / "c.safetensors")).compact(rank=4)
+    small = edit.complete(tiny_shallow, Change.load(tmp_path / "c.safetensors")).compact(rank=4)
     assert small.movements[-1].left.shape == mixed.movements[-1].left.shape
     assert small.movements[0].left.shape[1] == 4
 
 
-def test_a_dial_moves_the_rows_part_of_the_way(tiny_double, change):
+def test_half_a_change_moves_the_rows_half_of_the_way(tiny_shallow, change):
     half = change * 0.5
-    before = find_weight(tiny_double, SITE).parameter.detach().clone()
-    dog, cat = number(tiny_double, "dog"), number(tiny_double, "cat")
-    with half.applied(tiny_double):
-        after = find_weight(tiny_double, SITE).parameter.detach()[dog].clone()
+    before = find_weight(tiny_shallow, SITE).parameter.detach().clone()
+    dog, cat = token_id(tiny_shallow, "dog"), token_id(tiny_shallow, "cat")
+    with half.applied(tiny_shallow):
+        after = find_weight(tiny_shallow, SITE).parameter.detach()[dog].clone()
     assert torch.allclose(after, (before[dog] + before[cat]) / 2, atol=1e-7)
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [
         ([[5.0, 3.0]], "not those of a matrix"),
         ([[-1.0, 3.0]], "not those of a matrix"),
@@ -201,23 +203,23 @@ def test_a_dial_moves_the_rows_part_of_the_way(tiny_double, change):
         ([[1.0]], "not those of a matrix"),
     ],
 )
-def test_rows_that_are_none_are_refused(tiny_double, tmp_path, rows, said):
+def test_row_numbers_outside_the_matrix_are_refused(tiny_shallow, tmp_path, rows, message):
     from overpaint.edit import storage
 
-    made = edit.swap_embedding(tiny_double, {"dog": "cat", "red": "blue"})
-    tensors, record = storage.pack(made, gram=False)
+    written = edit.swap_embedding(tiny_shallow, {"dog": "cat", "red": "blue"})
+    tensors, record = storage.pack(written, gram=False)
     tensors["0.rows"] = torch.tensor(rows, dtype=torch.float64)
     storage.write(tmp_path / "c.safetensors", tensors, record)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         Change.load(tmp_path / "c.safetensors")
 
 
-def test_a_matrix_of_no_sane_size_is_refused_before_it_is_made(tiny_double, tmp_path):
+def test_a_matrix_that_is_too_large_is_refused_before_it_is_allocated(tiny_shallow, tmp_path):
     from overpaint.edit import storage
 
-    made = edit.swap_embedding(tiny_double, {"dog": "cat"})
+    written = edit.swap_embedding(tiny_shallow, {"dog": "cat"})
     for part in ("residuals", "combinations"):
-        tensors, record = storage.pack(made, gram=False)
+        tensors, record = storage.pack(written, gram=False)
         del tensors["0.residuals"]
         tensors[f"0.{part}"] = torch.zeros(0, 2**27 if part == "residuals" else 1)
         storage.write(tmp_path / "c.safetensors", tensors, record)
@@ -226,33 +228,33 @@ def test_a_matrix_of_no_sane_size_is_refused_before_it_is_made(tiny_double, tmp_
 
 
 @pytest.mark.parametrize("concept", ["<|endoftext|>", "cat, dog", "o'ma", "!", "—", "à la carte"])
-def test_marks_bytes_and_ends_of_text_are_no_words_of_a_concept(tiny_double, concept):
-    assert token_rows.own(tiny_double, {concept: "bird"}, []) == {}
-    assert token_rows.own(tiny_double, {"bird": concept}, []) == {}
+def test_punctuation_bytes_and_end_of_text_are_not_exclusive_rows(tiny_shallow, concept):
+    assert token_rows.exclusive_rows(tiny_shallow, {concept: "bird"}, []) == {}
+    assert token_rows.exclusive_rows(tiny_shallow, {"bird": concept}, []) == {}
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "said"),
+    ("options", "error", "message"),
     [
         ({"ridge": -1.0}, ValueError, "`ridge` must be"),
         ({"layer": 99}, UnknownSite, "99"),
     ],
 )
-def test_what_the_layer_would_refuse_is_refused_for_rows_too(tiny_double, options, error, said):
-    with pytest.raises(error, match=said):
-        edit.auto(tiny_double, DOG, **SMALL, **options)
+def test_bad_layer_settings_are_refused_where_only_rows_move(tiny_shallow, options, error, message):
+    with pytest.raises(error, match=message):
+        edit.auto(tiny_shallow, DOG, **SMALL, **options)
 
 
-def test_what_is_made_of_the_concept_is_named(tiny_double):
-    found = edit.auto(tiny_double, DOG, **{**SMALL, "vocabulary": ["dog logo", "monet"]})
-    assert found.report["carried"] == ["dog logo"]
+def test_known_concepts_that_hold_a_replaced_token_are_named(tiny_shallow):
+    edited = edit.auto(tiny_shallow, DOG, **{**SMALL, "vocabulary": ["dog logo", "monet"]})
+    assert edited.report["carried"] == ["dog logo"]
 
 
-def test_rows_stack_with_a_layer_that_was_chosen(tiny_double, change):
+def test_rows_can_be_stacked_with_the_edit_of_another_layer(tiny_shallow, change):
     few = {**SMALL, "contexts": 32, "repair": False}
-    rows = edit.auto(tiny_double, DOG, **few, layer="auto")
-    other = edit.auto(tiny_double, {"van gogh": "painting"}, **few, layer=3)
-    assert set(stack(tiny_double, [rows, other]).sites) == {"text.3.self_attn.out_proj", SITE}
+    rows = edit.auto(tiny_shallow, DOG, **few, layer="auto")
+    other = edit.auto(tiny_shallow, {"van gogh": "painting"}, **few, layer=3)
+    assert set(stack(tiny_shallow, [rows, other]).sites) == {"text.3.self_attn.out_proj", SITE}
 
 
 def test_the_edited_words_of_a_report_are_named_without_word_ends(tiny_sd1):

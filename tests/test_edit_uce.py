@@ -1,4 +1,4 @@
-"""UCE against the paper's formula written out, on the tiny pipelines; and what all edits of cross-attention share."""
+"""UCE against the paper's formula, on the tiny pipelines, and the parts that all edits of cross-attention share."""
 
 import copy
 import math
@@ -8,8 +8,8 @@ import torch
 
 from overpaint import edit
 from overpaint.edit.least_squares import factorise, solve
-from overpaint.edit.methods.cross_attention import projections, read, spot
-from overpaint.edit.methods.uce import ARTISTS, OBJECTS
+from overpaint.edit.methods.cross_attention import last_tokens, projection_sites, read_features
+from overpaint.edit.methods.uce import ARTISTS, OBJECTS, Search
 from overpaint.edit.weights import find_weight, fingerprint
 from overpaint.errors import UnknownSite, UnsupportedModel
 from overpaint.model import TextToImage
@@ -37,7 +37,7 @@ def exact(model, site):
 
 
 def last_token(model, text):
-    """Features of `text` at its last word, by the whole padded prompt and the attention mask (their code's way)."""
+    """Return the features of `text` at its last word, found by the attention mask as in the authors' code."""
     mask = model.tokenizer(text, padding="max_length", truncation=True).attention_mask
     return model.encode([text])[0, sum(mask) - 2].double()
 
@@ -47,28 +47,28 @@ def close(a, b, *, to):
 
 
 @pytest.fixture
-def own(tiny_sd1):
-    """A copy of the model that a test may spoil."""
-    return TextToImage(copy.deepcopy(tiny_sd1.pipe), name="own")
+def copied(tiny_sd1):
+    """Return a copy of the model that a test may change."""
+    return TextToImage(copy.deepcopy(tiny_sd1.pipe), name="copied")
 
 
-@pytest.mark.parametrize("kept", [(), ("monet", "a dog")])
-def test_every_weight_is_that_of_the_papers_formula(tiny_sd2, kept):
-    change = edit.uce(tiny_sd2, MONET, preserve=kept, preserve_weight=0.7, ridge=0.5)
+@pytest.mark.parametrize("preserve", [(), ("monet", "a dog")])
+def test_every_weight_equals_the_papers_formula(tiny_sd2, preserve):
+    change = edit.uce(tiny_sd2, MONET, preserve=preserve, preserve_weight=0.7, ridge=0.5)
     olds = [f + old for old in MONET for f in OBJECTS]
     news = [(f + new).strip() for new in MONET.values() for f in OBJECTS]
     c, g = (torch.stack([last_token(tiny_sd2, t) for t in texts], 1) for texts in (olds, news))
-    p = torch.stack([last_token(tiny_sd2, t) for t in kept], 1) if kept else c[:, :0]
+    p = torch.stack([last_token(tiny_sd2, t) for t in preserve], 1) if preserve else c[:, :0]
     assert len(change.movements) == 32
     for movement in change.movements:
         w = exact(tiny_sd2, movement.site)
         numerator = 0.5 * w + (w @ g) @ c.T + 0.7 * (w @ p) @ p.T
         system = 0.5 * torch.eye(64, dtype=torch.float64) + c @ c.T + 0.7 * p @ p.T
-        wanted = torch.linalg.solve(system, numerator, left=False)
-        assert close(movement.delta, wanted - w, to=1e-5)
+        expected = torch.linalg.solve(system, numerator, left=False)
+        assert close(movement.delta, expected - w, to=1e-5)
 
 
-def test_without_preserve_it_is_the_shared_solver(tiny_sd1):
+def test_without_preserve_the_change_equals_the_shared_solver(tiny_sd1):
     change = edit.uce(tiny_sd1, {"van gogh": "painting"}, frames=("",))
     for movement in change.movements[:4]:
         w = exact(tiny_sd1, movement.site)
@@ -78,7 +78,7 @@ def test_without_preserve_it_is_the_shared_solver(tiny_sd1):
 
 
 @pytest.mark.parametrize("name", ["tiny_sd1", "tiny_sd2", "tiny_xl"])
-def test_it_moves_the_weights_it_names_and_they_return(request, name):
+def test_only_the_named_weights_move_and_they_are_restored(request, name):
     model = request.getfixturevalue(name)
     before, hooks = bytes_of(model), hooks_of(model)
     change = edit.uce(model, MONET, preserve=["monet", ""])
@@ -95,24 +95,24 @@ def test_it_moves_the_weights_it_names_and_they_return(request, name):
     assert bytes_of(model) == before
 
 
-def test_only_the_layers_asked_for_move(tiny_sd1):
+def test_only_the_given_layers_move(tiny_sd1):
     layers = (3, "unet.cross_attn.1", get(tiny_sd1, "unet.cross_attn.3"))
     change = edit.uce(tiny_sd1, MONET, layers=layers)
     assert change.sites == tuple(f"unet.cross_attn.{i}.to_{kv}" for i in (1, 3) for kv in "kv")
 
 
-def test_the_edited_layers_read_the_old_concept_as_the_new_one(own):
-    change = edit.uce(own, {"van gogh": "painting"}, ridge=1e-6)
+def test_the_edited_layers_map_the_old_concept_to_the_targets_of_the_new_one(copied):
+    change = edit.uce(copied, {"van gogh": "painting"}, ridge=1e-6)
     site = "unet.cross_attn.5.to_v"
-    wanted = exact(own, site) @ last_token(own, "photo of painting")
-    before = exact(own, site) @ last_token(own, "photo of van gogh")
-    change.apply(own)
-    after = exact(own, site) @ last_token(own, "photo of van gogh")
-    assert close(after, wanted, to=1e-3) and not close(before, wanted, to=0.3)
+    target = exact(copied, site) @ last_token(copied, "photo of painting")
+    before = exact(copied, site) @ last_token(copied, "photo of van gogh")
+    change.apply(copied)
+    after = exact(copied, site) @ last_token(copied, "photo of van gogh")
+    assert close(after, target, to=1e-3) and not close(before, target, to=0.3)
     assert change.report["residual_after"] < 1e-3 < change.report["residual_before"]
 
 
-def test_preserving_keeps_more_as_its_weight_grows(tiny_sd1):
+def test_preserved_prompts_drift_less_as_the_preserve_weight_grows(tiny_sd1):
     drifts = [
         edit.uce(tiny_sd1, MONET, preserve=["monet", "a dog"], preserve_weight=a).report["preserve_drift"]
         for a in (0.01, 1.0, 100.0)
@@ -126,7 +126,7 @@ def test_preserving_keeps_more_as_its_weight_grows(tiny_sd1):
     )
 
 
-def test_two_changes_add_up_to_the_joint_one(tiny_sd1):
+def test_the_sum_of_two_changes_is_their_joint_solution(tiny_sd1):
     first, second = ({old: new} for old, new in MONET.items())
     options = {"preserve": ["monet"], "layers": [0, 7]}
     joint = edit.uce(tiny_sd1, MONET, **options)
@@ -138,18 +138,20 @@ def test_two_changes_add_up_to_the_joint_one(tiny_sd1):
     assert all(close(left[m.site], m.delta, to=1e-6) for m in apart[0].movements)
 
 
-def test_the_empty_guide_is_begin_of_text_or_the_frames_last_word(tiny_sd1):
-    assert spot(tiny_sd1, "") == ("", 0)
-    assert spot(tiny_sd1, "", "painting by ") == ("painting by", spot(tiny_sd1, "painting by")[1])
-    assert spot(tiny_sd1, "van gogh", "{} on a tree") == ("van gogh on a tree", 2)
+def test_an_empty_concept_is_begin_of_text_or_the_last_token_of_the_frame(tiny_sd1):
+    concepts = [("", ""), ("", "painting by "), ("painting by", ""), ("van gogh", "{} on a tree")]
+    empty, framed, named, before = last_tokens(tiny_sd1, concepts)
+    assert empty == ("", 0)
+    assert framed == ("painting by", named[1])
+    assert before == ("van gogh on a tree", 2)
     assert ARTISTS[0] == OBJECTS[0] == "" and len(ARTISTS) == len(OBJECTS) == 6
 
 
 @pytest.mark.parametrize("name", ["tiny_sd1", "tiny_sd2", "tiny_xl"])
-def test_reading_short_gives_what_reading_whole_gives(request, name):
+def test_features_of_a_shorter_reading_equal_those_of_the_whole(request, name):
     model = request.getfixturevalue(name)
     texts = ["van gogh", "", "a photo of a dog"]
-    short, whole = read(model, texts, length=8), read(model, texts)
+    short, whole = read_features(model, texts, length=8), read_features(model, texts)
     packed = model.encode(texts)
     rows = packed[:, :-1] if name == "tiny_xl" else packed
     for i, text in enumerate(texts):
@@ -159,18 +161,18 @@ def test_reading_short_gives_what_reading_whole_gives(request, name):
     assert bool((whole[""] == 0).all()) == (name == "tiny_xl")
 
 
-def test_half_precision_is_solved_in_double_and_returns(own):
-    own.pipe.to(torch.float16)
-    before = bytes_of(own)
-    change = edit.uce(own, MONET)
-    change.apply(own)
-    assert find_weight(own, change.sites[0]).parameter.dtype == torch.float16
-    change.revert(own)
-    assert bytes_of(own) == before
+def test_weights_in_half_precision_are_restored(copied):
+    copied.pipe.to(torch.float16)
+    before = bytes_of(copied)
+    change = edit.uce(copied, MONET)
+    change.apply(copied)
+    assert find_weight(copied, change.sites[0]).parameter.dtype == torch.float16
+    change.revert(copied)
+    assert bytes_of(copied) == before
 
 
-def test_a_biased_model_is_brought_into_balance(tiny_sd1):
-    """`classify` reads how far the concept moved towards each attribute: with no movement it sees 88 % red."""
+def test_debias_balances_a_biased_model(tiny_sd1):
+    """`classify` measures the movement of the concept towards each attribute; without movement it returns 88 % red."""
     site, texts = "unet.cross_attn.2.to_k", ["a house", "red", "blue"]
     c, red, blue = (last_token(tiny_sd1, text) for text in texts)
     still = exact(tiny_sd1, site) @ c
@@ -186,7 +188,12 @@ def test_a_biased_model_is_brought_into_balance(tiny_sd1):
 
     before = bytes_of(tiny_sd1)
     half = {"red": 0.5, "blue": 0.5}
-    change = edit.debias(tiny_sd1, "a house", half, classify=classify, rounds=20, rate=0.4)
+    progress = []
+    change = edit.debias(
+        tiny_sd1, "a house", half, classify=classify, search=Search(rounds=20, rate=0.4),
+        on_progress=lambda *call: progress.append(call),
+    )  # fmt: skip
+    assert progress == [(i + 1, 20, "balancing attributes") for i in range(len(seen))]
     assert seen[0] == pytest.approx(1 / (1 + math.exp(-2)))
     assert abs(seen[-1] - 0.5) <= 0.05 < abs(seen[-2] - 0.5)
     assert change.report["off"] <= 0.05 and len(change.report["rounds"]) == len(seen)
@@ -195,26 +202,28 @@ def test_a_biased_model_is_brought_into_balance(tiny_sd1):
         assert classify(model)["red"] == seen[-2]
 
 
-def test_a_balanced_model_is_left_alone(tiny_sd1):
+def test_debias_does_not_move_a_balanced_model(tiny_sd1):
     shares = {"red": 0.5, "blue": 0.5}
     change = edit.debias(tiny_sd1, "a house", shares, classify=lambda _: shares)
     assert all(not m.delta.any() for m in change.movements) and change.report["off"] == 0
 
 
-@pytest.mark.parametrize("found", [{"red": 0.5}, {"red": 3, "blue": 1}])
-def test_a_classifier_that_counts_something_else_is_refused(own, found):
-    before = bytes_of(own)
+@pytest.mark.parametrize("counts", [{"red": 0.5}, {"red": 3, "blue": 1}])
+def test_a_classifier_with_other_attributes_or_counts_is_refused(copied, counts):
+    before = bytes_of(copied)
     with pytest.raises(ValueError, match=r"`classify` returned .*'blue', from 0 to 1. Divide"):
-        edit.debias(own, "a house", {"red": 0.5, "blue": 0.5}, classify=lambda _: found)
-    assert bytes_of(own) == before
+        edit.debias(copied, "a house", {"red": 0.5, "blue": 0.5}, classify=lambda _: counts)
+    assert bytes_of(copied) == before
 
 
 @pytest.mark.parametrize("shares", [{}, {"red": 0.7, "blue": 0.7}, {"red": -0.1}, {" ": 0.5}])
-def test_shares_that_cannot_be_are_refused(tiny_sd1, shares):
+def test_shares_and_rounds_out_of_range_are_refused(tiny_sd1, shares):
     with pytest.raises(ValueError, match="`shares` must give attributes their shares.*For two"):
         edit.debias(tiny_sd1, "a house", shares, classify=lambda _: {})
     with pytest.raises(ValueError, match="`rate` and `rounds` must be positive .*Leave them out"):
-        edit.debias(tiny_sd1, "a house", {"red": 0.5}, classify=lambda _: {}, rounds=0)
+        edit.debias(
+            tiny_sd1, "a house", {"red": 0.5}, classify=lambda _: {}, search=Search(rounds=0)
+        )
 
 
 @pytest.mark.parametrize(
@@ -225,18 +234,22 @@ def test_shares_that_cannot_be_are_refused(tiny_sd1, shares):
         ({"Van  Gogh": "van gogh"}, {}, "'Van  Gogh' equals its target: name another"),
         ({"van gogh " * 40: "cat"}, {}, "cut off by the limit of 77 tokens"),
         ({"apple": "cat", "Apple": "dog"}, {}, "contradictory pairs: .*two targets. Keep one"),
-        ({"apple": "cat"}, {"preserve": ["apple"]}, "preserved prompt 'apple' is .* take it off"),
+        (
+            {"apple": "cat"},
+            {"preserve": ["apple"]},
+            "preserved prompt 'apple' has the same key as .* take it off",
+        ),
         ({"apple": "cat"}, {"frames": ()}, "`frames` is empty: give at least one caption"),
         ({"apple": "cat"}, {"ridge": 0.0}, "`ridge` must be positive and finite"),
         ({"apple": "cat"}, {"preserve_weight": -1.0}, "`preserve_weight` must be 0 or more"),
         ({"apple": "cat"}, {"layers": []}, "at least one layer, got none: leave"),
     ],
 )
-def test_what_cannot_be_edited_is_refused(own, pairs, options, message):
-    before = bytes_of(own)
+def test_bad_arguments_are_refused_and_the_model_is_not_changed(copied, pairs, options, message):
+    before = bytes_of(copied)
     with pytest.raises(ValueError, match=message):
-        edit.uce(own, pairs, **options)
-    assert bytes_of(own) == before
+        edit.uce(copied, pairs, **options)
+    assert bytes_of(copied) == before
 
 
 def test_texts_in_place_of_lists_are_refused(tiny_sd1):
@@ -245,35 +258,39 @@ def test_texts_in_place_of_lists_are_refused(tiny_sd1):
             edit.uce(tiny_sd1, MONET, **options)
 
 
-def test_layers_that_are_not_there_are_refused(tiny_sd1):
+def test_unknown_layers_and_matrices_are_refused(tiny_sd1):
     with pytest.raises(UnknownSite, match="unknown layer 16: .*cross_attn 0 to 15. Name one"):
         edit.uce(tiny_sd1, MONET, layers=[16])
     with pytest.raises(UnknownSite, match="'unet.self_attn.1' is no cross-attention layer: give"):
         edit.uce(tiny_sd1, MONET, layers=["unet.self_attn.1"])
     with pytest.raises(ValueError, match="moves 'k', 'v' or both.* got 'q': leave"):
-        projections(tiny_sd1, None, ("q",))
+        projection_sites(tiny_sd1, None, ("q",))
 
 
-def test_weights_that_cannot_be_solved_are_refused(own):
-    damaged = find_weight(own, "unet.cross_attn.4.to_v").parameter
+def test_a_nan_weight_and_a_transformed_input_are_refused(copied):
+    damaged = find_weight(copied, "unet.cross_attn.4.to_v").parameter
     with torch.no_grad():
         damaged[0, 0] = math.nan
     with pytest.raises(ValueError, match="cross_attn.4.to_v holds NaN or infinity: load an und"):
-        edit.uce(own, MONET)
-    block = get(own, "unet.cross_attn.4").module(own)
+        edit.uce(copied, MONET)
+    block = get(copied, "unet.cross_attn.4").module(copied)
     block.to_v = torch.nn.Linear(32, damaged.shape[0], bias=False)
-    with pytest.raises(UnsupportedModel, match="reads 32 numbers a token, the text features have"):
-        edit.uce(own, MONET)
+    with pytest.raises(
+        UnsupportedModel, match="reads 32 numbers a token, but the text features have"
+    ):
+        edit.uce(copied, MONET)
 
 
-def test_weights_share_what_they_have_in_common(own):
-    """All of them read the same keys: one right factor and one factorisation serve, also when solved again."""
-    change = edit.uce(own, {"dog": "cat", "monet": "painting"}, preserve=["a bird"], frames=("",))
+def test_weights_share_keys_and_right_factor(copied):
+    """All weights read the same keys, so they share one right factor, also when they are solved again."""
+    change = edit.uce(
+        copied, {"dog": "cat", "monet": "painting"}, preserve=["a bird"], frames=("",)
+    )
     assert change.report["rank"] == 2
     for made in (
         change,
         change.without("dog"),
-        change + edit.uce(own, {"apple": "tree"}, preserve=["a bird"], frames=("",)),
+        change + edit.uce(copied, {"apple": "tree"}, preserve=["a bird"], frames=("",)),
     ):
         assert len({m.keys.data_ptr() for m in made.movements}) == 1
         assert len({m.right.data_ptr() for m in made.movements}) == 1

@@ -1,4 +1,4 @@
-"""Export a change: a LoRA, a single LDM file or a diffusers folder, with a model card."""
+"""Export a change: as a LoRA, a single LDM file, or a diffusers folder with a model card."""
 
 from overpaint.edit.export.formats import folder, lora, single_file
 

@@ -1,17 +1,15 @@
-"""Take an edit elsewhere: as a LoRA, as one LDM checkpoint, or as a diffusers folder.
+"""Export an edited model: as a LoRA, as one LDM checkpoint, or as a diffusers folder.
 
-A LoRA adds a product of two factors to a weight, and so does a change: nothing is fitted or lost. The other two hold
-the whole model in its edited state. Everything is written beside its place and then renamed; the model that is exported
-gets its bytes back.
+A LoRA adds a product of two factors to a weight, and so does a change: nothing is fitted or lost. The other two formats
+hold the whole model in its edited state. Every export is written as a draft and renamed when it is complete; the
+weights of the model are restored afterwards.
 """
 
 import errno
-import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -20,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
+from overpaint import files
 from overpaint.edit.change import Change
 from overpaint.edit.export import ldm, model_card
 from overpaint.edit.least_squares import compress
@@ -38,20 +37,20 @@ def lora(change: Change, path: str | Path, *, model: TextToImage | None = None) 
     """Write `change` as a LoRA that `pipe.load_lora_weights(path)` of plain diffusers reads.
 
     Loaded at scale 1 (and fused) it gives the weights that `change.apply` gives, to rounding in float32. All factors of
-    one part of the pipeline are filled up with zeros to one rank, since releases of diffusers differ in how they scale
-    a file of several.
+    one part of the pipeline are padded with zeros to one rank, since releases of diffusers differ in how they scale a
+    file with several ranks.
 
     Args:
-        change: Of a text encoder's self-attention or MLP, or of the UNet's cross-attention.
+        change: A change of a text encoder's self-attention or MLP, or of the UNet's cross-attention.
         path: Must end in `.safetensors`.
-        model: Any model of the layout that the change was made for; only to find the UNet's layers, so that a change
-            of text encoders alone does without.
+        model: Any model of the layout that the change was made for. It is used to find the UNet's layers; a change of
+            text encoders alone does not need it.
 
     Returns:
         `path`.
 
     Raises:
-        ValueError: A LoRA cannot hold the change, `model` is missing or `path` ends otherwise.
+        ValueError: A LoRA cannot hold the change, `model` is missing, or `path` has another ending.
         OSError: The place cannot be written.
     """
     target = _safetensors(path)
@@ -69,11 +68,12 @@ def lora(change: Change, path: str | Path, *, model: TextToImage | None = None) 
 def single_file(model: TextToImage, change: Change, path: str | Path) -> Path:
     """Write the edited model as one checkpoint with LDM's names, as web UIs and `from_single_file` read it.
 
-    The file holds weights only: neither tokenizer nor scheduler, nor whether the model predicts noise or velocity.
+    The file holds weights only: no tokenizer, no scheduler, and no record of whether the model predicts noise or
+    velocity.
 
     Args:
-        model: Of Stable Diffusion 1's layout; unedited, or with `change` applied last.
-        change: Made for `model`.
+        model: A model of Stable Diffusion 1's layout; unedited, or with `change` applied last.
+        change: A change made for `model`.
         path: Must end in `.safetensors`.
 
     Returns:
@@ -81,7 +81,7 @@ def single_file(model: TextToImage, change: Change, path: str | Path) -> Path:
 
     Raises:
         UnsupportedModel: The model has another layout, or is not in memory.
-        ValueError: The change was made for another model, or `path` ends otherwise.
+        ValueError: The change was made for another model, or `path` has another ending.
         OSError: The place cannot be written.
     """
     target = _safetensors(path)
@@ -94,15 +94,15 @@ def folder(model: TextToImage, change: Change, path: str | Path) -> Path:
     """Write the edited model as a diffusers folder, which `overpaint.load` and `from_pretrained` read, with its card.
 
     Args:
-        model: Unedited, or with `change` applied last.
-        change: Made for `model`.
+        model: The model, unedited or with `change` applied last.
+        change: A change made for `model`.
         path: A folder that does not exist yet.
 
     Returns:
         `path`.
 
     Raises:
-        FileExistsError: There is something at `path`.
+        FileExistsError: `path` exists.
         UnsupportedModel: The model is not in memory.
         ValueError: The change was made for another model.
         OSError: The place cannot be written.
@@ -110,54 +110,54 @@ def folder(model: TextToImage, change: Change, path: str | Path) -> Path:
     target = Path(path)
     if target.exists():
         raise FileExistsError(
-            f"{str(target)!r} exists already: an export never writes over anything; name a new folder."
+            f"{str(target)!r} exists already: an export replaces nothing; name a new folder."
         )
     _check_memory(model)
     settings = {"guidance_scale": model.guidance_scale, "held_out": sorted(model.held_out)}
-    with _edited(model, change), _beside(target) as draft:
+    with _edited(model, change), _draft(target) as draft:
         model.pipe.save_pretrained(draft, safe_serialization=True)
-        (draft / "overpaint.json").write_text(json.dumps(settings))
-        model_card.write(draft, change, model=model.name)
+        (draft / "overpaint.json").write_text(files.to_json(settings), encoding="utf-8")
+        model_card.save(draft, change, model=model.name)
     return target
 
 
 def _module(site: str, model: TextToImage | None) -> str:
-    """Return the dotted path in a diffusers pipeline of the Linear at `site`."""
-    if found := _TEXT.fullmatch(site):
-        part = "text_encoder_2" if found[1] else "text_encoder"
-        # with the prefix that transformers 5 dropped: old and new diffusers read it
-        return f"{part}.text_model.encoder.layers.{found[2]}.{found[3]}"
-    found = _UNET.fullmatch(site)
-    if found is None:
+    """Return the dotted path of the Linear at `site` in a diffusers pipeline."""
+    if text := _TEXT.fullmatch(site):
+        part = "text_encoder_2" if text[1] else "text_encoder"
+        # With the prefix `text_model`, which transformers 5 dropped: old and new diffusers read it.
+        return f"{part}.text_model.encoder.layers.{text[2]}.{text[3]}"
+    unet = _UNET.fullmatch(site)
+    if unet is None:
         raise ValueError(
-            f"a LoRA of diffusers cannot hold {site}, it reaches projections only: export a folder or a single file, "
-            "or make the change with `tokens=False`."
+            f"a LoRA of diffusers cannot hold {site}, only projections: export a folder or a single file, or make the "
+            "change with `tokens=False`."
         )
     if model is None:
         raise ValueError(
-            f"to find {site} by its name in diffusers a model of that layout is needed: pass `model`."
+            f"a model is needed to find the name of {site} in diffusers: pass `model`."
         )
     layers = [s.path for s in find_unet(model.unet) if s.kind == "cross_attn"]
-    if int(found[1]) >= len(layers):
+    if int(unet[1]) >= len(layers):
         raise ValueError(
             f"{model.name!r} has no {site}, its UNet has {len(layers)} cross-attentions: pass the model that the "
             "change was made for."
         )
-    name = "to_out.0" if found[2] == "to_out" else found[2]
-    return f"unet.{layers[int(found[1])]}.{name}"
+    name = "to_out.0" if unet[2] == "to_out" else unet[2]
+    return f"unet.{layers[int(unet[1])]}.{name}"
 
 
 def _factors(movement: Movement) -> tuple[Tensor, Tensor]:
-    """Return up (D_out, R) and down (R, D_in) in float32, of least rank and equally large; R is at least 1."""
+    """Return up (D_out, R) and down (R, D_in), float32, of least rank and equal column norms; R is at least 1."""
     left, right = compress(movement.left.double(), movement.right.double())
-    if left.shape[1] == 0:  # it moves nothing, and a LoRA of rank 0 cannot be read
+    if left.shape[1] == 0:  # no movement; diffusers cannot read a LoRA of rank 0
         left, right = left.new_zeros(len(left), 1), right.new_zeros(1, right.shape[1])
     size = left.norm(dim=0).clamp(min=1e-300).sqrt()
     return (left / size).float(), (right * size[:, None]).float()
 
 
 def _edited(model: TextToImage, change: Change) -> AbstractContextManager[object]:
-    """Have `change` applied for the while; where it is already, leave it so."""
+    """Return a context manager in which `change` is applied; a change that is applied already stays applied."""
     return nullcontext() if change.is_applied(model) else change.applied(model)
 
 
@@ -181,26 +181,25 @@ def _safetensors(path: str | Path) -> Path:
 
 
 def _save(tensors: dict[str, Tensor], target: Path) -> Path:
-    with _beside(target) as draft, torch.no_grad():
+    with _draft(target) as draft, torch.no_grad():
         save_file({name: t.contiguous() for name, t in tensors.items()}, draft, {"format": "pt"})
     return target
 
 
 @contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """Give a place beside `target` to write to, which takes the place of `target` if all went well."""
-    draft = target.with_name(f".{target.name}.{os.getpid()}.part")
+def _draft(target: Path) -> Iterator[Path]:
+    """Yield the path of a draft that becomes `target` if the block succeeds; see `files.atomic`.
+
+    Raises:
+        OSError: The draft cannot be written; the message says where.
+    """
     try:
         if not target.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-        yield draft
-        os.replace(draft, target)
+        with files.atomic(target) as draft:
+            yield draft
     except (OSError, SafetensorError) as error:
         code = getattr(error, "errno", None) or errno.EIO
         reason = getattr(error, "strerror", None) or str(error)
-        advice = "name a place in a folder that exists and is yours"
+        advice = "name a place in a folder that exists and that you can write to"
         raise OSError(code, f"cannot write the export ({reason}): {advice}", str(target)) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-        with suppress(OSError):
-            draft.unlink()

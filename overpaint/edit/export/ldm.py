@@ -1,7 +1,7 @@
-"""The names of Stable Diffusion 1's weights in one LDM (CompVis) checkpoint, from those of diffusers.
+"""Convert weight names of diffusers to those of an LDM (CompVis) checkpoint of Stable Diffusion 1.
 
-Names are worked out from the blocks that a model has, not looked up in a table of SD-1.4's, so that a smaller model of
-the same layout works too.
+Names are derived from the blocks of the model, not from a table of SD-1.4's names, so a smaller model of the same
+layout works too.
 
 Source: the module tree of CompVis/latent-diffusion (`openaimodel.py`, `model.py`), Rombach et al., 2022,
 https://arxiv.org/abs/2112.10752.
@@ -17,7 +17,7 @@ from overpaint.model import TextToImage
 
 __all__ = ["state"]
 
-Place = tuple[str, str]  # where a module stands in diffusers, and in LDM
+Name = tuple[str, str]  # path of a module in diffusers, and in LDM
 
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 _TEXT = "cond_stage_model.transformer.text_model."
@@ -48,7 +48,7 @@ def state(model: TextToImage) -> dict[str, Tensor]:
     config = model.unet.config
     if len(model.text_encoders) > 1 or config.use_linear_projection:
         raise UnsupportedModel(
-            f"{model.name!r} is not of Stable Diffusion 1's layout, whose single files alone are written: export a "
+            f"{model.name!r} is not of Stable Diffusion 1's layout, the only one that can be a single file: export a "
             "folder instead."
         )
     text = model.text_encoder.state_dict()
@@ -61,33 +61,36 @@ def state(model: TextToImage) -> dict[str, Tensor]:
 
 def _vae_state(vae: Any) -> dict[str, Tensor]:
     """Return the weights of the VAE; its attention's projections are 1x1 convolutions in LDM."""
-    found = _renamed(vae.state_dict(), dict(_vae(vae)), _VAE_BLOCK, _VAE)
+    weights = _renamed(vae.state_dict(), dict(_vae(vae)), _VAE_BLOCK, _VAE)
     return {
         name: tensor[:, :, None, None] if ".attn_1." in name and tensor.ndim == 2 else tensor
-        for name, tensor in found.items()
+        for name, tensor in weights.items()
     }
 
 
 def _renamed(
-    tensors: Mapping[str, Tensor], places: Mapping[str, str], inside: Mapping[str, str], prefix: str
+    tensors: Mapping[str, Tensor],
+    modules: Mapping[str, str],
+    inside: Mapping[str, str],
+    prefix: str,
 ) -> dict[str, Tensor]:
-    """Return `tensors` renamed: the module by `places`, the first name inside it by `inside`."""
-    found: dict[str, Tensor] = {}
+    """Return `tensors` renamed: the module by `modules`, the first name inside it by `inside`."""
+    renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        place = next((old for old in places if name.startswith(f"{old}.")), None)
-        if place is None:
+        module = next((old for old in modules if name.startswith(f"{old}.")), None)
+        if module is None:
             raise UnsupportedModel(
                 f"the weight {name!r} has no name in Stable Diffusion 1's single file: export a folder instead."
             )
-        head, *rest = name.removeprefix(f"{place}.").split(".")
+        head, *rest = name.removeprefix(f"{module}.").split(".")
         if head == "to_out":  # a list of a projection and dropout in diffusers
             rest = rest[1:]
-        found[".".join([prefix + places[place], inside.get(head, head), *rest])] = tensor
-    return found
+        renamed[".".join([prefix + modules[module], inside.get(head, head), *rest])] = tensor
+    return renamed
 
 
-def _unet(unet: Any) -> Iterator[Place]:
-    """Yield the places of the UNet: LDM numbers what a skip connection leaves from, or comes to, in one row."""
+def _unet(unet: Any) -> Iterator[Name]:
+    """Yield the names of the UNet's modules: LDM numbers all blocks with a skip connection consecutively."""
     yield "conv_in", "input_blocks.0.0"
     yield "time_embedding.linear_1", "time_embed.0"
     yield "time_embedding.linear_2", "time_embed.2"
@@ -114,14 +117,14 @@ def _unet(unet: Any) -> Iterator[Place]:
     yield "conv_out", "out.2"
 
 
-def _layer(block: Any, path: str, j: int, place: str) -> Iterator[Place]:
+def _layer(block: Any, path: str, j: int, place: str) -> Iterator[Name]:
     yield f"{path}.resnets.{j}", f"{place}.0"
     if hasattr(block, "attentions"):
         yield f"{path}.attentions.{j}", f"{place}.1"
 
 
-def _vae(vae: Any) -> Iterator[Place]:
-    """Yield the places of the VAE; LDM numbers the decoder's blocks by their size, smallest last."""
+def _vae(vae: Any) -> Iterator[Name]:
+    """Yield the names of the VAE's modules; LDM numbers the decoder's blocks from the last one to the first."""
     for name in ("quant_conv", "post_quant_conv"):
         yield name, name
     sides = (

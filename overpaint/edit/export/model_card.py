@@ -1,21 +1,21 @@
-"""The model card of an edited model: `README.md` as the Hugging Face hub reads it, with its YAML head.
+"""Model card of an edited model: `README.md` with a YAML head, as the Hugging Face hub reads it.
 
-It says what was changed, by which method and settings, what to expect and what not, how to load it and how to check
-it. All of it is read off the change; what a judge saw is added by `overpaint report --card`. Texts of a user, as the
-names of concepts, are shown and never read as Markdown or HTML.
+The card lists the changed weights, the method and its settings, the expected effects and limits, and how to load the
+model. All of it comes from the change; `overpaint report --card` adds a section with the scores of pictures. Texts of
+users, such as names of concepts, are escaped so that they are shown and not interpreted as Markdown or HTML.
 """
 
 import html
-import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from overpaint import files
 from overpaint.edit.change import Change
 
-__all__ = ["NAME", "plain", "text", "write"]
+__all__ = ["NAME", "plain", "save", "text"]
 
 NAME = "README.md"
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
@@ -32,35 +32,31 @@ _SETTINGS = (
 )  # fmt: skip
 
 
-def write(folder: str | Path, change: Change, *, model: str) -> Path:
-    """Write the card into `folder`, beside and then renamed, and return its path.
+def save(folder: str | Path, change: Change, *, model: str) -> Path:
+    """Write the card into `folder` and return its path.
 
     Args:
-        folder: Of the edited model.
-        change: What was applied.
+        folder: Folder of the edited model.
+        change: The applied change.
         model: Name, folder or hub id of the model that it was applied to.
 
     Raises:
         OSError: The folder cannot be written.
     """
-    path = Path(folder) / NAME
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text(change, model=model), encoding="utf-8")
-    os.replace(beside, path)
-    return path
+    return files.write_text(Path(folder) / NAME, text(change, model=model))
 
 
 def text(change: Change, *, model: str) -> str:
-    """Return the card.
+    """Return the text of the card.
 
     Args:
-        change: What was applied.
+        change: The applied change.
         model: Name, folder or hub id of the model that it was applied to.
     """
     from huggingface_hub import ModelCardData
 
     hub = _HUB.fullmatch(model) is not None and not Path(model).exists()
-    base = model if hub else Path(model).name  # no folder of the owner's on a card that goes public
+    base = model if hub else Path(model).name  # a card may be published, so it holds no local path
     head = ModelCardData(
         base_model=base if hub else None,
         library_name="diffusers",
@@ -82,15 +78,15 @@ def text(change: Change, *, model: str) -> str:
 
 
 def plain(words: object) -> str:
-    """Return a text on one line that Markdown and HTML show as it is."""
+    """Return `words` on one line, escaped so that Markdown and HTML show them unchanged."""
     line = html.escape(" ".join(str(words).split()), quote=False)
     return re.sub(r"([\\`*_{}\[\]|#!~$])", r"\\\1", line)
 
 
 def _title(change: Change, base: str) -> str:
     pairs = [f"{plain(old)} → {plain(new or '(nothing)')}" for old, new in change.pairs.items()]
-    said = "; ".join(pairs[:3]) + (f" and {len(pairs) - 3} more" if len(pairs) > 3 else "")
-    return f"{plain(base)}, edited: {said}" if said else f"{plain(base)}, edited"
+    listed = "; ".join(pairs[:3]) + (f" and {len(pairs) - 3} more" if len(pairs) > 3 else "")
+    return f"{plain(base)}, edited: {listed}" if listed else f"{plain(base)}, edited"
 
 
 def _lead(change: Change, base: str) -> str:
@@ -106,8 +102,8 @@ def _method(protocol: Mapping[str, Any]) -> str:
     name = str(protocol.get("method", "an edit"))
     if name not in _SOURCES:
         return plain(name)
-    said, link = _SOURCES[name]
-    return f"[{said}]({link})"
+    label, link = _SOURCES[name]
+    return f"[{label}]({link})"
 
 
 def _changed(change: Change) -> str:
@@ -126,33 +122,33 @@ def _changed(change: Change) -> str:
 
 
 def _expected(report: Mapping[str, Any]) -> str:
-    """Return what the solve foretold, from text alone."""
+    """Return the effects that the solve computed from text alone."""
     rows: list[str] = []
     if (missed := report.get("missed")) is not None:
-        rows.append(f"{100 * (1 - missed):.0f} % of the movement that was asked for is reached.")
+        rows.append(f"{100 * (1 - missed):.0f} % of the target movement is reached.")
     if (drift := report.get("empty_prompt_drift")) is not None:
         rows.append(
             f"The empty prompt, which guidance reads for every picture, moves by {100 * drift:.1f} %."
         )
     if endangered := [_name(row) for row in report.get("endangered") or []]:
-        rows.append(f"Looked after, as they were in danger: {_listed(endangered)}.")
+        rows.append(f"Preserved, since they would have changed: {_listed(endangered)}.")
     if lost := [_name(row) for row in report.get("not_kept") or []]:
-        rows.append(f"**Not kept**, expect these to change too: {_listed(lost)}.")
+        rows.append(f"**Not preserved**, expect these to change too: {_listed(lost)}.")
     if not rows:
         rows.append(
             "The edit reports nothing about other concepts: look at pictures before you use it."
         )
-    foot = "These figures are told from text alone, before any picture was drawn."
+    foot = "These figures are computed from text alone, before any picture was drawn."
     return "\n".join(["## What to expect", "", *(f"- {row}" for row in rows), "", foot])
 
 
 def _limits() -> str:
     return """## What it is not
 
-- It is no guard against those who try: a concept that is no longer drawn for its name may come back for another
-  wording, a picture prompt or an adversarial prompt.
-- Whether pictures changed as wanted was not looked at for this card, unless a section *What a judge saw* says so.
-- The unedited model cannot be had back from these weights: keep it, and the change file.
+- It is no protection against deliberate attempts: a concept that is no longer drawn for its name may be drawn for
+  another wording, a picture prompt or an adversarial prompt.
+- Pictures were not evaluated for this card, unless it has a section *Evaluation*.
+- The unedited model cannot be restored from these weights: keep it, and the change file.
 - The terms of the base model apply."""
 
 
@@ -168,12 +164,12 @@ pipe("a prompt").images[0].save("picture.png")
 
 
 def _made(change: Change, base: str) -> str:
-    kept = [(k, change.protocol[k]) for k in _SETTINGS if change.protocol.get(k) is not None]
-    said = ", ".join(f"{k} {v}" for k, v in kept if isinstance(v, str | int | float))
+    settings = [(k, change.protocol[k]) for k in _SETTINGS if change.protocol.get(k) is not None]
+    listed = ", ".join(f"{k} {v}" for k, v in settings if isinstance(v, str | int | float))
     rows = [
         ("Base model", plain(base)),
         ("Method", plain(change.protocol.get("method", "–"))),
-        *([("Settings", plain(said))] if said else []),
+        *([("Settings", plain(listed))] if listed else []),
         ("Change (SHA-256)", f"`{change.digest}`"),
         ("Made with", f"overpaint {version('overpaint')}"),
     ]
