@@ -1,7 +1,7 @@
 """A public CLIP as a scorer: the cosine of picture and prompt, for pictures of any size.
 
-It is what the paper scores with. A cosine says less than a judge's probability and has another scale, so thresholds of
-the two do not compare.
+Papers on causal tracing of text-to-image models use this score. It is less specific than the probability of a judge and
+has another scale, so thresholds for one do not apply to the other.
 
 Source: Hessel et al., 2021 (CLIPScore), https://arxiv.org/abs/2104.08718, without its factor 2.5 and its cut at 0;
 Radford et al., 2021, https://arxiv.org/abs/2103.00020, for how pictures are prepared.
@@ -19,30 +19,32 @@ __all__ = ["Clip"]
 
 
 class Clip:
-    """A CLIP model from a folder or the hub; `score` is the scorer.
+    """A CLIP model from a folder or the hub; its method `score` is the scorer.
 
-    Its weights are frozen; of pictures that carry a gradient the scores carry it on.
+    Its weights are frozen. Scores and features are differentiable with respect to the pictures.
 
     Attributes:
-        name: Where it was loaded from.
+        name: Folder or hub id that it was loaded from.
     """
 
     def __init__(self, source: str | Path, *, device: str | torch.device = "cpu") -> None:
-        """Load it; a hub id may reach the network.
+        """Load the model and its tokenizer; a hub id may reach the network.
 
         Raises:
-            ValueError: There is no CLIP in safetensors.
+            ValueError: There is no CLIP in safetensors format.
         """
         from transformers import CLIPModel, CLIPTokenizer
         from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
         self.name = str(source)
         try:
-            build: Any = CLIPModel  # its own types leave out the loading info
+            build: Any = CLIPModel  # its type hints lack the loading info
             model, about = build.from_pretrained(
                 source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
             )
-            if about["missing_keys"]:  # of another architecture, or damaged: they would be random
+            if about[
+                "missing_keys"
+            ]:  # of another architecture, or damaged: these weights would be random
                 raise ValueError(f"it lacks {min(about['missing_keys'])}")
             self._tokenizer: Any = CLIPTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
@@ -61,11 +63,11 @@ class Clip:
         """Return the cosine of each picture with its probe's prompt, shape (N,), on the CPU.
 
         Args:
-            images: RGB in [0, 1], shape (N, 3, H, W); made as small as the model reads them, bicubic.
-            probes: One for each picture.
+            images: RGB in [0, 1], shape (N, 3, H, W); resized to the input size of the model, bicubic.
+            probes: One probe for each picture.
         """
-        pictures = self.image_features(images)
-        return F.cosine_similarity(pictures, self.text_features([p.prompt for p in probes]))
+        features = self.image_features(images)
+        return F.cosine_similarity(features, self.text_features([p.prompt for p in probes]))
 
     def image_features(self, images: Tensor) -> Tensor:
         """Return the unit features of `images` (B, 3, H, W) in [0, 1], on the CPU, shape (B, D)."""
@@ -73,9 +75,11 @@ class Clip:
         return F.normalize(self._clip.visual_projection(pooled), dim=1).cpu()
 
     def layers(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return what each layer of the image tower makes of `images`, on the CPU, each of shape (B, P, D)."""
-        seen = self._clip.vision_model(pixel_values=self._pixels(images), output_hidden_states=True)
-        return tuple(layer.cpu() for layer in seen.hidden_states[1:])
+        """Return the output of each layer of the image tower for `images`, on the CPU, each of shape (B, P, D)."""
+        output = self._clip.vision_model(
+            pixel_values=self._pixels(images), output_hidden_states=True
+        )
+        return tuple(layer.cpu() for layer in output.hidden_states[1:])
 
     def _pixels(self, images: Tensor) -> Tensor:
         side = int(self._clip.config.vision_config.image_size)

@@ -20,14 +20,14 @@ __all__ = ["Judge", "load"]
 
 
 class Judge:
-    """A CLIP with heads: labels of a picture, CLIP scores, features.
+    """A CLIP with classification heads: labels of pictures, CLIP scores and features.
 
-    Its weights are frozen; of pictures that carry a gradient, probabilities, features and scores carry it on.
+    Its weights are frozen. Probabilities, features and scores are differentiable with respect to the pictures.
 
     Attributes:
-        name: Where it was loaded from.
-        labels: What each head can say, by kind: `object`, `style`, `color`.
-        card: Figures, sources and licences, as its card states them.
+        name: Name or folder that it was loaded from.
+        labels: Labels of each head, by kind: `object`, `style`, `color`.
+        card: Figures, sources and licences of `card.json`.
     """
 
     def __init__(self, folder: Path, *, name: str, device: str | torch.device = "cpu") -> None:
@@ -57,7 +57,7 @@ class Judge:
 
     @property
     def size(self) -> int:
-        """Side of the pictures it reads, in pixels."""
+        """Side of the square pictures that it reads, in pixels."""
         return int(self._clip.config.vision_config.image_size)
 
     def classify(self, images: Tensor, kind: str) -> Tensor:
@@ -71,7 +71,7 @@ class Judge:
             Probabilities, float32 on the CPU, shape (B, K); rows add up to 1.
 
         Raises:
-            ValueError: The judge has no head of this kind.
+            ValueError: The judge has no head for this kind.
         """
         if kind not in self.labels:
             raise ValueError(
@@ -81,7 +81,7 @@ class Judge:
         return F.linear(self._embed(images), weight, bias).softmax(1).cpu()
 
     def predict(self, images: Tensor, kind: str) -> list[str]:
-        """Return the likeliest of `labels[kind]` for each of `images`, (B, 3, 64, 64) in [0, 1]."""
+        """Return the most probable of `labels[kind]` for each of `images`, (B, 3, 64, 64) in [0, 1]."""
         return [self.labels[kind][i] for i in self.classify(images, kind).argmax(1)]
 
     def image_features(self, images: Tensor) -> Tensor:
@@ -89,10 +89,10 @@ class Judge:
         return F.normalize(self._embed(images), dim=1).cpu()
 
     def layers(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return what each layer of the image tower makes of `images`, (B, 3, 64, 64) in [0, 1]; each (B, P, D)."""
+        """Return the output of each layer of the image tower, (B, P, D), for `images` (B, 3, 64, 64) in [0, 1]."""
         pixels = images.to(self._device, torch.float32) * 2 - 1
-        seen = self._clip.vision_model(pixel_values=pixels, output_hidden_states=True)
-        return tuple(layer.cpu() for layer in seen.hidden_states[1:])
+        output = self._clip.vision_model(pixel_values=pixels, output_hidden_states=True)
+        return tuple(layer.cpu() for layer in output.hidden_states[1:])
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
@@ -108,14 +108,14 @@ class Judge:
         return (self.image_features(images) * self.text_features(prompts)).sum(1)
 
     def score(self, images: Tensor, probes: Sequence[Scorable]) -> Tensor:
-        """Return how strongly each image shows its probe's concept.
+        """Return the score of each image for the concept of its probe.
 
-        The probability of the concept under the head of the probe's kind; where no head knows the concept, the raw
-        cosine of image and prompt.
+        It is the probability of the concept under the head of the probe's kind; if no head has a label for the concept,
+        it is the raw cosine of image and prompt.
 
         Args:
             images: RGB in [0, 1], shape (N, 3, 64, 64).
-            probes: One for each image.
+            probes: One probe for each image.
 
         Returns:
             Scores, shape (N,).
@@ -141,10 +141,10 @@ class Judge:
 
 
 def load(source: str | Path = "icons-judge", *, device: str | torch.device = "cpu") -> Judge:
-    """Load a judge by zoo name or from a folder; the judge takes pictures of 64x64 pixels.
+    """Load a judge by zoo name or from a folder; `icons-judge` reads pictures of 64x64 pixels.
 
     Raises:
-        ValueError: No such judge, or the folder holds something else.
+        ValueError: There is no such judge, or the folder holds no judge.
     """
     folder = zoo.folder(str(source)) if str(source) in zoo.names() else Path(source)
     if not folder.is_dir():
@@ -153,7 +153,7 @@ def load(source: str | Path = "icons-judge", *, device: str | torch.device = "cp
 
 
 def _label(probe: Scorable, kind: str, names: Sequence[str]) -> str | None:
-    """Return the head's label for what the probe names, if the head is asked and knows it."""
+    """Return the label of the head `kind` for the probe's concept; `None` if it has none."""
     if probe.kind != kind and not (
         kind == "object" and probe.kind in ("action", "fact", "trademark")
     ):

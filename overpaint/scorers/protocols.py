@@ -5,7 +5,15 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-__all__ = ["Classifier", "Draws", "FeatureScorer", "Scorable", "Scorer", "check_size", "scorer_name"]
+__all__ = [
+    "Classifier",
+    "Draws",
+    "FeatureScorer",
+    "Scorable",
+    "Scorer",
+    "check_size",
+    "scorer_name",
+]
 
 Scorer = Callable[[Tensor, Sequence[Any]], Tensor]
 """Called with images (N, 3, H, W) in [0, 1] and one probe for each; returns scores, shape (N,)."""

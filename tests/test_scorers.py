@@ -1,4 +1,4 @@
-"""The judge: what it says, against CLIP's own forward pass, and what it refuses."""
+"""The judge, compared with the forward pass of transformers' CLIP; its errors, and the size check of scorers."""
 
 from pathlib import Path
 
@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from overpaint import zoo
+from overpaint import scorers, zoo
 from overpaint.probes import Probe
-from overpaint.scorers import judge as features
-from overpaint.scorers.judge import Judge
+from overpaint.scorers import Judge
+from overpaint.scorers.protocols import check_size, scorer_name
 
 
 @pytest.fixture(scope="module")
 def judge() -> Judge:
-    return features.load("icons-judge")
+    return scorers.load("icons-judge")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def images() -> Tensor:
     return torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
-def test_clip_score_is_the_cosine_of_clips_own_forward(judge: Judge, images: Tensor) -> None:
+def test_clip_score_equals_the_cosine_of_clips_forward_pass(judge: Judge, images: Tensor) -> None:
     from transformers import CLIPModel, CLIPTokenizer
 
     folder = zoo.folder("icons-judge")
@@ -38,30 +38,28 @@ def test_clip_score_is_the_cosine_of_clips_own_forward(judge: Judge, images: Ten
     assert torch.allclose(judge.clip_score(images, prompts), expected, atol=1e-6)
 
 
-def test_probabilities_add_up_and_name_the_prediction(judge: Judge, images: Tensor) -> None:
+def test_probabilities_add_up_to_one_and_agree_with_predict(judge: Judge, images: Tensor) -> None:
     for kind, names in judge.labels.items():
-        found = judge.classify(images, kind)
-        assert found.shape == (5, len(names))
-        assert torch.allclose(found.sum(1), torch.ones(5), atol=1e-5)
-        assert judge.predict(images, kind) == [names[i] for i in found.argmax(1)]
+        shares = judge.classify(images, kind)
+        assert shares.shape == (5, len(names))
+        assert torch.allclose(shares.sum(1), torch.ones(5), atol=1e-5)
+        assert judge.predict(images, kind) == [names[i] for i in shares.argmax(1)]
 
 
-def test_a_row_does_not_depend_on_its_neighbours(judge: Judge, images: Tensor) -> None:
+def test_a_row_does_not_depend_on_the_other_rows(judge: Judge, images: Tensor) -> None:
     together = judge.classify(images, "object")
     alone = torch.cat([judge.classify(images[i : i + 1], "object") for i in range(5)])
     assert torch.allclose(together, alone, atol=1e-6)
 
 
 def test_plain_colors_are_recognised(judge: Judge) -> None:
-    # The background of the icon world, without an icon: the judge never saw an empty picture.
+    # A background of the icon world without an icon; no such picture is in the training data.
     color = torch.tensor([124, 176, 240]) / 255
     image = color.view(1, 3, 1, 1).expand(1, 3, 64, 64)
     assert judge.predict(image, "color") == ["blue"]
 
 
-def test_score_asks_the_head_of_the_kind_and_falls_back_to_clip(
-    judge: Judge, images: Tensor
-) -> None:
+def test_score_uses_the_head_of_the_kind_or_the_cosine(judge: Judge, images: Tensor) -> None:
     probes = [
         Probe("a", "style", "a cat in noto style", "noto style", "noto"),
         Probe("b", "action", "a person running", "running", "person running"),
@@ -77,16 +75,43 @@ def test_score_asks_the_head_of_the_kind_and_falls_back_to_clip(
     assert torch.allclose(scores, torch.stack([style, running, japan, cosine]), atol=1e-6)
 
 
-def test_an_unknown_head_is_refused(judge: Judge, images: Tensor) -> None:
+def test_an_unknown_head_is_an_error(judge: Judge, images: Tensor) -> None:
     with pytest.raises(ValueError, match="has no head for 'mood': choose one of object, style"):
         judge.classify(images, "mood")
 
 
-def test_an_unknown_judge_is_refused() -> None:
+def test_an_unknown_judge_is_an_error() -> None:
     with pytest.raises(ValueError, match="unknown judge 'nobody'"):
-        features.load("nobody")
+        scorers.load("nobody")
 
 
-def test_a_foreign_folder_is_refused(tmp_path: Path) -> None:
+def test_a_folder_of_another_kind_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is not a judge: it has no model\.safetensors"):
-        features.load(tmp_path)
+        scorers.load(tmp_path)
+
+
+class Fake:
+    """A scorer, or a model, of one picture size."""
+
+    def __init__(self, name: str, size: object) -> None:
+        self.name, self.size = name, size
+
+    def score(self, images: Tensor, probes: object) -> Tensor:
+        return images.mean((1, 2, 3))
+
+
+def test_a_scorer_of_another_picture_size_is_an_error() -> None:
+    wide = Fake("wide", (64, 128))
+    message = "judge reads pictures of 64x64 pixels, and wide draws 128x64: pass another `scorer`"
+    for scorer in (Fake("judge", 64), Fake("judge", 64).score):
+        with pytest.raises(ValueError, match=message):
+            check_size(scorer, wide)  # pyright: ignore[reportArgumentType]
+        check_size(scorer, Fake("square", (64, 64)))  # pyright: ignore[reportArgumentType]
+    for scorer in (None, lambda images, probes: images, Fake("any", None)):
+        check_size(scorer, wide)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_scorer_has_the_name_of_its_object_or_of_its_function(judge: Judge) -> None:
+    assert scorer_name(judge) == scorer_name(judge.score) == "icons-judge"
+    assert scorer_name(check_size) == "check_size"
+    assert scorer_name(None) == "none"

@@ -1,4 +1,4 @@
-"""A CLIP of one's own as the scorer, against CLIP's own forward pass."""
+"""A public CLIP as the scorer, compared with the forward pass of transformers' CLIP."""
 
 import shutil
 
@@ -12,7 +12,7 @@ import overpaint as op
 from overpaint import zoo
 from overpaint.probes import Probe
 from overpaint.scorers.clip import Clip
-from overpaint.trace import provenance
+from overpaint.trace import Drawing, TextStates, UNetStates, provenance
 
 CAT = Probe("a", "object", "a cat in noto style", "cat")
 DOG = Probe("b", "count", "two dogs", "two")
@@ -20,10 +20,10 @@ DOG = Probe("b", "count", "two dogs", "two")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random CLIP that reads pictures of 32x32 pixels, with the tokenizer of the shipped judge."""
+    """Folder of a random CLIP that reads pictures of 32x32 pixels, with the tokenizer of the shipped judge."""
     from transformers import CLIPTokenizerFast
 
-    place = tmp_path_factory.mktemp("clip")
+    path = tmp_path_factory.mktemp("clip")
     tokenizer = CLIPTokenizerFast.from_pretrained(zoo.folder("icons-judge"))
     small = {
         "hidden_size": 32,
@@ -39,12 +39,12 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     CLIPModel(
         CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
-    ).save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    return place
+    ).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
 
 
-def test_it_is_the_cosine_of_clips_own_forward(folder):
+def test_the_score_equals_the_cosine_of_clips_forward_pass(folder):
     from transformers import CLIPTokenizerFast
 
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -54,10 +54,10 @@ def test_it_is_the_cosine_of_clips_own_forward(folder):
         [CAT.prompt, DOG.prompt], padding=True, return_tensors="pt"
     )
     with torch.no_grad():
-        found = CLIPModel.from_pretrained(folder).eval()(
+        output = CLIPModel.from_pretrained(folder).eval()(
             **tokens, pixel_values=(images - mean) / std
         )
-    expected = F.cosine_similarity(found.image_embeds, found.text_embeds)
+    expected = F.cosine_similarity(output.image_embeds, output.text_embeds)
     assert torch.allclose(Clip(folder).score(images, [CAT, DOG]), expected, atol=1e-6)
 
 
@@ -70,14 +70,20 @@ def test_pictures_of_any_size_are_read_and_gradients_pass(folder):
     (grad,) = torch.autograd.grad(score.sum(), [large])
     assert grad.abs().sum() > 0
     assert (
-        provenance.scorer_mark(clip.score) == provenance.scorer_mark(Clip(folder).score) is not None
+        provenance.scorer_digest(clip.score)
+        == provenance.scorer_digest(Clip(folder).score)
+        is not None
     )
 
 
-def test_a_trace_is_scored_by_it(tiny_sd1, folder):
+def test_a_trace_uses_its_scores(tiny_sd1, folder):
     clip = Clip(folder)
     effects = op.trace.unet(
-        tiny_sd1, [CAT], steps=1, only=["unet.mlp.0"], score=clip.score, solver="own"
+        tiny_sd1,
+        [CAT],
+        drawing=Drawing(steps=1, solver="own"),
+        states=UNetStates(only=["unet.mlp.0"]),
+        scorer=clip.score,
     )
     (row,) = effects.table.to_pylist()
     image = tiny_sd1.generate(CAT.prompt, seed=0, steps=1).images
@@ -85,7 +91,7 @@ def test_a_trace_is_scored_by_it(tiny_sd1, folder):
     assert effects.protocol["scorer"] == str(folder)
 
 
-def test_what_is_no_clip_is_refused(folder, tmp_path):
+def test_a_folder_without_a_complete_clip_is_an_error(folder, tmp_path):
     with pytest.raises(ValueError, match=r"cannot load a CLIP from .*: name a folder that"):
         Clip(tmp_path)
     half = shutil.copytree(folder, tmp_path / "half")
@@ -96,25 +102,23 @@ def test_what_is_no_clip_is_refused(folder, tmp_path):
         Clip(half)
 
 
-def test_a_judge_for_pictures_of_another_size_is_refused_before_any_is_drawn(tiny_sd1):
+def test_a_scorer_of_another_picture_size_is_an_error_before_any_is_drawn(tiny_sd1):
     class Large:
         name, size = "mine", 512
 
         def score(self, images, probes):
-            raise AssertionError("nothing may be drawn")
+            raise AssertionError("no picture should be drawn")
 
     height, width = tiny_sd1.size
-    message = f"mine reads pictures of 512x512 pixels, and .* draws {width}x{height}: pass `score`"
+    message = f"mine reads pictures of 512x512 pixels, and .* draws {width}x{height}: pass another `scorer`"
     for trace in (op.trace.unet, op.trace.text_encoder):
         with pytest.raises(ValueError, match=message):
-            trace(tiny_sd1, [CAT], steps=1, score=Large().score)
-    options = {"generate": False, "control": False, "positions": ("eos",)}
-    assert len(op.trace.text_encoder(tiny_sd1, [CAT], score=Large().score, **options)) == 24
+            trace(tiny_sd1, [CAT], drawing=Drawing(steps=1), scorer=Large().score)
+    options = {"generate": False, "controls": "none", "states": TextStates(positions=("eos",))}
+    assert len(op.trace.text_encoder(tiny_sd1, [CAT], scorer=Large().score, **options)) == 24
 
 
-def test_its_features_and_layers_are_those_of_clips_own_towers_and_measure_an_edit(
-    tiny_sd1, folder
-):
+def test_its_features_and_layers_equal_those_of_clips_towers_and_measure_an_edit(tiny_sd1, folder):
     clip = Clip(folder)
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     prompts = [CAT.prompt, DOG.prompt]
@@ -124,12 +128,12 @@ def test_its_features_and_layers_are_those_of_clips_own_towers_and_measure_an_ed
     assert [tuple(layer.shape) for layer in clip.layers(images)] == [(2, 17, 32)] * 2
     change = op.edit.swap_embedding(tiny_sd1, {"noto style": "blob style"})
     cases = op.probes.load_shipped_set("style", "noto style", "blob style").thinned(2)
-    found = op.evaluate.measure(
-        tiny_sd1, change, cases, eyes=clip, only=["clip_cosine", "perceptual"], steps=1
+    measures = op.evaluate.measure(
+        tiny_sd1, change, cases, scorer=clip, only=["clip_cosine", "perceptual"], steps=1
     )
     drawn = [case for case in cases.cases if case.role == "other"]
     before = tiny_sd1.generate([c.prompt for c in drawn], seed=[4, 5], steps=1).images
     expected = clip.score(before, drawn).mean().item()
-    assert found.row("other", "clip_cosine").before.mean == pytest.approx(expected, abs=1e-5)
-    assert found.row("target", "perceptual").after.mean > 0
-    assert found.protocol["features"] == str(folder)
+    assert measures.row("other", "clip_cosine").before.mean == pytest.approx(expected, abs=1e-5)
+    assert measures.row("target", "perceptual").after.mean > 0
+    assert measures.protocol["features"] == str(folder)
