@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 RIDDLES = ("What", "Who", "How", "Whether")
 EMPTY_NAMES = ("found", "told", "asked", "kept", "given")
 LINES, FUNCTION_LINES, PARAMETERS = 500, 60, 12
+FOREIGN_INTERFACES = ("diffgrad.py",)  # parameters as in torch.optim.Adam
 
 
 def names(node: ast.AST) -> Iterator[tuple[int, str]]:
@@ -56,7 +57,9 @@ def faults(path: Path) -> Iterator[str]:
             if words and words[0].rstrip(",:;") in RIDDLES:
                 yield f"{path}:{line} docstring begins with {words[0]!r}"
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from (f"{path}:{line} {fault}" for fault in function_faults(node))
+            for fault in function_faults(node):
+                if "parameters" not in fault or path.name not in FOREIGN_INTERFACES:
+                    yield f"{path}:{line} {fault}"
         for place, name in names(node):
             if name in EMPTY_NAMES:
                 yield f"{path}:{place} the name {name!r} says nothing"

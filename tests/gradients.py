@@ -1,24 +1,24 @@
-"""Parameters, gradients and runs for the tests of the optimiser: drawn by number, so that two runs see the same."""
+"""Parameters, gradients and runs for the tests of DiffGrad; every tensor is drawn from a seed, the same in each run."""
 
 import torch
 from torch import nn
 
 from overpaint.optim import DiffGrad
 
-LOOP, LISTS, FUSED = {"foreach": False}, {"foreach": True}, {"fused": True}
-PATHS = [LOOP, LISTS, FUSED]
+LOOP, FOREACH, FUSED = {"foreach": False}, {"foreach": True}, {"fused": True}
+PATHS = [LOOP, FOREACH, FUSED]
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-def leaves(dtype=torch.float64):
+def parameters(dtype=torch.float64):
     shapes = ((3,), (4, 5), (2, 3, 2))
     return [nn.Parameter(draw(*s, seed=i, dtype=dtype)) for i, s in enumerate(shapes)]
 
 
-def feed(params, t, *, scale=1.0):
+def set_gradients(params, t, *, scale=1.0):
     for i, p in enumerate(params):
         p.grad = scale * draw(*p.shape, seed=100 * t + i).to(p.dtype)
 
@@ -26,20 +26,20 @@ def feed(params, t, *, scale=1.0):
 def run(params, steps=50, *, scale=1.0, start=1, make=DiffGrad, **options):
     optimizer = make(params, **options)
     for t in range(start, start + steps):
-        feed(params, t, scale=scale)
+        set_gradients(params, t, scale=scale)
         optimizer.step()
     return optimizer
 
 
-def one(value=0.5, **options):
+def one_number(value=0.5, **options):
     p = nn.Parameter(torch.tensor([value], dtype=torch.float64))
     return p, DiffGrad([p], **options)
 
 
-def same(some, others):
-    return all(torch.equal(p, q) for p, q in zip(some, others, strict=True))
+def all_equal(first, second):
+    return all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
 
 
-def gap(some, others):
-    """Return the largest difference of any two numbers."""
-    return max(float((p - q).detach().abs().max()) for p, q in zip(some, others, strict=True))
+def largest_difference(first, second):
+    """Return the largest absolute difference of corresponding numbers."""
+    return max(float((p - q).detach().abs().max()) for p, q in zip(first, second, strict=True))

@@ -1,4 +1,4 @@
-"""The rule of DiffGrad against a reference written out number by number, other implementations, and torch's Adam."""
+"""The update rule of DiffGrad compared with a plain Python reference, other implementations and torch's Adam."""
 
 import importlib.util
 import math
@@ -6,17 +6,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from gradients import FUSED, LISTS, LOOP, PATHS, draw, feed, gap, leaves, one, run, same
+from gradients import (
+    FOREACH,
+    FUSED,
+    LOOP,
+    PATHS,
+    all_equal,
+    draw,
+    largest_difference,
+    one_number,
+    parameters,
+    run,
+    set_gradients,
+)
 from torch import nn
 
 from overpaint.optim import DiffGrad, friction
-from overpaint.optim.friction_variants import resistance
+from overpaint.optim.friction_variants import inverse_friction
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "diffgrad_curves.py"
 
 
-def share(change, dfc, gradients):
-    """The friction of one number, in plain Python; `gradients` are those of the whole tensor."""
+def reference_friction(change, dfc, gradients):
+    """Return the friction of one number, in plain Python; `gradients` are those of the whole tensor."""
     if dfc == 1:
         return 1 / (1 + math.exp(-change))
     if dfc == 2:
@@ -33,7 +45,7 @@ def share(change, dfc, gradients):
 def reference(
     start, gradients, *, lr=0.01, eps=1e-8, l2=0.0, decay=0.0, dfc=0, official=False, b1=0.9, b2=0.999
 ):  # fmt: skip
-    """The rule for one tensor, number by number; `gradients` holds a row of numbers for each step."""
+    """Return one tensor after the steps, in plain Python; `gradients` has a row of numbers for each step."""
     theta = list(start)
     m, v, last = ([0.0] * len(theta) for _ in range(3))
     for t, row in enumerate(gradients, start=1):
@@ -43,19 +55,19 @@ def reference(
             m[i], v[i] = b1 * m[i] + (1 - b1) * g, b2 * v[i] + (1 - b2) * g * g
             bias = math.sqrt(1 - b2**t)
             root = (math.sqrt(v[i]) + eps) / bias if official else math.sqrt(v[i]) / bias + eps
-            theta[i] -= lr * share(last[i] - g, dfc, row) * (m[i] / (1 - b1**t)) / root
+            theta[i] -= lr * reference_friction(last[i] - g, dfc, row) * (m[i] / (1 - b1**t)) / root
             last[i] = g
     return theta
 
 
-def farthest(params, before, **options):
-    """Return how far 50 steps are from the reference, at the number where it is farthest."""
-    far = 0.0
+def reference_error(params, before, **options):
+    """Return the largest absolute difference of 50 steps from the reference."""
+    error = 0.0
     for i, (p, old) in enumerate(zip(params, before, strict=True)):
         rows = [draw(*p.shape, seed=100 * t + i).flatten().tolist() for t in range(1, 51)]
-        wanted = torch.tensor(reference(old.flatten().tolist(), rows, **options))
-        far = max(far, float((p.detach().flatten().double() - wanted).abs().max()))
-    return far
+        expected = torch.tensor(reference(old.flatten().tolist(), rows, **options))
+        error = max(error, float((p.detach().flatten().double() - expected).abs().max()))
+    return error
 
 
 @pytest.fixture(autouse=True)
@@ -76,85 +88,85 @@ def curves():
 @pytest.mark.parametrize("path", PATHS, ids=str)
 @pytest.mark.parametrize("decay", [{}, {"l2": 0.5}, {"decay": 0.5}], ids=str)
 @pytest.mark.parametrize("official", [False, True])
-def test_fifty_steps_are_those_of_the_rule_written_out(path, decay, official):
-    params = leaves()
+def test_fifty_steps_equal_the_reference(path, decay, official):
+    params = parameters()
     before = [p.detach().clone() for p in params]
     options = {"weight_decay": 0.5, "decoupled_weight_decay": "decay" in decay} if decay else {}
     options["eps_mode"] = "official" if official else "paper"
     run(params, lr=0.01, eps=1e-4, **path, **options)
-    assert farthest(params, before, lr=0.01, eps=1e-4, official=official, **decay) <= 1e-12
+    assert reference_error(params, before, lr=0.01, eps=1e-4, official=official, **decay) <= 1e-12
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
 @pytest.mark.parametrize("dfc", range(1, 6))
-def test_the_variants_are_those_of_the_formulas(path, dfc):
-    params = leaves()
+def test_variants_of_the_friction_equal_the_reference(path, dfc):
+    params = parameters()
     before = [p.detach().clone() for p in params]
     run(params, lr=0.01, dfc=dfc, weight_decay=0.5, **path)
-    assert farthest(params, before, lr=0.01, dfc=dfc, l2=0.5) <= 1e-12
+    assert reference_error(params, before, lr=0.01, dfc=dfc, l2=0.5) <= 1e-12
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
-def test_float32_stays_near_float64(path):
-    exact, rounded = leaves(), [nn.Parameter(p.detach().float()) for p in leaves()]
+def test_float32_is_close_to_float64(path):
+    exact, rounded = parameters(), [nn.Parameter(p.detach().float()) for p in parameters()]
     run(exact, lr=0.01, **path)
     run(rounded, lr=0.01, **path)
-    assert gap(exact, rounded) <= 5e-6
+    assert largest_difference(exact, rounded) <= 5e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("wide", [None, torch.float32])
 @pytest.mark.parametrize("dfc", [0, 3])
-def test_lists_and_loop_give_the_same_bytes(dtype, wide, dfc):
+def test_foreach_and_loop_are_equal_bit_for_bit(dtype, wide, dfc):
     options = {"weight_decay": 0.1, "maximize": True, "state_dtype": wide, "dfc": dfc}
     ends = []
-    for path in (LOOP, LISTS):
-        params = leaves(dtype)
+    for path in (LOOP, FOREACH):
+        params = parameters(dtype)
         optimizer = run(params, 20, lr=0.01, **path, **options)
         ends.append([*params, *(optimizer.state[p]["previous_grad"] for p in params)])
-    assert same(*ends)
+    assert all_equal(*ends)
 
 
-@pytest.mark.parametrize("path", [LISTS, FUSED], ids=str)
-def test_pieces_of_a_large_tensor_give_the_bytes_of_the_whole(path, monkeypatch):
+@pytest.mark.parametrize("path", [FOREACH, FUSED], ids=str)
+def test_steps_in_pieces_are_equal_bit_for_bit(path, monkeypatch):
     ends = []
     for piece in (2**19, 7):
-        monkeypatch.setattr("overpaint.optim.paths._PIECE", piece)
-        params = [*leaves(), nn.Parameter(draw(5, 4).t())]
+        monkeypatch.setattr("overpaint.optim.batches.PIECE", piece)
+        params = [*parameters(), nn.Parameter(draw(5, 4).t())]
         optimizer = run(params, 10, lr=0.01, weight_decay=0.1, **path)
         ends.append([*params, *(optimizer.state[p]["step"] for p in params)])
-    assert same(*ends)
+    assert all_equal(*ends)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
-def test_the_official_place_of_epsilon_is_what_torch_optimizer_does(path):
+def test_the_official_epsilon_equals_torch_optimizer(path):
     other = pytest.importorskip("torch_optimizer").DiffGrad
-    ours, theirs, paper = leaves(), leaves(), leaves()
+    ours, theirs, paper = parameters(), parameters(), parameters()
     tiny = {"lr": 0.01, "scale": 1e-8}
     run(ours, eps_mode="official", **tiny, **path)
     run(theirs, make=other, **tiny)
     run(paper, **tiny, **path)
-    assert gap(ours, theirs) <= 1e-14
-    assert gap(ours, paper) > 1e-3
+    assert largest_difference(ours, theirs) <= 1e-14
+    assert largest_difference(ours, paper) > 1e-3
     run(ours, eps_mode="official", weight_decay=0.1, **path)
     run(theirs, make=other, weight_decay=0.1)
-    assert gap(ours, theirs) <= 1e-14
+    assert largest_difference(ours, theirs) <= 1e-14
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("path", PATHS, ids=str)
-def test_the_official_place_of_epsilon_is_what_pytorch_optimizer_does(decoupled, path):
+def test_the_official_epsilon_equals_pytorch_optimizer(decoupled, path):
     other = pytest.importorskip("pytorch_optimizer").DiffGrad
-    ours, theirs = leaves(), leaves()
+    ours, theirs = parameters(), parameters()
     options = {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-4}
     run(ours, decoupled_weight_decay=decoupled, eps_mode="official", **path, **options)
     run(theirs, make=other, weight_decouple=decoupled, **options)
-    assert gap(ours, theirs) <= 1e-9  # it adds 1e-15 inside the root
+    assert largest_difference(ours, theirs) <= 1e-9  # it adds 1e-15 inside the root
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
-def test_a_constant_gradient_moves_by_the_closed_form_times_adam(path):
-    p, optimizer = one(0.0, **path)
+def test_a_constant_gradient_gives_the_closed_form_times_adam(path):
+    p, optimizer = one_number(0.0, **path)
     q = nn.Parameter(p.detach().clone())
     adam = torch.optim.Adam([q])
     for _ in range(30):
@@ -166,8 +178,8 @@ def test_a_constant_gradient_moves_by_the_closed_form_times_adam(path):
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
-def test_without_friction_it_is_adam_and_the_moments_always_are(path):
-    p, optimizer = one(**path)
+def test_with_friction_one_the_steps_equal_adam_and_so_do_the_moments(path):
+    p, optimizer = one_number(**path)
     q = nn.Parameter(p.detach().clone())
     adam = torch.optim.Adam([q])
     for t in range(12):
@@ -180,8 +192,8 @@ def test_without_friction_it_is_adam_and_the_moments_always_are(path):
         assert torch.allclose(optimizer.state[p][name], adam.state[q][name], rtol=1e-14, atol=0)
 
 
-def test_the_fused_moments_are_those_of_the_fused_adam_to_the_bit():
-    ours, theirs = leaves(torch.float32), leaves(torch.float32)
+def test_the_fused_moments_equal_fused_adam_bit_for_bit():
+    ours, theirs = parameters(torch.float32), parameters(torch.float32)
     mine, adam = run(ours, 10, **FUSED), run(theirs, 10, make=torch.optim.Adam, fused=True)
     for p, q in zip(ours, theirs, strict=True):
         for name in ("exp_avg", "exp_avg_sq"):
@@ -190,19 +202,19 @@ def test_the_fused_moments_are_those_of_the_fused_adam_to_the_bit():
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
 @pytest.mark.parametrize("g", [0.0, 1e-9, 1e-3, 1.0, 50.0, -50.0])
-def test_the_first_step(g, path):
-    p, optimizer = one(0.0, lr=0.1, **path)
+def test_the_first_step_equals_the_formula(g, path):
+    p, optimizer = one_number(0.0, lr=0.1, **path)
     p.grad = torch.full_like(p, g)
     optimizer.step()
-    wanted = -0.1 / (1 + math.exp(-abs(g))) * g / (abs(g) + 1e-8)
-    assert p.item() == pytest.approx(wanted, abs=1e-15)
+    expected = -0.1 / (1 + math.exp(-abs(g))) * g / (abs(g) + 1e-8)
+    assert p.item() == pytest.approx(expected, abs=1e-15)
 
 
 @pytest.mark.parametrize(
     ("name", "end", "first"),
     [("F1", -0.300071, -0.919782), ("F2", -0.642963, -0.9), ("F3", 0.013565, -0.911920)],
 )
-def test_where_the_curves_of_the_paper_end(curves, name, end, first):
+def test_end_points_on_the_functions_of_the_paper(curves, name, end, first):
     places = curves.descend(curves.CURVES[name], curves.RUNS["diffGrad"])
     assert len(places) == 300 and places[0] == -1
     assert places[1] == pytest.approx(first, abs=1e-6)
@@ -219,7 +231,7 @@ def test_where_the_curves_of_the_paper_end(curves, name, end, first):
     ],
     ids=str,
 )
-def test_where_the_variants_end(curves, options, f1, f2, spread):
+def test_end_points_of_the_variants(curves, options, f1, f2, spread):
     ends = {
         name: curves.descend(
             curve, lambda p: DiffGrad(p, **{"lr": 0.1, "betas": curves.BETAS, **options})
@@ -233,7 +245,7 @@ def test_where_the_variants_end(curves, options, f1, f2, spread):
     )
 
 
-def test_adam_at_half_the_rate_finds_the_same_minima_and_the_notebooks_gradient_none(curves):
+def test_end_points_of_adam_at_half_the_rate_and_of_the_notebooks_gradient(curves):
     half = curves.RUNS["Adam, half the rate"]
     ends = [curves.descend(curve, half)[-1] for curve in curves.CURVES.values()]
     assert ends == pytest.approx([-0.300300, -0.643123, 0.002133], abs=1e-5)
@@ -241,62 +253,62 @@ def test_adam_at_half_the_rate_finds_the_same_minima_and_the_notebooks_gradient_
     assert wrong[-1] == pytest.approx(-0.812145, abs=1e-5)
 
 
-def test_the_example_draws_its_figure(curves, tmp_path):
+def test_the_example_writes_its_figure(curves, tmp_path):
     curves.draw(tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_shares_lie_where_the_paper_says():
+def test_ranges_of_the_friction_are_those_of_the_paper():
     change, gradient = 20 * draw(10_000, seed=1), 3 * draw(10_000, seed=2)
-    found = [friction(change, gradient, dfc) for dfc in range(6)]
-    assert 0.5 <= found[0].min() < 0.502 and 0.999 < found[0].max() <= 1
-    assert 0 < found[1].min() < 0.001 and 0.999 < found[1].max() <= 1
-    assert 0.5 <= found[2].min() < 0.51 and 4.99 < found[2].max() <= 5
+    shares = [friction(change, gradient, dfc) for dfc in range(6)]
+    assert 0.5 <= shares[0].min() < 0.502 and 0.999 < shares[0].max() <= 1
+    assert 0 < shares[1].min() < 0.001 and 0.999 < shares[1].max() <= 1
+    assert 0.5 <= shares[2].min() < 0.51 and 4.99 < shares[2].max() <= 5
     least = (-gradient.abs().mean()).sigmoid()
-    for xi in found[3:]:
+    for xi in shares[3:]:
         assert least <= xi.min() < 0.5 and 0.999 < xi.max() <= 1
-    assert torch.equal(found[0], friction(-change, gradient))
-    assert not torch.equal(found[1], friction(-change, gradient, 1))
+    assert torch.equal(shares[0], friction(-change, gradient))
+    assert not torch.equal(shares[1], friction(-change, gradient, 1))
     with pytest.raises(ValueError, match="from 0 to 5, got 6"):
         friction(change, gradient, 6)
 
 
-def test_the_inverse_of_the_friction_needs_no_exponential():
+def test_inverse_friction_is_accurate():
     sizes = torch.cat([torch.logspace(-9, 2, 20_000), torch.tensor([0.0, math.inf])]).float()
     exact = (-sizes.double()).exp() + 1
     for change in (sizes, -sizes):
-        assert ((resistance(change) - exact) / exact).abs().max() <= 2.5e-7
-    ends = resistance(torch.tensor([0.0, math.inf, math.nan], dtype=torch.float32)).tolist()
+        assert ((inverse_friction(change) - exact) / exact).abs().max() <= 2.5e-7
+    ends = inverse_friction(torch.tensor([0.0, math.inf, math.nan], dtype=torch.float32)).tolist()
     assert ends[:2] == [2.0, 1.0] and math.isnan(ends[2])
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
 @pytest.mark.parametrize("decay", [0.0, 0.5])
-def test_climbing_f_is_descending_minus_f(path, decay):
-    down, up = leaves(), leaves()
+def test_maximising_f_equals_minimising_minus_f(path, decay):
+    down, up = parameters(), parameters()
     run(down, 20, weight_decay=decay, **path)
     run(up, 20, scale=-1.0, weight_decay=decay, maximize=True, **path)
-    assert same(down, up)
+    assert all_equal(down, up)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
-def test_groups_are_separate_optimisers(path):
-    together, apart = leaves(), leaves()
+def test_groups_equal_separate_optimisers(path):
+    together, apart = parameters(), parameters()
     first = {"lr": 0.1, "weight_decay": 0.2, "dfc": 4}
     second = {"betas": (0.5, 0.9), "eps_mode": "official", "eps": 1e-3}
     groups = [{"params": together[:1], **first}, {"params": together[1:], **second}]
     optimizer = DiffGrad(groups, **path)
     others = [DiffGrad(apart[:1], **first, **path), DiffGrad(apart[1:], **second, **path)]
     for t in range(1, 11):
-        feed(together, t), feed(apart, t)
-        for one_of in (optimizer, *others):
-            one_of.step()
-    assert same(together, apart)
+        set_gradients(together, t), set_gradients(apart, t)
+        for each in (optimizer, *others):
+            each.step()
+    assert all_equal(together, apart)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
 @pytest.mark.parametrize("mode", ["paper", "official"])
-def test_a_late_parameter_has_its_own_first_step(path, mode):
+def test_a_parameter_without_earlier_gradients_has_its_own_first_step(path, mode):
     early, late = (nn.Parameter(torch.zeros(1)) for _ in range(2))
     optimizer = DiffGrad([early, late], lr=0.1, eps_mode=mode, **path)
     for _ in range(100):
@@ -306,18 +318,18 @@ def test_a_late_parameter_has_its_own_first_step(path, mode):
     late.grad = torch.full_like(late, 2.0)
     optimizer.step()
     assert late.item() == pytest.approx(-0.1 / (1 + math.exp(-2.0)), abs=1e-7)
-    kept = {name: value.clone() for name, value in optimizer.state[late].items()}
+    before = {name: value.clone() for name, value in optimizer.state[late].items()}
     late.grad = None
     optimizer.step()
-    assert all(torch.equal(kept[name], optimizer.state[late][name]) for name in kept)
+    assert all(torch.equal(before[name], optimizer.state[late][name]) for name in before)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
-def test_the_friction_of_a_small_change_does_not_round_to_one_half(path):
+def test_the_friction_is_computed_in_float32_for_half_precision(path):
     change = torch.tensor([0.004], dtype=torch.bfloat16)
     assert change.sigmoid().item() == 0.5  # what computing it in bfloat16 would give
     p = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
-    optimizer = DiffGrad([p], lr=2.007, **path)  # half of it is rounded down, the share of it up
+    optimizer = DiffGrad([p], lr=2.007, **path)  # half of it rounds down, the true share rounds up
     p.grad = change
     optimizer.step()
     assert torch.tensor(-2.007 / 2).bfloat16().item() == -1
@@ -325,25 +337,25 @@ def test_the_friction_of_a_small_change_does_not_round_to_one_half(path):
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
-def test_half_precision_is_rounded_once_a_step(path):
-    kept = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
-    wide = DiffGrad([kept], lr=1e-3, state_dtype=torch.float32, **path)
+def test_half_precision_is_rounded_once_in_each_step(path):
+    p = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    optimizer = DiffGrad([p], lr=1e-3, state_dtype=torch.float32, **path)
     m = v = last = 0.0
     for t in range(1, 201):
         g = 0.5 if t % 3 else -0.25
-        kept.grad = torch.full_like(kept, g)
-        before = kept.item()
-        wide.step()
+        p.grad = torch.full_like(p, g)
+        before = p.item()
+        optimizer.step()
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
         root = math.sqrt(v / (1 - 0.999**t)) + 1e-8
         move = m / (1 - 0.9**t) / root / (1 + math.exp(-abs(last - g)))
         exact = torch.tensor(before - 1e-3 * move).bfloat16().item()
-        assert abs(kept.item() - exact) <= 2**-7 * abs(exact)
+        assert abs(p.item() - exact) <= 2**-7 * abs(exact)
         last = g
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
-def test_a_complex_parameter_is_two_real_ones(path):
+def test_a_complex_parameter_equals_two_real_ones(path):
     p = nn.Parameter(torch.complex(draw(5, seed=1), draw(5, seed=2)))
     q = nn.Parameter(torch.view_as_real(p.detach()).clone())
     optimizers = [DiffGrad([x], weight_decay=0.1, **path) for x in (p, q)]
@@ -360,15 +372,15 @@ def test_scalars_empty_and_strided_tensors(path):
     strided = draw(2, 3, 4, 4).to(memory_format=torch.channels_last)
     params = [nn.Parameter(t) for t in (torch.tensor(1.0), draw(0, 3), strided)]
     plain = [nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format)) for p in params]
-    optimizer = run(params, 5, **path)  # the gradients are contiguous: laid out otherwise
+    optimizer = run(params, 5, **path)  # the gradients are contiguous, unlike the parameter
     run(plain, 5, **path)
-    assert same(params, plain)
+    assert all_equal(params, plain)
     for name in ("exp_avg", "previous_grad"):
-        kept = optimizer.state[params[2]][name]
-        assert kept.is_contiguous(memory_format=torch.channels_last)
+        buffer = optimizer.state[params[2]][name]
+        assert buffer.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_autograd_goes_through_two_steps():
+def test_two_steps_are_differentiable():
     def two_steps(theta, first, second):
         p = theta.clone()
         optimizer = DiffGrad([torch.zeros_like(theta)], lr=0.1, differentiable=True)
@@ -378,21 +390,21 @@ def test_autograd_goes_through_two_steps():
             optimizer.step()
         return p
 
-    given = [draw(4, seed=s).requires_grad_() for s in (1, 2, 3)]
-    assert torch.autograd.gradcheck(two_steps, given)
+    inputs = [draw(4, seed=s).requires_grad_() for s in (1, 2, 3)]
+    assert torch.autograd.gradcheck(two_steps, inputs)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
-def test_a_rate_of_zero_moves_nothing(path):
-    p, optimizer = one(1.0, lr=0.0, **path)
+def test_a_rate_of_zero_changes_nothing(path):
+    p, optimizer = one_number(1.0, lr=0.0, **path)
     p.grad = torch.ones_like(p)
     optimizer.step()
     assert p.item() == 1.0
 
 
 @pytest.mark.parametrize("path", [LOOP, FUSED], ids=str)
-def test_a_tensor_rate_can_be_turned(path):
-    p, optimizer = one(1.0, lr=torch.tensor(0.1), **path)
+def test_a_tensor_rate_can_be_changed(path):
+    p, optimizer = one_number(1.0, lr=torch.tensor(0.1), **path)
     p.grad = torch.ones_like(p)
     optimizer.step()
     assert p.item() == pytest.approx(1 - 0.1 / (1 + math.exp(-1)), abs=1e-8)
@@ -402,8 +414,8 @@ def test_a_tensor_rate_can_be_turned(path):
     assert p.item() == before
 
 
-def test_a_closure_is_run_with_gradients_and_its_loss_returned():
-    p, optimizer = one(3.0, lr=0.5)
+def test_a_closure_runs_with_gradients_and_step_returns_its_loss():
+    p, optimizer = one_number(3.0, lr=0.5)
 
     def closure():
         optimizer.zero_grad()
@@ -416,7 +428,7 @@ def test_a_closure_is_run_with_gradients_and_its_loss_returned():
     assert p.item() == pytest.approx(3 - 0.5 / (1 + math.exp(-6.0)), abs=1e-8)
 
 
-def test_digits_are_learnt_as_well_as_by_adam_at_half_the_rate():
+def test_accuracy_on_digits_is_that_of_adam_at_half_the_rate():
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     x = torch.tensor(digits.data / 16, dtype=torch.float32)
     y = torch.tensor(digits.target)
@@ -425,13 +437,13 @@ def test_digits_are_learnt_as_well_as_by_adam_at_half_the_rate():
         ("diffgrad", lambda p: DiffGrad(p, lr=1e-2)),
         ("adam", lambda p: torch.optim.Adam(p, lr=5e-3)),
     ):
-        shares[name] = torch.tensor([right_share(x, y, make, seed) for seed in range(5)])
+        shares[name] = torch.tensor([accuracy(x, y, make, seed) for seed in range(5)])
     assert shares["diffgrad"].mean() > 0.9
     assert shares["diffgrad"].mean() >= shares["adam"].mean() - shares["adam"].std()
 
 
-def right_share(x, y, make, seed):
-    """Return the share of 360 digits held back that a small network gets right after 3 epochs."""
+def accuracy(x, y, make, seed):
+    """Return the accuracy of a small network on 360 held-out digits after 3 epochs."""
     torch.manual_seed(seed)
     order = torch.randperm(len(x))
     train, held = order[360:], order[:360]
@@ -446,7 +458,7 @@ def right_share(x, y, make, seed):
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
-def test_a_sparse_gradient_is_refused(path):
+def test_a_sparse_gradient_raises(path):
     table = nn.Embedding(4, 2, sparse=True)
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match=r"sparse gradients: .*SparseAdam"):
@@ -461,14 +473,14 @@ def test_a_sparse_gradient_is_refused(path):
         ({"eps": -1e-8}, "`eps` must be 0 or more", ValueError),
         ({"weight_decay": -0.1}, "`weight_decay` must be 0 or more", ValueError),
         ({"betas": (1.0, 0.9)}, r"`betas` must be two numbers in \[0, 1\), .* usual", ValueError),
-        ({"dfc": 6}, "`dfc` must be a variant from 0 to 5, got 6. Leave it out", ValueError),
-        ({"eps_mode": "adam"}, "must be 'paper' or 'official', got 'adam'. Leave", ValueError),
+        ({"dfc": 6}, "`dfc` must be a variant from 0 to 5, got 6. Omit it", ValueError),
+        ({"eps_mode": "adam"}, "must be 'paper' or 'official', got 'adam'. Omit", ValueError),
         ({"state_dtype": torch.int8}, "must be a floating-point dtype.*Try float32", ValueError),
-        ({"foreach": True, "differentiable": True}, "other: .*Leave `foreach` out", ValueError),
-        ({"lr": torch.ones(2)}, r"one element, got shape \(2,\): give groups", ValueError),
-        ({"lr": torch.tensor(0.1), "foreach": True}, "`capturable=True` only: give", ValueError),
-        ({"fused": True, "foreach": True}, "other: a step takes one path. Leave", RuntimeError),
-        ({"fused": True, "differentiable": True}, "kernel. Leave `fused` out", RuntimeError),
+        ({"foreach": True, "differentiable": True}, "other: .*Omit `foreach`", ValueError),
+        ({"lr": torch.ones(2)}, r"one element, got shape \(2,\): use parameter groups", ValueError),
+        ({"lr": torch.tensor(0.1), "foreach": True}, "only with `capturable=True`: give", ValueError),
+        ({"fused": True, "foreach": True}, "other: a step has one path. Omit", RuntimeError),
+        ({"fused": True, "differentiable": True}, "kernel. Omit `fused`", RuntimeError),
         (
             {"fused": True, "capturable": True, "eps_mode": "official"},
             "reads the step count, .* use `foreach=True`",
@@ -477,7 +489,7 @@ def test_a_sparse_gradient_is_refused(path):
     ],
     ids=str,
 )  # fmt: skip
-def test_options_out_of_range_are_refused(options, message, kind):
+def test_options_out_of_range_raise(options, message, kind):
     p = nn.Parameter(torch.zeros(1))
     with pytest.raises(kind, match=message):
         DiffGrad([p], **options)

@@ -1,4 +1,4 @@
-"""DiffGrad in the company of torch's own machinery: scaled losses, sharded tensors, compilers and graphs."""
+"""DiffGrad with torch's gradient scaling, sharded tensors, compilers and CUDA graphs."""
 
 import copy
 import importlib.util
@@ -9,10 +9,21 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from gradients import FUSED, LISTS, LOOP, PATHS, draw, feed, gap, leaves, run, same
+from gradients import (
+    FOREACH,
+    FUSED,
+    LOOP,
+    PATHS,
+    all_equal,
+    draw,
+    largest_difference,
+    parameters,
+    run,
+    set_gradients,
+)
 from torch import nn
 
-from overpaint.optim import DiffGrad, private
+from overpaint.optim import DiffGrad, torch_internals
 
 NEEDS_COMPILER = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("g++", "clang++", "c++")),
@@ -28,30 +39,33 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
     "options", [{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "decoupled_weight_decay": True}], ids=str,
 )  # fmt: skip
 def test_a_scaled_loss_is_unscaled_and_an_overflow_changes_nothing(path, unscaled_first, options):
-    plain, scaled = (leaves(torch.float32) for _ in range(2))
+    plain, scaled = (parameters(torch.float32) for _ in range(2))
     run(plain, 3, **path, **options)
     optimizer = DiffGrad(scaled, **path, **options)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     scaler.scale(torch.zeros(()))
     for t in range(1, 4):
-        feed(scaled, t, scale=2.0**16)
-        given = [p.grad.clone() for p in scaled]
+        set_gradients(scaled, t, scale=2.0**16)
+        before = [p.grad.clone() for p in scaled]
         if unscaled_first:
             scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
         if path == FUSED and not unscaled_first:
-            assert all(torch.equal(p.grad, g) for p, g in zip(scaled, given, strict=True))
-    assert gap(plain, scaled) <= (1e-9 if options.get("decoupled_weight_decay") else 0)
-    kept = copy.deepcopy([p.detach() for p in scaled]), copy.deepcopy(optimizer.state_dict())
+            assert all(torch.equal(p.grad, g) for p, g in zip(scaled, before, strict=True))
+    assert largest_difference(plain, scaled) <= (
+        1e-9 if options.get("decoupled_weight_decay") else 0
+    )
+    weights = copy.deepcopy([p.detach() for p in scaled])
+    states = copy.deepcopy(optimizer.state_dict())["state"]
     for bad in (math.inf, math.nan):
-        feed(scaled, 4)
+        set_gradients(scaled, 4)
         scaled[1].grad[0, 0] = bad
         scaler.step(optimizer)
         scaler.update()
-        assert same(kept[0], scaled)
+        assert all_equal(weights, scaled)
         for i, state in optimizer.state_dict()["state"].items():
-            assert all(torch.equal(kept[1]["state"][i][name], state[name]) for name in state)
+            assert all(torch.equal(states[i][name], state[name]) for name in state)
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +80,13 @@ def mesh():
 @pytest.mark.parametrize("path", [{}, *PATHS], ids=str)
 @pytest.mark.parametrize("placed", ["shard", "replicate"])
 @pytest.mark.parametrize("options", [{}, {"dfc": 3, "weight_decay": 0.1}], ids=str)
-def test_sharded_tensors_move_like_plain_ones(mesh, path, placed, options):
+def test_steps_of_sharded_tensors_equal_those_of_plain_ones(mesh, path, placed, options):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     def share(tensor):
         return distribute_tensor(tensor, mesh, [Shard(0) if placed == "shard" else Replicate()])
 
-    plain = leaves()
+    plain = parameters()
     sharded = [nn.Parameter(share(p.detach())) for p in plain]
     optimizer = DiffGrad(sharded, **path, **options)
     for t in range(1, 6):
@@ -80,19 +94,19 @@ def test_sharded_tensors_move_like_plain_ones(mesh, path, placed, options):
             p.grad = share(draw(*p.shape, seed=100 * t + i))
         optimizer.step()
     run(plain, 5, **path, **options)
-    assert gap(plain, [p.full_tensor() for p in sharded]) <= 1e-15
+    assert largest_difference(plain, [p.full_tensor() for p in sharded]) <= 1e-15
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
-def test_a_checkpoint_primes_the_state_and_moves_nothing(mesh, path):
+def test_a_distributed_checkpoint_initialises_the_state_and_changes_no_weight(mesh, path):
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     net = nn.Linear(3, 2)
     before = [p.detach().clone() for p in net.parameters()]
     optimizer = DiffGrad(net.parameters(), lr=0.1, **path)
-    found = get_optimizer_state_dict(net, optimizer)
-    assert same(before, net.parameters())
-    assert set(found["state"]["weight"]) == {"step", "exp_avg", "exp_avg_sq", "previous_grad"}
+    saved = get_optimizer_state_dict(net, optimizer)
+    assert all_equal(before, net.parameters())
+    assert set(saved["state"]["weight"]) == {"step", "exp_avg", "exp_avg_sq", "previous_grad"}
     assert optimizer.param_groups[0]["lr"] == 0.1
 
 
@@ -105,9 +119,9 @@ def test_a_checkpoint_primes_the_state_and_moves_nothing(mesh, path):
     ],
     ids=str,
 )
-def test_a_compiled_step_is_the_eager_one_and_is_compiled_once(path, backend):
+def test_a_compiled_step_equals_the_eager_one_and_is_compiled_once(path, backend):
     torch._dynamo.reset()
-    eager, compiled = (leaves(torch.float32)[:2] for _ in range(2))
+    eager, compiled = (parameters(torch.float32)[:2] for _ in range(2))
     one, other = (
         DiffGrad(params, lr=torch.tensor(0.01), weight_decay=0.1, **path)
         for params in (eager, compiled)
@@ -116,8 +130,8 @@ def test_a_compiled_step_is_the_eager_one_and_is_compiled_once(path, backend):
     for t in range(1, 7):
         for some in (eager, compiled):
             if t == 1:
-                feed(some, t)
-            else:  # the same memory, as a training loop that keeps its graph has it
+                set_gradients(some, t)
+            else:  # in the same memory, as in a training loop with a CUDA graph
                 for i, p in enumerate(some):
                     p.grad.copy_(draw(*p.shape, seed=100 * t + i))
         other.param_groups[0]["lr"].fill_(0.01 / t)
@@ -125,74 +139,78 @@ def test_a_compiled_step_is_the_eager_one_and_is_compiled_once(path, backend):
         one.step()
         with torch.compiler.set_stance("default" if t <= 2 else "fail_on_recompile"):
             step()
-    assert gap(eager, compiled) <= 1e-6
+    assert largest_difference(eager, compiled) <= 1e-6
     assert one.state[eager[0]]["step"] == other.state[compiled[0]]["step"] == 6
 
 
-def test_lists_can_be_traced():
+def test_the_foreach_path_can_be_traced():
     torch._dynamo.reset()
-    eager, traced = leaves(), leaves()
-    run(eager, 3, **LISTS)
-    optimizer = DiffGrad(traced, **LISTS)
+    eager, traced = parameters(), parameters()
+    run(eager, 3, **FOREACH)
+    optimizer = DiffGrad(traced, **FOREACH)
     step = torch.compile(optimizer.step, backend="eager")
     for t in range(1, 4):
-        feed(traced, t)
+        set_gradients(traced, t)
         step()
-    assert gap(eager, traced) <= 1e-12
+    assert largest_difference(eager, traced) <= 1e-12
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
-def test_capturing_on_a_cpu_is_refused(path):
+def test_capturable_on_a_cpu_raises(path):
     with pytest.raises(RuntimeError, match="`capturable=True` needs .* move the model there"):
-        run(leaves(), 1, capturable=True, **path)
+        run(parameters(), 1, capturable=True, **path)
 
 
-def test_without_the_private_functions_of_torch_it_still_steps(monkeypatch):
+def test_fallbacks_for_the_private_functions_of_torch(monkeypatch):
     for name in ("_use_grad_for_differentiable", "_default_to_fused_or_foreach"):
         monkeypatch.delattr(sys.modules["torch.optim.optimizer"], name)
-    spec = importlib.util.spec_from_file_location("private_without", private.__file__)
+    spec = importlib.util.spec_from_file_location(
+        "torch_internals_without", torch_internals.__file__
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert not module.prefers_lists(leaves()) and not private.prefers_lists(leaves())
+    assert not module.prefers_lists(parameters()) and not torch_internals.prefers_lists(
+        parameters()
+    )
 
     class Plain(DiffGrad):
         step = module.grad_if_differentiable(DiffGrad.step.__wrapped__.__wrapped__)
 
-    ours, theirs = leaves(), leaves()
+    ours, theirs = parameters(), parameters()
     run(ours, 3)
     run(theirs, 3, make=Plain)
-    assert same(ours, theirs)
+    assert all_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("path", [LISTS, FUSED], ids=str)
-def test_without_torchs_grouping_lists_are_still_of_one_dtype(path, monkeypatch):
-    ours, theirs = ([*leaves(torch.float32), *leaves()] for _ in range(2))
+@pytest.mark.parametrize("path", [FOREACH, FUSED], ids=str)
+def test_fallback_for_torchs_grouping_by_device_and_dtype(path, monkeypatch):
+    ours, theirs = ([*parameters(torch.float32), *parameters()] for _ in range(2))
     run(ours, 3, **path)
     numbers = list(torch.arange(6.0))
-    grouped = private.group_alike([ours, numbers])
+    grouped = torch_internals.group_by_device_and_dtype([ours, numbers])
     monkeypatch.delattr(torch.optim.Optimizer, "_group_tensors_by_device_and_dtype")
-    for found in (grouped, private.group_alike([ours, numbers])):
-        assert sorted([int(i) for i in group[1]] for group in found) == [[0, 1, 2], [3, 4, 5]]
+    for groups in (grouped, torch_internals.group_by_device_and_dtype([ours, numbers])):
+        assert sorted([int(i) for i in group[1]] for group in groups) == [[0, 1, 2], [3, 4, 5]]
     run(theirs, 3, **path)
-    assert same(ours, theirs)
+    assert all_equal(ours, theirs)
 
 
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("path", [{}, *PATHS], ids=str)
 @pytest.mark.parametrize("capturable", [False, True])
-def test_a_gpu_takes_the_steps_of_a_cpu(path, capturable):
-    near, far = leaves(), [nn.Parameter(p.detach().cuda()) for p in leaves()]
-    run(near, 10)
-    run(far, 10, capturable=capturable, **path)
-    assert gap(near, [p.cpu() for p in far]) <= 1e-10
+def test_steps_on_a_gpu_equal_those_on_a_cpu(path, capturable):
+    on_cpu, on_gpu = parameters(), [nn.Parameter(p.detach().cuda()) for p in parameters()]
+    run(on_cpu, 10)
+    run(on_gpu, 10, capturable=capturable, **path)
+    assert largest_difference(on_cpu, [p.cpu() for p in on_gpu]) <= 1e-10
 
 
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("path", PATHS, ids=str)
-def test_a_replayed_graph_takes_the_steps_of_an_eager_run(path):
-    eager, held = ([nn.Parameter(p.detach().cuda()) for p in leaves()] for _ in range(2))
+def test_a_replayed_cuda_graph_equals_an_eager_run(path):
+    eager, held = ([nn.Parameter(p.detach().cuda()) for p in parameters()] for _ in range(2))
     run(eager, 8, capturable=True, **path)
     optimizer = DiffGrad(held, capturable=True, **path)
     for p in held:
@@ -215,13 +233,13 @@ def test_a_replayed_graph_takes_the_steps_of_an_eager_run(path):
     for t in range(4, 9):
         load(t)
         graph.replay()
-    assert gap([p.cpu() for p in eager], [p.cpu() for p in held]) <= 1e-12
+    assert largest_difference([p.cpu() for p in eager], [p.cpu() for p in held]) <= 1e-12
 
 
 @gpu
 @needs_gpu
-def test_an_overflow_on_a_gpu_is_skipped_without_waiting():
-    params = [nn.Parameter(p.detach().cuda()) for p in leaves(torch.float32)]
+def test_an_overflow_on_a_gpu_is_skipped():
+    params = [nn.Parameter(p.detach().cuda()) for p in parameters(torch.float32)]
     optimizer = DiffGrad(params, **FUSED)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**16)
     scaler.scale(torch.zeros((), device="cuda"))
@@ -229,5 +247,5 @@ def test_an_overflow_on_a_gpu_is_skipped_without_waiting():
     for p in params:
         p.grad = torch.full_like(p, math.inf)
     scaler.step(optimizer)
-    assert same(before, params)
+    assert all_equal(before, params)
     assert all(optimizer.state[p]["step"].item() == 0 for p in params)

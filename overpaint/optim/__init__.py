@@ -1,4 +1,4 @@
-"""DiffGrad in `torch.optim`'s interface, and the friction that makes the difference to Adam."""
+"""The optimiser DiffGrad with the interface of `torch.optim`, and its friction."""
 
 from overpaint.optim.diffgrad import DiffGrad
 from overpaint.optim.friction_variants import friction

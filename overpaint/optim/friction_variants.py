@@ -1,4 +1,4 @@
-r"""The friction of diffGrad and its five variants: which share of Adam's step a coordinate takes.
+r"""The friction of diffGrad and its five variants: the share of Adam's step that a coordinate takes.
 
 With :math:`d = g_{t-1} - g_t`, and :math:`\mu, \nu` the mean and the standard deviation of :math:`|g_t|` over a tensor:
 
@@ -6,7 +6,7 @@ With :math:`d = g_{t-1} - g_t`, and :math:`\mu, \nu` the mean and the standard d
 id :math:`\xi`                                  range
 == ============================================ ======================================================
 0  :math:`\sigma(|d|)`                          [1/2, 1); the method
-1  :math:`\sigma(d)`                            (0, 1); signed, so a coordinate can come to rest
+1  :math:`\sigma(d)`                            (0, 1); signed, so that a step can vanish
 2  :math:`9\,\sigma(|d| / 2) - 4`               [1/2, 5)
 3  :math:`\sigma(\nu |d| - \mu)`                [:math:`\sigma(-\mu)`, 1), below one half
 4  :math:`\sigma(\nu^2 |d| - \mu)`              as 3
@@ -14,9 +14,9 @@ id :math:`\xi`                                  range
 == ============================================ ======================================================
 
 Source: Dubey et al., 2020 (diffGrad), https://arxiv.org/abs/1909.11015, equations 17 to 19 and section VII-B.
-Deviations: the paper leaves open over what :math:`\mu` and :math:`\nu` run, and which deviation is meant. Here: over
-one tensor (the whole of it where it is sharded), and the biased one. Variant 2 is read so that its range is the printed
-one.
+Deviations: the paper does not state the set that :math:`\mu` and :math:`\nu` are computed over, nor the kind of
+deviation. Here the set is one tensor (all of it if it is sharded) and the deviation is the biased one. Variant 2 is
+interpreted so that it has the range printed in the paper.
 """
 
 from typing import Any
@@ -35,11 +35,11 @@ def friction(change: Tensor, gradient: Tensor, dfc: int = 0) -> Tensor:
 
     Args:
         change: :math:`g_{t-1} - g_t`, real, any shape.
-        gradient: :math:`g_t`, same shape; read by variants 3 to 5 alone.
+        gradient: :math:`g_t`, same shape; only variants 3 to 5 use it.
         dfc: Variant of the friction coefficient, 0 to 5.
 
     Returns:
-        The share, shape and dtype of `change`; its range stands in the table above.
+        The share, shape and dtype of `change`; its range is in the table above.
 
     Raises:
         ValueError: There is no such variant.
@@ -52,50 +52,53 @@ def friction(change: Tensor, gradient: Tensor, dfc: int = 0) -> Tensor:
     if dfc == 2:
         return 9 * (change.abs() / 2).sigmoid() - 4
     size = gradient.abs()
-    mean = size.sum() / max(
-        1, size.numel()
-    )  # `mean` of a sharded tensor trusts that all shards are alike
+    # `Tensor.mean` of a sharded tensor assumes shards of equal size.
+    mean = size.sum() / max(1, size.numel())
     variance = (size - mean).square().sum() / max(1, size.numel())
     factor = variance ** {3: 0.5, 4: 1.0, 5: 0.25}[dfc]
     return (factor * change.abs() - mean).sigmoid()
 
 
-def damped(
+def friction_list(
     previous: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor] | None, dfc: int
 ) -> list[Tensor]:
-    """Return friction, times `exp_avgs` if given; the result may stand in the memory of `previous`."""
+    """Return the friction of each tensor, times `exp_avgs` if given; it may be computed in the memory of `previous`."""
     if dfc == 0:
         torch._foreach_sub_(previous, grads)
         torch._foreach_abs_(previous)
         torch._foreach_sigmoid_(previous)
-        found = previous
+        shares = previous
     else:
-        found = [friction(p - g, g, dfc) for p, g in zip(previous, grads, strict=True)]
+        shares = [friction(p - g, g, dfc) for p, g in zip(previous, grads, strict=True)]
     if exp_avgs is not None:
-        torch._foreach_mul_(found, exp_avgs)
-    return found
+        torch._foreach_mul_(shares, exp_avgs)
+    return shares
 
 
-def resistance(change: Tensor) -> Tensor:
+def inverse_friction(change: Tensor) -> Tensor:
     r"""Return :math:`1 / \xi = 1 + e^{-|d|} \in [1, 2]` for variant 0, float32, to 2e-7, without a call of `exp`.
 
-    What compilers make for CPUs calls `exp` for every few numbers, which costs more than all else in a step. This is
-    products and sums alone: a Taylor polynomial of :math:`e^x - 1` at :math:`x = -|d| / 64`, doubled six times by
-    :math:`e^{2x} - 1 = (e^x - 1)(2 + (e^x - 1))`, which does not enlarge its error.
+    The code that compilers generate for CPUs calls `exp` for every few numbers, which takes longer than the rest of a
+    step. This function uses only products and sums: a Taylor polynomial of :math:`e^x - 1` at :math:`x = -|d| / 64`,
+    doubled six times by :math:`e^{2x} - 1 = (e^x - 1)(2 + (e^x - 1))`, which does not increase the error.
 
     Args:
-        change: :math:`g_{t-1} - g_t`; above 20 the friction is one, to the last bit.
+        change: :math:`g_{t-1} - g_t`; at magnitudes above 20 the friction rounds to one.
     """
     x = change.abs().clamp(max=20.0) * -(2.0**-_DOUBLINGS)
-    grown = x * (1 + x * (1 / 2) * (1 + x * (1 / 3) * (1 + x * (1 / 4))))
+    power = x * (1 + x * (1 / 2) * (1 + x * (1 / 3) * (1 + x * (1 / 4))))
     for _ in range(_DOUBLINGS):
-        grown = grown * (2 + grown)
-    return 2 + grown
+        power = power * (2 + power)
+    return 2 + power
 
 
 def check_variant(dfc: Any) -> None:
-    """Raise a ValueError unless `dfc` names a variant."""
+    """Raise unless `dfc` is a variant.
+
+    Raises:
+        ValueError: It is not an integer from 0 to 5.
+    """
     if isinstance(dfc, bool) or dfc not in VARIANTS:
         raise ValueError(
-            f"`dfc` must be a variant from 0 to 5, got {dfc!r}. Leave it out for the paper's friction, 0."
+            f"`dfc` must be a variant from 0 to 5, got {dfc!r}. Omit it for the paper's friction, 0."
         )

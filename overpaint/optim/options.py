@@ -1,4 +1,4 @@
-"""What DiffGrad accepts: number by number as torch's Adam, with a way out in each message."""
+"""Checks of DiffGrad's options. The ranges are those of torch's Adam."""
 
 from typing import Any
 
@@ -12,16 +12,16 @@ _CAPTURABLE = ("cuda", "xpu", "hpu", "xla")
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Check the options of one group.
+    """Check the options of one parameter group.
 
     Raises:
-        ValueError: One is out of range, or two contradict each other.
+        ValueError: An option is out of range, or two contradict each other.
         RuntimeError: `fused` contradicts `foreach` or `differentiable`, as in torch's Adam.
     """
     _check_rate(options)
     for name in ("lr", "eps", "weight_decay"):
         if not options[name] >= 0:
-            raise ValueError(f"`{name}` must be 0 or more, got {options[name]!r}. Check the call.")
+            raise ValueError(f"`{name}` must be 0 or more, got {options[name]!r}.")
     betas = options["betas"]
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(
@@ -30,7 +30,7 @@ def check_options(options: dict[str, Any]) -> None:
     check_variant(options["dfc"])
     if options["eps_mode"] not in ("paper", "official"):
         raise ValueError(
-            f"`eps_mode` must be 'paper' or 'official', got {options['eps_mode']!r}. Leave it out for the paper's."
+            f"`eps_mode` must be 'paper' or 'official', got {options['eps_mode']!r}. Omit it for the paper's."
         )
     dtype = options["state_dtype"]
     if dtype is not None and not dtype.is_floating_point:
@@ -44,29 +44,29 @@ def _check_rate(options: dict[str, Any]) -> None:
         return
     if lr.numel() != 1:
         raise ValueError(
-            f"`lr` must be a number or a tensor of one element, got shape {tuple(lr.shape)}: give groups their own."
+            f"`lr` must be a number or a tensor of one element, got shape {tuple(lr.shape)}: use parameter groups for "
+            "several rates."
         )
     if options["foreach"] and not options["capturable"]:
         raise ValueError(
-            "`lr` is a tensor, which `foreach=True` takes with `capturable=True` only: give a number, or leave "
-            "`foreach` out."
+            "`lr` is a tensor, which `foreach=True` supports only with `capturable=True`: give a number, or omit "
+            "`foreach`."
         )
 
 
 def _check_paths(options: dict[str, Any]) -> None:
     if options["fused"] and options["foreach"]:
         raise RuntimeError(
-            "`fused` and `foreach` exclude each other: a step takes one path. Leave `foreach` out."
+            "`fused` and `foreach` exclude each other: a step has one path. Omit `foreach`."
         )
     if options["fused"] and options["differentiable"]:
         raise RuntimeError(
-            "`fused` and `differentiable` exclude each other: autograd does not go through the kernel. Leave `fused` "
-            "out."
+            "`fused` and `differentiable` exclude each other: autograd does not support the kernel. Omit `fused`."
         )
     if options["foreach"] and options["differentiable"]:
         raise ValueError(
-            "`foreach` and `differentiable` exclude each other: autograd does not go through lists. Leave `foreach` "
-            "out."
+            "`foreach` and `differentiable` exclude each other: autograd does not support in-place lists. Omit "
+            "`foreach`."
         )
     if options["fused"] and options["capturable"] and options["eps_mode"] == "official":
         raise ValueError(
@@ -76,10 +76,14 @@ def _check_paths(options: dict[str, Any]) -> None:
 
 
 def check_capturable(params: list[Tensor], steps: list[Tensor]) -> None:
-    """Raise a RuntimeError unless a graph can hold the step of these parameters."""
+    """Raise unless a CUDA graph can capture the step of these parameters.
+
+    Raises:
+        RuntimeError: A parameter or step count is on an unsupported device.
+    """
     pairs = zip(params, steps, strict=True)
     if not all(p.device.type in _CAPTURABLE and p.device == s.device for p, s in pairs):
         raise RuntimeError(
             f"`capturable=True` needs parameters and step counts on one of {', '.join(_CAPTURABLE)}: move the model "
-            "there, or leave it out."
+            "there, or omit it."
         )

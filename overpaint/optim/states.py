@@ -1,25 +1,25 @@
-"""States of DiffGrad: made anew, or taken up from another optimiser."""
+"""States of DiffGrad: initialisation, and conversion from the states of other optimisers."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["BUFFERS", "adopt_group", "complete", "dtype_of_state"]
+__all__ = ["BUFFERS", "adopt_group", "complete_state", "dtype_of_state"]
 
 BUFFERS = ("exp_avg", "exp_avg_sq", "previous_grad")
-# Options of torch's Adam and of pytorch_optimizer's DiffGrad that make another rule of it.
-REFUSED = ("amsgrad", "ams_bound", "rectify", "adanorm", "fixed_decay", "adam_debias")
+# Options of torch's Adam and of pytorch_optimizer's DiffGrad that change the update rule.
+UNSUPPORTED = ("amsgrad", "ams_bound", "rectify", "adanorm", "fixed_decay", "adam_debias")
 
 
-def complete(state: dict[str, Any], p: Tensor, group: dict[str, Any], step: Any = 0) -> None:
-    """Fill in what a fresh or a foreign state lacks, and bring the step count to where `group` wants it.
+def complete_state(state: dict[str, Any], p: Tensor, group: dict[str, Any], step: Any = 0) -> None:
+    """Add the missing buffers of a state, and move its step count to the device that `group` needs.
 
     Args:
-        state: Of one parameter; changed in place.
+        state: State of one parameter; changed in place.
         p: The parameter.
         group: Options of its group.
-        step: The count where the state has none of its own.
+        step: Step count for states without one.
     """
     on_device = group["capturable"] or group["fused"]
     device = p.device if on_device else torch.device("cpu")
@@ -35,25 +35,27 @@ def complete(state: dict[str, Any], p: Tensor, group: dict[str, Any], step: Any 
 
 
 def dtype_of_state(p: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """Return the number format of the buffers of `p`, complex where `p` is."""
-    wanted = p.dtype if dtype is None else dtype
-    return wanted.to_complex() if p.is_complex() and not wanted.is_complex else wanted
+    """Return the dtype of the buffers of `p`; complex if `p` is."""
+    state_dtype = p.dtype if dtype is None else dtype
+    if p.is_complex() and not state_dtype.is_complex:
+        return state_dtype.to_complex()
+    return state_dtype
 
 
 def adopt_group(group: dict[str, Any], defaults: dict[str, Any]) -> Any:
-    """Translate a group that another optimiser saved, fill in its options, and return its common step count.
+    """Convert a parameter group of another optimiser, add missing options, and return its step count.
 
     Raises:
-        ValueError: The other optimiser did what DiffGrad does not do.
+        ValueError: The other optimiser has an update rule that DiffGrad does not have.
     """
-    for name in REFUSED:
+    for name in UNSUPPORTED:
         if group.pop(name, False):
             raise ValueError(
-                f"this state was saved with `{name}`, which diffGrad does not have: start a new run, or go on with the "
-                "optimiser that saved it."
+                f"this state was saved with `{name}`, which diffGrad does not have: start a new run, or continue with "
+                "the optimiser that saved it."
             )
     if "weight_decouple" in group:
         group["decoupled_weight_decay"] = group.pop("weight_decouple")
     for name, value in defaults.items():
         group.setdefault(name, value)
-    return group.pop("step", 0)  # pytorch_optimizer counts in the group
+    return group.pop("step", 0)  # pytorch_optimizer stores the count in the group

@@ -1,4 +1,4 @@
-"""The three private functions of torch that its own optimisers are built on, each with a stand-in should it be gone."""
+"""Three private functions of torch that its optimisers use, each with a fallback for releases without it."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["grad_if_differentiable", "group_alike", "prefers_lists"]
+__all__ = ["grad_if_differentiable", "group_by_device_and_dtype", "prefers_lists"]
 
 
 def _grad_if_differentiable(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,7 +29,7 @@ def _group(lists: list[list[Tensor]]) -> dict[Any, tuple[list[list[Tensor]], Any
     rows: dict[Any, list[tuple[Tensor, ...]]] = {}
     for row in zip(*lists, strict=True):
         rows.setdefault((row[0].device, row[0].dtype), []).append(row)
-    return {key: (list(map(list, zip(*some, strict=True))), None) for key, some in rows.items()}
+    return {key: (list(map(list, zip(*group, strict=True))), None) for key, group in rows.items()}
 
 
 try:
@@ -47,11 +47,11 @@ except ImportError:
 
 
 def prefers_lists(params: list[Tensor]) -> bool:
-    """Return whether torch's own optimisers would take these tensors as lists: on accelerators, not on a CPU."""
+    """Return whether torch's optimisers use the foreach path for these tensors: on accelerators, not on a CPU."""
     return _default(params, False, use_fused=False)[1]
 
 
-def group_alike(lists: list[list[Tensor]]) -> list[list[list[Tensor]]]:
-    """Return `lists` apart by device and dtype of the first of them, in order; all are of one length."""
+def group_by_device_and_dtype(lists: list[list[Tensor]]) -> list[list[list[Tensor]]]:
+    """Return `lists`, which have one length, split by device and dtype of the tensors in the first list."""
     group = getattr(Optimizer, "_group_tensors_by_device_and_dtype", _group)
-    return [found for found, _ in group(cast(Any, lists)).values()]
+    return [tensors for tensors, _ in group(cast(Any, lists)).values()]
