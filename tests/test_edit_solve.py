@@ -343,7 +343,7 @@ def test_a_negative_preserve_weight_is_refused(problem, weight):
 
 def test_an_unknown_solver_is_refused(problem):
     with pytest.raises(
-        ValueError, match="the solver must be 'dual' or 'primal', got 'qr'. 'auto' takes"
+        ValueError, match="the solver must be 'dual' or 'primal', got 'qr'. 'auto' solves"
     ):
         solve(**problem, ridge=RIDGE, method="qr")
 
@@ -368,7 +368,7 @@ def test_what_does_not_fit_a_factorisation_is_refused(problem):
     k = problem["keys"]
     with pytest.raises(ValueError, match=r"gram \(3, 3\) do not fit .*`gram` \(D_in, D_in\)"):
         factorise(k, ridge=RIDGE, gram=torch.eye(3))
-    with pytest.raises(ValueError, match="`gram` is not positive semidefinite.*compute it anew"):
+    with pytest.raises(ValueError, match="`gram` is not positive semidefinite.*compute it as"):
         factorise(k, ridge=RIDGE, gram=-torch.eye(D_IN))
     with pytest.raises(ValueError, match="`gram` holds NaN or infinity"):
         factorise(k, ridge=RIDGE, gram=torch.full((D_IN, D_IN), math.nan))

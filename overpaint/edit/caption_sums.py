@@ -1,6 +1,7 @@
-"""The captions that an automatic edit is fitted on and those it keeps, and the sums that it reads from them.
+"""Captions that an automatic edit fits and captions that it preserves, and the sums over their keys.
 
-Memory does not grow with the captions: of each concept, and of all that is kept, only sums over keys remain.
+Memory does not grow with the number of captions: for each concept, and for all preserved captions, only sums over keys
+are stored.
 """
 
 import dataclasses
@@ -13,27 +14,30 @@ import torch
 from torch import Tensor
 
 from overpaint.edit import vocabulary as vocabularies
-from overpaint.edit.captions import Pair, gather, layer_inputs, plan
+from overpaint.edit.captions import Pair, align_captions, gather, layer_inputs
 from overpaint.edit.weights import find_weight
 from overpaint.model import TextToImage
 
 __all__ = [
-    "FRESH", "Reader", "Sums", "background", "background_captions", "captioned", "captions_of", "known_concepts",
-    "others", "placed", "spared",
+    "FRESH", "Reader", "Sums", "background_captions", "background_gram", "concept_captions", "extended_pair",
+    "extended_pairs", "known_concepts", "other_concepts", "preserved_captions",
 ]  # fmt: skip
 
 Term = dict[str, Any]
-FRESH = 64  # captions that nothing is fitted to
-_CHUNK = 256  # captions read at once
-_PER_CONCEPT = 8  # captions of a concept to look after
-_EMPTY = 0.05  # the empty prompt's share of the background: guidance reads it for every picture
+FRESH = 64  # captions to measure with, which are not fitted
+_CHUNK = 256  # captions encoded at once
+_PER_CONCEPT = 8  # captions of a preserved concept
+_EMPTY = 0.05  # weight of the empty prompt in the background: guidance uses it for every picture
 
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """All that a least-squares fit reads of a concept's keys K and residuals R, as means over captions.
+    """Sums over a concept's keys K and residuals R that a least-squares fit needs, as means over captions.
 
-    `gram` is K^T K, (D_in, D_in); `cross` is R^T K, (D_out, D_in); `energy` the squared norm of R.
+    Attributes:
+        gram: K^T K, shape (D_in, D_in).
+        cross: R^T K, shape (D_out, D_in).
+        energy: Squared norm of R.
     """
 
     gram: Tensor
@@ -41,35 +45,41 @@ class Sums:
     energy: float
 
     def missed(self, delta: Tensor) -> float:
-        """Return the share of the wanted movement that `delta` misses: 1 for no edit, 0 for a perfect one."""
+        """Return the squared residual left by the movement `delta`, relative to `energy`: 1 for no movement."""
         quadratic = float((delta @ self.gram * delta).sum() - 2 * (delta * self.cross).sum())
         return (quadratic + self.energy) / self.energy if self.energy else 0.0
 
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """Return keys (N, D_in) and residuals (N, D_out), N <= D_in, with the same sums."""
+    def equivalent_rows(self) -> tuple[Tensor, Tensor]:
+        """Return keys (N, D_in) and residuals (N, D_out) with the same sums; N is at most D_in."""
         values, vectors = torch.linalg.eigh(self.gram)
-        told = values > 1e-12 * values[-1].clamp(min=1e-300)
-        sizes, vectors = values[told].sqrt(), vectors[:, told]
+        positive = values > 1e-12 * values[-1].clamp(min=1e-300)
+        sizes, vectors = values[positive].sqrt(), vectors[:, positive]
         return sizes[:, None] * vectors.T, (self.cross @ vectors / sizes).T
 
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """Reads captions at one weight of a model's first text encoder."""
+    """Sums over the inputs of one weight of a model's first text encoder.
+
+    Attributes:
+        model: The model.
+        site: Name of the weight.
+        weight: Its values, float64, shape (D_out, D_in).
+    """
 
     model: TextToImage
     site: str
     weight: Tensor
 
     @classmethod
-    def of(cls, model: TextToImage, layer: int) -> "Reader":
-        """Return what reads at a layer's `out_proj`."""
+    def at_layer(cls, model: TextToImage, layer: int) -> "Reader":
+        """Return the reader of the `out_proj` of a text layer."""
         site = f"text.{layer}.self_attn.out_proj"
         weight = find_weight(model, site).parameter
         return cls(model, site, weight.detach().to("cpu", torch.float64))
 
     def gram(self, captions: Sequence[str]) -> Tensor:
-        """Return the mean of H^T H over captions, H (L, D_in) what reaches the weight; float64."""
+        """Return the mean of H^T H over captions, float64, where H (L, D_in) are the inputs of the weight."""
         total = self.weight.new_zeros(self.weight.shape[1], self.weight.shape[1])
         for start in range(0, len(captions), _CHUNK):
             ids = self.model.tokenize(captions[start : start + _CHUNK])
@@ -78,7 +88,7 @@ class Reader:
         return total / len(captions)
 
     def sums(self, pairs: Sequence[Pair]) -> Sums:
-        """Return the sums of one concept in its captions."""
+        """Return the sums of one concept over its captions."""
         out, width = self.weight.shape
         gram, cross, energy = (
             self.weight.new_zeros(width, width),
@@ -86,9 +96,9 @@ class Reader:
             0.0,
         )
         for start in range(0, len(pairs), _CHUNK):
-            found = pairs[start : start + _CHUNK]
-            ids = torch.cat([torch.stack([p.old.ids, p.new.ids]) for p in found])
-            keys, sources = gather(layer_inputs(self.model, self.site, ids), found)
+            chunk = pairs[start : start + _CHUNK]
+            ids = torch.cat([torch.stack([p.old.ids, p.new.ids]) for p in chunk])
+            keys, sources = gather(layer_inputs(self.model, self.site, ids), chunk)
             keys = keys.double()
             residual = (sources.double() - keys) @ self.weight.T
             gram += keys.T @ keys
@@ -98,36 +108,39 @@ class Reader:
 
 
 def known_concepts(model: TextToImage, vocabulary: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Return the concepts that may be in danger: a vocabulary by name, a list, or the model's own."""
+    """Return the concepts that should not drift: a vocabulary by name, a list, or the vocabulary of the model."""
     if vocabulary is None:
         vocabulary = "icons" if model.name == "icons" else "natural"
     return vocabularies.concepts(vocabulary) if isinstance(vocabulary, str) else tuple(vocabulary)
 
 
-def others(known: Sequence[str], pairs: Mapping[str, str]) -> list[str]:
-    """Return the concepts to look after: the known ones and the targets, but none that holds an edited concept."""
+def other_concepts(known: Sequence[str], pairs: Mapping[str, str]) -> list[str]:
+    """Return the known concepts and the targets, without those that contain an edited concept."""
     olds = [f" {old.lower().strip()} " for old in pairs]
-    found = dict.fromkeys((*known, *pairs.values()))
-    return sorted(c for c in found if not any(old in f" {c.lower()} " for old in olds))
+    concepts = dict.fromkeys((*known, *pairs.values()))
+    return sorted(c for c in concepts if not any(old in f" {c.lower()} " for old in olds))
 
 
-def captioned(
+def extended_pairs(
     model: TextToImage, pairs: Mapping[str, str], frames: Sequence[str], known: Sequence[str]
 ) -> list[list[Pair]]:
-    """Return, for each concept, its captions beside those of its replacement."""
+    """Return, for each concept, its captions paired with those of its replacement, as `extended_pair` aligns them."""
     return [
-        [placed(found, old, known) for found in plan(model, {old: new}, frames, "subject_to_end")]
+        [
+            extended_pair(pair, old, known)
+            for pair in align_captions(model, {old: new}, frames, "subject_to_end")
+        ]
         for old, new in pairs.items()
     ]
 
 
-def placed(found: Pair, old: str, known: Sequence[str]) -> Pair:
-    """Return the pair from where the two concepts part to the end of the padding, each pad at its own place.
+def extended_pair(pair: Pair, old: str, known: Sequence[str]) -> Pair:
+    """Return the pair with positions from the first token that differs to the last pad; pads keep their positions.
 
-    Where a known concept is how the old one begins ("apple" of "apple logo"), from the old one's last token on: up to
-    there a causal encoder cannot tell them apart.
+    Where the old concept begins with a known one ("apple" of "apple logo"), the positions start at the last token of
+    the old concept: up to there a causal encoder gives both the same states.
     """
-    first, second = found.old, found.new
+    first, second = pair.old, pair.new
     start, end = first.first, len(first.ids) - 1
     if any(
         f"{old.lower()} ".startswith(f"{c.lower()} ") and c.lower() != old.lower() for c in known
@@ -136,19 +149,19 @@ def placed(found: Pair, old: str, known: Sequence[str]) -> Pair:
     else:
         while start < first.last and start <= second.last and first.ids[start] == second.ids[start]:
             start += 1
-    words = [(p, q) for p, q in found.positions if start <= p < first.eos]
+    words = [(p, q) for p, q in pair.positions if start <= p < first.eos]
     pads = [(p, min(max(p, second.eos + 1), end)) for p in range(first.eos + 1, end + 1)]
-    return dataclasses.replace(found, positions=[*words, (first.eos, second.eos), *pads])
+    return dataclasses.replace(pair, positions=[*words, (first.eos, second.eos), *pads])
 
 
-def background(reader: Reader, term: Term) -> Tensor:
-    """Return the mean Gram matrix of captions that should not move."""
+def background_gram(reader: Reader, term: Term) -> Tensor:
+    """Return the mean Gram matrix of captions that should not move, and of the empty prompt."""
     captions = background_captions(reader.model, term)
     return (1 - _EMPTY) * reader.gram(captions) + _EMPTY * reader.gram([""])
 
 
 def background_captions(model: TextToImage, term: Term) -> list[str]:
-    """Return captions that should not move: three in four hold a concept."""
+    """Return captions that should not move; three in four contain a concept."""
     words = vocabularies.fillers(model.tokenizer, without=term["without"])
     rng = random.Random(term["seed"])
     slots = [
@@ -161,19 +174,22 @@ def background_captions(model: TextToImage, term: Term) -> list[str]:
     return [frame.replace("{}", slot) for frame, slot in zip(frames, slots, strict=True)]
 
 
-def spared(
+def preserved_captions(
     model: TextToImage, terms: Sequence[Term], frames: Sequence[str]
 ) -> list[tuple[Sequence[str], float]]:
-    """Return the captions to keep and their weights: every second one of the background, since a repair is dearer."""
+    """Return groups of preserved captions with their weights.
+
+    Of the background, every second caption is returned, since a repair takes longer for each caption.
+    """
     background, *concepts = terms
     weight = background["weight"]
     return [
         (background_captions(model, background)[::2], (1 - _EMPTY) * weight),
         ([""], _EMPTY * weight),
-        *((captions_of(term["concept"], frames), term["weight"]) for term in concepts),
+        *((concept_captions(term["concept"], frames), term["weight"]) for term in concepts),
     ]
 
 
-def captions_of(concept: str, frames: Sequence[str]) -> list[str]:
-    """Return captions of a concept to look after."""
+def concept_captions(concept: str, frames: Sequence[str]) -> list[str]:
+    """Return captions of a preserved concept."""
     return [frame.replace("{}", concept) for frame in frames[:_PER_CONCEPT]]

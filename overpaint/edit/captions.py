@@ -1,7 +1,8 @@
-"""From concepts to keys: captions, the tokens of a concept in them, and what reaches a layer there.
+"""Captions of concepts, the tokens of a concept in them, and the inputs of a layer at these tokens.
 
-Captions are tokenised in one call, and read by one text encoder no further than the layer in question. Before the first
-attention a token's state depends on the token and its position alone, so there each pair of these is projected once.
+Captions are tokenised in one call, and the text encoder runs no further than the requested layer. Before the first
+attention the state of a token depends on the token and its position alone, so there each distinct pair is projected
+once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,14 +26,14 @@ __all__ = [
     "Caption",
     "Pair",
     "Positions",
+    "align_captions",
+    "aligned_rows",
     "caption",
     "captions",
     "check_frames",
     "check_pairs",
     "gather",
     "layer_inputs",
-    "places",
-    "plan",
     "read_layer",
 ]
 
@@ -51,7 +52,15 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class Caption:
-    """A concept in a frame: its padded ids, shape (L,), the concept's first and last token, and where the text ends."""
+    """A concept in a frame.
+
+    Attributes:
+        text: The caption.
+        ids: Its padded token ids, shape (L,).
+        first: Position of the concept's first token.
+        last: Position of the concept's last token.
+        eos: Position of the end-of-text token.
+    """
 
     text: str
     ids: Tensor
@@ -62,7 +71,14 @@ class Caption:
 
 @dataclass(frozen=True)
 class Pair:
-    """One concept pair in one frame, and the positions of its keys and values."""
+    """One concept pair in one frame.
+
+    Attributes:
+        names: The old and the new concept.
+        old: Caption of the old concept.
+        new: Caption of the new concept.
+        positions: For each key, its position in the old caption and the position of its target in the new one.
+    """
 
     names: tuple[str, str]
     old: Caption
@@ -71,14 +87,14 @@ class Pair:
 
 
 def check_pairs(pairs: Mapping[str, str], *, erase: bool = False) -> None:
-    """Refuse pairs that ask for nothing.
+    """Raise unless there are pairs and each has two different concepts.
 
     Args:
         pairs: Old concept to new.
-        erase: Whether the new one may be empty.
+        erase: The new concept may be empty.
 
     Raises:
-        ValueError: There are none, a concept is empty, or equals its target.
+        ValueError: There are no pairs, a concept is empty, or a concept equals its target.
     """
     if not pairs:
         raise ValueError(
@@ -92,15 +108,15 @@ def check_pairs(pairs: Mapping[str, str], *, erase: bool = False) -> None:
             )
         if old.lower().split() == new.lower().split():
             raise ValueError(
-                f"the concept {old!r} equals its target: name another one to put in its place."
+                f"the concept {old!r} equals its target: name another one to replace it."
             )
 
 
 def check_frames(frames: Sequence[str]) -> None:
-    """Refuse one text, or none, where a list of captions is wanted.
+    """Raise unless `frames` is a list of at least one caption.
 
     Raises:
-        TypeError: It is no list of texts, or empty.
+        TypeError: It is one text, or empty.
     """
     if isinstance(frames, str) or not frames:
         raise TypeError(
@@ -108,7 +124,7 @@ def check_frames(frames: Sequence[str]) -> None:
         )
 
 
-def plan(
+def align_captions(
     model: TextToImage,
     pairs: Mapping[str, str],
     frames: Sequence[str],
@@ -116,30 +132,30 @@ def plan(
     *,
     encoder: str = "text",
 ) -> list[Pair]:
-    """Return each pair in each frame, frames within pairs.
+    """Return each pair in each frame, ordered by pair, then by frame.
 
     Args:
-        model: Its tokenizers place the concepts.
+        model: Its tokenizer locates the concepts.
         pairs: Old concept to new.
-        frames: Captions around the concept: put before it, or filled in where they hold `{}`.
-        positions: Which tokens become keys, as in `quickfix`.
-        encoder: Whose tokenizer: `"text"` or `"text2"`.
+        frames: Captions around the concept: a prefix, or a text in which `{}` is replaced.
+        positions: The tokens that become keys, as in `quickfix`.
+        encoder: Its tokenizer is used: `"text"` or `"text2"`.
 
     Raises:
-        ValueError: A concept is empty or cut off.
+        ValueError: A concept is empty or cut off by the token limit.
     """
-    asked = [(old, new, frame) for old, new in pairs.items() for frame in frames]
-    distinct = list(dict.fromkeys((name, f) for old, new, f in asked for name in (old, new)))
-    placed = dict(zip(distinct, captions(model, distinct, encoder=encoder), strict=True))
+    combinations = [(old, new, frame) for old, new in pairs.items() for frame in frames]
+    distinct = list(dict.fromkeys((name, f) for old, new, f in combinations for name in (old, new)))
+    located = dict(zip(distinct, captions(model, distinct, encoder=encoder), strict=True))
     return [
-        _aligned((old, new), placed[old, frame], placed[new, frame], positions)
-        for old, new, frame in asked
+        _aligned((old, new), located[old, frame], located[new, frame], positions)
+        for old, new, frame in combinations
     ]
 
 
 def _aligned(names: tuple[str, str], first: Caption, second: Caption, positions: Positions) -> Pair:
     end = len(first.ids) - 1
-    wanted = {
+    key_positions = {
         "from_subject_to_end": range(first.last, end + 1),
         "last_subject": [first.last],
         "subject": range(first.first, first.last + 1),
@@ -147,42 +163,42 @@ def _aligned(names: tuple[str, str], first: Caption, second: Caption, positions:
         "last_subject+eos": [first.last],
     }[positions]
     shift = second.last - first.last
-    found = [(p, min(max(p + shift, second.first), end)) for p in wanted]
+    aligned = [(p, min(max(p + shift, second.first), end)) for p in key_positions]
     if positions == "last_subject+eos":
-        found.append((first.eos, second.eos))
-    return Pair(names, first, second, found)
+        aligned.append((first.eos, second.eos))
+    return Pair(names, first, second, aligned)
 
 
 def caption(model: TextToImage, concept: str, frame: str, *, encoder: str = "text") -> Caption:
-    """Return `concept` in `frame`, with its place."""
+    """Return the caption of `concept` in `frame`. Raises as `captions`."""
     return captions(model, [(concept, frame)], encoder=encoder)[0]
 
 
 def captions(
-    model: TextToImage, asked: Sequence[tuple[str, str]], *, encoder: str = "text"
+    model: TextToImage, concepts: Sequence[tuple[str, str]], *, encoder: str = "text"
 ) -> list[Caption]:
-    """Return each concept in its frame, with its place.
+    """Return the caption of each concept in its frame.
 
     Args:
-        model: Its tokenizers place the concepts.
-        asked: Concept and frame of each.
-        encoder: Whose tokenizer: `"text"` or `"text2"`.
+        model: Its tokenizer locates the concepts.
+        concepts: Concepts with their frames.
+        encoder: Its tokenizer is used: `"text"` or `"text2"`.
 
     Raises:
-        ValueError: A concept is empty or cut off.
-        UnsupportedModel: The tokenizer cannot tell the characters of its tokens.
+        ValueError: A concept is empty or cut off by the token limit.
+        UnsupportedModel: The tokenizer does not return the characters of its tokens.
     """
-    if not asked:
+    if not concepts:
         return []
     index = encoder_index(model, encoder)
     tokenizer = model.tokenizers[index]
     texts: list[str] = []
-    places: list[tuple[int, int]] = []
-    for concept, frame in asked:
+    characters: list[tuple[int, int]] = []
+    for concept, frame in concepts:
         before, _, after = frame.partition("{}")
         texts.append(f"{before}{concept.strip()}{after}")
-        places.append((len(before), len(before) + len(concept.strip())))
-    spans = _spans(tokenizer, texts, places)
+        characters.append((len(before), len(before) + len(concept.strip())))
+    spans = _spans(tokenizer, texts, characters)
     rows = model.tokenize(texts, encoder=index)
     return [
         Caption(text, ids, span.start, span.last, end_of_text(tokenizer, ids))
@@ -190,28 +206,33 @@ def captions(
     ]
 
 
-def _spans(tokenizer: Any, texts: Sequence[str], places: Sequence[tuple[int, int]]) -> list[Span]:
-    """Return `span_at` of each place, from one call of the tokenizer; what it refuses is left to it."""
+def _spans(
+    tokenizer: Any, texts: Sequence[str], characters: Sequence[tuple[int, int]]
+) -> list[Span]:
+    """Return `span_at` of the characters of each text, from one call of the tokenizer; `span_at` raises the errors."""
     if len(texts) == 1 or not getattr(tokenizer, "is_fast", False):
-        return [span_at(tokenizer, t, *place) for t, place in zip(texts, places, strict=True)]
+        return [span_at(tokenizer, t, *part) for t, part in zip(texts, characters, strict=True)]
     encoded = tokenizer(
         list(texts), return_offsets_mapping=True, truncation=False, padding=False, verbose=False
     )
-    found: list[Span] = []
-    for text, (start, end), offsets in zip(texts, places, encoded["offset_mapping"], strict=True):
-        held = [i for i, (a, b) in enumerate(offsets) if a < b and a < end and b > start]
-        fits = held and held[-1] < int(tokenizer.model_max_length) - 1
-        found.append(Span(held[0], held[-1] + 1) if fits else span_at(tokenizer, text, start, end))
-    return found
+    spans: list[Span] = []
+    rows = zip(texts, characters, encoded["offset_mapping"], strict=True)
+    for text, (start, end), offsets in rows:
+        tokens = [i for i, (a, b) in enumerate(offsets) if a < b and a < end and b > start]
+        fits = tokens and tokens[-1] < int(tokenizer.model_max_length) - 1
+        spans.append(
+            Span(tokens[0], tokens[-1] + 1) if fits else span_at(tokenizer, text, start, end)
+        )
+    return spans
 
 
 def layer_inputs(model: TextToImage, site: str, ids: Tensor) -> Tensor:
-    """Return what reaches the text projection `site` for token ids, on the CPU in float32.
+    """Return the inputs of the text projection `site` for token ids, on the CPU in float32.
 
     Args:
-        model: Read, not changed; no hook stays.
+        model: Not changed; no hook stays.
         site: `text.<layer>.self_attn.<q, k, v or out>_proj`, or of `text2`.
-        ids: Padded token ids, shape (B, L); rows that are equal are read once.
+        ids: Padded token ids, shape (B, L); equal rows are encoded once.
 
     Returns:
         Shape (B, L, D_in).
@@ -224,10 +245,10 @@ def layer_inputs(model: TextToImage, site: str, ids: Tensor) -> Tensor:
 
 
 def read_layer(model: TextToImage, site: str, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `layer_inputs` of the distinct rows of token ids, and which of these each row is.
+    """Return `layer_inputs` of the distinct rows of token ids, and the index of each row among them.
 
     Args:
-        model: Read, not changed; no hook stays.
+        model: Not changed; no hook stays.
         site: As in `layer_inputs`.
         ids: Padded token ids, shape (B, L).
 
@@ -249,7 +270,7 @@ def read_layer(model: TextToImage, site: str, ids: Tensor) -> tuple[Tensor, Tens
             encoder(batch.to(device))
         if len(inputs) != 1 or inputs[0].shape[:2] != batch.shape:
             raise UnsupportedModel(
-                f"the text encoder did not call {site} once on the whole batch, so there is nothing to fit: use a "
+                f"the text encoder did not call {site} once on the whole batch, so its inputs are unknown: use a "
                 "plain `CLIPTextModel`, neither compiled nor fused."
             )
         read.append(inputs[0].cpu())
@@ -257,49 +278,49 @@ def read_layer(model: TextToImage, site: str, ids: Tensor) -> tuple[Tensor, Tens
 
 
 class _EachTokenOnce(TorchFunctionMode):
-    """Project each token of a batch once for each of its positions; only before the first attention has mixed them."""
+    """Project each distinct pair of token and position of a batch once; valid before the first attention only."""
 
     def __init__(self, ids: Tensor) -> None:
         super().__init__()
         length = ids.shape[1]
         marks = ids * length + torch.arange(length, device=ids.device)
-        distinct, place = torch.unique(marks, return_inverse=True)
-        one = torch.zeros_like(distinct)
-        one[place.flatten()] = torch.arange(marks.numel(), device=ids.device)  # any of its rows
-        self.one, self.place = one, place
+        distinct, index = torch.unique(marks, return_inverse=True)
+        row = torch.zeros_like(distinct)
+        row[index.flatten()] = torch.arange(marks.numel(), device=ids.device)  # any of its rows
+        self.row, self.index = row, index
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is not project or not args or args[0].shape[:-1] != self.place.shape:
+        if func is not project or not args or args[0].shape[:-1] != self.index.shape:
             return func(*args, **kwargs)
-        few = func(args[0].flatten(0, 1).index_select(0, self.one), *args[1:], **kwargs)
-        return few.index_select(0, self.place.flatten()).unflatten(0, self.place.shape)
+        few = func(args[0].flatten(0, 1).index_select(0, self.row), *args[1:], **kwargs)
+        return few.index_select(0, self.index.flatten()).unflatten(0, self.index.shape)
 
 
 def gather(inputs: Tensor, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    """Return the keys (N, D_in) and, aligned with them, the inputs that the values are made of.
+    """Return the keys and the inputs whose outputs are their targets, both of shape (N, D_in).
 
     Args:
-        inputs: What reaches the layer for old and new captions in turn, shape (2 P, L, D_in); more rows are ignored.
-        pairs: P of them.
+        inputs: Inputs of the layer for old and new captions in turn, shape (2 P, L, D_in); more rows are ignored.
+        pairs: P pairs.
     """
-    at, of = places(pairs, torch.arange(len(inputs)), inputs.shape[1])
+    key_rows, source_rows = aligned_rows(pairs, torch.arange(len(inputs)), inputs.shape[1])
     flat = inputs.flatten(0, 1)
-    return flat.index_select(0, at), flat.index_select(0, of)
+    return flat.index_select(0, key_rows), flat.index_select(0, source_rows)
 
 
-def places(pairs: Sequence[Pair], rows: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Return where the keys and the inputs of the values are, counting token after token, shapes (N,).
+def aligned_rows(pairs: Sequence[Pair], rows: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Return the rows of the keys and of the inputs of their targets in flattened captions, shapes (N,).
 
     Args:
-        pairs: P of them.
-        rows: In which row old and new captions are in turn, shape (2 P,); more are ignored.
-        length: Tokens of a row.
+        pairs: P pairs.
+        rows: Rows of the old and new captions in turn, shape (2 P,); more are ignored.
+        length: Number of tokens of a caption, L.
     """
     counts = torch.tensor([len(p.positions) for p in pairs])
-    both = torch.tensor([place for p in pairs for place in p.positions]).reshape(-1, 2)
+    both = torch.tensor([position for p in pairs for position in p.positions]).reshape(-1, 2)
     starts = rows[: 2 * len(pairs)].reshape(-1, 2) * length
-    found = both + starts.repeat_interleave(counts, dim=0)
-    return found[:, 0], found[:, 1]
+    flat_rows = both + starts.repeat_interleave(counts, dim=0)
+    return flat_rows[:, 0], flat_rows[:, 1]

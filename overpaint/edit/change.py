@@ -121,10 +121,13 @@ class Change:
         application.revert(model, self.movements, self.digest)
 
     def applied(self, model: TextToImage) -> AbstractContextManager[TextToImage]:
-        """Return a context that applies on entry; on exit, also after an exception, it restores the weights.
+        """Return a context that applies the change on entry and restores the weights bit for bit on exit.
 
-        The weights are restored bit for bit. Everything else that was written to these weights inside the block is undone too. A change that was applied on
-        top of them is also removed from its other weights. Raises as `apply`.
+        They are restored also after an exception or Ctrl-C. Everything else that was written to these weights inside
+        the block is undone too, and a change that was applied on top of them is also removed from its other weights.
+
+        Raises:
+            ValueError: As `apply`, on entry.
         """
         return application.applied(model, self.movements, self.digest)
 

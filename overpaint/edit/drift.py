@@ -61,9 +61,8 @@ def weight_drift(
     Returns:
         The norm divided by the reference; 0 if the reference is 0.
     """
-    reference = relative_to
-    if isinstance(relative_to, Tensor):
-        reference = _norm(relative_to, inputs, gram)
+    is_weight = isinstance(relative_to, Tensor)
+    reference = _norm(relative_to, inputs, gram) if is_weight else relative_to
     return _norm(delta, inputs, gram) / reference if reference else 0.0
 
 

@@ -1,6 +1,6 @@
-r"""The regularised least squares that closed-form edits share; tensors only, float64 throughout.
+r"""Regularised least squares for closed-form edits, on plain tensors, in float64 throughout.
 
-Row convention: keys :math:`K` (N, D_in) and targets :math:`V` (N, D_out) hold one pair a row, the weight :math:`W`
+Row convention: keys :math:`K` (N, D_in) and targets :math:`V` (N, D_out) hold one pair per row, the weight :math:`W`
 (D_out, D_in) is as in `nn.Linear`. With preserved keys :math:`P` (M, D_in) and their weight :math:`a`, the edit is
 
 .. math:: \min_{W'} \|K W'^\top - V\|_F^2 + \lambda \|W' - W\|_F^2 + a \|P (W' - W)^\top\|_F^2 .
@@ -11,7 +11,7 @@ rows, whatever M is. Without preserved keys it is the paper's :math:`R^\top (\la
 
 The targets enter by :math:`R` alone, so weights that read the same keys share everything else: `factorise` once, then
 `solve` for each weight's residuals. Where there are more keys than D_in, the sums :math:`K^\top K` and :math:`R^\top K`
-say all there is to know, and :math:`\Delta = R^\top K (A + K^\top K)^{-1}`.
+are sufficient, and :math:`\Delta = R^\top K (A + K^\top K)^{-1}`.
 
 Source: Basu et al., 2024 (Diff-QuickFix), https://arxiv.org/abs/2310.13730, equations 8 and 9; the preserved keys are
 those of Gandikota et al., 2024 (UCE), https://arxiv.org/abs/2308.14761.
@@ -45,7 +45,7 @@ _ROWS = 4096  # of keys in double at a time
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep torch to one thread, for small things: on a busy machine two wait for each other a hundred times as long."""
+    """Limit torch to one thread, for small tensors: on a busy machine, synchronising two threads takes far longer."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -56,14 +56,14 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """What moves the weight: `left @ right`, shape (D_out, D_in), and how well the problem was posed.
+    """The movement of a weight, `left @ right`, shape (D_out, D_in), and the condition of the problem.
 
     Attributes:
         left: Shape (D_out, R), float64; R is N or D_in, the smaller of them.
-        right: Shape (R, D_in), float64; weights that share their keys share this very tensor.
-        condition_number: Of the N x N system; float64 keeps about 16 digits less its logarithm.
-        effective_rank: Directions of the keys that the data, not the prior, decide.
-        orthonormal: Whether the rows of `right` are; `factorise` makes them so.
+        right: Shape (R, D_in), float64; weights with the same keys share one tensor.
+        condition_number: Of the N x N system; about 16 digits less its logarithm are correct.
+        effective_rank: Number of directions of the keys in which the data outweigh the prior.
+        orthonormal: The rows of `right` are orthonormal, as `factorise` makes them.
     """
 
     left: Tensor
@@ -80,16 +80,15 @@ class Solution:
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    r"""What the movements of all weights with the same keys share; made by `factorise`.
+    r"""Factorised system of keys and prior, shared by all weights with the same keys; made by `factorise`.
 
     Attributes:
         keys: :math:`K`, shape (N, D_in).
-        right: What every movement is a combination of the rows of, shape (R, D_in), float64, orthonormal.
-        turn: Turns what is solved for N keys into such a combination, shape (N, R), float64; `None` where the sums are
-            solved for.
+        right: Right factor of every movement, shape (R, D_in), float64, with orthonormal rows.
+        turn: Maps the solution for N keys to the left factor, shape (N, R), float64; `None` where sums are used.
         system: LU factors and pivots of the N x N matrix, for the dual form, or of the D_in x D_in matrix, for the
             sums.
-        gram: :math:`K^\top K`, shape (D_in, D_in), float64, where the sums are solved for.
+        gram: :math:`K^\top K`, shape (D_in, D_in), float64, where sums are used; else `None`.
         condition_number: As in `Solution`.
         effective_rank: As in `Solution`.
     """
@@ -103,17 +102,17 @@ class Factors:
     effective_rank: int
 
     def solve(self, residuals: Tensor) -> Solution:
-        r"""Movement of one weight.
+        r"""Return the movement of one weight.
 
         Args:
-            residuals: :math:`R = V - K W^\top`, what the weight misses, shape (N, D_out).
+            residuals: :math:`R = V - K W^\top`, shape (N, D_out).
 
         Raises:
-            ValueError: There are not as many residuals as keys, or they are not finite.
+            ValueError: The number of residuals is not that of the keys, or they are not finite.
         """
         if residuals.shape != (len(self.keys), residuals.shape[-1]):
             raise ValueError(
-                f"residuals {tuple(residuals.shape)} do not fit {len(self.keys)} keys: give (N, D_out), a row a key."
+                f"residuals {tuple(residuals.shape)} do not fit {len(self.keys)} keys: give (N, D_out), a row per key."
             )
         _check_finite({"residuals": residuals})
         if self.turn is None:
@@ -124,13 +123,13 @@ class Factors:
         return self._solution(residual.T @ self.turn)
 
     def solve_sums(self, cross: Tensor) -> Solution:
-        r"""Movement of one weight, of which the residuals are known by their sums with the keys alone.
+        r"""Return the movement of one weight from the sums of its residuals with the keys.
 
         Args:
             cross: :math:`R^\top K`, shape (D_out, D_in), float64.
 
         Raises:
-            ValueError: There are no more keys than D_in, or the dual form was asked for: those take `solve`.
+            ValueError: The number of keys is at most D_in, or the method is the dual form: then `solve` is needed.
         """
         if self.turn is not None or self.system is None:
             raise ValueError(
@@ -155,15 +154,15 @@ def solve(
     preserve_weight: float = 0.0,
     method: Method = "dual",
 ) -> Solution:
-    r"""Movement of `weight` that sends `keys` to `targets` and otherwise stays near `weight`.
+    r"""Return the movement of `weight` that maps `keys` to `targets` and otherwise stays near `weight`.
 
     Args:
         keys: Inputs :math:`K`, shape (N, D_in); N may be 0.
-        targets: Wanted outputs :math:`V`, shape (N, D_out).
+        targets: New outputs :math:`V`, shape (N, D_out).
         weight: Present weight :math:`W`, shape (D_out, D_in).
         ridge: :math:`\lambda > 0`, in units of a key's squared norm.
         preserve: Inputs :math:`P` whose outputs should stay, shape (M, D_in).
-        preserve_weight: :math:`a \ge 0`, what one preserved key counts against one edited key; 0 ignores `preserve`.
+        preserve_weight: :math:`a \ge 0`, weight of one preserved key against one edited key; 0 ignores `preserve`.
         method: As in `factorise`.
 
     Returns:
@@ -210,10 +209,10 @@ def factorise(
 
 
 def product(a: Tensor, b: Tensor | None = None) -> Tensor:
-    """Return `a.T @ b`, or `a.T @ a` at two thirds of the price, summed up in float64, shape (D_a, D_b).
+    """Return `a.T @ b`, or `a.T @ a` in two thirds of the time, summed in float64, shape (D_a, D_b).
 
     Args:
-        a: Shape (N, D_a), of any kind; no copy of it all in double is made.
+        a: Shape (N, D_a), of any dtype; it is converted to double in blocks.
         b: Shape (N, D_b); `a` if `None`.
     """
     width = a.shape[1]
@@ -234,29 +233,29 @@ def product(a: Tensor, b: Tensor | None = None) -> Tensor:
 def contradiction(
     keys: Tensor, targets: Tensor | Callable[[Tensor], Tensor], *, tolerance: float = 1e-6
 ) -> tuple[int, int] | None:
-    """First two rows that send one key to two targets, or `None`.
+    """Return the first two rows that map one key to two targets, or `None`.
 
-    Keys are sorted along a few axes: only those near one another on all of them are compared, and of these only what
-    does not lie with its targets around one target anyway.
+    Keys are sorted along a few axes, and only keys that are close on all of them are compared. A group of such keys is
+    skipped if all its targets are close to the first one.
 
     Args:
         keys: Shape (N, D_in).
-        targets: Shape (N, D_out), or what gives them for some rows; few keys have others near.
-        tolerance: Keys nearer than this, relative to their norm, are one key; targets further apart than a hundred
-            times this, relative to theirs, are two targets.
+        targets: Shape (N, D_out), or a function that returns the targets of some rows; it is called for few rows.
+        tolerance: Keys closer than this, relative to their norm, are one key; targets further apart than a hundred
+            times this, relative to their norm, are two targets.
     """
-    give = targets.__getitem__ if isinstance(targets, Tensor) else targets
+    targets_at = targets.__getitem__ if isinstance(targets, Tensor) else targets
     best: tuple[int, int] | None = None
     for rows in _neighbours(keys, tolerance):
         if best is not None and int(rows[0]) > best[0]:
             break
-        wanted = _exact(give(rows))
-        far = (wanted - wanted[0]).norm(dim=1) * (1 + 50 * tolerance)
-        if bool((far <= 49.9 * tolerance * wanted[0].norm()).all()):
+        values = _exact(targets_at(rows))
+        far = (values - values[0]).norm(dim=1) * (1 + 50 * tolerance)
+        if bool((far <= 49.9 * tolerance * values[0].norm()).all()):
             continue  # so no two are further apart than 100 times the tolerance
-        found = _first_clash(_exact(keys[rows]), wanted, tolerance)
-        if found is not None:
-            first, second = sorted(int(rows[place]) for place in found)
+        clash = _first_clash(_exact(keys[rows]), values, tolerance)
+        if clash is not None:
+            first, second = sorted(int(rows[place]) for place in clash)
             best = (first, second) if best is None else min(best, (first, second))
     return best
 
@@ -265,13 +264,13 @@ def contradiction(
 def compress(
     left: Tensor, right: Tensor, *, orthonormal: bool = False, tolerance: float = 1e-10
 ) -> tuple[Tensor, Tensor]:
-    """Factors of least rank whose product differs from `left @ right` by at most `tolerance` of its norm.
+    """Return factors of least rank whose product differs from `left @ right` by at most `tolerance` of its norm.
 
     Args:
         left: Shape (D_out, R).
         right: Shape (R, D_in).
-        orthonormal: Whether the rows of `right` are known to be; if none of them can be spared, the new right factor is
-            then this very tensor.
+        orthonormal: The rows of `right` are orthonormal. If the rank cannot be reduced, the new right factor is then
+            the same tensor.
         tolerance: Allowed relative error in the Frobenius norm.
 
     Returns:
@@ -298,9 +297,9 @@ def compress(
 
 
 def _full(left: Tensor, tolerance: float) -> bool:
-    """Whether no direction of `left` can be spared; `False` also where that is not plain to see.
+    """Return whether `left` certainly has full rank; `False` where singular values are needed to decide.
 
-    A Cholesky factorisation tells at a hundredth of the price of the singular values.
+    The Cholesky factorisation takes a hundredth of the time of the singular values.
     """
     if not left.numel():
         return False
@@ -311,7 +310,7 @@ def _full(left: Tensor, tolerance: float) -> bool:
 
 
 def _neighbours(keys: Tensor, tolerance: float) -> Iterator[Tensor]:
-    """Yield groups of rows, each in ascending order, by their first: keys of different groups are no neighbours."""
+    """Yield groups of rows, ascending in and between groups: keys of different groups are not close."""
     if len(keys) < 2:
         return
     width = keys.shape[1]
@@ -319,7 +318,7 @@ def _neighbours(keys: Tensor, tolerance: float) -> Iterator[Tensor]:
     axes = torch.linalg.qr(random)[0]
     places = torch.cat([rows @ axes for rows in _blocks(keys)])
     largest = float(keys.float().norm(dim=1).max())
-    near = tolerance * (1 + 1e-3) * largest  # what is near is near on every axis
+    radius = tolerance * (1 + 1e-3) * largest  # keys that are close are close on every axis
     order = torch.arange(len(keys))
     group = torch.zeros(
         len(keys), dtype=torch.long
@@ -328,7 +327,7 @@ def _neighbours(keys: Tensor, tolerance: float) -> Iterator[Tensor]:
         sorting = place[order].argsort(stable=True)
         sorting = sorting[group[sorting].argsort(stable=True)]
         order, group = order[sorting], group[sorting]
-        split = (place[order].diff() > near) | (group.diff() != 0)
+        split = (place[order].diff() > radius) | (group.diff() != 0)
         group = torch.cat([group.new_zeros(1), split.cumsum(0)])
         many = torch.bincount(group)[group] > 1
         order, group = order[many], group[many]
@@ -346,9 +345,9 @@ def _first_clash(keys: Tensor, targets: Tensor, tolerance: float) -> tuple[int, 
         rows = slice(start, start + 256)
         same = _distances(keys[rows], keys) <= tolerance
         apart = _distances(targets[rows], targets) > 100 * tolerance
-        found = (same & apart).nonzero()
-        if len(found):
-            return int(found[0, 0]) + start, int(found[0, 1])
+        clashes = (same & apart).nonzero()
+        if len(clashes):
+            return int(clashes[0, 0]) + start, int(clashes[0, 1])
     return None
 
 
@@ -394,15 +393,15 @@ def _root(prior: Tensor) -> Tensor:
     root, failed = torch.linalg.cholesky_ex(prior)
     if int(failed):
         raise ValueError(
-            "`gram` is not positive semidefinite, so it is no Gram matrix of keys: compute it anew as a * P^T P."
+            "`gram` is not positive semidefinite, so it is not a Gram matrix of keys: compute it as a * P^T P."
         )
     return root
 
 
 def _posed(gram: Tensor, count: int) -> tuple[float, int]:
-    """Return the condition number of I + K A^-1 K^T, and how many of its directions outweigh the prior.
+    """Return the condition number of I + K A^-1 K^T, and the number of its directions that outweigh the prior.
 
-    `gram` is K A^-1 K^T of `count` rows, or the D_in x D_in matrix that has the same eigenvalues but for zeros.
+    `gram` is K A^-1 K^T of `count` rows, or the D_in x D_in matrix with the same nonzero eigenvalues.
     """
     if count == 0:
         return 1.0, 0
@@ -419,7 +418,7 @@ def _distances(rows: Tensor, others: Tensor) -> Tensor:
 
 
 def _blocks(rows: Tensor) -> Iterator[Tensor]:
-    """Yield some rows at a time, in double."""
+    """Yield blocks of rows, in double."""
     return (_exact(block) for block in rows.split(_ROWS))
 
 
@@ -472,5 +471,5 @@ def _check_knobs(ridge: float, preserve_weight: float, method: str) -> None:
         )
     if method not in ("auto", "dual", "primal"):
         raise ValueError(
-            f"the solver must be 'dual' or 'primal', got {method!r}. 'auto' takes whichever is smaller."
+            f"the solver must be 'dual' or 'primal', got {method!r}. 'auto' solves the smaller system."
         )

@@ -1,7 +1,7 @@
-"""Captions to fit an edit on, and captions to keep: what else a model may be asked.
+"""Frames, filler words and concepts for the captions that an edit fits or preserves.
 
-The frames are ours. Between their words stand words of the tokenizer's own vocabulary, so that an edit learns its
-concept among any words and not among a few. The concepts that may be in danger are those of the probes.
+The frames are ours. They are filled with words of the tokenizer's vocabulary, so that an edit is fitted among many
+different words. The concepts that should not drift are those of the probes.
 """
 
 import random
@@ -13,7 +13,7 @@ from overpaint import probes
 
 __all__ = ["PLAIN", "concepts", "fillers", "frames"]
 
-# `{}` is where a concept goes, `w` stands for a word.
+# `{}` is replaced by a concept, `w` by a word.
 _FRAMES = (
     "{}",
     "a photo of {}",
@@ -36,7 +36,7 @@ _FRAMES = (
 )
 _SLOT = re.compile(r"\bw\b")
 _SMALL = "a an and as at background by drawing for from in is it no of on or photo picture the to two with without"
-PLAIN = tuple(_SMALL.split())  # words that are no concept's own, those of the frames among them
+PLAIN = tuple(_SMALL.split())  # words that belong to no concept, including those of the frames
 
 
 def fillers(tokenizer: Any, *, without: Collection[str] = ()) -> tuple[str, ...]:
@@ -51,25 +51,25 @@ def fillers(tokenizer: Any, *, without: Collection[str] = ()) -> tuple[str, ...]
     """
     banned = {word for text in without for word in text.lower().split()}
     ends = [t.removesuffix("</w>") for t in tokenizer.get_vocab() if t.endswith("</w>")]
-    found = [t for t in ends if len(t) > 2 and t.isascii() and t.isalpha() and t not in banned]
-    if not found:
+    words = [t for t in ends if len(t) > 2 and t.isascii() and t.isalpha() and t not in banned]
+    if not words:
         raise ValueError(
             "the tokenizer's vocabulary has no whole words to fill captions with: use a CLIP tokenizer, or "
             "`edit.quickfix` with `frames` and `preserve` of your own."
         )
-    return tuple(sorted(found))
+    return tuple(sorted(words))
 
 
 def frames(
     words: Sequence[str], *, size: int, seed: int = 0, among: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """Return `size` frames, `{}` the place of a concept: the plain ones first, then with words drawn by `seed`.
+    """Return `size` frames with `{}` for a concept: first those without other words, then randomly filled ones.
 
     Args:
-        words: To fill them with.
-        size: How many.
-        seed: Of the frames and words drawn.
-        among: Concepts that fill every second place: what a model was trained on moves a layer more than other words.
+        words: Words to fill frames with.
+        size: Number of frames.
+        seed: Seed of the random choice of frames and words.
+        among: Concepts that fill about every second gap: words that a model was trained on move a layer more.
     """
     rng = random.Random(seed)
 
@@ -82,20 +82,20 @@ def frames(
 
 
 def concepts(vocabulary: str) -> tuple[str, ...]:
-    """Return what the probes of a vocabulary name: styles, objects, people, colors, facts, trademarks.
+    """Return the concepts of a vocabulary's probes: styles, objects, people, colors, facts, trademarks.
 
     Raises:
-        ValueError: No such vocabulary.
+        ValueError: There is no such vocabulary.
     """
     if vocabulary not in probes.VOCABULARIES:
         raise ValueError(
             f"unknown vocabulary {vocabulary!r}: choose one of {', '.join(probes.VOCABULARIES)}, or list concepts."
         )
-    found: list[str] = []
+    names: list[str] = []
     for kind in probes.KINDS:
         try:
             table = probes.load(kind, vocabulary=vocabulary)
-        except ValueError:  # a kind that this vocabulary cannot say
+        except ValueError:  # a kind that this vocabulary lacks
             continue
-        found += [probe.concept for probe in table]
-    return tuple(dict.fromkeys(found))
+        names += [probe.concept for probe in table]
+    return tuple(dict.fromkeys(names))

@@ -1,4 +1,4 @@
-"""The settings that `auto` looked at: what each reaches and what it costs, with the chosen one."""
+"""Plot of the preserve weights that `auto` compared: movement reached against drift, with the chosen one."""
 
 from pathlib import Path
 
@@ -10,25 +10,25 @@ __all__ = ["plot"]
 
 
 def plot(change: Change, path: str | Path | None = None, *, theme: Theme = charts.LIGHT) -> Chart:
-    """Draw the scan of a change made by `auto`: share of the movement reached against drift of the background.
+    """Return a plot of the scan of a change made by `auto`: share of movement reached against background drift.
 
     Args:
         change: Made by `auto`.
-        path: A `.png` or `.svg` file to write as well.
-        theme: Its colors.
+        path: If given, a `.png` or `.svg` file that is also written.
+        theme: The colors.
 
     Raises:
-        ValueError: The change was made in another way, or the file has another suffix.
+        ValueError: The change has no scan, or the file has another suffix.
     """
     scan = change.report.get("scan")
     if not scan:
         raise ValueError(
-            f"a change by {change.protocol.get('method')!r} holds no scan to draw: make it with `edit.auto`, "
-            "with `tokens=False` where token rows did it all, and draw it before it is compact or added to another."
+            f"a change by {change.protocol.get('method')!r} has no scan to plot: make it with `edit.auto`, with "
+            "`tokens=False` if only token rows moved, and plot it before it is compacted or added to another."
         )
     points = [(row["drift"], 1 - row["missed"], f"{row['preserve_weight']:g}") for row in scan]
     chosen = next(i for i, row in enumerate(scan) if row["chosen"])
-    labels = ("drift of captions that nothing was fitted to", "share of the movement reached")
+    labels = ("drift of captions that are not fitted", "share of the movement reached")
     drawing = charts.trade_off(points, chosen=chosen, theme=theme, axes=labels)
     if path is not None:
         drawing.save(path)

@@ -35,7 +35,7 @@ from torch import Tensor
 from overpaint.edit import caption_sums as texts
 from overpaint.edit import vocabulary as vocabularies
 from overpaint.edit.caption_sums import FRESH, Reader, Sums
-from overpaint.edit.captions import check_pairs, plan
+from overpaint.edit.captions import align_captions, check_pairs
 from overpaint.edit.change import Change
 from overpaint.edit.drift import weight_drift
 from overpaint.edit.least_squares import factorise
@@ -162,7 +162,7 @@ def auto(
         find_weight(
             model, f"text.{layer}.self_attn.out_proj"
         )  # raises, also where no layer is edited
-    plan(model, dict(pairs), ["{}"], "subject_to_end")
+    align_captions(model, dict(pairs), ["{}"], "subject_to_end")
     started = time.perf_counter()
     report_progress = on_progress or _ignore
     known = texts.known_concepts(model, vocabulary)
@@ -201,18 +201,18 @@ def preserve_terms(model: TextToImage, change: Change) -> Tensor:
     Raises:
         UnknownSite: The model has no such layer.
     """
-    reader = Reader.of(model, change.protocol["layer"])
+    reader = Reader.at_layer(model, change.protocol["layer"])
     width = reader.weight.shape[1]
     total, frames = reader.weight.new_zeros(width, width), ()
     for term in change.protocol["terms"]:
         if "background" not in term:
-            total += term["weight"] * reader.gram(texts.captions_of(term["concept"], frames))
+            total += term["weight"] * reader.gram(texts.concept_captions(term["concept"], frames))
             continue
         words = vocabularies.fillers(model.tokenizer, without=term["without"])
         frames = vocabularies.frames(
             words, size=FRESH, seed=term["seed"] + 1, among=term["concepts"]
         )
-        total += term["weight"] * texts.background(reader, term)
+        total += term["weight"] * texts.background_gram(reader, term)
     return total
 
 
@@ -238,7 +238,7 @@ class _Request:
     @property
     def others(self) -> list[str]:
         """Concepts that should not drift."""
-        return texts.others(self.known, self.pairs)
+        return texts.other_concepts(self.known, self.pairs)
 
     def frames(self, size: int, seed: int) -> tuple[str, ...]:
         """Return `size` frames whose words are drawn by `seed`, counted from that of the request."""
@@ -281,16 +281,19 @@ def _edit_layer(
 ) -> _LayerEdit:
     """Return the edit of one layer for some of the pairs."""
     model = request.model
-    reader = Reader.of(model, layer)
+    reader = Reader.at_layer(model, layer)
     frames, fresh_frames = request.frames(fit.contexts, 0), request.frames(FRESH, 1)
     on_progress(0, 4, "reading captions of the concepts")
     captions, fresh_captions = (
-        texts.captioned(model, pairs, f, request.known) for f in (frames, fresh_frames)
+        texts.extended_pairs(model, pairs, f, request.known) for f in (frames, fresh_frames)
     )
     fitted, fresh = ([reader.sums(c) for c in group] for group in (captions, fresh_captions))
     on_progress(1, 4, "reading background captions")
     term, unseen_term = request.term(fit.background, 0), request.term(4 * FRESH, 1)
-    background, unseen = texts.background(reader, term), texts.background(reader, unseen_term)
+    background, unseen = (
+        texts.background_gram(reader, term),
+        texts.background_gram(reader, unseen_term),
+    )
     scan = preserve_search.background_scan(
         fitted, fresh, background, unseen, preserve_weight=fit.preserve_weight, ridge=fit.ridge
     )
@@ -298,7 +301,7 @@ def _edit_layer(
     on_progress(2, 4, "preserving concepts that drift")
     concepts = [*request.others, *request.preserve]
     preserved = preserve_search.preserve_concepts(
-        fitted, fresh, weight * background, [reader.gram(texts.captions_of(c, fresh_frames)) for c in concepts],
+        fitted, fresh, weight * background, [reader.gram(texts.concept_captions(c, fresh_frames)) for c in concepts],
         ridge=ridge, bound=fit.bound, allowance=fit.allowance,
     )  # fmt: skip
     terms = [{**term, "weight": weight}]
@@ -310,7 +313,7 @@ def _edit_layer(
     if fit.repair:
         on_progress(3, 4, "fitting the MLP")
         second, layer_report = mlp_repair.repair(
-            model, movement, layer=layer, pairs=captions, preserve=texts.spared(model, terms, fresh_frames),
+            model, movement, layer=layer, pairs=captions, preserve=texts.preserved_captions(model, terms, fresh_frames),
             fresh=fresh_captions, unseen=texts.background_captions(model, unseen_term), ridge=ridge,
         )  # fmt: skip
         movements, report = (movement, second), report | layer_report
@@ -326,7 +329,7 @@ def _edit_best_layer(
     quick = dataclasses.replace(
         fit, repair=False, contexts=max(8, fit.contexts // 4), background=max(8, fit.background // 4)
     )  # fmt: skip
-    captions = texts.captioned(model, pairs, request.frames(FRESH, 1), request.known)
+    captions = texts.extended_pairs(model, pairs, request.frames(FRESH, 1), request.known)
 
     def edit_layer(layer: int) -> Change:
         edited = _edit_layer(request, pairs, quick, layer, _ignore)
@@ -349,7 +352,7 @@ def _movement(
     reader: Reader, fitted: Sequence[Sums], owners: Sequence[int], gram: Tensor, ridge: float
 ) -> Movement:
     """Return the movement solved from keys and residuals with the given sums; `owners` are those of the sums."""
-    rows = [s.rows() for s in fitted]
+    rows = [s.equivalent_rows() for s in fitted]
     keys, residuals = (torch.cat(parts) for parts in zip(*rows, strict=True))
     key_owners = [o for o, (k, _) in zip(owners, rows, strict=True) for _ in range(len(k))]
     solution = factorise(keys, ridge=ridge, gram=gram, method="auto").solve(residuals)

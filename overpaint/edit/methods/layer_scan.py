@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from overpaint.edit.captions import Pair, places
+from overpaint.edit.captions import Pair, aligned_rows
 from overpaint.edit.change import Change
 from overpaint.edit.drift import feature_drift
 from overpaint.edit.weights import text_layers
@@ -47,7 +47,7 @@ def scan(
     count = len(text_layers(model))
     ids = torch.cat([torch.stack([p.old.ids, p.new.ids]) for p in pairs])
     old_ids, unseen_ids = ids[::2], model.tokenize(list(unseen))
-    key_rows, source_rows = places(pairs, torch.arange(len(ids)), ids.shape[1])
+    key_rows, source_rows = aligned_rows(pairs, torch.arange(len(ids)), ids.shape[1])
     before, unseen_before = _outputs(model, ids), _outputs(model, unseen_ids)
     old, new = before.flatten(0, 1)[key_rows], before.flatten(0, 1)[source_rows]
     energy = float((new - old).square().sum())

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from overpaint.edit.captions import check_frames, check_pairs, plan
+from overpaint.edit.captions import align_captions, check_frames, check_pairs
 from overpaint.edit.change import Change
 from overpaint.edit.methods.cross_attention import (
     FeatureEdit,
@@ -66,7 +66,7 @@ def loco(
         model, _middle(model, window) if layers is None else layers, ("k", "v")
     )
     started = time.perf_counter()
-    planned = plan(model, pairs, frames, "last_subject")
+    planned = align_captions(model, pairs, frames, "last_subject")
     concepts = list(pairs)
     length = max(max(p.old.last, p.new.last) for p in planned) + 2  # with the end of text
     texts = ["", *(c.text for p in planned for c in (p.old, p.new))]

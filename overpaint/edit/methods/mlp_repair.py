@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
-from overpaint.edit.captions import Pair, places
+from overpaint.edit.captions import Pair, aligned_rows
 from overpaint.edit.movement import Movement
 from overpaint.edit.weights import find_weight, fingerprint, text_layers
 from overpaint.errors import UnsupportedModel
@@ -196,7 +196,7 @@ def _rows(
 ) -> tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, ...], Tensor]:
     """Return `_Layer.read` of old captions with the rows of their keys, and of new captions with those of targets."""
     length = len(pairs[0].old.ids)
-    key_rows, source_rows = places(pairs, torch.arange(2 * len(pairs)), length)
+    key_rows, source_rows = aligned_rows(pairs, torch.arange(2 * len(pairs)), length)
     old, new = (
         block.read(torch.stack(ids))
         for ids in zip(*((p.old.ids, p.new.ids) for p in pairs), strict=True)

@@ -24,9 +24,9 @@ from overpaint.edit.captions import (
     POSITIONS,
     Pair,
     Positions,
+    align_captions,
+    aligned_rows,
     check_pairs,
-    places,
-    plan,
     read_layer,
 )
 from overpaint.edit.change import Change
@@ -103,12 +103,12 @@ def quickfix(
     clock = _Clock()
     site = f"{encoder}.{layer}.self_attn.{projection}_proj"
     weight = _finite_weight(model, encoder, layer, site)
-    planned = plan(model, pairs, frames, positions, encoder=encoder)
+    planned = align_captions(model, pairs, frames, positions, encoder=encoder)
     ids = torch.cat([torch.stack([p.old.ids, p.new.ids]) for p in planned])
     others = model.tokenize(["", *preserve], encoder=weight.encoder or 0)
     _check_preserve(planned, preserve, others[1:])
     features, rows = read_layer(model, site, torch.cat([ids, others]))
-    key_rows, source_rows = places(planned, rows, ids.shape[1])
+    key_rows, source_rows = aligned_rows(planned, rows, ids.shape[1])
     targets = _targets(weight, features, key_rows, source_rows, bias=not subtract_bias)
     empty = features[rows[len(ids)]]
     preserved = features[rows[len(ids) + 1 :]].flatten(0, 1)
