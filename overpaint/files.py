@@ -153,7 +153,7 @@ def _is_running(pid: int) -> bool:
 
 
 def _apply_umask(draft: Path) -> None:
-    """Give the files of a draft the permissions of a new file: safetensors makes its files readable by the owner only."""
+    """Give the files of a draft the permissions of a new file: those of safetensors can be read by the owner only."""
     probe = draft.with_name(f"{draft.name}.mode")
     try:
         probe.touch()

@@ -29,12 +29,6 @@ needs_peft = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def copied(tiny_sd1):
-    """Return a copy of the tiny model that a test may change."""
-    return TextToImage(copy.deepcopy(tiny_sd1.pipe), name="copied")
-
-
 def random_change(model, *sites, rank=2, size=0.5):
     """Return a change with random movements of growing rank, of `size` times the norm of their weights."""
     movements = []
@@ -248,7 +242,8 @@ def from_single_file(path, config, tmp_path):
 
 def test_ldm_names_are_those_of_stable_diffusion(copied, tmp_path):
     """Names from CompVis's modules: first and last layers, skips, up- and downsampling, and the middle block."""
-    names = set(load_file(export.single_file(copied, edit.quickfix(copied, PAIRS), tmp_path / "c.safetensors")))  # fmt: skip
+    path = export.single_file(copied, edit.quickfix(copied, PAIRS), tmp_path / "c.safetensors")
+    names = set(load_file(path))
     unet, vae = "model.diffusion_model.", "first_stage_model."
     assert names >= {
         f"{unet}time_embed.2.bias", f"{unet}input_blocks.0.0.weight", f"{unet}input_blocks.3.0.op.weight",

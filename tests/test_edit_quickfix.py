@@ -1,6 +1,5 @@
-"""Diff-QuickFix on the tiny pipelines: acceptance checks 25 to 40 of the specification that need a model."""
+"""Diff-QuickFix on the tiny pipelines: keys, targets and solutions against explicit forward passes; bad arguments."""
 
-import copy
 import itertools
 import math
 
@@ -10,9 +9,9 @@ import torch
 from overpaint import edit
 from overpaint.edit import captions
 from overpaint.edit.least_squares import solve
-from overpaint.edit.weights import fingerprint, text_layers, find_weight
+from overpaint.edit.movement import Targets
+from overpaint.edit.weights import find_weight, fingerprint, text_layers
 from overpaint.errors import UnknownSite, UnsupportedModel
-from overpaint.model import TextToImage
 from overpaint.model.hooks import record, record_inputs
 from overpaint.model.token_spans import find_span
 
@@ -25,7 +24,7 @@ def weight(model, layer=0, projection="out"):
 
 
 def targets_of(model, change):
-    """What the edited layer should say at the keys, without bias, float64."""
+    """Return the targets of the keys, without bias, float64."""
     return change.movements[0].residuals + change.keys.double() @ weight(model).detach().double().T
 
 
@@ -34,7 +33,7 @@ def bytes_of(model):
 
 
 def layer_inputs(model, text, layer=0):
-    """Inputs of the layer's out_proj by a whole forward pass, shape (L, D)."""
+    """Return the inputs of the layer's out_proj in a whole forward pass, shape (L, D)."""
     linear = text_layers(model)[layer].self_attn.out_proj
     with record_inputs(linear) as seen:
         model.encode([text])
@@ -46,18 +45,12 @@ def hooks_of(model):
 
 
 @pytest.fixture
-def own(tiny_sd1):
-    """A copy of the model that a test may spoil."""
-    return TextToImage(copy.deepcopy(tiny_sd1.pipe), name="own")
-
-
-@pytest.fixture
-def biased(own):
-    """A copy whose biases are not zero, as in a trained model."""
+def biased(copied):
+    """Return a copy whose biases are not zero, as in a trained model."""
     with torch.no_grad():
-        for layer in text_layers(own):
+        for layer in text_layers(copied):
             layer.self_attn.out_proj.bias.normal_(0, 0.02)
-    return own
+    return copied
 
 
 @pytest.mark.parametrize(
@@ -69,14 +62,14 @@ def biased(own):
         ("president of the united states", "joe biden", 279),
     ],
 )
-def test_as_many_pairs_as_the_release_prints(tiny_sd1, old, new, pairs):
+def test_the_number_of_keys_is_that_printed_by_the_release(tiny_sd1, old, new, pairs):
     change = edit.quickfix(tiny_sd1, {old: new})
     assert change.report["keys"] == len(change.keys) == pairs
     assert change.movements[0].owners == (0,) * pairs
 
 
-def test_a_longer_new_prompt_repeats_its_last_value_once_a_frame(tiny_sd1):
-    """dog → golden retriever has 4 repeats in CLIP's tokens; grumpy cat is also one token longer."""
+def test_a_longer_new_prompt_repeats_its_last_target_once_for_each_frame(tiny_sd1):
+    """In CLIP's tokens "golden retriever" is one longer than "dog", as "grumpy cat" is here: one repeat a frame."""
     change = edit.quickfix(tiny_sd1, {"dog": "grumpy cat"})
     lengths = [77 - find_span(tiny_sd1.tokenizer, f + "dog", "dog").last for f in FRAMES]
     ends = list(itertools.accumulate(lengths))
@@ -87,7 +80,7 @@ def test_a_longer_new_prompt_repeats_its_last_value_once_a_frame(tiny_sd1):
     assert repeats == [end - 1 for end in ends]
 
 
-def test_keys_and_targets_are_the_layers_own_aligned_by_offset(biased):
+def test_keys_and_targets_are_layer_inputs_aligned_by_the_last_token(biased):
     change = edit.quickfix(biased, MONET, frames=["a photo of "])
     old, new = (
         layer_inputs(biased, "a photo of van gogh"),
@@ -108,21 +101,21 @@ def test_positions_at_the_last_subject_token_and_the_end(tiny_sd1, positions, of
         layer_inputs(tiny_sd1, "van gogh"),
         layer_inputs(tiny_sd1, "a photo of van gogh."),
     )
-    # "gogh" stands at 2, and at 5 in the frame, where a full stop comes before the end of text
-    wanted = [bare[2 + i] for i in offsets] + [framed[5 + 2 * i] for i in offsets]
-    assert torch.allclose(change.keys, torch.stack(wanted), atol=1e-6)
+    # "gogh" is at 2, and at 5 in the frame, where a full stop comes before the end of text
+    expected = [bare[2 + i] for i in offsets] + [framed[5 + 2 * i] for i in offsets]
+    assert torch.allclose(change.keys, torch.stack(expected), atol=1e-6)
 
 
 @pytest.mark.parametrize(("positions", "count"), [("subject", 3), ("subject_to_end", 73)])
 def test_every_token_of_the_concept_is_aligned_from_its_last(tiny_sd1, positions, count):
-    """The old concept stands at 4 to 6, the new one at 4: what comes before it in the old one gets its first, too."""
+    """The old concept is at 4 to 6, the new one at 4: earlier tokens of the old one get the first target too."""
     old, new = "van gogh painting", "cat"
     change = edit.quickfix(tiny_sd1, {old: new}, positions=positions, frames=["a photo of {}."])
     before, after = (layer_inputs(tiny_sd1, f"a photo of {text}.") for text in (old, new))
     assert torch.allclose(change.keys, before[4 : 4 + count], atol=1e-6)
     sources = after[[4, 4, *range(4, 4 + count - 2)]]
-    wanted = sources.double() @ weight(tiny_sd1).detach().double().T
-    assert torch.allclose(targets_of(tiny_sd1, change), wanted, atol=1e-6)
+    expected = sources.double() @ weight(tiny_sd1).detach().double().T
+    assert torch.allclose(targets_of(tiny_sd1, change), expected, atol=1e-6)
     longer = edit.quickfix(tiny_sd1, {new: old}, positions=positions, frames=["a photo of {}."])
     first = (
         before[6].double() @ weight(tiny_sd1).detach().double().T
@@ -130,23 +123,23 @@ def test_every_token_of_the_concept_is_aligned_from_its_last(tiny_sd1, positions
     assert torch.allclose(targets_of(tiny_sd1, longer)[0], first, atol=1e-6)
 
 
-def test_padding_that_is_not_the_end_of_text_is_not_mistaken_for_it(tiny_sd2):
+def test_the_end_of_text_is_found_before_another_padding_token(tiny_sd2):
     change = edit.quickfix(tiny_sd2, MONET, positions="last_subject+eos", frames=[""])
     assert torch.allclose(change.keys, layer_inputs(tiny_sd2, "van gogh")[2:4], atol=1e-6)
 
 
 @pytest.mark.parametrize(("layer", "projection"), [(0, "out"), (3, "q"), (11, "k"), (7, "v")])
-def test_any_layer_and_projection_equals_a_whole_forward_and_the_papers_formula(
+def test_any_layer_and_projection_equals_the_formula_on_a_whole_forward_pass(
     tiny_sd1, layer, projection
 ):
     linear = getattr(text_layers(tiny_sd1)[layer].self_attn, f"{projection}_proj")
     texts = ["van gogh", "painting", "monet"]
     with record_inputs(linear) as seen:
         tiny_sd1.encode(texts)
-    old, new, kept = seen[0].double()
+    old, new, preserved = seen[0].double()
     keys, sources = old[2:], new[1:-1]
     w = linear.weight.detach().double()
-    system = 0.01 * torch.eye(64).double() + keys.T @ keys + 0.1 * kept.T @ kept
+    system = 0.01 * torch.eye(64).double() + keys.T @ keys + 0.1 * preserved.T @ preserved
     moved = torch.linalg.solve(system, keys.T @ (sources - keys) @ w.T).T
     change = edit.quickfix(
         tiny_sd1, MONET, preserve=["monet"], frames=[""], layer=layer, projection=projection
@@ -155,12 +148,12 @@ def test_any_layer_and_projection_equals_a_whole_forward_and_the_papers_formula(
     assert float((change.delta - moved).norm() / moved.norm()) <= 1e-5
 
 
-def test_primal_and_dual_agree_on_a_model(tiny_sd1):
+def test_primal_and_dual_solutions_agree(tiny_sd1):
     dual, primal = (edit.quickfix(tiny_sd1, MONET, solver=s).delta for s in ("dual", "primal"))
     assert float((dual - primal).norm() / dual.norm()) <= 1e-8
 
 
-def test_a_concept_sent_to_what_reads_the_same_moves_nothing(biased):
+def test_a_target_with_equal_inputs_moves_nothing(biased):
     words = find_weight(biased, "text.token_embedding").parameter
     cat, dog = (biased.tokenizer(w, add_special_tokens=False).input_ids[0] for w in ("cat", "dog"))
     words.data[cat] = words.data[dog]
@@ -171,7 +164,7 @@ def test_a_concept_sent_to_what_reads_the_same_moves_nothing(biased):
 
 
 @pytest.mark.parametrize("subtract_bias", [True, False])
-def test_the_edited_layer_says_of_the_old_what_it_said_of_the_new(biased, subtract_bias):
+def test_the_edited_layer_maps_the_old_concept_to_the_outputs_of_the_new_one(biased, subtract_bias):
     linear = text_layers(biased)[0].self_attn.out_proj
     with record([linear]) as before:
         biased.encode(["painting"])
@@ -186,8 +179,8 @@ def test_the_edited_layer_says_of_the_old_what_it_said_of_the_new(biased, subtra
     with change.applied(biased), record([linear]) as after:
         biased.encode(["van gogh"])
     excess = after[0][0][0, 2] - before[0][0][0, 1]
-    wanted = torch.zeros_like(excess) if subtract_bias else linear.bias.detach()
-    assert torch.allclose(excess, wanted, atol=1e-5)
+    expected = torch.zeros_like(excess) if subtract_bias else linear.bias.detach()
+    assert torch.allclose(excess, expected, atol=1e-5)
 
 
 def test_preserved_prompts_move_less_and_the_empty_one_is_allowed(tiny_sd1):
@@ -199,8 +192,8 @@ def test_preserved_prompts_move_less_and_the_empty_one_is_allowed(tiny_sd1):
     plain, _ = drift()
     ignored, change = drift(preserve=["", "a cat"], preserve_weight=0.0)
     assert ignored == plain
-    kept, change = drift(preserve=["", "a cat"], preserve_weight=1.0)
-    assert kept < 0.5 * plain
+    preserved, change = drift(preserve=["", "a cat"], preserve_weight=1.0)
+    assert preserved < 0.5 * plain
     assert change.report["preserved_keys"] == 2 * 77
     assert (
         change.report["empty_prompt_drift"]
@@ -209,7 +202,7 @@ def test_preserved_prompts_move_less_and_the_empty_one_is_allowed(tiny_sd1):
     assert drift(preserve=[""], preserve_weight=1e8)[0] < 1e-3 * plain
 
 
-def test_the_report_measures_the_solve(tiny_sd1):
+def test_the_report_holds_residuals_and_condition(tiny_sd1):
     change = edit.quickfix(tiny_sd1, MONET, preserve=["monet"])
     k, w = change.keys.double(), weight(tiny_sd1).detach().double()
     v = targets_of(tiny_sd1, change)
@@ -243,28 +236,30 @@ def test_only_the_keys_are_computed_and_no_hook_is_left(tiny_sd1):
     assert hooks_of(tiny_sd1) == []
 
 
-def test_solving_touches_nothing(own):
-    before = bytes_of(own)
-    edit.quickfix(own, MONET, preserve=[""])
-    edit.swap_embedding(own, MONET)
-    edit.random_site(own, MONET)
-    assert bytes_of(own) == before
+def test_solving_does_not_modify_the_model(copied):
+    before = bytes_of(copied)
+    edit.quickfix(copied, MONET, preserve=[""])
+    edit.swap_embedding(copied, MONET)
+    edit.random_site(copied, MONET)
+    assert bytes_of(copied) == before
 
 
-def test_a_failure_inside_the_encoder_leaves_no_hook(own):
-    own.text_encoder.get_input_embeddings().weight.data = torch.zeros(0, 64)
+def test_a_failure_inside_the_encoder_leaves_no_hook(copied):
+    copied.text_encoder.get_input_embeddings().weight.data = torch.zeros(0, 64)
     with pytest.raises((IndexError, RuntimeError)):
-        edit.quickfix(own, MONET)
-    assert hooks_of(own) == []
+        edit.quickfix(copied, MONET)
+    assert hooks_of(copied) == []
 
 
-def test_an_encoder_that_goes_round_the_projection_is_refused(own, monkeypatch):
+def test_an_encoder_that_does_not_call_the_projection_is_refused(copied, monkeypatch):
     monkeypatch.setattr(
-        text_layers(own)[0].self_attn, "forward", lambda hidden_states, **_: (hidden_states, None)
+        text_layers(copied)[0].self_attn,
+        "forward",
+        lambda hidden_states, **_: (hidden_states, None),
     )
     with pytest.raises(UnsupportedModel, match=r"did not call text\.0\.self_attn\.out_proj once"):
-        edit.quickfix(own, MONET)
-    assert hooks_of(own) == []
+        edit.quickfix(copied, MONET)
+    assert hooks_of(copied) == []
 
 
 @pytest.mark.parametrize(
@@ -287,37 +282,37 @@ def test_an_encoder_that_goes_round_the_projection_is_refused(own, monkeypatch):
         ({"cat": "dog", "Cat": "bird"}, {}, r"contradictory pairs: 'cat' → 'dog' and 'Cat' → 'bird'.*Keep one"),
     ],
 )  # fmt: skip
-def test_bad_arguments_are_named_and_the_model_stays(tiny_sd1, pairs, options, message):
+def test_bad_arguments_are_named_and_the_model_is_not_modified(tiny_sd1, pairs, options, message):
     before = bytes_of(tiny_sd1)
     with pytest.raises(ValueError, match=message):
         edit.quickfix(tiny_sd1, pairs, **options)
     assert bytes_of(tiny_sd1) == before and hooks_of(tiny_sd1) == []
 
 
-def test_one_text_where_a_list_belongs_is_refused(tiny_sd1):
+def test_one_text_in_place_of_a_list_is_refused(tiny_sd1):
     with pytest.raises(TypeError, match="`preserve` and `frames` are lists of texts"):
         edit.quickfix(tiny_sd1, MONET, preserve="monet")
 
 
 @pytest.mark.parametrize("layer", [-1, 12])
-def test_a_layer_that_the_model_does_not_have_is_refused(tiny_sd1, layer):
+def test_an_unknown_layer_is_refused(tiny_sd1, layer):
     with pytest.raises(UnknownSite, match="0 to 11"):
         edit.quickfix(tiny_sd1, MONET, layer=layer)
 
 
-def test_nan_weights_are_refused_wherever_they_are(own):
-    weight(own).data[0, 0] = math.nan
+def test_nan_weights_are_refused(copied):
+    weight(copied).data[0, 0] = math.nan
     with pytest.raises(ValueError, match=r"the weight at text\.0\.self_attn\.out_proj holds NaN"):
-        edit.quickfix(own, MONET)
+        edit.quickfix(copied, MONET)
     with pytest.raises(ValueError, match="`keys` holds NaN or infinity"):
-        edit.quickfix(own, MONET, layer=1)
-    own.text_encoder.get_input_embeddings().weight.data[:] = math.nan
+        edit.quickfix(copied, MONET, layer=1)
+    copied.text_encoder.get_input_embeddings().weight.data[:] = math.nan
     with pytest.raises(ValueError, match=r"the weight at text\.token_embedding holds NaN"):
-        edit.swap_embedding(own, MONET)
+        edit.swap_embedding(copied, MONET)
 
 
-def test_pairs_that_share_context_free_keys_contradict_at_layer_0_queries(tiny_sd1):
-    """The input of layer 0's q is a token and its position: all padding is one key, whatever the concept."""
+def test_pairs_contradict_at_the_queries_of_layer_0_whose_padding_keys_are_equal(tiny_sd1):
+    """The input of layer 0's q depends on a token and its position alone: padding has one key for all concepts."""
     pairs = {"van gogh": "painting", "snoopy": "grumpy cat"}
     with pytest.raises(ValueError, match="contradictory pairs: .* give one key"):
         edit.quickfix(tiny_sd1, pairs, projection="q")
@@ -326,7 +321,7 @@ def test_pairs_that_share_context_free_keys_contradict_at_layer_0_queries(tiny_s
     )
 
 
-def test_stacking_refuses_what_does_not_belong_together(tiny_sd1):
+def test_changes_with_different_settings_cannot_be_stacked(tiny_sd1):
     first = edit.quickfix(tiny_sd1, {"dog": "cat"})
     with pytest.raises(ValueError, match="contradictory pairs: 'dog' → 'bird' and 'dog' → 'cat'"):
         edit.stack(tiny_sd1, [first, edit.quickfix(tiny_sd1, {"dog": "bird"})])
@@ -346,7 +341,7 @@ def test_stacking_refuses_what_does_not_belong_together(tiny_sd1):
         edit.stack(tiny_sd1, [first])
 
 
-def test_sdxl_is_edited_in_its_first_encoder_alone(tiny_xl):
+def test_an_edit_of_sdxls_first_encoder_does_not_change_the_second(tiny_xl):
     prompt = ["a house in van gogh style"]
     before, weights = tiny_xl.encode(prompt), bytes_of(tiny_xl)
     with edit.quickfix(tiny_xl, MONET).applied(tiny_xl):
@@ -358,7 +353,7 @@ def test_sdxl_is_edited_in_its_first_encoder_alone(tiny_xl):
     assert bytes_of(tiny_xl) == weights
 
 
-def test_sdxl_is_edited_in_its_second_encoder_alone(tiny_xl):
+def test_an_edit_of_sdxls_second_encoder_does_not_change_the_first(tiny_xl):
     prompt = ["a house in van gogh style"]
     before, weights = tiny_xl.encode(prompt), bytes_of(tiny_xl)
     change = edit.quickfix(tiny_xl, MONET, encoder="text2", preserve=[""])
@@ -373,7 +368,7 @@ def test_sdxl_is_edited_in_its_second_encoder_alone(tiny_xl):
 
 
 def test_the_second_encoder_is_read_with_its_own_padding(tiny_xl):
-    """Its pad is the token of "!", not the end of text, so that its keys there are others."""
+    """Its padding token is "!", not the end of text, so its keys there differ."""
     change = edit.quickfix(tiny_xl, MONET, encoder="text2", frames=[""])
     linear = text_layers(tiny_xl, "text2")[0].self_attn.out_proj
     with record_inputs(linear) as seen:
@@ -381,7 +376,7 @@ def test_the_second_encoder_is_read_with_its_own_padding(tiny_xl):
     assert torch.allclose(change.keys, seen[0][0, 2:], atol=1e-6)
 
 
-def test_a_model_without_a_second_encoder_says_so(tiny_sd1):
+def test_a_model_without_a_second_encoder_is_refused(tiny_sd1):
     with pytest.raises(
         UnknownSite, match="unknown text encoder 'text2': this model has 'text'. Nam"
     ):
@@ -391,8 +386,8 @@ def test_a_model_without_a_second_encoder_says_so(tiny_sd1):
 @pytest.mark.parametrize(
     "site", ["text.0.self_attn.out_proj", "text.0.self_attn.v_proj", "text.1.self_attn.out_proj"]
 )
-def test_layers_read_what_a_plain_forward_pass_reads(tiny_sd1, site):
-    """Rows are read in batches, equal ones once, and before the first attention equal tokens once."""
+def test_layer_inputs_equal_those_of_a_plain_forward_pass(tiny_sd1, site):
+    """Rows are read in batches, equal rows once, and before the first attention equal tokens once."""
     texts = [
         f"{a} {b}" for a in ("a red", "the red", "an") for b in "abcdefghijklmnopqrstuvwxyz"
     ] + ["a red a"]
@@ -400,19 +395,21 @@ def test_layers_read_what_a_plain_forward_pass_reads(tiny_sd1, site):
     module = getattr(text_layers(tiny_sd1)[int(site[5])].self_attn, site.rpartition(".")[2])
     with torch.no_grad(), record_inputs(module) as seen:
         tiny_sd1.text_encoder(ids)
-    found = captions.layer_inputs(tiny_sd1, site, ids)
-    torch.testing.assert_close(found, seen[0], rtol=1e-5, atol=1e-6)
+    inputs = captions.layer_inputs(tiny_sd1, site, ids)
+    torch.testing.assert_close(inputs, seen[0], rtol=1e-5, atol=1e-6)
     features, rows = captions.read_layer(tiny_sd1, site, ids)
     assert len(features) == len(texts) - 1 and rows[-1] == rows[0]
 
 
-def test_many_captions_are_placed_as_each_on_its_own(tiny_sd1):
-    asked = [
+def test_captions_of_one_call_equal_those_of_single_calls(tiny_sd1):
+    concepts = [
         (c, f)
         for c in ("van gogh", " dog ", "é", "a")
         for f in ("", "a photo of ", "the {} of a dog")
     ]
-    for whole, (concept, frame) in zip(captions.captions(tiny_sd1, asked), asked, strict=True):
+    for whole, (concept, frame) in zip(
+        captions.captions(tiny_sd1, concepts), concepts, strict=True
+    ):
         alone = captions.caption(tiny_sd1, concept, frame)
         assert (whole.text, whole.first, whole.last, whole.eos) == (
             alone.text,
@@ -427,8 +424,8 @@ def test_many_captions_are_placed_as_each_on_its_own(tiny_sd1):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_sums_tell_what_the_rows_do(tiny_sd1, bias):
-    """More keys than columns are solved by sums; the dual form sees each row, and so does this test."""
+def test_the_solution_by_sums_equals_that_by_rows(tiny_sd1, bias):
+    """More keys than columns are solved by sums; the dual form reads each row."""
     pairs = {"monet": "painting", "dog": "cat"}
     change, rows = (
         edit.quickfix(tiny_sd1, pairs, solver=s, subtract_bias=bias) for s in ("auto", "dual")
@@ -438,7 +435,5 @@ def test_sums_tell_what_the_rows_do(tiny_sd1, bias):
     for name in ("residual_before", "residual_after", "delta_norm", "empty_prompt_drift"):
         assert change.report[name] == pytest.approx(rows.report[name], rel=1e-7)
     a, b = change.movements[0], rows.movements[0]
-    assert "residuals" not in vars(a) and "residuals" in vars(b)  # not needed to apply the change
+    assert isinstance(a.residual_data, Targets) and isinstance(b.residual_data, torch.Tensor)
     assert torch.equal(a.residuals, b.residuals) and a.residuals is a.residuals
-    with pytest.raises(AttributeError, match="has no attribute 'targets'"):
-        getattr(a, "targets")  # noqa: B009

@@ -90,9 +90,10 @@ def test_exclusive_tokens_move_and_the_layer_is_edited_for_the_others(
 
 def test_the_layer_is_fitted_with_the_replaced_rows_as_its_input(tiny_shallow):
     edited = edit.auto(tiny_shallow, {"van gogh": "painting"}, **{**SMALL, "repair": False})
-    rows = token_rows.movement(
-        tiny_shallow, token_rows.exclusive_rows(tiny_shallow, {"van gogh": "painting"}, SMALL["vocabulary"])["van gogh"].rows
-    )  # fmt: skip
+    exclusive = token_rows.exclusive_rows(
+        tiny_shallow, {"van gogh": "painting"}, SMALL["vocabulary"]
+    )
+    rows = token_rows.movement(tiny_shallow, exclusive["van gogh"].rows)
     before = find_weight(tiny_shallow, SITE).parameter.detach().clone()
     with Change((rows,), {"pairs": {}}, {}).applied(tiny_shallow):
         alone = edit.auto(
