@@ -35,7 +35,7 @@ def studio(
     ] = False,
     device: Device = "cpu",
 ) -> None:
-    """Trace, paint over and compare in a browser, until Ctrl-C; needs overpaint[studio].
+    """Trace, edit and compare in a browser, until Ctrl-C; needs Gradio.
 
     \b
     overpaint studio

@@ -51,7 +51,7 @@ def ssim(images_a: Tensor, images_b: Tensor) -> Tensor:
         from torchmetrics.functional import image
     except ImportError as error:
         raise MissingExtra(
-            "SSIM needs torchmetrics. Install it with: pip install 'overpaint[metrics]'."
+            "SSIM needs torchmetrics. Install it with: pip install torchmetrics."
         ) from error
     measure: Any = image.structural_similarity_index_measure
     _, local = measure(a, b, data_range=1.0, reduction="none", return_full_image=True)

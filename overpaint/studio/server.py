@@ -149,7 +149,7 @@ def _page(studio: Studio) -> Any:
         if error.name != "gradio":
             raise
         raise MissingExtra(
-            "the studio needs Gradio, which is not installed: pip install 'overpaint[studio]'."
+            "the studio needs Gradio, which is not installed: pip install 'gradio>=6.31,<7'."
         ) from error
     return build(studio)
 
