@@ -188,7 +188,9 @@ def test_files_are_png_or_svg_and_equal_each_time(tmp_path):
     assert re.search(r"<text[^>]*>resnet\.1<", svg)
     assert effects.plot().png() == drawing.png() == drawing._repr_png_()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bars.svg", "deep"]
-    with pytest.raises(ValueError, match=r"cannot write a chart as 'bars.pdf': use the suffix .png or .svg"):
+    with pytest.raises(
+        ValueError, match=r"cannot write a chart as 'bars.pdf': use the suffix .png or .svg"
+    ):
         drawing.save(tmp_path / "bars.pdf")
 
 
