@@ -1,13 +1,14 @@
-"""Tiny random models, shared by all tests and never changed by any."""
+"""Fixtures for all tests. Session fixtures are read only: a test that edits a model must revert the edit."""
 
+import copy
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach the network
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported; no test uses the network
 
 import pytest
 import torch
 
-# Tiny models gain nothing from more, and lose much where something else wants the cores too.
+# More threads do not make tiny models faster, and are much slower while other processes use the cores.
 torch.set_num_threads(1)
 
 
@@ -19,7 +20,7 @@ def _repeatable():
 
 @pytest.fixture(scope="session")
 def tiny_sd1():
-    """A random pipeline in SD-1.4's layout, float32. Read only: an edit must be reverted."""
+    """A model with random weights in SD-1.4's layout, float32."""
     import overpaint
     from overpaint.zoo import builders
 
@@ -28,7 +29,7 @@ def tiny_sd1():
 
 @pytest.fixture(scope="session")
 def tiny_sd2():
-    """The same in SD-2's layout: velocity prediction, other padding."""
+    """A model with random weights in SD-2's layout: velocity prediction, other padding."""
     import overpaint
     from overpaint.zoo import builders
 
@@ -37,10 +38,10 @@ def tiny_sd2():
 
 @pytest.fixture(scope="session")
 def tiny_xl():
-    """The same in SDXL's layout: two text encoders, of 2 and 3 layers, packed text features.
+    """A model with random weights in SDXL's layout: two text encoders, of 2 and 3 layers.
 
-    Asking a text encoder of transformers 5 for hidden states leaves a hook on each of its layers, which sleeps and
-    stays. One encoding puts them there, so that a test which counts hooks before and after finds no more.
+    transformers 5 registers permanent hooks on the layers of a text encoder when it first returns hidden states. The
+    encoding here registers them, so that tests can compare the number of hooks before and after.
     """
     import overpaint
     from overpaint.zoo import builders
@@ -68,14 +69,28 @@ def tiny_shallow():
     return overpaint.load(builders.tiny(text_layers=4).to(torch.float64))
 
 
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory):
-    """`tiny_sd1` as a pipeline folder on disk."""
-    from overpaint.zoo import builders
+@pytest.fixture
+def copied(tiny_sd1):
+    """A copy of `tiny_sd1` that a test may change."""
+    from overpaint.model import TextToImage
 
+    return TextToImage(copy.deepcopy(tiny_sd1.pipe), name="copied")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory, tiny_sd1):
+    """`tiny_sd1` as a pipeline folder on disk."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    builders.tiny().save_pretrained(folder)
+    tiny_sd1.pipe.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def judge():
+    """The scorer `icons-judge`."""
+    from overpaint import scorers
+
+    return scorers.load("icons-judge")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +102,17 @@ def quickfix_change(tiny_sd1):
 
 
 @pytest.fixture
-def studio(tiny_folder, tmp_path):
+def few_concepts(monkeypatch):
+    """Limit the concepts whose drift the studio predicts to eight, because encoding all takes seconds."""
+    from overpaint.edit import vocabulary
+
+    monkeypatch.setattr(
+        "overpaint.studio.side_effects.concepts", lambda kind: vocabulary.concepts(kind)[:8]
+    )
+
+
+@pytest.fixture
+def studio(tiny_folder, tmp_path, few_concepts):
     """A studio without its page that offers one tiny model; its downloads go to `tmp_path`."""
     from overpaint.studio import Studio
 
@@ -120,11 +145,11 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def chromium():
-    """A headless Chromium, open as long as the tests of one file: its event loop is in no other's way."""
+    """A headless Chromium for the tests of one file; its event loop must not run during other tests."""
     import browser
 
-    with browser.launched() as found:
-        yield found
+    with browser.launched() as chromium:
+        yield chromium
 
 
 @pytest.fixture(scope="session")

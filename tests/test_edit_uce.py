@@ -1,6 +1,5 @@
 """UCE against the paper's formula, on the tiny pipelines, and the parts that all edits of cross-attention share."""
 
-import copy
 import math
 
 import pytest
@@ -12,7 +11,6 @@ from overpaint.edit.methods.cross_attention import last_tokens, projection_sites
 from overpaint.edit.methods.uce import ARTISTS, OBJECTS, Search
 from overpaint.edit.weights import find_weight, fingerprint
 from overpaint.errors import UnknownSite, UnsupportedModel
-from overpaint.model import TextToImage
 from overpaint.model.sites import get
 
 MONET = {"van gogh": "painting", "snoopy": ""}
@@ -44,12 +42,6 @@ def last_token(model, text):
 
 def close(a, b, *, to):
     return float((a - b).norm()) <= to * float(b.norm())
-
-
-@pytest.fixture
-def copied(tiny_sd1):
-    """Return a copy of the model that a test may change."""
-    return TextToImage(copy.deepcopy(tiny_sd1.pipe), name="copied")
 
 
 @pytest.mark.parametrize("preserve", [(), ("monet", "a dog")])

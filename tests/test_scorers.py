@@ -14,11 +14,6 @@ from overpaint.scorers.protocols import check_size, scorer_name
 
 
 @pytest.fixture(scope="module")
-def judge() -> Judge:
-    return scorers.load("icons-judge")
-
-
-@pytest.fixture(scope="module")
 def images() -> Tensor:
     return torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
