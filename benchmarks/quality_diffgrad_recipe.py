@@ -22,10 +22,9 @@ import numpy as np
 import torch
 from quality_diffgrad import interval, record, write
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from overpaint.train import icon_world, judge
-from overpaint.train.icons import as_pixels, build_clip, contrast, tokenizer
+from overpaint.train.icons import build_clip, tokenizer
 from overpaint.train.loop import Outer, optimizers, rate
 
 RATE, DECAY = 1e-3, 0.01
@@ -44,28 +43,13 @@ class Lessons:
         work.mkdir(parents=True, exist_ok=True)
         self.world = icon_world.World(icon_world.fetch(Path("runs/artwork")), hold_out=False)
         self.tokens = tokenizer(self.world, work / "tokenizer", seed=judge.SEED)
-        self.index = {
-            kind: {name: i for i, name in enumerate(names)}
-            for kind, names in judge.labels().items()
-        }
 
     def loss(self, model: Any, seed: int, step: int) -> Tensor:
         """Return the loss of `judge.train` on pictures drawn by `seed` and `step`."""
         rng = np.random.default_rng((seed, 2, step))
         pictures = [self.world.sample(rng) for _ in range(judge.RECIPE.clip_batch)]
-        captions = [p.caption for p in pictures]
         generator = torch.Generator().manual_seed(1000 * seed + step)
-        pixels = judge._augment(as_pixels(pictures), generator)  # pyright: ignore[reportPrivateUsage]
-        ids = self.tokens(captions, padding="longest", return_tensors="pt").input_ids
-        clip = model.clip
-        seen = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
-        read = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)
-        logits = clip.logit_scale.exp() * F.normalize(read, dim=1) @ F.normalize(seen, dim=1).t()
-        total = contrast(logits, captions)
-        for kind, head in model.heads.items():
-            found = [self.index[kind].get(getattr(p, kind), -100) for p in pictures]
-            total = total + F.cross_entropy(head(seen), torch.tensor(found))
-        return total
+        return judge.batch_loss(model, self.tokens, pictures, generator)
 
 
 def losses(lessons: Lessons, way: str, *, seed: int, steps: int) -> list[float]:
@@ -73,7 +57,7 @@ def losses(lessons: Lessons, way: str, *, seed: int, steps: int) -> list[float]:
     outer, factor = WAYS[way]
     torch.manual_seed(seed)
     clip = build_clip(judge.RECIPE, len(lessons.tokens))
-    model = judge._Judged(clip).train()  # pyright: ignore[reportPrivateUsage]
+    model = judge._Network(clip).train()  # pyright: ignore[reportPrivateUsage]
     pair = optimizers(model, lr=RATE, decay=DECAY, outer=outer)
     found = []
     for step in range(steps):

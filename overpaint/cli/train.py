@@ -56,8 +56,7 @@ def train(
     with progress(as_json) as on_progress:
         weights = recipe(
             out=out, work=work, minutes=options.minutes, device=options.device, resume=options.resume,
-            threads=options.threads,
-            on_progress=lambda p: on_progress(int(1000 * p.share), 1000, f"{p.stage}, loss {p.loss:.4f}"),
+            threads=options.threads, on_progress=on_progress,
         )  # fmt: skip
     print_facts({"weights": str(weights)}, as_json=as_json)
 

@@ -1,1 +1,1 @@
-"""How the zoo models were made: one recipe, one file."""
+"""Recipes that train the models of the zoo, one file each."""

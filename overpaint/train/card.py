@@ -1,32 +1,22 @@
-"""The card of a trained model: what made it, from what, and what it can do."""
+"""The card of a trained model: its recipe, sources, hardware, figures and the hash of every file."""
 
 import datetime
 import hashlib
 import json
 import os
 import platform
-import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
+from overpaint import files
 from overpaint.train.icon_world import PACKAGES
 
-__all__ = [
-    "LICENCES",
-    "add_figures",
-    "check_target",
-    "commit",
-    "history",
-    "replacing",
-    "stages",
-    "write_card",
-]
+__all__ = ["LICENCES", "add_figures", "commit", "history", "prepare", "save", "stages"]
 
 LICENCES = {
     "twemoji": "CC-BY-4.0",
@@ -40,7 +30,7 @@ LICENCES = {
 }
 
 
-def write_card(
+def save(
     folder: Path,
     *,
     recipe: dict[str, Any],
@@ -52,18 +42,18 @@ def write_card(
     sources: Sequence[dict[str, str]] | None = None,
     optimizer_note: str = "",
 ) -> Path:
-    """Write `card.json` into `folder`: recipe, sources, hardware, minutes, figures and the hash of every file.
+    """Write `card.json` into `folder` and return its path.
 
     Args:
-        folder: The model's folder, all other files written.
-        recipe: Every knob, by name.
-        seed: Of the run.
-        device: What it was trained on.
+        folder: The model's folder, with all other files written.
+        recipe: The recipe's settings by name.
+        seed: Seed of the run.
+        device: Device that it was trained on.
         trained: Steps and minutes of each stage.
-        figures: What the judge, or the real artwork, gave.
-        history: Earlier runs that this one went on from, oldest first.
-        sources: Package, version, SHA-256 and licence of what it was made from; without it, the icon sets.
-        optimizer_note: What updated which weights, and what is known of other choices; left out where empty.
+        figures: Measured by the judge, or on real artwork.
+        history: Earlier runs that this one continued, oldest first.
+        sources: Package, version, SHA-256 and licence of the training data; by default those of the icon sets.
+        optimizer_note: Which optimiser updated which weights, and measured alternatives; left out if empty.
     """
     icon_sets = [
         {
@@ -74,7 +64,7 @@ def write_card(
         }
         for name, (release, digest) in PACKAGES.items()
     ]
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "card.json")
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "card.json")
     card = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "recipe_commit": commit(),
@@ -89,24 +79,24 @@ def write_card(
             name: version(name) for name in ("torch", "diffusers", "transformers", "tokenizers")
         },
         "sha256": {
-            str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
+            str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths
         },
     }
     if optimizer_note:
         card["optimizer_note"] = optimizer_note
-    return _write(folder / "card.json", card)
+    return files.write_json(folder / "card.json", card)
 
 
 def add_figures(folder: Path, figures: dict[str, float]) -> Path:
-    """Put `figures` into the card of the model in `folder`, in place of those of the same names."""
+    """Add `figures` to the card of the model in `folder`, replacing those of the same names."""
     path = folder / "card.json"
     card = json.loads(path.read_text())
     card["figures"] |= figures
-    return _write(path, card)
+    return files.write_json(path, card)
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
-    """Return the runs behind the model in `folder`, its last one too; empty where there is no card."""
+    """Return the runs that trained the model in `folder`, oldest first; empty if it has no card."""
     path = folder / "card.json"
     if not path.is_file():
         return []
@@ -117,20 +107,25 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 def stages(work: Path, names: tuple[str, ...]) -> dict[str, dict[str, float]]:
     """Return steps and minutes of each stage, read from its checkpoint in `work`."""
-    found = {}
+    result = {}
     for name in names:
         with safe_open(work / f"{name}.safetensors", framework="pt") as file:
             progress = json.loads(file.metadata()["progress"])
-        found[name] = {"steps": progress["step"], "minutes": round(progress["spent"] / 60, 1)}
-    return found
+        result[name] = {"steps": progress["step"], "minutes": round(progress["spent"] / 60, 1)}
+    return result
 
 
-def check_target(out: Path) -> None:
-    """Make sure that a model may be written to `out`: a new or empty folder, or one that a recipe wrote.
+def prepare(out: Path) -> Path:
+    """Return the absolute path of `out` after checking that a model may be written there.
+
+    `out` may be a new or empty folder, or one that a recipe wrote. A model that a killed run left under its temporary
+    name is renamed to `out` first.
 
     Raises:
         ValueError: The folder holds something else, which would be lost.
     """
+    out = out.resolve()
+    files.restore_folder(out)
     if out.exists() and not (
         out.is_dir() and ((out / "card.json").is_file() or not any(out.iterdir()))
     ):
@@ -138,44 +133,14 @@ def check_target(out: Path) -> None:
             f"{str(out)!r} holds something else than a model of ours, which would be replaced: name a new folder with "
             "--out."
         )
-
-
-@contextmanager
-def replacing(out: Path) -> Iterator[Path]:
-    """Yield a folder beside `out` to fill; at the end it takes the place of `out`, which goes only then.
-
-    Raises:
-        ValueError: As `check_target`.
-    """
-    out = out.resolve()
-    check_target(out)
-    beside, old = (out.with_name(f".{out.name}.{end}") for end in ("partial", "old"))
-    for leftover in (beside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        yield beside
-        if out.exists():
-            out.rename(old)
-        beside.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        if old.exists() and not out.exists():
-            old.rename(out)
-
-
-def _write(path: Path, card: dict[str, Any]) -> Path:
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(json.dumps(card, indent=1) + "\n")
-    return beside.replace(path)
+    return out
 
 
 def commit() -> str:
-    """Return the commit of the checkout that this runs from; an empty string outside one, or without git."""
+    """Return the commit of the checkout that this module belongs to; an empty string outside one, or without git."""
     command = ["git", "rev-parse", "HEAD"]
     try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     except FileNotFoundError:
         return ""
-    return found.stdout.strip() if found.returncode == 0 else ""
+    return result.stdout.strip() if result.returncode == 0 else ""

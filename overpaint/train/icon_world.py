@@ -1,12 +1,12 @@
 """The icon world: public icon artwork, composed into captioned pictures.
 
-One emoji name (an **object**) is drawn in six **styles**. A picture puts one icon, or a few, on a
-plain background of a named **color**; persons doing things give **actions**, flags **facts**, logos **trademarks**,
-and layouts give **counts** and **positions**. A tenth of the (object, style) and of the (object, color) pairs never
-appears in training: only those pairs show that a model composes instead of remembering.
+An **object** is an emoji name; it is drawn in six **styles**. A picture shows one or a few icons on a plain background
+of a named **color**. Persons show **actions**, flags **facts**, logos **trademarks**; layouts show **counts** and
+**positions**. A tenth of the (object, style) and of the (object, color) pairs is held out of training, to test whether
+a model composes objects with styles and colors or memorises pictures.
 
-The artwork comes from the npm packages `@iconify-json/<set>` at pinned versions; each archive's SHA-256 is checked
-before it is read. `npm pack` is called without install scripts and only by the training recipes.
+The artwork comes from the npm packages `@iconify-json/<set>` at pinned versions; the SHA-256 of each archive is checked
+before it is read. Only the training recipes call `npm pack`, without install scripts.
 
 Sources and licences: noto, noto-v1 Apache-2.0; twemoji CC-BY-4.0; openmoji CC-BY-SA-4.0; fluent-emoji-flat,
 fluent-emoji-high-contrast, circle-flags MIT; logos CC0-1.0.
@@ -15,8 +15,6 @@ fluent-emoji-high-contrast, circle-flags MIT; logos CC0-1.0.
 import hashlib
 import io
 import json
-import os
-import shutil
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +45,7 @@ __all__ = [
 
 SIZE = 64  # pixels, square
 
-# Package version and SHA-256 of the archive that `npm pack` writes.
+# Version of the package and SHA-256 of the archive that `npm pack` writes.
 PACKAGES = {
     "twemoji": ("1.2.5", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7"),
     "noto": ("1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad"),
@@ -65,7 +63,7 @@ PACKAGES = {
     "logos": ("1.2.19", "1e8907c088bbf02eab8ee1b28f37e68ef22c380f2fb579ff99736b8ce5abf13a"),
 }
 
-# The style's name in captions, and the icon set that draws it.
+# Name of the style in captions, and the icon set that it is drawn from.
 STYLES = {
     "noto": "noto",
     "twemoji": "twemoji",
@@ -87,7 +85,7 @@ COLORS = {
     "gray": (168, 172, 178),
 }
 
-# The object's name in captions, and the icon's name where it is another.
+# Name of the object in captions, and the name of its icon where it differs.
 _OBJECTS = """
 apple=red-apple banana cherries grapes pineapple strawberry watermelon lemon carrot eggplant mushroom bread croissant
 hamburger pizza doughnut ice-cream lollipop cat=cat-face dog=dog-face bear cow=cow-face horse=horse-face lion
@@ -130,7 +128,7 @@ LOGOS = (
 COUNTS = {"two": 2, "three": 3, "four": 4}
 POSITIONS = ("to the left of", "to the right of", "above", "below")
 
-# Where the icons of a picture stand: left and top corner as a fraction of the free room, by number of icons.
+# Positions of the icons by their number: left and top corner as fractions of the free space.
 _LAYOUTS = {
     2: ((0.06, 0.5), (0.94, 0.5)),
     3: ((0.5, 0.06), (0.06, 0.94), (0.94, 0.94)),
@@ -143,7 +141,7 @@ _IRREGULAR = {"cherries": "cherries", "grapes": "grapes", "fish": "fish", "fox":
 
 @dataclass(frozen=True)
 class Picture:
-    """A captioned picture: pixels uint8 (64, 64, 3), caption, and its labels (an empty string where none holds)."""
+    """A captioned picture: pixels, uint8 (64, 64, 3), caption and labels (empty where there is none)."""
 
     pixels: np.ndarray
     caption: str
@@ -153,7 +151,7 @@ class Picture:
 
 
 def subjects() -> tuple[str, ...]:
-    """Return every subject a single picture can show: objects, persons acting, flags, logos."""
+    """Return every subject that a picture can show: objects, persons with an action, flags, logos."""
     return (
         *OBJECTS,
         *(f"person {verb}" for verb in ACTIONS),
@@ -163,27 +161,27 @@ def subjects() -> tuple[str, ...]:
 
 
 def _tenth(names: Sequence[str], others: Sequence[str], salt: str) -> frozenset[tuple[str, str]]:
-    """Pick the tenth of the pairs whose hashes come first, so that adding a name moves few others."""
+    """Return the tenth of the pairs whose hashes are smallest, so that a new name changes few of them."""
     pairs = [(a, b) for a in names for b in others]
     order = sorted(pairs, key=lambda p: hashlib.sha256(f"{salt}:{p[0]}:{p[1]}".encode()).digest())
     return frozenset(order[: len(pairs) // 10])
 
 
 def held_out() -> frozenset[tuple[str, str]]:
-    """Return the (object, style) pairs that no training picture shows."""
+    """Return the (object, style) pairs that are held out of training."""
     return _tenth(tuple(OBJECTS), tuple(STYLES), "object-style")
 
 
 def held_out_colors() -> frozenset[tuple[str, str]]:
-    """Return the (object, color) pairs that no training picture shows."""
+    """Return the (object, color) pairs that are held out of training."""
     return _tenth(tuple(OBJECTS), tuple(c for c in COLORS if c != "white"), "object-color")
 
 
 def fetch(folder: Path) -> dict[str, dict]:
-    """Fetch the icon sets into `folder` (once) and return their parsed `icons.json` by set.
+    """Download the icon sets into `folder`, unless they are there, and return each set's parsed `icons.json`.
 
     Raises:
-        ValueError: An archive's SHA-256 is not the pinned one.
+        ValueError: An archive does not have the pinned SHA-256.
         OSError: `npm` is not installed, or cannot reach its registry.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -193,10 +191,10 @@ def fetch(folder: Path) -> dict[str, dict]:
         if not archive.exists():
             _pack(f"@iconify-json/{name}@{version}", archive)
         data = archive.read_bytes()
-        found = hashlib.sha256(data).hexdigest()
-        if found != digest:
+        computed = hashlib.sha256(data).hexdigest()
+        if computed != digest:
             raise ValueError(
-                f"{archive.name} has SHA-256 {found}, expected {digest}. Delete the file and fetch it again."
+                f"{archive.name} has SHA-256 {computed}, expected {digest}. Delete the file and fetch it again."
             )
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             member = tar.extractfile("package/icons.json")
@@ -206,27 +204,20 @@ def fetch(folder: Path) -> dict[str, dict]:
 
 
 def _pack(package: str, archive: Path) -> None:
-    """Have npm write the archive of `package` into a folder beside, and move it to its place."""
-    beside = archive.with_name(f"{archive.name}.partial")
-    beside.mkdir(exist_ok=True)
-    try:
-        programs.run(
-            ["npm", "pack", "--silent", "--ignore-scripts", package],
-            beside,
-            absent="the artwork comes from npm, which is not installed: install Node.js, or put the archives into "
-            f"{str(archive.parent)!r} yourself.",
-            failed=f"npm could not fetch {package}",
-            remedy="check the connection and the registry that npm is set to.",
-        )
-        os.replace(beside / archive.name, archive)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    """Write the archive of an npm package to `archive`."""
+    messages = programs.Messages(
+        absent="the artwork comes from npm, which is not installed: install Node.js, or put the archives into "
+        f"{str(archive.parent)!r} yourself.",
+        failed=f"npm could not fetch {package}",
+        remedy="check the connection and the registry that npm is set to.",
+    )
+    programs.fetch(["npm", "pack", "--silent", "--ignore-scripts", package], archive, messages)
 
 
 class World:
-    """Draws the pictures: `World(fetch(folder)).sample(rng)`.
+    """Draws captioned pictures: `World(fetch(folder)).sample(rng)`.
 
-    Icons are drawn once a size and kept, so that a picture costs half a millisecond.
+    Rasterised icons are cached by size, so that a picture takes half a millisecond.
     """
 
     def __init__(self, sets: dict[str, dict], *, hold_out: bool = True) -> None:
@@ -236,14 +227,14 @@ class World:
         self.held_out_colors = held_out_colors() if hold_out else frozenset()
 
     def icon(self, name: str, set_: str, size: int) -> np.ndarray:
-        """Return icon `name` of icon set `set_`, float32 RGBA in [0, 1], shape (size, size, 4)."""
+        """Return icon `name` of the icon set `set_`, float32 RGBA in [0, 1], shape (size, size, 4)."""
         key = (name, set_, size)
         if key not in self._drawn:
             self._drawn[key] = _rasterise(self.sets[set_], name, size)
         return self._drawn[key]
 
     def compose(self, icons: Sequence[tuple[np.ndarray, int, int]], color: str) -> np.ndarray:
-        """Lay `icons` (RGBA, left, top) on a plain `color`; return uint8 (64, 64, 3)."""
+        """Return `icons` (RGBA, left, top) on a plain background `color`, uint8 (64, 64, 3)."""
         canvas = np.empty((SIZE, SIZE, 3), np.float32)
         canvas[:] = np.array(COLORS[color], np.float32) / 255
         for rgba, left, top in icons:
@@ -255,11 +246,11 @@ class World:
         return (canvas * 255 + 0.5).astype(np.uint8)
 
     def single(self, object_: str, style: str, color: str, rng: np.random.Generator) -> np.ndarray:
-        """Draw one object, in the middle give or take two pixels."""
+        """Return a picture of one object, at most two pixels off the centre, uint8 (64, 64, 3)."""
         return self._placed(OBJECTS[object_], STYLES[style], color, rng)
 
     def sample(self, rng: np.random.Generator) -> Picture:
-        """Draw a training picture: never a held-out pair, unless the world holds none out."""
+        """Return a random training picture, without held-out pairs unless `hold_out` is off."""
         kind = rng.choice(6, p=(0.80, 0.05, 0.05, 0.04, 0.03, 0.03))
         color = "white" if rng.random() < 0.3 else str(rng.choice(list(COLORS)))
         if kind == 0:
@@ -276,7 +267,7 @@ class World:
         return self.compose([(self.icon(name, set_, size), left, top)], color)
 
     def _pair(self, rng: np.random.Generator, color: str) -> tuple[str, str]:
-        """Return an (object, style) pair that training may show on `color`."""
+        """Return a random (object, style) pair that may be shown on `color` in training."""
         while True:
             pair = str(rng.choice(list(OBJECTS))), str(rng.choice(list(STYLES)))
             if pair not in self.held_out and (pair[0], color) not in self.held_out_colors:
@@ -285,7 +276,7 @@ class World:
     def _sample_single(self, color: str, rng: np.random.Generator) -> Picture:
         object_, style = self._pair(rng, color)
         pixels = self.single(object_, style, color, rng)
-        named = rng.random() < 0.9  # the style stands in the caption
+        named = rng.random() < 0.9  # the caption names the style
         thing = object_ if rng.random() < 0.95 else "thing"
         caption = _caption(thing, style if named else "", color, rng)
         return Picture(pixels, caption, object_, style, color)
@@ -350,7 +341,7 @@ class World:
 
 
 def captions_corpus(sets: dict[str, dict], captions: Sequence[str]) -> list[str]:
-    """Return the text that trains the tokenizer: every icon's name in the sets, and training captions."""
+    """Return the text that trains the tokenizer: the names of all icons, and training captions."""
     names = {name.replace("-", " ") for icons in sets.values() for name in icons["icons"]}
     return sorted(names) + list(captions)
 
@@ -358,7 +349,7 @@ def captions_corpus(sets: dict[str, dict], captions: Sequence[str]) -> list[str]
 def _caption(
     thing: str, style: str, color: str, rng: np.random.Generator, article: str | None = None
 ) -> str:
-    """Write one of several captions of a picture; the color is named in seven of ten (white in three)."""
+    """Return a random caption; nine in ten name the color, or three in ten if it is white."""
     article = _article(thing) if article is None else article
     form = rng.random()
     if not style:
@@ -390,7 +381,7 @@ def _rasterise(icons: dict, name: str, size: int) -> np.ndarray:
         import resvg_py
     except ImportError as error:
         raise MissingExtra(
-            "drawing icons needs resvg-py. Install it with: pip install 'overpaint[train]'."
+            "drawing icons needs resvg-py. Install it with: pip install resvg-py."
         ) from error
     while name not in icons["icons"]:
         name = icons["aliases"][name]["parent"]

@@ -1,14 +1,12 @@
-"""`icons-judge`: the classifier that scores `icons` and never helped to train it.
+"""`icons-judge`: the classifier that scores `icons`; it takes no part in training `icons`.
 
-A small `CLIPModel` with its own seed, its own augmentation (turned, scaled, faded, blurred, noisy, torn) and linear
-heads for object, style and color on the image features. It knows the whole of the artwork, the pairs held out from
-`icons` too: what a model draws for a pair that it never saw is judged by one who has seen the real thing.
+A small `CLIPModel` with a seed and an augmentation of its own (rotation, scale, contrast, blur, noise, erased patches)
+and linear heads for object, style and color on the image features. It is trained on all of the artwork, including the
+pairs held out from `icons`, so that pictures of these pairs are scored by a model that was trained on them.
 
     overpaint train icons-judge --minutes 25
 """
 
-import json
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from overpaint.scorers import judge as features
+from overpaint import files
+from overpaint.model.sampling import Progress
+from overpaint.scorers import judge as scorer
 from overpaint.train import card, icon_world
 from overpaint.train.icons import (
     CPU,
@@ -27,26 +27,26 @@ from overpaint.train.icons import (
     contrast,
     tokenizer,
 )
-from overpaint.train.loop import Outer, Progress, fit, save_tensors
+from overpaint.train.loop import Outer, Schedule, fit, remove_checkpoints, save_tensors
 
-__all__ = ["labels", "real_accuracy", "train"]
+__all__ = ["batch_loss", "labels", "real_accuracy", "train"]
 
 RECIPE = replace(
     CPU, text_layers=3, text_width=96, vision_layers=5, vision_width=128, clip_batch=64
 )
-SEED = 1000  # never the generator's
+SEED = 1000  # never used to train `icons`
 _OUTER: dict[Outer, str] = {
-    "adamw": "AdamW took embeddings, vectors and both ends, Muon the rest.",
-    "diffgrad": "DiffGrad at twice the rate took embeddings, vectors and both ends, Muon the rest.",
+    "adamw": "AdamW updated embeddings, vectors, the first and the last layer, Muon the rest.",
+    "diffgrad": "DiffGrad at twice the rate updated embeddings, vectors, the first and the last layer, Muon the rest.",
 }
 _COMPARED = (  # benchmarks/quality_diffgrad_recipe.py
     "After 100 steps of this recipe, over five seeds, the loss was 8.979 with AdamW; with DiffGrad at twice the rate "
-    "+0.0002 [+0.0000, +0.0003] on top. It does not gain, and loses nothing that a picture would show. At AdamW's own "
-    "rate that was +0.206 [0.179, 0.233], and with AdamW at half of it +0.206 [0.179, 0.233]."
+    "it was higher by 0.0002 [0.0000, 0.0003], which is no visible difference. With DiffGrad at AdamW's rate it was "
+    "higher by 0.206 [0.179, 0.233], and with AdamW at half its rate by 0.206 [0.179, 0.233]."
 )
 
 
-class _Judged(nn.Module):
+class _Network(nn.Module):
     """A CLIP and its heads, trained together."""
 
     def __init__(self, clip: Any) -> None:
@@ -57,7 +57,7 @@ class _Judged(nn.Module):
 
 
 def labels() -> dict[str, tuple[str, ...]]:
-    """Return what each head can say, in the order of its outputs."""
+    """Return the labels of each head, in the order of its outputs."""
     return {
         "object": icon_world.subjects(),
         "style": tuple(icon_world.STYLES),
@@ -75,61 +75,72 @@ def train(
     work: Path = Path("runs/icons-judge"),
     artwork: Path = Path("runs/artwork"),
     optimizer: Outer = "diffgrad",
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Path:
-    """Train `icons-judge` and write it to `out`; arguments as in `icons.train`, `optimizer` as in `loop.fit`."""
-    card.check_target(out)
+    """Train `icons-judge`, write it to `out` and return that folder.
+
+    Arguments as in `icons.train`, `optimizer` as in `loop.Schedule`.
+    """
+    out = card.prepare(out)
     torch.set_num_threads(threads)
     torch.manual_seed(SEED)
     work.mkdir(parents=True, exist_ok=True)
     world = icon_world.World(icon_world.fetch(artwork), hold_out=False)
+    if not resume:
+        remove_checkpoints(work, ["judge"])
     tokens = tokenizer(world, work / "tokenizer", seed=SEED)
-    model = _Judged(build_clip(RECIPE, len(tokens))).to(device)
-    index = {kind: {name: i for i, name in enumerate(names)} for kind, names in labels().items()}
+    model = _Network(build_clip(RECIPE, len(tokens))).to(device)
 
     def loss(step: int) -> Tensor:
         rng = np.random.default_rng((SEED, 2, step))
         pictures = [world.sample(rng) for _ in range(RECIPE.clip_batch)]
-        captions = [p.caption for p in pictures]
-        pixels = _augment(as_pixels(pictures), torch.Generator().manual_seed(SEED + step)).to(
-            device
-        )
-        ids = tokens(captions, padding="longest", return_tensors="pt").input_ids.to(device)
-        clip = model.clip
-        seen = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
-        read = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)
-        logits = clip.logit_scale.exp() * F.normalize(read, dim=1) @ F.normalize(seen, dim=1).t()
-        total = contrast(logits, captions)
-        for kind, head in model.heads.items():
-            target = torch.tensor([index[kind].get(getattr(p, kind), -100) for p in pictures]).to(
-                device
-            )
-            total = total + F.cross_entropy(head(seen), target)
-        return total
+        generator = torch.Generator().manual_seed(SEED + step)
+        return batch_loss(model, tokens, pictures, generator, device)
 
-    fit(
-        model, loss, stage="judge", folder=work, minutes=minutes, lr=1e-3, ema_decay=0.99,
-        optimizer=optimizer, resume=resume, on_progress=on_progress,
-    )  # fmt: skip
-    _export(model, tokens, out)
-    judge = features.load(out, device=device)
-    figures = {
-        f"{prefix}{kind}_top1_real": round(value, 4)
-        for prefix, held in (("", False), ("heldout_", True))
-        for kind, value in real_accuracy(judge, world, held_out=held).items()
-    }
-    trained = card.stages(work, ("judge",))
-    card.write_card(
-        out, recipe=asdict(RECIPE), seed=SEED, device=device, trained=trained, figures=figures,
-        optimizer_note=f"{_OUTER[optimizer]} {_COMPARED}",
-    )  # fmt: skip
+    schedule = Schedule(minutes, RECIPE.clip_lr, ema_decay=RECIPE.clip_ema, optimizer=optimizer)
+    fit(model, loss, schedule, stage="judge", folder=work, on_progress=on_progress)
+    with files.atomic_folder(out) as draft:
+        _export(model, tokens, draft)
+        judge = scorer.load(draft, device=device)
+        figures = {
+            f"{prefix}{kind}_top1_real": round(value, 4)
+            for prefix, held_out in (("", False), ("heldout_", True))
+            for kind, value in real_accuracy(judge, world, held_out=held_out).items()
+        }
+        card.save(
+            draft, recipe=asdict(RECIPE), seed=SEED, device=device, trained=card.stages(work, ("judge",)),
+            figures=figures, optimizer_note=f"{_OUTER[optimizer]} {_COMPARED}",
+        )  # fmt: skip
     return out
 
 
+def batch_loss(
+    model: Any,
+    tokens: Any,
+    pictures: list[icon_world.Picture],
+    generator: torch.Generator,
+    device: str = "cpu",
+) -> Tensor:
+    """Return the contrastive loss plus the cross-entropy of each head, on augmented pictures."""
+    captions = [p.caption for p in pictures]
+    pixels = _augment(as_pixels(pictures), generator).to(device)
+    ids = tokens(captions, padding="longest", return_tensors="pt").input_ids.to(device)
+    clip = model.clip
+    images = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
+    texts = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)
+    logits = clip.logit_scale.exp() * F.normalize(texts, dim=1) @ F.normalize(images, dim=1).t()
+    total = contrast(logits, captions)
+    for kind, names in labels().items():
+        index = {name: i for i, name in enumerate(names)}
+        target = torch.tensor([index.get(getattr(p, kind), -100) for p in pictures])
+        total = total + F.cross_entropy(model.heads[kind](images), target.to(device))
+    return total
+
+
 def _augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Turn, scale, fade, blur, brighten, add noise, erase a patch: random strengths a row; (B, 3, H, W) in [-1, 1]."""
+    """Return pictures (B, 3, H, W) in [-1, 1] with random moves, blur, contrast, brightness, noise, erased patches."""
     rows = len(pixels)
-    pixels = _moved(pixels, generator)
+    pixels = _move(pixels, generator)
 
     def draw(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(rows, 1, 1, 1, generator=generator)
@@ -147,8 +158,8 @@ def _augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(hole, pixels.mean((2, 3), keepdim=True), pixels)
 
 
-def _moved(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Turn by up to 12 degrees, scale by 0.85 to 1.2, shift by up to 4 pixels; a row in four stays as it is."""
+def _move(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Rotate by up to 12 degrees, scale by 0.85 to 1.2, shift by up to 4 pixels; one row in four is unchanged."""
     rows = len(pixels)
     angle, size, x, y, keep = torch.rand(5, rows, generator=generator)
     angle, size = (angle * 2 - 1) * 0.21, 0.85 + 0.35 * size
@@ -162,33 +173,35 @@ def _moved(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
 
 
-def _export(model: _Judged, tokens: Any, out: Path) -> None:
-    with card.replacing(out) as beside:
-        model.clip.half().save_pretrained(beside, safe_serialization=True)
-        tokens.save_pretrained(beside)
-        heads = {k: v.half() for k, v in model.heads.state_dict().items()}
-        save_tensors(heads, beside / "heads.safetensors")
-        (beside / "labels.json").write_text(json.dumps(labels(), indent=1) + "\n")
+def _export(model: _Network, tokens: Any, folder: Path) -> None:
+    """Write the networks, the tokenizer and the labels, in half precision."""
+    model.clip.half().save_pretrained(folder, safe_serialization=True)
+    tokens.save_pretrained(folder)
+    heads = {k: v.half() for k, v in model.heads.state_dict().items()}
+    save_tensors(heads, folder / "heads.safetensors")
+    files.write_json(folder / "labels.json", labels())
 
 
 def real_accuracy(
-    judge: features.Judge, world: icon_world.World, *, held_out: bool, seed: int = 7
+    judge: scorer.Judge, world: icon_world.World, *, held_out: bool, seed: int = 7
 ) -> dict[str, float]:
-    """Return the judge's top-1 on real artwork: object, style and color, over all seen or all held-out pairs.
+    """Return the judge's top-1 accuracy on real artwork for object, style and color.
 
-    Every (object, style) pair once, on a color that training allows, placed as in training.
+    Over all (object, style) pairs that are held out from `icons`, or all others, each once, placed as in training, on
+    a color that is not held out.
     """
     rng = np.random.default_rng(seed)
-    kept = icon_world.held_out()
+    reserved = icon_world.held_out()
     pairs = [
         (o, s)
         for o in icon_world.OBJECTS
         for s in icon_world.STYLES
-        if ((o, s) in kept) == held_out
+        if ((o, s) in reserved) == held_out
     ]
-    barred = icon_world.held_out_colors()
+    reserved_colors = icon_world.held_out_colors()
     colors = [
-        str(rng.choice([c for c in icon_world.COLORS if (o, c) not in barred])) for o, _ in pairs
+        str(rng.choice([c for c in icon_world.COLORS if (o, c) not in reserved_colors]))
+        for o, _ in pairs
     ]
     pixels = np.stack([world.single(o, s, c, rng) for (o, s), c in zip(pairs, colors, strict=True)])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255

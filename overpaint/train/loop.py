@@ -1,15 +1,14 @@
-"""A training loop that survives `kill -9`: every few minutes the whole state goes to one safetensors file.
+"""A training loop that can be killed at any moment: every few minutes its whole state goes to one safetensors file.
 
-The schedule is by wall time: the learning rate rises over the first 2 % of the minutes given and falls to zero along
-a cosine over the rest. Time already spent is part of the checkpoint, so a run killed and resumed ends with the same
+The schedule follows wall time: the learning rate rises over the first 2 % of the minutes and falls to zero along a
+cosine over the rest. The checkpoint holds the time already spent, so a run that is killed and resumed follows the same
 schedule, and a finished run can be continued with more minutes.
 """
 
 import json
 import math
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -19,104 +18,109 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from overpaint import files
+from overpaint.model.sampling import Progress
 from overpaint.optim import DiffGrad
 from overpaint.train.muon import Muon
 
-__all__ = ["Outer", "Progress", "fit", "optimizers", "rate", "save_tensors"]
+__all__ = [
+    "Outer", "Schedule", "fit", "optimizers", "rate", "remove_checkpoints", "save_tensors"
+]  # fmt: skip
 
 CHECKPOINT_SECONDS = 180.0
-Outer = Literal["adamw", "diffgrad"]  # what updates embeddings, vectors and both ends
+PROGRESS_SECONDS = 10.0
+Outer = Literal["adamw", "diffgrad"]  # updates embeddings, vectors, the first and the last layer
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where a training run stands: stage, share of its time used in [0, 1], step, smoothed loss."""
+class Schedule:
+    """Settings of one stage of a training."""
 
-    stage: str
-    share: float
-    step: int
-    loss: float
-    seconds_left: float
+    minutes: float  # wall time in all, including the time before a resume
+    lr: float  # peak learning rate, the same for both optimisers (AdamW: betas 0.9, 0.99)
+    steps: int | None = (
+        None  # number of steps instead of minutes, so that runs on a busy machine compare
+    )
+    weight_decay: float = 0.01  # decoupled, for matrices only
+    ema_decay: float = 0.0  # of the exponential average of the weights per step; 0: no average
+    muon: bool = True  # update the matrices inside the network with Muon, else with `optimizer`
+    # Updates embeddings, vectors, the first and the last layer: "adamw", or "diffgrad" at twice the rate, since its
+    # friction is about one half.
+    optimizer: Outer = "adamw"
+
+    def share(self, step: int, spent: float) -> float:
+        """Return the part of the training that is done, 0 to 1, after `step` steps and `spent` seconds."""
+        return step / self.steps if self.steps else spent / (60 * self.minutes)
+
+
+@dataclass
+class _State:
+    """Counters of a run: steps done, seconds spent, smoothed loss."""
+
+    step: int = 0
+    spent: float = 0.0
+    smooth: float = math.nan
 
 
 def fit(
     model: nn.Module,
     loss: Callable[[int], Tensor],
+    schedule: Schedule,
     *,
     stage: str,
     folder: Path,
-    minutes: float,
-    lr: float,
-    steps: int | None = None,
-    weight_decay: float = 0.01,
-    ema_decay: float = 0.0,
-    muon: bool = True,
-    optimizer: Outer = "adamw",
-    resume: bool = True,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Progress | None = None,
     on_save: Callable[[int], None] | None = None,
 ) -> nn.Module:
-    """Train `model` on `loss(step)` for `minutes` and leave its averaged weights in it.
+    """Train `model` on `loss(step)` and return it with its averaged weights, in evaluation mode.
+
+    Continues from the checkpoint if there is one.
 
     Args:
-        model: Trained in place; all of its parameters that require a gradient.
-        loss: Called with the step's number, which seeds what it draws; returns a scalar.
+        model: Trained in place; all parameters that require a gradient.
+        loss: Called with the number of the step, which seeds its random draws; returns a scalar.
+        schedule: Time, learning rate and optimisers.
         stage: Name of the checkpoint, `<folder>/<stage>.safetensors`.
-        folder: Where the checkpoint lies.
-        minutes: Wall time in all, time spent before a resume counted in.
-        lr: Peak learning rate, one for both optimisers (AdamW: betas 0.9, 0.99).
-        steps: End after so many steps instead, whatever their time, so that runs on a busy machine compare.
-        weight_decay: Decoupled decay, on matrices only.
-        ema_decay: Decay of the exponential average of the weights a step; 0 keeps none.
-        muon: Update the matrices inside the network with Muon; else `optimizer` throughout.
-        optimizer: What updates embeddings, vectors and both ends: "adamw", or "diffgrad" at twice the rate, since its
-            friction is near one half.
-        resume: Continue from the checkpoint where there is one.
-        on_progress: Told about progress every few seconds.
-        on_save: Called with the step after each checkpoint, the averaged weights in `model`. Its time is not counted.
+        folder: Folder of the checkpoint.
+        on_progress: Called with (done, 1000, label) every ten seconds.
+        on_save: Called with the step after each checkpoint, while `model` holds the averaged weights. Its time does
+            not count.
 
     Raises:
         ValueError: There is no such optimiser, or the checkpoint was trained with another one.
-        FloatingPointError: The loss is no longer a finite number.
+        FloatingPointError: The loss is not finite.
     """
-    pair = optimizers(model, lr=lr, decay=weight_decay, muon=muon, outer=optimizer)
-    average = (
-        {name: p.detach().clone() for name, p in model.named_parameters()} if ema_decay else {}
-    )
+    pair = optimizers(
+        model, lr=schedule.lr, decay=schedule.weight_decay, muon=schedule.muon, outer=schedule.optimizer
+    )  # fmt: skip
+    named = model.named_parameters() if schedule.ema_decay else ()
+    average = {name: p.detach().clone() for name, p in named}
     path = folder / f"{stage}.safetensors"
-    step, spent, smooth = 0, 0.0, math.nan
-    if resume and path.exists():
-        step, spent, smooth = _restore(path, model, pair, average, optimizer)
-    budget = minutes * 60
-    last = saved = told = time.monotonic()
+    state = _State()
+    if path.exists():
+        state = _restore(path, model, pair, average, schedule.optimizer)
+    last = saved = reported = time.monotonic()
     model.train()
-    while (share := step / steps if steps else spent / budget) < 1:
-        _turn(pair, rate(lr, share))
-        value = loss(step)
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for each in pair:
-            each.step()
-            each.zero_grad(set_to_none=True)
-        step += 1
+    while (share := schedule.share(state.step, state.spent)) < 1:
+        _set_rate(pair, rate(schedule.lr, share))
+        value = _update(model, loss, pair, state.step)
+        state.step += 1
         if average:
-            _blend(average, model, min(ema_decay, step / (step + 10)))
-        smooth = _smooth(smooth, value)
+            _blend(average, model, min(schedule.ema_decay, state.step / (state.step + 10)))
+        state.smooth = _smooth(state.smooth, value)
         now = time.monotonic()
-        spent, last = spent + now - last, now
-        if on_progress and now - told > 10:
-            told = now
-            left = spent * (steps / step - 1) if steps else max(0.0, budget - spent)
-            on_progress(Progress(stage, share, step, smooth, left))
-        done = step >= steps if steps else spent >= budget
-        if now - saved > CHECKPOINT_SECONDS or done:
+        state.spent, last = state.spent + now - last, now
+        share = schedule.share(state.step, state.spent)
+        if on_progress and now - reported > PROGRESS_SECONDS:
+            reported = now
+            on_progress(int(1000 * min(share, 1)), 1000, f"{stage}, loss {state.smooth:.4f}")
+        if now - saved > CHECKPOINT_SECONDS or share >= 1:
             saved = now
-            progress = {"step": step, "spent": spent, "smooth": smooth}
-            _save(path, model, pair, average, progress, optimizer)
+            _save(path, model, pair, average, state, schedule.optimizer)
             if on_save:
                 _swap(average, model)
                 model.eval()
-                on_save(step)
+                on_save(state.step)
                 _swap(average, model)
                 model.train()
                 last = saved = time.monotonic()
@@ -124,19 +128,26 @@ def fit(
     return model.eval()
 
 
+def remove_checkpoints(folder: Path, stages: Iterable[str]) -> None:
+    """Remove the checkpoints of `stages` from `folder`, so that `fit` starts over."""
+    for stage in stages:
+        (folder / f"{stage}.safetensors").unlink(missing_ok=True)
+
+
 def save_tensors(
     tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write `tensors` to a safetensors file beside `path`, then rename it into place."""
-    beside = path.with_name(path.name + ".partial")
-    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, beside, metadata=metadata)
-    os.replace(beside, path)
+    """Write `tensors` to the safetensors file `path`, atomically."""
+    with files.atomic(path) as draft:
+        save_file(
+            {k: v.detach().contiguous() for k, v in tensors.items()}, draft, metadata=metadata
+        )
 
 
 def optimizers(
     model: nn.Module, *, lr: float, decay: float, muon: bool = True, outer: Outer = "adamw"
 ) -> list[torch.optim.Optimizer]:
-    """Return Muon for what lies inside (matrices, convolutions), after `outer` for embeddings, vectors and both ends.
+    """Return `outer` for embeddings, vectors, the first and the last layer, and Muon for the other matrices.
 
     Raises:
         ValueError: There is no such `outer`.
@@ -162,11 +173,27 @@ def optimizers(
 
 
 def rate(lr: float, share: float) -> float:
-    """Return the learning rate of a run of peak `lr` when `share` of its time is used, in [0, 1]."""
+    """Return the learning rate of a run with peak `lr` when the part `share` of it is done, 0 to 1."""
     return lr * min(1.0, share / 0.02 + 1e-3) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def _turn(pair: list[torch.optim.Optimizer], lr: float) -> None:
+def _update(
+    model: nn.Module,
+    loss: Callable[[int], Tensor],
+    pair: list[torch.optim.Optimizer],
+    step: int,
+) -> Tensor:
+    """Take one optimiser step, with clipped gradients, and return the loss."""
+    value = loss(step)
+    value.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for each in pair:
+        each.step()
+        each.zero_grad(set_to_none=True)
+    return value
+
+
+def _set_rate(pair: list[torch.optim.Optimizer], lr: float) -> None:
     for each in pair:
         for group in each.param_groups:
             group["lr"] = 2 * lr if isinstance(each, DiffGrad) else lr
@@ -203,16 +230,16 @@ def _save(
     model: nn.Module,
     pair: list[torch.optim.Optimizer],
     average: dict[str, Tensor],
-    progress: dict[str, float],
+    state: _State,
     outer: Outer,
 ) -> None:
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in average.items()}
     for kind, optimizer in enumerate(pair):
-        for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{kind}.{index}.{k}": v for k, v in state.items()}
+        for index, values in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{kind}.{index}.{k}": v for k, v in values.items()}
     tensors = {k: v.clone() for k, v in tensors.items()}  # safetensors refuses shared storage
-    save_tensors(tensors, path, {"progress": json.dumps(progress), "optimizer": outer})
+    save_tensors(tensors, path, {"progress": json.dumps(vars(state)), "optimizer": outer})
 
 
 def _restore(
@@ -221,7 +248,7 @@ def _restore(
     pair: list[torch.optim.Optimizer],
     average: dict[str, Tensor],
     outer: Outer,
-) -> tuple[int, float, float]:
+) -> _State:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     began = metadata.get("optimizer", "adamw")
@@ -237,12 +264,11 @@ def _restore(
     for name, value in average.items():
         value.copy_(tensors[f"average.{name}"])
     for kind, optimizer in enumerate(pair):
-        state: dict[int, dict[str, Tensor]] = {}
+        states: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith(f"optimizer.{kind}."):
                 _, _, index, name = key.split(".", 3)
-                state.setdefault(int(index), {})[name] = value
+                states.setdefault(int(index), {})[name] = value
         groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
-    progress = json.loads(metadata["progress"])
-    return progress["step"], progress["spent"], progress["smooth"]
+        optimizer.load_state_dict({"state": states, "param_groups": groups})
+    return _State(**json.loads(metadata["progress"]))

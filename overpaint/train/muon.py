@@ -1,8 +1,8 @@
-"""Muon: momentum whose update is orthogonalised, for the matrices and convolutions inside a network.
+"""Muon: momentum with orthogonalised updates, for the matrices and convolutions inside a network.
 
 Jordan et al., 2024, https://kellerjordan.github.io/posts/muon, with the scale of Liu et al., 2025 (arXiv:2502.16982),
-which gives an update the size of Adam's, so that both take one learning rate. `torch.optim.Muon` takes matrices only
-and works in bf16, which CPUs without the instruction emulate slowly; this one takes convolutions and stays in fp32.
+which gives updates the size of Adam's, so that both use one learning rate. `torch.optim.Muon` accepts matrices only
+and computes in bf16, which is slow on CPUs without bf16 instructions; this one accepts convolutions and uses fp32.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,7 +17,7 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315  # the quintic of Jordan et al.
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised; parameters of two or more axes, the first is rows, the rest columns."""
+    """Orthogonalised Nesterov momentum, for parameters of two or more axes: the first is rows, the rest columns."""
 
     def __init__(
         self, params: Iterable[Tensor], lr: float, *, momentum: float = 0.95, decay: float = 0.01
@@ -42,18 +42,18 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Return nearly the closest semi-orthogonal matrix: the singular values go to about 1, by a quintic iteration.
+    """Return approximately the closest semi-orthogonal matrix: a quintic iteration brings singular values to about 1.
 
-    Each step multiplies x by a polynomial of its Gram matrix; a matrix at least twice as wide as high gathers those
-    small factors first and is multiplied once.
+    Each step multiplies x by a polynomial of its Gram matrix. For a matrix at least twice as wide as high, the product
+    of these small factors is computed first and applied once.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
     x = wide / (wide.norm() + 1e-7)
-    x = _by_gram(x, steps) if x.shape[1] >= 2 * x.shape[0] else _by_itself(x, steps)
+    x = _by_gram(x, steps) if x.shape[1] >= 2 * x.shape[0] else _direct(x, steps)
     return x if matrix.shape[0] <= matrix.shape[1] else x.t()
 
 
-def _by_itself(x: Tensor, steps: int) -> Tensor:
+def _direct(x: Tensor, steps: int) -> Tensor:
     for _ in range(steps):
         x = torch.addmm(x, _factor(x @ x.t()), x, beta=_A)
     return x
@@ -67,7 +67,7 @@ def _by_gram(x: Tensor, steps: int) -> Tensor:
         factor.diagonal().add_(_A)
         product = factor @ product
         if step + 1 < steps:
-            gram = factor @ gram @ factor  # of the next x: all of them commute
+            gram = factor @ gram @ factor  # of the next x; all these matrices commute
     return product @ x
 
 

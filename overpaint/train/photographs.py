@@ -1,8 +1,8 @@
-"""The photographs that `matcher` is trained and measured on, read from packages; none of them is shipped.
+"""The photographs that `matcher` is trained and evaluated on, read from packages; none of them is shipped.
 
-scikit-image and scikit-learn carry a few of their own; the others come from four Debian packages, which are fetched
-once with `apt-get download`, checked against their SHA-256 and unpacked beside, or found where the system has the same
-versions installed. The split is by photograph: no picture of a scene that a figure is measured on is seen in training.
+scikit-image and scikit-learn contain a few; the others come from four Debian packages, which are downloaded once with
+`apt-get download`, checked against their SHA-256 and unpacked, or read where the same versions are installed. The split
+is by photograph: training contains no picture of a scene that a figure is measured on.
 
 Licences: opencv-doc Apache-2.0 and BSD-3-Clause; mate-backgrounds GPL-2+ and CC-BY-SA-4.0; lomiri-wallpapers CC-BY-4.0,
 CC-BY-SA-3.0, CC-BY-SA-4.0 and CC0, scikit-image public domain and CC0, both picture by picture, as written in the
@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from overpaint import files
 from overpaint.errors import MissingExtra
 from overpaint.train import programs
 
@@ -45,7 +46,7 @@ PACKAGES = {
     ),
 }
 
-# Where each source keeps its pictures: a folder of the Debian package, or of the Python module.
+# Folder of the pictures in the Debian package, or in the Python module.
 _FOLDERS = {
     "opencv-doc": "usr/share/doc/opencv-doc/examples",
     "mate-backgrounds": "usr/share/backgrounds/mate",
@@ -83,7 +84,7 @@ TRAINING = (
     page.png rocket.jpg"""),
 )  # fmt: skip
 
-# Kept back from training to follow it by; they decide nothing that is reported.
+# Held out of training to monitor it; no reported figure depends on them.
 VALIDATION = (
     *_names("opencv-doc", """
     data/building.jpg data/leuvenA.jpg data/leuvenB.jpg data/squirrel_cls.jpg data/stuff.jpg text/scenetext06.jpg"""),
@@ -93,8 +94,8 @@ VALIDATION = (
     *_names("sklearn", "flower.jpg"),
 )  # fmt: skip
 
-# For the synthetic test pairs. The scenes with a truth of their own (graf, aloe, motorcycle, the chessboards) are read
-# by path, with `locate`, and are in no list.
+# For the synthetic test pairs. The scenes with ground truth (graf, aloe, motorcycle, the chessboards) are read by path,
+# with `locate`, and are in no list.
 HELD_OUT = (
     *_names("opencv-doc", "data/baboon.jpg data/box_in_scene.png"),
     *_names("skimage", "coffee.png grass.png retina.jpg text.png"),
@@ -103,13 +104,16 @@ HELD_OUT = (
 
 
 def fetch(folder: Path, names: Collection[str] = ()) -> None:
-    """Fetch and unpack into `folder` the Debian packages that neither it nor the system has; those of `names`, or all.
+    """Download and unpack the Debian packages that are neither in `folder` nor installed in the pinned version.
 
-    What is fetched has the pinned SHA-256. The system's own packages count where dpkg names the pinned version; their
-    files, and what already lies unpacked in `folder`, are taken as they are.
+    Downloads must have the pinned SHA-256; installed packages and folders that are unpacked already are not checked.
+
+    Args:
+        folder: Where to unpack them.
+        names: Which packages; by default all.
 
     Raises:
-        ValueError: An archive's SHA-256 is not the pinned one.
+        ValueError: An archive does not have the pinned SHA-256.
         OSError: `apt-get` or `dpkg-deb` is missing or fails.
     """
     for name, (version, digest) in PACKAGES.items():
@@ -122,44 +126,48 @@ def fetch(folder: Path, names: Collection[str] = ()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         archive = folder / f"{name}_{version}_all.deb"
         if not archive.exists():
-            _run(["apt-get", "download", f"{name}={version}"], folder, name)
-        found = hashlib.sha256(archive.read_bytes()).hexdigest()
-        if found != digest:
+            command = ["apt-get", "download", f"{name}={version}"]
+            programs.fetch(command, archive, _messages(command[0], folder, name))
+        computed = hashlib.sha256(archive.read_bytes()).hexdigest()
+        if computed != digest:
             raise ValueError(
-                f"{archive.name} has SHA-256 {found}, expected {digest}. Delete the file and fetch it again."
+                f"{archive.name} has SHA-256 {computed}, expected {digest}. Delete the file and fetch it again."
             )
-        beside = folder / f"{name}.partial"
-        _run(["dpkg-deb", "-x", str(archive.resolve()), str(beside.resolve())], folder, name)
-        beside.rename(folder / name)
+        with files.atomic((folder / name).resolve()) as draft:
+            command = ["dpkg-deb", "-x", str(archive.resolve()), str(draft)]
+            programs.run(command, folder, _messages(command[0], folder, name))
 
 
 def locate(name: str, folder: Path) -> Path:
-    """Return the file of a photograph, or of anything beside them: `opencv-doc/data/H1to3p.xml`.
+    """Return the path of a photograph or another file of the packages, such as `opencv-doc/data/H1to3p.xml`.
 
     Args:
         name: Source and path within its pictures, as in `TRAINING`.
-        folder: What `fetch` filled; the system's own folders are tried next, whatever their version.
+        folder: Folder of `fetch`; installed packages of any version are tried next.
 
     Raises:
-        FileNotFoundError: Neither has the file; says which package does.
-        MissingExtra: It is a picture of scikit-image or scikit-learn, and that is not installed.
-        ValueError: The source is none of ours.
+        FileNotFoundError: The file is in neither of them.
+        MissingExtra: The package scikit-image or scikit-learn is not installed.
+        ValueError: The source is unknown.
     """
     source, _, path = name.partition("/")
     if source not in _FOLDERS:
         raise ValueError(f"no photographs from {source!r}: choose from {', '.join(_FOLDERS)}.")
     if source in PACKAGES:
-        tried = [folder / source / _FOLDERS[source] / path, Path("/") / _FOLDERS[source] / path]
+        candidates = [
+            folder / source / _FOLDERS[source] / path,
+            Path("/") / _FOLDERS[source] / path,
+        ]
     else:
         module = find_spec(source)
         if module is None or module.origin is None:
             package = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[source]
             raise MissingExtra(
                 f"{name!r} comes with {package}, which is not installed. "
-                "Install it with: pip install 'overpaint[train]'."
+                f"Install it with: pip install {package}."
             )
-        tried = [Path(module.origin).parent / _FOLDERS[source] / path]
-    for file in tried:
+        candidates = [Path(module.origin).parent / _FOLDERS[source] / path]
+    for file in candidates:
         if file.is_file():
             return file
     remedy = f"apt-get install {source}" if source in PACKAGES else f"reinstall {source}"
@@ -170,12 +178,12 @@ def locate(name: str, folder: Path) -> Path:
 
 
 def read(name: str, folder: Path, *, side: int = 768) -> Tensor:
-    """Return a photograph as RGB, uint8 (3, H, W), its shorter side at most `side` pixels; grey is repeated.
+    """Return a photograph as RGB, uint8 (3, H, W), its shorter side at most `side` pixels; grey becomes RGB.
 
     Args:
         name: As in `locate`.
         folder: As in `locate`.
-        side: Larger pictures are made smaller (area filter); smaller ones stay.
+        side: Larger pictures are reduced with an area filter; smaller ones are not resized.
     """
     with Image.open(locate(name, folder)) as picture:
         picture.draft("RGB", (side, side))
@@ -194,22 +202,20 @@ def read_all(names: Iterable[str], folder: Path, *, side: int = 768) -> dict[str
 
 
 def _installed(name: str) -> str:
-    """Return the version of a Debian package that the system has installed, or an empty string."""
+    """Return the installed version of a Debian package; an empty string if it is not installed."""
     command = ["dpkg-query", "-W", "-f", "${db:Status-Status} ${Version}", name]
     try:
-        found = subprocess.run(command, capture_output=True, text=True)
+        result = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:
         return ""
-    status, _, version = found.stdout.partition(" ")
+    status, _, version = result.stdout.partition(" ")
     return version if status == "installed" else ""
 
 
-def _run(command: list[str], folder: Path, what: str) -> None:
-    by_hand = f"unpack the package into {str(folder / what)!r} yourself."
-    programs.run(
-        command,
-        folder,
-        absent=f"the photographs of {what} come from Debian, and {command[0]} is not installed: {by_hand}",
-        failed=f"{command[0]} could not fetch or unpack {what}",
+def _messages(program: str, folder: Path, package: str) -> programs.Messages:
+    by_hand = f"unpack the package into {str(folder / package)!r} yourself."
+    return programs.Messages(
+        absent=f"the photographs of {package} come from Debian, and {program} is not installed: {by_hand}",
+        failed=f"{program} could not fetch or unpack {package}",
         remedy=f"check the connection and Debian's sources, or {by_hand}",
     )

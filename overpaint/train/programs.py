@@ -1,32 +1,61 @@
-"""Programs of others that recipes call to fetch their material: npm, apt-get and dpkg-deb."""
+"""Run the external programs that fetch the training data: npm, apt-get and dpkg-deb."""
 
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["run"]
+from overpaint import files
+
+__all__ = ["Messages", "fetch", "run"]
 
 
-def run(command: Sequence[str], folder: Path, *, absent: str, failed: str, remedy: str) -> None:
-    """Run a program in `folder` until it ends, and say in plain words what to do if it cannot.
+@dataclass(frozen=True)
+class Messages:
+    """Texts of the errors of a program."""
 
-    Args:
-        command: The program and its arguments; no shell reads them.
-        folder: Where it runs.
-        absent: What to say where the program is not installed; a whole sentence.
-        failed: What it could not do, as "npm could not fetch twemoji"; the last line of its complaint follows.
-        remedy: What to do then.
+    absent: str  # a sentence: the program is not installed, and what to do
+    failed: (
+        str  # what failed, such as "npm could not fetch twemoji"; the program's last line is added
+    )
+    remedy: str  # what to do then
+
+
+def fetch(command: Sequence[str], path: Path, messages: Messages) -> None:
+    """Run a program that writes a file of the name of `path` into its working directory; move the file to `path`.
+
+    The program runs in a temporary folder, so that `path` is never an incomplete file.
 
     Raises:
         FileNotFoundError: The program is not installed.
-        OSError: It failed.
+        OSError: The program failed.
+    """
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as folder:
+        run(command, Path(folder), messages)
+        with files.atomic(path) as draft:
+            shutil.move(Path(folder, path.name), draft)
+
+
+def run(command: Sequence[str], folder: Path, messages: Messages) -> None:
+    """Run a program in `folder` until it ends.
+
+    Args:
+        command: The program and its arguments, not interpreted by a shell.
+        folder: Working directory.
+        messages: Texts of the errors.
+
+    Raises:
+        FileNotFoundError: The program is not installed.
+        OSError: The program failed.
     """
     try:
         subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
     except FileNotFoundError as error:
-        raise FileNotFoundError(absent) from error
+        raise FileNotFoundError(messages.absent) from error
     except subprocess.CalledProcessError as error:
         reason = (error.stderr or "").strip().splitlines()
         raise OSError(
-            f"{failed} ({reason[-1] if reason else 'no reason given'}): {remedy}"
+            f"{messages.failed} ({reason[-1] if reason else 'no reason given'}): {messages.remedy}"
         ) from error

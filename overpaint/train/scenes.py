@@ -1,10 +1,10 @@
-"""Pictures to be warped: pieces of photographs with flat and repetitive patches, and what a camera adds to them.
+"""Pictures to warp: crops of photographs with flat and repetitive patches, and the effects of a camera.
 
-All draws come from a generator. A piece is twice as wide as the pictures that are cut from it, so that a warped view
-shows real content beyond the frame of the other one, where mirrored borders would teach false matches.
+All random draws come from a generator. A crop is twice as wide as the pictures that are cut from it, so that a warped
+view shows real content beyond the frame of the other one; mirrored borders would train false matches.
 
-Source: Nam et al., 2024 (DiffMatch), https://arxiv.org/abs/2305.19094, trains on warped photographs without patches or
-changes of light; both are ours.
+Source: Nam et al., 2024 (DiffMatch), https://arxiv.org/abs/2305.19094, trains on warped photographs.
+Deviations: patches, and changes of light, blur and noise.
 """
 
 import math
@@ -13,24 +13,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["canvas", "paint", "photographed", "uniform"]
+__all__ = ["add_patches", "camera", "crop", "uniform"]
 
 
 def uniform(generator: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
-    """Return float64 numbers between `low` and `high`, shape `shape`."""
+    """Return uniform random numbers between `low` and `high`, float64, shape `shape`."""
     draws = torch.rand(shape, generator=generator, dtype=torch.float64)
     return low + (high - low) * draws
 
 
-def canvas(photo: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """Return a random piece of a photograph, float (1, 3, side, side) in [0, 1], perhaps mirrored or turned.
+def crop(photo: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """Return a random crop of a photograph, float (1, 3, side, side) in [0, 1], possibly mirrored or transposed.
 
-    The piece has 65 to 100 % of either side; its aspect is not kept, as a picture's is not when it is matched.
+    The crop has 65 to 100 % of either side; its aspect ratio changes, as that of a picture does before matching.
 
     Args:
         photo: RGB uint8 (3, H, W), or float in [0, 1].
         side: In pixels.
-        generator: Of everything drawn.
+        generator: Source of all random draws.
     """
     h, w = photo.shape[1:]
     share = uniform(generator, 0.65, 1.0, 2)
@@ -44,29 +44,27 @@ def canvas(photo: Tensor, side: int, generator: torch.Generator) -> Tensor:
         piece = piece.flip(3)
     if turns[1] < 0.25:
         piece = piece.transpose(2, 3)
-    antialias = (
-        min(rows, columns) > side
-    )  # the filter is slow, and needed only where the picture shrinks
+    antialias = min(rows, columns) > side  # the filter is slow, and needed only to reduce a picture
     return F.interpolate(
         piece, (side, side), mode="bilinear", align_corners=False, antialias=antialias
     ).clamp(0, 1)
 
 
-def paint(
+def add_patches(
     pictures: Tensor, generator: torch.Generator, *, fill: str, shape: str, share: float = 0.3
 ) -> Tensor:
-    """Return `pictures` (1, 3, S, S) with one to four patches over them.
+    """Return `pictures` (1, 3, S, S) with one to four patches on them.
 
     Args:
-        pictures: What is painted over; it is not changed.
-        generator: Of everything drawn.
+        pictures: Not changed.
+        generator: Source of all random draws.
         fill: `"flat"` (one color), `"shaded"` (a faint gradient), `"tiles"` (a small piece of the picture, repeated) or
             `"pattern"` (gratings, checkers and dots).
         shape: `"box"` (upright rectangles) or `"blob"` (stars with three to eight round rays, ellipses among them).
-        share: Greatest half-width of a patch, in sides.
+        share: Largest half-width of a patch, as a fraction of the side.
 
     Raises:
-        ValueError: `fill` or `shape` is none of these.
+        ValueError: `fill` or `shape` is unknown.
     """
     side = pictures.shape[-1]
     count = 1 + int(uniform(generator, 0, 4))
@@ -87,12 +85,12 @@ def paint(
     return pictures
 
 
-def photographed(pictures: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
-    """Return `pictures` (1, 3, H, W) as another camera takes them: light, color, blur and noise, none of them moved.
+def camera(pictures: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
+    """Return `pictures` (1, 3, H, W) with random changes of light and color, blur and noise, as of another camera.
 
     Args:
         pictures: In [0, 1].
-        generator: Of everything drawn.
+        generator: Source of all random draws.
         strength: 1 for training; 0 changes nothing.
     """
     draw = uniform(generator, -1.0, 1.0, 6) * strength
@@ -101,7 +99,7 @@ def photographed(pictures: Tensor, generator: torch.Generator, strength: float =
     pictures = pictures ** math.exp(0.4 * float(draw[5]))
     chance, blur, noise = (float(v) for v in uniform(generator, 0.0, 1.0, 3))
     if chance < 0.35 * strength:
-        pictures = _blurred(pictures, 0.4 + 1.2 * blur * strength)
+        pictures = _blur(pictures, 0.4 + 1.2 * blur * strength)
     if chance > 1 - 0.5 * strength:
         spread = 0.05 * strength * noise
         pictures = pictures + spread * torch.randn(pictures.shape, generator=generator)
@@ -109,10 +107,10 @@ def photographed(pictures: Tensor, generator: torch.Generator, strength: float =
 
 
 def _centred(side: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the coordinates x and y of a square picture, in sides, from a random centre."""
-    places = (torch.arange(side) + 0.5) / side
+    """Return the coordinates x and y of a square picture of side 1, relative to a random centre."""
+    coordinates = (torch.arange(side) + 0.5) / side
     centre = uniform(generator, 0.2, 0.8, 2).float()
-    return places[None, :] - centre[0], places[:, None] - centre[1]
+    return coordinates[None, :] - centre[0], coordinates[:, None] - centre[1]
 
 
 def _fill(kind: str, pictures: Tensor, generator: torch.Generator) -> Tensor:
@@ -144,7 +142,7 @@ def _fill(kind: str, pictures: Tensor, generator: torch.Generator) -> Tensor:
     return torch.lerp(color, other, torch.sigmoid(12 * field))
 
 
-def _blurred(pictures: Tensor, sigma: float) -> Tensor:
+def _blur(pictures: Tensor, sigma: float) -> Tensor:
     reach = math.ceil(2.5 * sigma)
     kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
     kernel = (kernel / kernel.sum()).view(1, 1, 1, -1).expand(3, 1, 1, -1)

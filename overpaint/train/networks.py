@@ -1,6 +1,7 @@
-"""What the recipe of `icons` trains: its knobs, and the untrained networks they describe.
+"""The recipe of `icons`: its settings and the untrained networks that they describe.
 
-Stable Diffusion's classes and block types at a small size, so that whatever runs on these runs on the real ones.
+The networks have Stable Diffusion's classes and block types at a small size, so that code for them runs on Stable
+Diffusion too.
 """
 
 from dataclasses import dataclass
@@ -26,25 +27,36 @@ VOCABULARY = 2304
 
 @dataclass(frozen=True)
 class Recipe:
-    """The knobs of the recipe."""
+    """Settings of the recipe."""
 
     text_layers: int = 6  # depth of the text tower
     text_width: int = 192  # width of the text tower, and of the UNet's cross-attention
-    vision_layers: int = 4  # the image tower only teaches: small
-    vision_width: int = 128
-    clip_batch: int = 64  # contrastive: more rows, more wrong answers to tell apart
-    clip_lr: float = 1e-3
+    vision_layers: int = 4  # depth of the image tower, which only trains the text tower
+    vision_width: int = 128  # width of the image tower
+    clip_batch: int = (
+        64  # pictures in a step; the other rows are the negatives of the contrastive loss
+    )
+    clip_lr: float = 1e-3  # peak learning rate
+    clip_ema: float = 0.99  # decay of the average of the weights
     vae_channels: tuple[int, ...] = (16, 32, 64, 96)  # three halvings: 64 -> 8 pixels
-    latent_channels: int = 8
-    vae_batch: int = 4
-    vae_lr: float = 1.5e-3
+    latent_channels: int = 8  # of 8x8 latents
+    vae_batch: int = 4  # pictures in a step
+    vae_lr: float = 1.5e-3  # peak learning rate
+    vae_ema: float = 0.99  # decay of the average of the weights
     unet_channels: tuple[int, ...] = (96, 192)  # 8x8 and 4x4, both with cross-attention
-    unet_layers: int = 1  # ResNet + transformer pairs a level going down (one more going up)
-    unet_batch: int = 64
-    unet_lr: float = 2e-3
-    pictures: int = 36_864  # drawn and encoded once for the UNet
-    drop_caption: float = 0.1  # share of rows that learn the empty prompt, for guidance
-    shares: tuple[float, float, float] = (0.14, 0.14, 0.72)  # of the minutes: clip, vae, unet
+    unet_layers: int = (
+        1  # pairs of ResNet and transformer blocks in a level going down, one more going up
+    )
+    unet_batch: int = 64  # latents in a step
+    unet_lr: float = 2e-3  # peak learning rate
+    unet_ema: float = 0.998  # decay of the average of the weights
+    pictures: int = 36_864  # training pictures of the UNet, drawn and encoded once
+    drop_caption: float = 0.1  # part of the rows that get the empty prompt, for guidance
+    shares: tuple[float, float, float] = (
+        0.14,
+        0.14,
+        0.72,
+    )  # parts of the minutes for clip, vae and unet
 
 
 CPU = Recipe()
@@ -78,7 +90,7 @@ def build_vae(recipe: Recipe) -> Any:
     """Return an untrained `AutoencoderKL` of this recipe."""
     import diffusers
 
-    build: Any = diffusers.AutoencoderKL  # its own types promise one level only
+    build: Any = diffusers.AutoencoderKL  # its annotations allow one level only
     levels = len(recipe.vae_channels)
     return build(
         down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
@@ -91,7 +103,7 @@ def build_unet(recipe: Recipe) -> Any:
     """Return an untrained `UNet2DConditionModel` of this recipe: Stable Diffusion's block types, two resolutions."""
     import diffusers
 
-    build: Any = diffusers.UNet2DConditionModel  # its own types promise one level only
+    build: Any = diffusers.UNet2DConditionModel  # its annotations allow one level only
     levels = len(recipe.unet_channels)
     return build(
         sample_size=icon_world.SIZE // 8, in_channels=recipe.latent_channels, out_channels=recipe.latent_channels,
@@ -102,7 +114,7 @@ def build_unet(recipe: Recipe) -> Any:
 
 
 def build_scheduler() -> Any:
-    """Return DDIM on v-prediction, rescaled to end in pure noise, so that plain backgrounds keep their color."""
+    """Return DDIM with v-prediction, rescaled to zero terminal SNR, so that plain backgrounds keep their color."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
