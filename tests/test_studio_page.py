@@ -201,7 +201,9 @@ def wait_until(condition):
     assert condition()
 
 
-def test_closing_a_page_deletes_its_session_files_and_values_only(chromium, tiny_folder, free_port):
+def test_closing_a_page_deletes_its_session_files_and_values_only(
+    chromium, tiny_folder, free_port, few_concepts
+):
     before = stored_pages()
     with open_studio([str(tiny_folder)], port=free_port()) as (studio, address):
         with browser.visit(chromium, address) as first:

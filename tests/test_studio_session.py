@@ -19,7 +19,7 @@ def test_undo_restores_the_last_state_and_several_strengths_are_one_step(quickfi
     with pytest.raises(ValueError, match="must be -1 to 2, got 3"):
         session.set_strength(3)
     assert list(session.versions()) == [
-        "original model", "edit 1: blob → noto", "all edits, at the chosen strength",
+        "original model", "edit 1: blob → noto", "all edits",
     ]  # fmt: skip
     session.undo()
     assert session.state.change is change

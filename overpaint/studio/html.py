@@ -120,7 +120,7 @@ def _decimal(value: float) -> str:
 
 
 def _percent(share: float) -> str:
-    digits = 0 if share >= 0.1 else 1
+    digits = 0 if share >= 0.1 or share == 0 else 1
     return f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
 
 

@@ -144,8 +144,7 @@ def _trace_tab() -> Parts:
 
 def _edit_tab() -> Parts:
     gr.HTML(
-        '<p class="op-lead">Replace the concept by another one. The new weights are computed in closed form from '
-        "prompts; no training is needed.</p>"
+        '<p class="op-lead">Replace the concept by another one. The new weights are solved in closed form.</p>'
     )
     with gr.Row(equal_height=True):
         new = gr.Textbox(_NEW, label="Replace by", max_length=handlers.MAX_CONCEPT, scale=3)

@@ -136,7 +136,7 @@ class Session:
         versions |= {f"edit {i}: {c.name}": c.change for i, c in enumerate(self.changes, 1)}
         versions |= {f"file {name}": change for name, change in self.files.items()}
         if self.state.change is not None:
-            versions["all edits, at the chosen strength"] = self.state.change
+            versions["all edits"] = self.state.change
         return versions
 
     @contextmanager

@@ -71,9 +71,10 @@ def load_change(path: str | Path, model: TextToImage) -> Change:
         change = Change.load(path)
         copy_model(model, change)
     except (ValueError, OSError) as error:
-        raise ValueError(
-            f"{name!r} was not opened: {str(error).replace(str(path), name)}"
-        ) from error
+        message = str(error).replace(str(path), name)
+        if repr(name) not in message:
+            message = f"{name!r} was not opened: {message}"
+        raise ValueError(message) from error
     return change
 
 
