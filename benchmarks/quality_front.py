@@ -23,7 +23,7 @@ import torch
 
 import overpaint as op
 from overpaint import evaluate, metrics
-from overpaint.edit.methods.automatic import WEIGHTS
+from overpaint.edit.methods.preserve_search import WEIGHTS
 from overpaint.evaluate.results import Scores
 from overpaint.model import sampling
 from overpaint.probes import questions

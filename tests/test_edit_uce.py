@@ -279,13 +279,13 @@ def test_weights_share_keys_and_right_factor(copied):
         copied, {"dog": "cat", "monet": "painting"}, preserve=["a bird"], frames=("",)
     )
     assert change.report["rank"] == 2
-    for made in (
+    for edited in (
         change,
         change.without("dog"),
         change + edit.uce(copied, {"apple": "tree"}, preserve=["a bird"], frames=("",)),
     ):
-        assert len({m.keys.data_ptr() for m in made.movements}) == 1
-        assert len({m.right.data_ptr() for m in made.movements}) == 1
-        for m in made.movements:
+        assert len({m.keys.data_ptr() for m in edited.movements}) == 1
+        assert len({m.right.data_ptr() for m in edited.movements}) == 1
+        for m in edited.movements:
             alone = factorise(m.keys, ridge=0.5, gram=m.gram).solve(m.residuals)
             assert float((m.delta - alone.delta).norm()) <= 1e-10 * float(m.delta.norm())

@@ -22,92 +22,24 @@ Deviations: this is neither paper's method. Diff-QuickFix has four captions, no 
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Literal, Unpack
 
-import torch
 from torch import Tensor
 
 from overpaint.edit import caption_sums as texts
 from overpaint.edit import vocabulary as vocabularies
-from overpaint.edit.caption_sums import FRESH, Reader, Sums
+from overpaint.edit.caption_sums import FRESH, Reader
 from overpaint.edit.captions import align_captions, check_pairs
 from overpaint.edit.change import Change
-from overpaint.edit.drift import weight_drift
-from overpaint.edit.least_squares import factorise
-from overpaint.edit.methods import layer_scan, mlp_repair, preserve_search, token_rows
-from overpaint.edit.methods.preserve_search import RIDGES
-from overpaint.edit.movement import Movement
+from overpaint.edit.methods import layer_edit, token_rows
 from overpaint.edit.weights import find_weight
 from overpaint.model import TextToImage
 from overpaint.model.sampling import Progress
 
-__all__ = ["Fit", "FitSettings", "auto", "preserve_terms"]
-
-Term = dict[str, Any]
-
-
-class FitSettings(TypedDict, total=False):
-    """Keyword arguments of `auto` that set the fit of a layer; `Fit` describes them and has the defaults."""
-
-    contexts: int
-    background: int
-    bound: float
-    preserve_weight: float | Literal["auto"]
-    allowance: float
-    ridge: float | Literal["auto"]
-    repair: bool
-
-
-@dataclass(frozen=True)
-class Fit:
-    """Settings of the fit of a layer in `auto`.
-
-    Attributes:
-        contexts: Number of captions of each edited concept.
-        background: Number of captions that should not move.
-        bound: Largest squared drift of a concept, relative to the target movement of the edit.
-        preserve_weight: Weight of an average background caption against an average caption of a concept, or `"auto"`,
-            one of `preserve_search.WEIGHTS`.
-        allowance: Share of the target movement that may be missed in favour of preserved concepts.
-        ridge: Pull towards the old weight, in units of a caption's squared keys; positive, or `"auto"`, one of
-            `preserve_search.RIDGES`.
-        repair: Fit the layer's MLP to the residual that its projection cannot remove: a second weight moves.
-
-    Raises:
-        ValueError: A setting is out of range.
-    """
-
-    contexts: int = 400
-    background: int = 2000
-    bound: float = 0.02
-    preserve_weight: float | str = "auto"
-    allowance: float = 0.05
-    ridge: float | str = 0.001
-    repair: bool = True
-
-    def __post_init__(self) -> None:
-        for name, count in (("contexts", self.contexts), ("background", self.background)):
-            if count < 8:
-                raise ValueError(
-                    f"`{name}` must be at least 8 captions, got {count}: some hundred are usual."
-                )
-        weight, ridge = self.preserve_weight, self.ridge
-        if weight != "auto" and not (isinstance(weight, int | float) and 0 <= weight < math.inf):
-            raise ValueError(
-                f"`preserve_weight` must be 'auto' or a number from 0, got {weight!r}. 15 is usual."
-            )
-        for name, share in (("bound", self.bound), ("allowance", self.allowance)):
-            if not 0 < share < math.inf:
-                raise ValueError(
-                    f"`{name}` must be positive and finite, got {share!r}: 0.02 is two per cent."
-                )
-        if ridge != "auto" and not (isinstance(ridge, int | float) and 0 < ridge < math.inf):
-            raise ValueError(f"`ridge` must be 'auto' or positive and finite, got {ridge!r}.")
+__all__ = ["auto", "preserve_terms"]
 
 
 def auto(
@@ -121,7 +53,7 @@ def auto(
     layer: int | Literal["auto"] = 0,
     seed: int = 0,
     on_progress: Progress | None = None,
-    **settings: Unpack[FitSettings],
+    **settings: Unpack[layer_edit.FitSettings],
 ) -> Change:
     """Return a change of token rows or one text layer with a chosen preserve list; the model is not modified.
 
@@ -141,7 +73,7 @@ def auto(
         seed: Seed of the captions.
         on_progress: Called with (done, total, label).
         **settings: `contexts`, `background`, `bound`, `preserve_weight`, `allowance`, `ridge` and `repair`, as in
-            `Fit`.
+            `layer_edit.Fit`.
 
     Returns:
         The change. Its report holds `scan` (weight, ridge, missed share, background drift), `endangered` (concept,
@@ -157,26 +89,25 @@ def auto(
         UnknownSite: The model has no such layer.
     """
     _check_texts(pairs, preserve)
-    fit = Fit(**settings)
+    fit = layer_edit.Fit(**settings)
     if layer != "auto":
-        find_weight(
-            model, f"text.{layer}.self_attn.out_proj"
-        )  # raises, also where no layer is edited
+        # Raises for an unknown layer, also if all tokens are replaced and no layer is edited.
+        find_weight(model, f"text.{layer}.self_attn.out_proj")
     align_captions(model, dict(pairs), ["{}"], "subject_to_end")
     started = time.perf_counter()
-    report_progress = on_progress or _ignore
+    report_progress = on_progress or layer_edit.ignore_progress
     known = texts.known_concepts(model, vocabulary)
-    request = _Request(model, dict(pairs), known, tuple(preserve), tuple(without), seed)
+    request = layer_edit.Request(model, dict(pairs), known, tuple(preserve), tuple(without), seed)
     exclusive = token_rows.exclusive_rows(model, pairs, [*request.others, *preserve]) if tokens else {}  # fmt: skip
     rest = {o: new for o, new in pairs.items() if o not in exclusive or not exclusive[o].complete}
     rows = {token: row for concept in exclusive.values() for token, row in concept.rows.items()}
     with token_rows.rows_replaced(model, rows):
         if not rest:
-            edited = _no_layer(fit, layer)
+            edited = layer_edit.no_layer(fit, layer)
         elif layer == "auto":
-            edited = _edit_best_layer(request, rest, fit, report_progress)
+            edited = layer_edit.edit_best_layer(request, rest, fit, report_progress)
         else:
-            edited = _edit_layer(request, rest, fit, layer, report_progress)
+            edited = layer_edit.edit_layer(request, rest, fit, layer, report_progress)
     report_progress(4, 4, "done")
     protocol = {
         "method": "auto", "model": model.name, "pairs": dict(pairs), "preserve": list(preserve), "positions": "auto",
@@ -214,184 +145,6 @@ def preserve_terms(model: TextToImage, change: Change) -> Tensor:
         )
         total += term["weight"] * texts.background_gram(reader, term)
     return total
-
-
-# --- one layer --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Request:
-    """Arguments of `auto` about texts: the pairs, and everything that should not drift."""
-
-    model: TextToImage
-    pairs: dict[str, str]
-    known: tuple[str, ...]
-    preserve: tuple[str, ...]
-    without: tuple[str, ...]
-    seed: int
-
-    @property
-    def banned(self) -> list[str]:
-        """Texts whose words are not used to fill captions."""
-        return sorted({*self.pairs, *self.pairs.values(), *self.without})
-
-    @property
-    def others(self) -> list[str]:
-        """Concepts that should not drift."""
-        return texts.other_concepts(self.known, self.pairs)
-
-    def frames(self, size: int, seed: int) -> tuple[str, ...]:
-        """Return `size` frames whose words are drawn by `seed`, counted from that of the request."""
-        words = vocabularies.fillers(self.model.tokenizer, without=self.banned)
-        return vocabularies.frames(words, size=size, seed=self.seed + seed, among=self.others)
-
-    def term(self, background: int, seed: int) -> Term:
-        """Return the preserve term of `background` captions, without its weight."""
-        return {
-            "background": background, "seed": self.seed + seed, "without": self.banned, "concepts": self.others
-        }  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class _LayerEdit:
-    """Movements of a layer, and the entries that it adds to the change's protocol and report."""
-
-    movements: tuple[Movement, ...]
-    protocol: dict[str, Any]
-    report: dict[str, Any]
-
-
-def _ignore(done: int, total: int, label: str) -> None:
-    """Ignore the progress."""
-
-
-def _no_layer(fit: Fit, layer: int | str) -> _LayerEdit:
-    """Return an edit without movements, for concepts whose tokens are all replaced; settings to choose get defaults."""
-    settings = {
-        "terms": [],
-        "layer": 0 if layer == "auto" else layer,
-        "ridge": RIDGES[1] if isinstance(fit.ridge, str) else fit.ridge,
-        "preserve_weight": 0.0 if isinstance(fit.preserve_weight, str) else fit.preserve_weight,
-    }
-    return _LayerEdit((), settings, {"endangered": [], "not_kept": []})
-
-
-def _edit_layer(
-    request: _Request, pairs: Mapping[str, str], fit: Fit, layer: int, on_progress: Progress
-) -> _LayerEdit:
-    """Return the edit of one layer for some of the pairs."""
-    model = request.model
-    reader = Reader.at_layer(model, layer)
-    frames, fresh_frames = request.frames(fit.contexts, 0), request.frames(FRESH, 1)
-    on_progress(0, 4, "reading captions of the concepts")
-    captions, fresh_captions = (
-        texts.extended_pairs(model, pairs, f, request.known) for f in (frames, fresh_frames)
-    )
-    fitted, fresh = ([reader.sums(c) for c in group] for group in (captions, fresh_captions))
-    on_progress(1, 4, "reading background captions")
-    term, unseen_term = request.term(fit.background, 0), request.term(4 * FRESH, 1)
-    background, unseen = (
-        texts.background_gram(reader, term),
-        texts.background_gram(reader, unseen_term),
-    )
-    scan = preserve_search.background_scan(
-        fitted, fresh, background, unseen, preserve_weight=fit.preserve_weight, ridge=fit.ridge
-    )
-    weight, ridge = preserve_search.best_row(scan)
-    on_progress(2, 4, "preserving concepts that drift")
-    concepts = [*request.others, *request.preserve]
-    preserved = preserve_search.preserve_concepts(
-        fitted, fresh, weight * background, [reader.gram(texts.concept_captions(c, fresh_frames)) for c in concepts],
-        ridge=ridge, bound=fit.bound, allowance=fit.allowance,
-    )  # fmt: skip
-    terms = [{**term, "weight": weight}]
-    terms += [{"concept": c, "weight": w} for c, w in zip(concepts, preserved.weights, strict=True) if w]  # fmt: skip
-    owners = [list(request.pairs).index(old) for old in pairs]
-    movement = _movement(reader, fitted, owners, preserved.gram, ridge)
-    drifts = list(zip(concepts, preserved.weights, preserved.before, preserved.after, strict=True))
-    movements, report = (movement,), _report(reader, movement, fresh, scan, drifts, fit.bound)
-    if fit.repair:
-        on_progress(3, 4, "fitting the MLP")
-        second, layer_report = mlp_repair.repair(
-            model, movement, layer=layer, pairs=captions, preserve=texts.preserved_captions(model, terms, fresh_frames),
-            fresh=fresh_captions, unseen=texts.background_captions(model, unseen_term), ridge=ridge,
-        )  # fmt: skip
-        movements, report = (movement, second), report | layer_report
-    settings = {"terms": terms, "preserve_weight": weight, "ridge": ridge, "layer": layer}
-    return _LayerEdit(movements, settings, report)
-
-
-def _edit_best_layer(
-    request: _Request, pairs: Mapping[str, str], fit: Fit, on_progress: Progress
-) -> _LayerEdit:
-    """Return the edit of the layer whose quick edit has the best result at the encoder's output."""
-    model = request.model
-    quick = dataclasses.replace(
-        fit, repair=False, contexts=max(8, fit.contexts // 4), background=max(8, fit.background // 4)
-    )  # fmt: skip
-    captions = texts.extended_pairs(model, pairs, request.frames(FRESH, 1), request.known)
-
-    def edit_layer(layer: int) -> Change:
-        edited = _edit_layer(request, pairs, quick, layer, _ignore)
-        return Change(edited.movements, {"pairs": request.pairs}, edited.report)
-
-    rows = layer_scan.scan(
-        model,
-        edit_layer,
-        pairs=[pair for concept in captions for pair in concept],
-        unseen=texts.background_captions(model, request.term(2 * FRESH, 1)),
-        on_progress=on_progress,
-    )
-    best = max(rows, key=preserve_search.merit)
-    edited = _edit_layer(request, pairs, fit, int(best["layer"]), on_progress)
-    layers = [{**row, "chosen": row is best} for row in rows]
-    return dataclasses.replace(edited, report={**edited.report, "layers": layers})
-
-
-def _movement(
-    reader: Reader, fitted: Sequence[Sums], owners: Sequence[int], gram: Tensor, ridge: float
-) -> Movement:
-    """Return the movement solved from keys and residuals with the given sums; `owners` are those of the sums."""
-    rows = [s.equivalent_rows() for s in fitted]
-    keys, residuals = (torch.cat(parts) for parts in zip(*rows, strict=True))
-    key_owners = [o for o, (k, _) in zip(owners, rows, strict=True) for _ in range(len(k))]
-    solution = factorise(keys, ridge=ridge, gram=gram, method="auto").solve(residuals)
-    parameter = find_weight(reader.model, reader.site).parameter
-    return Movement.from_solution(
-        reader.site, parameter, solution, keys, residuals, key_owners, gram
-    )
-
-
-def _report(
-    reader: Reader,
-    movement: Movement,
-    fresh: Sequence[Sums],
-    scan: Sequence[Mapping[str, float]],
-    drifts: Sequence[tuple[str, float, float, float]],
-    bound: float,
-) -> dict[str, Any]:
-    """Return measurements on captions that are not fitted, and the concepts that drift.
-
-    `drifts` holds for each concept its name, preserve weight, and drift before and after.
-    """
-    delta, best = movement.delta, preserve_search.best_row(scan)
-    names = ("concept", "weight", "drift_before", "drift")
-    endangered: list[dict[str, Any]] = [
-        dict(zip(names, row, strict=True)) for row in drifts if row[1]
-    ]
-    return {
-        "keys": len(movement.keys),
-        "rank": movement.left.shape[1],
-        "delta_norm": weight_drift(delta),
-        "relative_delta_norm": weight_drift(delta, relative_to=reader.weight),
-        "missed": preserve_search.mean_missed(fresh, delta),
-        "empty_prompt_drift": weight_drift(
-            delta, gram=reader.gram([""]), relative_to=reader.weight
-        ),
-        "scan": [{**row, "chosen": (row["preserve_weight"], row["ridge"]) == best} for row in scan],
-        "endangered": sorted(endangered, key=lambda row: -row["drift_before"]),
-        "not_kept": [row[0] for row in drifts if row[3] > bound],
-    }
 
 
 def _check_texts(pairs: Mapping[str, str], preserve: Sequence[str]) -> None:

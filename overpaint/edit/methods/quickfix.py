@@ -85,7 +85,7 @@ def quickfix(
         layer: Text layer, from 0.
         projection: Which matrix of its self-attention; `q`, `k` and `v` read the layer's own inputs.
         encoder: `"text2"` is the second text encoder of SDXL; an edit of one encoder does not change the other.
-        solver: `"dual"`, `"primal"` as in the paper, or `"auto"`, whichever solves the smaller system.
+        solver: `"dual"`, `"primal"` (the paper's inverse), or `"auto"`, whichever solves the smaller system.
 
     Returns:
         The change of one weight, not rounded, with condition number, effective rank and residuals in its report.
