@@ -1,26 +1,26 @@
-"""Does diffGrad learn better than Adam, or only as Adam at half the rate does?
+"""Accuracy of networks trained with diffGrad, compared with Adam, with Adam at half the rate, and with others.
 
     python benchmarks/quality_diffgrad.py [--quick] [--json] [--data FOLDER] [--work FOLDER]
 
 Fashion-MNIST, a subset of 6,000 training images, and all 10,000 test images; a network of two convolutions and two
 linear layers without normalisation (52,000 parameters), batches of 64, 8 epochs, the last two at a tenth of the rate
 as in the paper. Five seeds, each with one subset, one start and one order for all optimisers, so that differences are
-paired; intervals are Student's over the seeds. Asked are:
+paired; intervals are Student's over the seeds. The comparisons are:
 
-  - nine optimisers at the paper's rate of 1e-3, Adam at half of it among them; SGDM, AdaGrad and AdaDelta, whose rates
-    are on another scale, at the best of three on 2,000 held-out training images and a sixth seed;
+  - nine optimisers at the paper's rate of 1e-3, with Adam at half of it among them; SGDM, AdaGrad and AdaDelta, whose
+    rates are on another scale, at the best of three rates on 2,000 held-out training images and a sixth seed;
   - diffGrad against Adam at half the rate under the paper's four activation functions;
-  - both over a range of rates, so that each has its best;
-  - diffGrad with the loss times 30 and times 1,000, which Adam does not notice but the friction does, against Adam with
-    its rate times the mean friction of those runs: a step as long, without the friction's choice of coordinates;
+  - both over a range of rates, so that each has its best rate;
+  - diffGrad with the loss times 30 and times 1,000, which changes the friction but not Adam, against Adam with its rate
+    times the mean friction of those runs: steps of the same length with the same friction for all coordinates;
   - the mean friction of each epoch, over all parameters, at every tenth step.
 
-What this cannot say: one small network and one data set, not CIFAR and ResNet-50, which the paper used.
+Limits: one small network and one data set, not CIFAR and ResNet-50, which the paper used.
 
 `--quick` takes scikit-learn's digits (8 x 8, 1,237 to train on) and a network of two linear layers. Each finished run
-is kept under `runs/quality_diffgrad`, so that a benchmark that was stopped goes on; it is known by
-its data and settings, not by the code or torch that made it, so empty the folder when either changes. The whole takes
-about 12 minutes on one idle core. The images come from Debian's package `dataset-fashion-mnist`. Writes
+is stored under `runs/quality_diffgrad`, so that a stopped benchmark can be resumed. The key of a run is its data and
+settings, not the code or the release of torch, so empty the folder when these change. The benchmark takes about 12
+minutes on one idle core. The images are from Debian's package `dataset-fashion-mnist`. Writes
 `benchmarks/results/quality_diffgrad.json`; with `--quick`, into `runs/benchmarks`.
 """
 
@@ -28,7 +28,6 @@ import argparse
 import gzip
 import hashlib
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -41,13 +40,13 @@ import torch
 from scipy import stats
 from torch import Tensor, nn, optim
 
-from overpaint import __version__
+from overpaint import __version__, files
 from overpaint.optim import DiffGrad
 from overpaint.train import card
 
 RESULTS = Path(__file__).parent / "results"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-DIGESTS = {  # sha256 of the unpacked files, since they may be packed anew
+DIGESTS = {  # sha256 of the unpacked files, because compression may differ
     "train-images-idx3": "c59f468a2f672dc8",
     "train-labels-idx1": "bad3541b69d91243",
     "t10k-images-idx3": "5b4141f0afbad91e",
@@ -90,7 +89,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Task:
-    """What a run learns from, and for how long."""
+    """Data, network and duration of a run."""
 
     data: str
     subset: int
@@ -109,23 +108,23 @@ class Cell:
     rate: float
     activation: str
     seed: int
-    held_out: bool = False  # judged by held-out training images instead of the test images
+    held_out: bool = False  # evaluated on held-out training images instead of the test images
     loss_scale: float = 1.0
 
 
 def fashion(folder: Path) -> Data:
-    """Read Fashion-MNIST as Debian packs it."""
+    """Return Fashion-MNIST from the files of Debian's package."""
     arrays = {}
     for name, digest in DIGESTS.items():
         path = folder / f"{name}-ubyte.gz"
         if not path.exists():
             raise SystemExit(
-                f"there is no {path}: `apt-get install dataset-fashion-mnist` puts it there, or name its folder with "
+                f"there is no {path}: install it with `apt-get install dataset-fashion-mnist`, or name its folder with "
                 "--data; `--quick` needs no download."
             )
         raw = gzip.decompress(path.read_bytes())
         if not hashlib.sha256(raw).hexdigest().startswith(digest):
-            raise SystemExit(f"{path} is not Fashion-MNIST as published: fetch it again.")
+            raise SystemExit(f"{path} is not Fashion-MNIST as published: get it again.")
         offset = 16 if "images" in name else 8
         arrays[name] = np.frombuffer(raw, np.uint8, offset=offset)
     pairs = [
@@ -156,7 +155,7 @@ def _standardised(name: str, train: tuple[Any, Any], test: tuple[Any, Any]) -> D
 
 
 def network(task: Task, activation: str) -> nn.Sequential:
-    """Return a fresh network; its start is drawn from torch's global seed."""
+    """Return a network with weights drawn from torch's global generator."""
     act = ACTIVATIONS[activation]
     if task.network == "linear":
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), act(), nn.Linear(64, 10))
@@ -172,10 +171,10 @@ def train(data: Data, task: Task, cell: Cell) -> dict[str, Any]:
     net = network(task, cell.activation)
     order = torch.randperm(len(data.train[1]))
     used = order[: task.subset]
-    judged = data.test
+    evaluated = data.test
     if cell.held_out:
         rest = order[task.subset :][: task.held_out]
-        judged = data.train[0][rest], data.train[1][rest]
+        evaluated = data.train[0][rest], data.train[1][rest]
     optimizer = OPTIMIZERS[cell.optimizer](net.parameters(), cell.rate)
     begun = time.process_time()
     accuracy: list[float] = []
@@ -193,7 +192,7 @@ def train(data: Data, task: Task, cell: Cell) -> dict[str, Any]:
                 shares.append(mean_friction(optimizer))
             optimizer.step()
         if (epoch + 1) % task.judge_every == 0:
-            accuracy.append(_accuracy(net, *judged))
+            accuracy.append(_accuracy(net, *evaluated))
         if shares:
             friction.append(sum(shares) / len(shares))
     seconds = time.process_time() - begun
@@ -201,7 +200,7 @@ def train(data: Data, task: Task, cell: Cell) -> dict[str, Any]:
 
 
 def mean_friction(optimizer: DiffGrad) -> float:
-    """Return the mean over all parameters of the share that the coming step will take of Adam's."""
+    """Return the mean friction of the next step over all parameters."""
     total, count = 0.0, 0
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -221,37 +220,37 @@ def _accuracy(net: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 class Runs:
-    """Training runs, each kept in a file of its own."""
+    """Training runs, each stored in a file."""
 
     def __init__(self, data: Data, task: Task, folder: Path) -> None:
         self.data, self.task, self.folder = data, task, folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, cell: Cell) -> dict[str, Any]:
-        """Return a run, from its file if it is finished."""
+        """Return a run; a finished run is read from its file."""
         facts = {"task": asdict(self.task), "cell": asdict(cell)}
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         path = self.folder / f"{key}.json"
         if path.exists():
             return json.loads(path.read_text())["run"]
         run = train(self.data, self.task, cell)
-        write(path, {**facts, "run": run})
+        files.write_json(path, {**facts, "run": run}, indent=2)
         return run
 
     def last(
         self, optimizer: str, rate: float, activation: str = "ReLU", loss_scale: float = 1.0
     ) -> np.ndarray:
-        """Return the accuracy after the last epoch, one number a seed."""
+        """Return the accuracy after the last epoch for each seed."""
         cells = [Cell(optimizer, rate, activation, s, loss_scale=loss_scale) for s in SEEDS]
         return np.array([self(cell)["accuracy"][-1] for cell in cells])
 
     def best(self, optimizer: str, rate: float) -> np.ndarray:
-        """Return the accuracy after each seed's best epoch, which looks at the test images."""
+        """Return the accuracy after the best epoch of each seed; the choice uses the test images."""
         return np.array([max(self(Cell(optimizer, rate, "ReLU", s))["accuracy"]) for s in SEEDS])
 
 
 def tuned(runs: Runs) -> dict[str, float]:
-    """Return a rate for each optimiser, chosen on held-out images where its scale is another."""
+    """Return a rate for each optimiser; those of `TUNED` are chosen on held-out images."""
     rates = dict.fromkeys(OPTIMIZERS, RATE)
     for name, grid in TUNED.items():
         cells = {lr: Cell(name, lr, "ReLU", TUNING_SEED, held_out=True) for lr in grid}
@@ -267,7 +266,7 @@ def interval(values: np.ndarray, digits: int = 3) -> list[float]:
 
 
 def ranking(runs: Runs) -> list[dict[str, Any]]:
-    """Return one row an optimiser."""
+    """Return one row for each optimiser."""
     contenders = [(name, name, rate) for name, rate in tuned(runs).items()]
     contenders.insert(5, ("Adam, half the rate", "Adam", RATE / 2))
     diff = runs.last("DiffGrad", RATE)
@@ -288,7 +287,7 @@ def ranking(runs: Runs) -> list[dict[str, Any]]:
 
 
 def activations(runs: Runs) -> list[dict[str, Any]]:
-    """Return one row an activation function: diffGrad against Adam at half the rate, and the friction by epoch."""
+    """Return one row for each activation function: diffGrad, Adam at half the rate, friction by epoch."""
     rows = []
     for name in ACTIVATIONS:
         ours, half = runs.last("DiffGrad", RATE, name), runs.last("Adam", RATE / 2, name)
@@ -306,7 +305,7 @@ def activations(runs: Runs) -> list[dict[str, Any]]:
 
 
 def loss_scales(runs: Runs) -> list[dict[str, Any]]:
-    """Return one row a factor of the loss: diffGrad against Adam with steps as long in the mean."""
+    """Return one row for each factor of the loss: diffGrad against Adam with the same mean step."""
     rows = []
     for scale in LOSS_SCALES:
         cells = [Cell("DiffGrad", RATE, "ReLU", s, loss_scale=scale) for s in SEEDS]
@@ -327,7 +326,7 @@ def loss_scales(runs: Runs) -> list[dict[str, Any]]:
 
 
 def measure(runs: Runs) -> tuple[dict[str, float], dict[str, Any]]:
-    """Return the figures, and the tables they come from."""
+    """Return the result and the tables that it is taken from."""
     tables = {
         "optimisers": ranking(runs),
         "activations": activations(runs),
@@ -390,18 +389,10 @@ def show(tables: Mapping[str, Any]) -> None:
     print("\nmean friction of DiffGrad by epoch:", *(f"{xi:.4f}" for xi in shares))
 
 
-def write(path: Path, value: Any) -> None:
-    """Write beside the place, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(beside, path)
-
-
 def record(
     name: str, result: dict[str, float], facts: dict[str, Any], *, quick: bool, start: float
 ) -> None:
-    """Write the figures of a run that began at `start`, with `facts` and the machine: a quick one into `runs`."""
+    """Write the result of a benchmark that began at `start`, with `facts` and the machine; a quick one into `runs`."""
     protocol = {
         **facts,
         "device": "cpu",
@@ -413,7 +404,9 @@ def record(
         "commit": card.commit(),
     }  # fmt: skip
     folder = Path("runs/benchmarks") if quick else RESULTS
-    write(folder / f"{name}.json", {"result": result, "protocol": protocol})
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"result": result, "protocol": protocol}
+    files.write_json(folder / f"{name}.json", facts, indent=2)
 
 
 def main() -> None:

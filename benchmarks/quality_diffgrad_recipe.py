@@ -1,14 +1,14 @@
-"""Would the zoo's judge be trained as well by DiffGrad as by AdamW, in the part that AdamW has?
+"""Loss of the zoo's judge when DiffGrad replaces AdamW in its training recipe.
 
     python benchmarks/quality_diffgrad_recipe.py [--quick] [--json] [--steps N] [--seeds N]
 
-The recipe of `icons-judge` as it is (Muon inside the network, one rate, its schedule over the steps, gradients clipped)
-with embeddings, vectors and both ends given to AdamW at the recipe's rate, to AdamW at half of it, or to DiffGrad at
-the recipe's rate and at twice it. Each seed has one start and one order of pictures for all four, and the loss that
-counts is the mean over the last fifth of the steps; differences are paired, intervals Student's. 100 steps are a start
-and not a training: they can say that DiffGrad loses, and not that it would win after 25 minutes.
+The recipe of `icons-judge` (Muon inside the network, one rate, its schedule over the steps, gradients clipped), with
+embeddings, vectors and the first and last layers updated by AdamW at the recipe's rate, by AdamW at half of it, or by
+DiffGrad at the recipe's rate and at twice it. Each seed has one start and one order of pictures for all four. The loss
+is the mean over the last fifth of the steps; differences are paired, intervals are Student's. 100 steps are only the
+beginning of a training: the result can show that DiffGrad is worse there, but not that it is better after 25 minutes.
 
-About 25 minutes on one idle core; finished runs are kept in `runs/quality_diffgrad_recipe`. Writes
+About 25 minutes on one idle core; finished runs are stored in `runs/quality_diffgrad_recipe`. Writes
 `benchmarks/results/quality_diffgrad_recipe.json`; with `--quick` (two seeds, 2 steps), into `runs/benchmarks`.
 """
 
@@ -20,15 +20,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from quality_diffgrad import interval, record, write
+from quality_diffgrad import interval, record
 from torch import Tensor, nn
 
+from overpaint import files
 from overpaint.train import icon_world, judge
 from overpaint.train.icons import build_clip, tokenizer
 from overpaint.train.loop import Outer, optimizers, rate
 
 RATE, DECAY = 1e-3, 0.01
-WAYS: dict[str, tuple[Outer, float]] = {  # times the rate
+OPTIMIZERS: dict[str, tuple[Outer, float]] = {  # times the rate
     "AdamW": ("adamw", 1.0),
     "AdamW, half the rate": ("adamw", 0.5),
     "DiffGrad": ("diffgrad", 1.0),
@@ -36,8 +37,8 @@ WAYS: dict[str, tuple[Outer, float]] = {  # times the rate
 }
 
 
-class Lessons:
-    """The judge's world and its loss, step by step the same for all optimisers of a seed."""
+class Task:
+    """The judge's training data and loss; each step of a seed is the same for all optimisers."""
 
     def __init__(self, work: Path) -> None:
         work.mkdir(parents=True, exist_ok=True)
@@ -52,52 +53,53 @@ class Lessons:
         return judge.batch_loss(model, self.tokens, pictures, generator)
 
 
-def losses(lessons: Lessons, way: str, *, seed: int, steps: int) -> list[float]:
+def losses(task: Task, name: str, *, seed: int, steps: int) -> list[float]:
     """Return the loss of each step."""
-    outer, factor = WAYS[way]
+    outer, factor = OPTIMIZERS[name]
     torch.manual_seed(seed)
-    clip = build_clip(judge.RECIPE, len(lessons.tokens))
+    clip = build_clip(judge.RECIPE, len(task.tokens))
     model = judge._Network(clip).train()  # pyright: ignore[reportPrivateUsage]
     pair = optimizers(model, lr=RATE, decay=DECAY, outer=outer)
-    found = []
+    values = []
     for step in range(steps):
         now = rate(RATE, step / steps)
         for optimizer, times in zip(pair, (factor, 1.0), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = times * now
-        value = lessons.loss(model, seed, step)
+        value = task.loss(model, seed, step)
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in pair:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        found.append(value.item())
-    return found
+        values.append(value.item())
+    return values
 
 
-def kept(lessons: Lessons, work: Path, way: str, *, seed: int, steps: int) -> list[float]:
-    """Return the losses, from their file if the run is finished.
+def stored_losses(task: Task, work: Path, name: str, *, seed: int, steps: int) -> list[float]:
+    """Return the losses; those of a finished run are read from their file.
 
-    The file is known by way, seed and steps, not by the code or torch that made it: empty `work` when either changes.
+    The name of the file depends on optimiser, seed and steps, not on the code or the release of torch: empty `work`
+    when these change.
     """
-    path = work / f"{list(WAYS).index(way)}-{seed}-{steps}.json"
+    path = work / f"{list(OPTIMIZERS).index(name)}-{seed}-{steps}.json"
     if not path.exists():
-        write(path, losses(lessons, way, seed=seed, steps=steps))
+        files.write_json(path, losses(task, name, seed=seed, steps=steps))
     return json.loads(path.read_text())
 
 
-def measure(lessons: Lessons, work: Path, *, seeds: int, steps: int) -> list[dict[str, Any]]:
-    """Return one row an optimiser: loss over the last fifth, and its difference to AdamW's."""
-    ends = {way: np.zeros(seeds) for way in WAYS}
+def measure(task: Task, work: Path, *, seeds: int, steps: int) -> list[dict[str, Any]]:
+    """Return one row for each optimiser: its loss over the last fifth, and the difference to AdamW's."""
+    ends = {name: np.zeros(seeds) for name in OPTIMIZERS}
     for seed in range(seeds):
-        for way in WAYS:
-            run = kept(lessons, work, way, seed=seed, steps=steps)
-            ends[way][seed] = np.mean(run[-max(1, steps // 5) :])
+        for name in OPTIMIZERS:
+            run = stored_losses(task, work, name, seed=seed, steps=steps)
+            ends[name][seed] = np.mean(run[-max(1, steps // 5) :])
     rows = []
-    for way, values in ends.items():
+    for name, values in ends.items():
         gap, low, high = interval(values - ends["AdamW"], 4)
         loss = round(float(values.mean()), 4)
-        rows.append({"name": way, "loss": loss, "minus_adamw": gap, "low": low, "high": high})
+        rows.append({"name": name, "loss": loss, "minus_adamw": gap, "low": low, "high": high})
     return rows
 
 
@@ -114,7 +116,7 @@ def main() -> None:
     seeds, steps = (2, 2) if arguments.quick else (arguments.seeds, arguments.steps)
     start = time.perf_counter()
     work = Path("runs/quality_diffgrad_recipe")
-    rows = measure(Lessons(work), work, seeds=seeds, steps=steps)
+    rows = measure(Task(work), work, seeds=seeds, steps=steps)
     for row in rows:
         interval = f"[{row['low']:+.4f}, {row['high']:+.4f}]"
         print(f"{row['name']:>26} {row['loss']:8.4f} {row['minus_adamw']:+8.4f} {interval}")

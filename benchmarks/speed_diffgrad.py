@@ -1,18 +1,18 @@
-"""How long does a step of DiffGrad take, beside torch's Adam of the same kind and two other implementations?
+"""Time of a step of DiffGrad, relative to torch's Adam on the same path and to two other implementations.
 
     python benchmarks/speed_diffgrad.py [--quick] [--json] [--threads N]
 
 Three sets of float32 parameters: `small` (300 of 1,024 numbers), `mixed` (161 of 10 to 65,536, 3.5 million in all, as
-a network has them) and `big` (one of 8.4 million). In each all ways take a step in turn, so that a busy neighbour slows
-all, and the medians are compared. `loop`, `foreach` and `fused` are DiffGrad's step over that of `torch.optim.Adam`
-with the same option, on the mixed set; the same with `_small` and `_big` on the others. `fused_to_adam_foreach` is over
-Adam's step with lists, `foreach_to_pytorch_optimizer` over pytorch_optimizer's (below 1 is faster), and
-`to_torch_optimizer` is our loop over its loop. `compiled_big` is `torch.compile(optimizer.step)` over Adam's fused
-kernel; not with `--quick`.
+in a network) and `big` (one of 8.4 million). The implementations take steps in turn, so that other load slows all of
+them, and the medians are compared. `loop`, `foreach` and `fused` are the time of DiffGrad's step divided by that of
+`torch.optim.Adam` with the same option, on the mixed set; `_small` and `_big` mark the other sets.
+`fused_to_adam_foreach` divides by Adam's foreach step, `foreach_to_pytorch_optimizer` by pytorch_optimizer's (below 1
+is faster), and `to_torch_optimizer` is our loop over its loop. `compiled_big` is `torch.compile(optimizer.step)` over
+Adam's fused kernel; it is left out with `--quick`.
 
-With one thread, the default, time is that of the processor spent by the process; with more it is the clock's. The floor
-is 36 / 28 = 1.29, the bytes that must move. Writes `benchmarks/results/speed_diffgrad.json`; with `--quick`, into
-`runs/benchmarks`.
+With one thread, the default, the time is the processor time of the process; with more it is wall time. The lower bound
+is 36 / 28 = 1.29, the ratio of the bytes that must be read and written. Writes
+`benchmarks/results/speed_diffgrad.json`; with `--quick`, into `runs/benchmarks`.
 """
 
 import argparse
@@ -31,7 +31,7 @@ import torch
 from torch import nn
 from torch.optim import Adam
 
-from overpaint import __version__
+from overpaint import __version__, files
 from overpaint.optim import DiffGrad
 from overpaint.train import card
 
@@ -42,20 +42,20 @@ SETS = {
     "big": (8_388_608,),
 }
 STEPS = {"small": 80, "mixed": 40, "big": 15}
-Ways = dict[str, Callable[[], Any]]
+Steps = dict[str, Callable[[], Any]]
 
 
 def parameters(sizes: tuple[int, ...]) -> list[nn.Parameter]:
     """Return parameters with gradients."""
     generator = torch.Generator().manual_seed(0)
-    found = [nn.Parameter(torch.randn(n, generator=generator)) for n in sizes]
-    for p in found:
+    params = [nn.Parameter(torch.randn(n, generator=generator)) for n in sizes]
+    for p in params:
         p.grad = torch.randn(p.shape, generator=generator)
-    return found
+    return params
 
 
-def ways(sizes: tuple[int, ...]) -> Ways:
-    """Return a step of each implementation, each on parameters of its own."""
+def implementations(sizes: tuple[int, ...]) -> Steps:
+    """Return the step of each implementation, each on its own parameters."""
     import pytorch_optimizer
 
     with warnings.catch_warnings():
@@ -77,36 +77,36 @@ def ways(sizes: tuple[int, ...]) -> Ways:
     }
 
 
-def compiled(sizes: tuple[int, ...]) -> Ways:
-    """Return the compiled step, if there is a compiler for it; the first call compiles."""
+def compiled(sizes: tuple[int, ...]) -> Steps:
+    """Return the compiled step, if a C++ compiler is installed; the first call compiles."""
     if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
         return {}
     optimizer = DiffGrad(parameters(sizes), lr=torch.tensor(1e-3))
     return {"compiled": torch.compile(optimizer.step)}
 
 
-def medians(steps: Ways, *, count: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Return the median milliseconds of a step, each way in turn."""
+def medians(steps: Steps, *, count: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Return the median milliseconds of a step of each implementation, taken in turn."""
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(count + 2):
         for name, step in steps.items():
             start = clock()
             step()
-            if turn > 1:  # the first makes the state, and compiles
+            if turn > 1:  # the first steps create the state, and compile
                 taken[name].append(1000 * (clock() - start))
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
 def ratios(ms: dict[str, float], ending: str) -> dict[str, float]:
-    """Return the figures of one set."""
-    found = {kind: ms[kind] / ms[f"adam {kind}"] for kind in ("loop", "foreach", "fused")}
-    found["fused_to_adam_foreach"] = ms["fused"] / ms["adam foreach"]
-    found["foreach_to_pytorch_optimizer"] = ms["foreach"] / ms["pytorch_optimizer foreach"]
-    found["loop_to_pytorch_optimizer"] = ms["loop"] / ms["pytorch_optimizer loop"]
-    found["to_torch_optimizer"] = ms["loop"] / ms["torch_optimizer loop"]
+    """Return the ratios for one set of parameters; their names end in `ending`."""
+    values = {kind: ms[kind] / ms[f"adam {kind}"] for kind in ("loop", "foreach", "fused")}
+    values["fused_to_adam_foreach"] = ms["fused"] / ms["adam foreach"]
+    values["foreach_to_pytorch_optimizer"] = ms["foreach"] / ms["pytorch_optimizer foreach"]
+    values["loop_to_pytorch_optimizer"] = ms["loop"] / ms["pytorch_optimizer loop"]
+    values["to_torch_optimizer"] = ms["loop"] / ms["torch_optimizer loop"]
     if "compiled" in ms:
-        found["compiled"] = ms["compiled"] / ms["adam fused"]
-    return {name + ending: round(value, 3) for name, value in found.items()}
+        values["compiled"] = ms["compiled"] / ms["adam fused"]
+    return {name + ending: round(value, 3) for name, value in values.items()}
 
 
 def main() -> None:
@@ -124,7 +124,7 @@ def main() -> None:
     result: dict[str, float] = {}
     table: dict[str, dict[str, float]] = {}
     for name in ("mixed", "small", "big"):
-        steps = ways(SETS[name])
+        steps = implementations(SETS[name])
         if name == "big" and not arguments.quick:
             steps |= compiled(SETS[name])
         ms = medians(steps, count=5 if arguments.quick else STEPS[name], clock=clock)
@@ -157,9 +157,8 @@ def main() -> None:
     }
     folder = Path("runs/benchmarks") if arguments.quick else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / ".speed_diffgrad.part"
-    beside.write_text(json.dumps({"result": result, "protocol": protocol}, indent=2) + "\n")
-    os.replace(beside, folder / "speed_diffgrad.json")
+    facts = {"result": result, "protocol": protocol}
+    files.write_json(folder / "speed_diffgrad.json", facts, indent=2)
     if arguments.json:
         print(json.dumps(result))
 

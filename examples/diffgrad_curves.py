@@ -1,13 +1,13 @@
-"""Draw the three functions of the diffGrad paper, and how Adam and diffGrad come down them.
+"""Draw the three functions of the diffGrad paper, and the runs of Adam and diffGrad on them.
 
     python examples/diffgrad_curves.py [--out curves.png] [--dark]
 
-From -1, 299 updates with a rate of 0.1 and betas (0.95, 0.999). Adam at half the rate is the line to look at: it ends
-where diffGrad does, so what the curves show is a shorter step, and not what the change of the gradient is good for.
+Each run starts at -1 and has 299 updates with a rate of 0.1 and betas (0.95, 0.999). Adam at half the rate ends at the
+same points as diffGrad, so the curves show the effect of a shorter step and not that of the change of the gradient.
 
 Source: Dubey et al., 2020 (diffGrad), https://arxiv.org/abs/1909.11015, section VI, equations 24 to 26, figure 4.
-Deviations: the authors' notebooks leave a factor 8 out of F2's gradient; here it is the true one, which alone gives the
-figure of the paper. `NOTEBOOK_F2` keeps theirs.
+Deviations: the authors' notebooks omit a factor 8 in F2's gradient. Here it is included, which is needed to reproduce
+the figure of the paper. `NOTEBOOK_F2` has the gradient of the notebooks.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch.optim import Adam, Optimizer
 
+from overpaint import files
 from overpaint.images.charts import DARK, LIGHT, Theme
 from overpaint.optim import DiffGrad
 
@@ -27,7 +28,7 @@ UPDATES, START, BETAS = 299, -1.0, (0.95, 0.999)
 
 @dataclass(frozen=True)
 class Curve:
-    """A function of one number, and its derivative; at a kink that of the left."""
+    """A function of one number and its derivative; at a kink the derivative from the left."""
 
     value: Callable[[float], float]
     gradient: Callable[[float], float]
@@ -83,38 +84,38 @@ RUNS: dict[str, Callable[[list[torch.nn.Parameter]], Optimizer]] = {
 def descend(
     curve: Curve, make: Callable[[list[torch.nn.Parameter]], Optimizer], *, updates: int = UPDATES
 ) -> list[float]:
-    """Return the places visited, the start among them; in float64."""
+    """Return the values of the parameter, the start included, computed in float64."""
     p = torch.nn.Parameter(torch.tensor([START], dtype=torch.float64))
     optimizer = make([p])
-    places = [p.item()]
+    values = [p.item()]
     for _ in range(updates):
         p.grad = torch.full_like(p, curve.gradient(p.item()))
         optimizer.step()
-        places.append(p.item())
-    return places
+        values.append(p.item())
+    return values
 
 
 def draw(path: Path, theme: Theme = LIGHT) -> None:
-    """Draw the functions with where each run ends, and below them the runs over time."""
+    """Write a figure of the functions with the end points of the runs, and below them the runs over the updates."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 5.4), dpi=150, facecolor=theme.background, layout="constrained")
-    looks = dict(
+    formats = dict(
         zip(RUNS, ((theme.cold, "-", "o"), (theme.control, "--", "s"), (theme.warm, "-", "^")), strict=True)
     )  # fmt: skip
     grid = [-1 + i / 400 for i in range(801)]
     axes = figure.subplots(2, len(CURVES), squeeze=False)
     for (name, curve), upper, lower in zip(CURVES.items(), axes[0], axes[1], strict=True):
         upper.plot(grid, [curve.value(x) for x in grid], color=theme.text, linewidth=1.2)
-        upper.set_title(f"{name}: function, and where the runs end", color=theme.text, fontsize=10)
-        lower.set_title("place over updates", color=theme.text, fontsize=10)
+        upper.set_title(f"{name}: function and end points", color=theme.text, fontsize=10)
+        lower.set_title("value over updates", color=theme.text, fontsize=10)
         for run, make in RUNS.items():
-            color, line, mark = looks[run]
-            places = descend(curve, make)
-            end = places[-1]
-            upper.plot(end, curve.value(end), mark, color=color, markersize=7, alpha=0.85)
-            lower.plot(places, line, color=color, linewidth=1.6, label=run)
+            color, line, marker = formats[run]
+            values = descend(curve, make)
+            end = values[-1]
+            upper.plot(end, curve.value(end), marker, color=color, markersize=7, alpha=0.85)
+            lower.plot(values, line, color=color, linewidth=1.6, label=run)
         for ax in (upper, lower):
             ax.set_facecolor(theme.background)
             ax.tick_params(colors=theme.text, labelsize=8)
@@ -127,11 +128,12 @@ def draw(path: Path, theme: Theme = LIGHT) -> None:
     figure.legend(
         handles, labels, loc="outside lower center", ncols=3, frameon=False, labelcolor=theme.text
     )
-    figure.savefig(path, facecolor=theme.background)
+    with files.atomic(path) as draft:
+        figure.savefig(draft, format=path.suffix[1:] or "png", facecolor=theme.background)
 
 
 def main() -> None:
-    """Print where each run ends, and draw the figure."""
+    """Print the end point of each run, and write the figure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

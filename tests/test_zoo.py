@@ -5,7 +5,7 @@ from overpaint import zoo
 from overpaint.model.token_spans import find_span
 from overpaint.zoo import builders
 
-# Token counts of CLIP's own vocabulary.
+# Token counts of CLIP's vocabulary.
 COUNTS = {
     "van gogh": 2, "monet": 1, "pablo picasso": 2, "greg rutkowski": 3, "johannes vermeer": 3,
     "r2d2": 4, "snoopy": 1, "nemo": 1, "grumpy cat": 2, "the british monarch": 3,
@@ -40,16 +40,16 @@ def test_padding_of_the_two_layouts(tiny_sd1, tiny_sd2):
     assert set(second[4:]) == {0}
 
 
-def test_weights_depend_on_the_seed_alone():
+def test_weights_depend_only_on_the_seed():
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    one, same, other = builders.tiny(), builders.tiny(), builders.tiny(seed=1)
+    pipes = [builders.tiny(text_layers=1, seed=seed) for seed in (0, 0, 1)]
     assert torch.equal(torch.get_rng_state(), state)
-    weights = [next(pipe.unet.parameters()) for pipe in (one, same, other)]
+    weights = [next(pipe.unet.parameters()) for pipe in pipes]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_unknown_layout():
+def test_an_unknown_layout_raises():
     with pytest.raises(ValueError, match="`layout` must be 'sd1', 'sd2' or 'sdxl', got 'xl'"):
         builders.tiny("xl")

@@ -1,4 +1,4 @@
-"""The small trained models that ship with the package, and builders of tiny random ones.
+"""The small trained models that ship with the package, and builders of tiny models with random weights.
 
 >>> from overpaint import zoo
 >>> zoo.folder("icons").name
@@ -18,5 +18,5 @@ def names() -> tuple[str, ...]:
 
 
 def folder(name: str) -> Path:
-    """Return the folder of the shipped model `name`, whether or not its weights are there."""
+    """Return the folder of the shipped model `name`; it may not exist."""
     return _WEIGHTS / name

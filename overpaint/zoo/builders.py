@@ -1,7 +1,7 @@
-"""Builders of tiny Stable Diffusion pipelines with random weights, in the layout of the real ones.
+"""Builders of tiny Stable Diffusion pipelines with random weights, in the layout of the published models.
 
-The layout is SD-1.4's: 22 ResNet blocks and 16 transformer blocks in the UNet, 12 text layers, 77 positions. Only the
-widths are small, so that a picture takes a blink and every law of the package can be tested without a download.
+The default layout is SD-1.4's: 22 ResNet blocks and 16 transformer blocks in the UNet, 12 text layers, 77 positions.
+Only the widths are small, so that tests are fast and need no download.
 """
 
 from importlib import import_module
@@ -13,8 +13,8 @@ __all__ = ["clip_tokenizer", "tiny"]
 
 Layout = Literal["sd1", "sd2", "sdxl"]
 
-# Words that the tiny tokenizer knows; `|` is where it splits a word. The splits of names are those of CLIP's own
-# vocabulary, so that token counts agree with it. In this order no word's merges break another's.
+# Words in the vocabulary of the tiny tokenizer; it splits a word at `|`. Names are split as in CLIP's vocabulary, so
+# that token counts agree with it. In this order the merges of a word do not change the tokens of another.
 _WORDS = """
 johannes monet nemo tw|e|moji background grumpy snoopy japan photo rut|kowski open|moji president ver|meer
 painting contrast picture british py|thon monarch charles picasso running drawing purple rocket person united
@@ -25,18 +25,21 @@ an to a r d
 
 
 def tiny(layout: Layout = "sd1", *, seed: int = 0, text_layers: int = 12) -> Any:
-    """Build a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` with small random weights.
+    """Return a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` with random weights and small widths.
 
     Args:
         layout: `"sd1"` predicts noise and pads prompts with the end-of-text token; `"sd2"` predicts velocity, uses
-            linear projections and pads with `!`; `"sdxl"` has two text encoders, whose tokenizers pad one way and the
-            other, a UNet of three levels, and SDXL's Euler scheduler.
-        seed: Of the weights. The global generator is left as it was.
-        text_layers: Depth of the text encoder; the second one of `"sdxl"` is one layer deeper.
+            linear projections and pads with `!`; `"sdxl"` has two text encoders, whose tokenizers use these two
+            paddings, a UNet of three levels, and SDXL's Euler scheduler.
+        seed: Seed of the weights. The state of the global generator does not change.
+        text_layers: Number of layers of the text encoder; the second one of `"sdxl"` has one more.
 
     Returns:
-        The pipeline in float32 on the CPU: latents (4, 8, 8), pictures (3, 16, 16), text features (77, 64); of
-            `"sdxl"` 32 + 48 wide, its pooled ones 40.
+        The pipeline in float32 on the CPU: latents (4, 8, 8), pictures (3, 16, 16), text features (77, 64). For
+        `"sdxl"` the width of text features is 32 + 48, and of pooled features 40.
+
+    Raises:
+        ValueError: There is no such layout.
     """
     diffusers = _diffusers()
     if layout not in ("sd1", "sd2", "sdxl"):
@@ -63,9 +66,9 @@ def tiny(layout: Layout = "sd1", *, seed: int = 0, text_layers: int = 12) -> Any
 
 
 def clip_tokenizer(*, pad: str = "<|endoftext|>") -> Any:
-    """Build a `CLIPTokenizer` of 77 positions from a short list of words, without any file.
+    """Return a `CLIPTokenizer` of 77 positions with a short list of words as vocabulary.
 
-    Every character has a token, so that any prompt can be encoded; listed words have one token a part.
+    Every character has a token, so that any prompt can be encoded; listed words have one token for each part.
     """
     from transformers import CLIPTokenizer
 
@@ -82,13 +85,13 @@ def clip_tokenizer(*, pad: str = "<|endoftext|>") -> Any:
 
 
 def _merges() -> list[tuple[str, str]]:
-    """Return merges that join each part of each word from left to right."""
+    """Return the merges that join the letters of each part of each word from left to right."""
     merges: dict[tuple[str, str], None] = {}
     for word in _WORDS.split():
         parts = word.split("|")
-        for place, part in enumerate(parts):
+        for index, part in enumerate(parts):
             symbols = list(part)
-            if place == len(parts) - 1:
+            if index == len(parts) - 1:
                 symbols[-1] += "</w>"
             joined = symbols[0]
             for symbol in symbols[1:]:
@@ -98,7 +101,7 @@ def _merges() -> list[tuple[str, str]]:
 
 
 def _byte_letters() -> list[str]:
-    """Return the 256 printable stand-ins for bytes, in the order of GPT-2's and CLIP's vocabularies."""
+    """Return the 256 printable characters that represent bytes, in the order of GPT-2's and CLIP's vocabularies."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [256 + i for i in range(256 - len(printable))]
     return [chr(code) for code in (*printable, *others)]
@@ -192,5 +195,5 @@ def _unet_xl() -> Any:
 
 
 def _diffusers() -> Any:
-    """Return diffusers, late since it is slow to import, and untyped since its tuples are mistyped."""
+    """Return diffusers: imported late because that is slow, and untyped because its tuples have wrong types."""
     return import_module("diffusers")
