@@ -1,4 +1,4 @@
-"""A run proves the list of sites; models that do not run as listed are refused."""
+"""The hooks fire as the sites are listed; models that run otherwise are refused."""
 
 import pytest
 from torch.nn import functional
@@ -6,13 +6,13 @@ from torch.nn import functional
 import overpaint as op
 from overpaint.errors import UnsupportedModel
 from overpaint.model import sites
-from overpaint.trace import hook_check
+from overpaint.trace.hook_check import verified_sites
 from overpaint.zoo import builders
 
 
 @pytest.fixture
 def model():
-    """A model that a test may spoil."""
+    """A model that a test may modify."""
     return op.load(builders.tiny("sdxl", text_layers=1))
 
 
@@ -20,25 +20,25 @@ def model():
 def test_every_layout_runs_as_listed(request, fixture):
     model = request.getfixturevalue(fixture)
     hooked = [m for m in model.unet.modules() if m._forward_hooks]
-    assert hook_check.probe(model) == sites.find(model)
+    assert verified_sites(model) == sites.find(model)
     assert [m for m in model.unet.modules() if m._forward_hooks] == hooked == []
 
 
-def test_attention_slicing_hides_nothing(model):
+def test_attention_slicing_is_allowed(model):
     model.pipe.enable_attention_slicing(1)
-    assert hook_check.probe(model) == sites.find(model)
+    assert verified_sites(model) == sites.find(model)
 
 
-def test_a_module_in_two_places_is_refused(model):
+def test_a_shared_module_is_refused(model):
     blocks = model.unet.mid_block.attentions[0].transformer_blocks
     blocks[1].attn2 = blocks[0].attn2
     with pytest.raises(
         UnsupportedModel, match=r"hook of unet.cross_attn.3 \(heads\) fired 0 times .*is shared"
     ):
-        hook_check.probe(model)
+        verified_sites(model)
 
 
-def test_a_processor_that_leaves_out_the_projection_is_refused(model):
+def test_a_processor_that_bypasses_the_projection_is_refused(model):
     class Bypass:
         def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
             values = attn.to_v(
@@ -51,7 +51,7 @@ def test_a_processor_that_leaves_out_the_projection_is_refused(model):
     with pytest.raises(
         UnsupportedModel, match=r"unet.self_attn.0 \(heads\) fired 0 times in one forward pass"
     ):
-        hook_check.probe(model)
+        verified_sites(model)
 
 
 def test_a_layer_that_runs_twice_is_refused(model):
@@ -63,10 +63,10 @@ def test_a_layer_that_runs_twice_is_refused(model):
 
     model.unet.mid_block.__class__ = Twice
     with pytest.raises(UnsupportedModel, match="hook of unet.resnet.3 fired 2 times"):
-        hook_check.probe(model)
+        verified_sites(model)
 
 
-def test_another_order_is_refused(model):
+def test_another_execution_order_is_refused(model):
     encoder = model.text_encoders[1].get_submodule(
         sites.find_text(model.text_encoders[1])[0].path.partition(".layers")[0]
     )
@@ -84,10 +84,10 @@ def test_another_order_is_refused(model):
     with pytest.raises(
         UnsupportedModel, match=r"text2.1.self_attn \(heads\) ran where text2.0.self_attn"
     ):
-        hook_check.probe(model)
+        verified_sites(model)
 
 
 def test_a_part_compiled_in_place_is_refused(model):
     model.unet.mid_block.compile()
-    with pytest.raises(UnsupportedModel, match=r"is compiled \(mid_block\), which hides"):
-        hook_check.probe(model)
+    with pytest.raises(UnsupportedModel, match=r"is compiled \(mid_block\), so that hooks"):
+        verified_sites(model)

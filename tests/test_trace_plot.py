@@ -1,4 +1,4 @@
-"""Maps and bars: what is drawn where, in which color, and as what file."""
+"""Heat maps and bars of effects: panels, colors, labels and files."""
 
 import math
 import re
@@ -41,8 +41,8 @@ def unet(**more):
     ]
 
 
-def test_text_is_a_map_of_layers_by_roles_for_each_kind():
-    self_attn, mlp = plot.map_panels(Effects.of(text(), {}), "indirect_effect")
+def test_text_states_are_a_heat_map_of_layers_by_roles_for_each_kind():
+    self_attn, mlp = plot.map_panels(Effects.of(text(), {}).table, "indirect_effect")
     assert (self_attn.title, mlp.title) == ("Self-attention", "MLP")
     assert self_attn.rows == ("layer 0", "layer 1", "layer 2")
     assert self_attn.columns == ("last subject", "eos")
@@ -50,17 +50,17 @@ def test_text_is_a_map_of_layers_by_roles_for_each_kind():
     assert mlp.values[0] == pytest.approx((0.1, 0.1))
 
 
-def test_the_untrained_encoder_stands_beside_the_trained_one_where_it_was_measured():
+def test_the_untrained_encoder_is_shown_beside_the_trained_one_if_measured():
     both = Effects.of(text() + text(control="untrained"), {})
-    titles = [panel.title for panel in plot.map_panels(both, "embed_recovery")]
+    titles = [panel.title for panel in plot.map_panels(both.table, "embed_recovery")]
     assert titles == [f"{kind}, {run}" for kind in ("Self-attention", "MLP")
                       for run in ("trained", "untrained")]  # fmt: skip
-    assert len(plot.map_panels(both, "indirect_effect")) == 2
+    assert len(plot.map_panels(both.table, "indirect_effect")) == 2
 
 
-def test_a_state_without_a_value_is_not_a_number_and_its_cell_is_not_colored():
+def test_a_state_without_a_value_is_nan_and_its_cell_has_no_color():
     rows = [r for r in text() if (r["index"], r["role"]) != (1, "eos")]
-    panel = plot.map_panels(Effects.of(rows, {}), "indirect_effect")[0]
+    panel = plot.map_panels(Effects.of(rows, {}).table, "indirect_effect")[0]
     assert math.isnan(panel.values[1][1])
     axis = figures.heat_map([panel], theme=figures.LIGHT).figure.axes[0]
     drawn = axis.images[0].get_array()
@@ -69,15 +69,15 @@ def test_a_state_without_a_value_is_not_a_number_and_its_cell_is_not_colored():
     assert axis.patch.get_hatch()
 
 
-def test_the_second_encoder_has_panels_of_its_own():
+def test_the_second_encoder_has_separate_panels():
     both = Effects.of(text() + text(part="text2"), {})
-    titles = [panel.title for panel in plot.map_panels(both, "indirect_effect")]
+    titles = [panel.title for panel in plot.map_panels(both.table, "indirect_effect")]
     assert titles == ["Self-attention", "MLP", "Self-attention, 2nd encoder", "MLP, 2nd encoder"]
 
 
-def test_heads_are_a_map_of_layers_by_heads_for_each_role():
+def test_heads_are_a_heat_map_of_layers_by_heads_for_each_role():
     rows = text() + [row("self_attn", 1, 0.3, head=h, role=r) for h in (10, 2) for r in ("eos", "pad")]  # fmt: skip
-    panels = plot.map_panels(Effects.of(rows, {}), "indirect_effect")
+    panels = plot.map_panels(Effects.of(rows, {}).table, "indirect_effect")
     assert [p.title for p in panels] == ["Self-attention", "MLP", "Heads, eos", "Heads, pad"]
     assert panels[2].columns == ("2", "10")
     assert panels[2].rows == ("layer 1",)
@@ -87,24 +87,24 @@ def test_heads_are_a_map_of_layers_by_heads_for_each_role():
 def test_unet_windows_are_columns_of_a_map_and_panels_of_bars():
     rows = [r for window in ("late", "", "early") for r in unet(window=window)]
     effects = Effects.of(rows, {})
-    panel = plot.map_panels(effects, "indirect_effect")[0]
+    panel = plot.map_panels(effects.table, "indirect_effect")[0]
     assert panel.title == "Cross-attention"
     assert panel.rows == ("cross_attn.0", "cross_attn.1")
     assert panel.columns == ("all steps", "early steps", "late steps")
-    bars = plot.bar_panels({"": effects}, "indirect_effect")
+    bars = plot.bar_panels({"": effects.table}, "indirect_effect")
     assert [p.title for p in bars] == ["All steps", "Early steps", "Late steps"]
     assert [bar.label for bar in bars[0].series[0][1]] == [
         "cross_attn.0", "cross_attn.1", "resnet.0", "resnet.1",
     ]  # fmt: skip
 
 
-def test_bars_are_the_means_with_their_intervals_and_absent_ones_have_no_value():
+def test_bars_show_means_and_intervals_and_missing_states_have_no_value():
     whole, less = Effects.of(unet(), {}), Effects.of(unet()[:-2], {})
-    (panel,) = plot.bar_panels({"a": whole, "b": less}, "indirect_effect")
+    (panel,) = plot.bar_panels({"a": whole.table, "b": less.table}, "indirect_effect")
     table = {r["site"]: r for r in whole.mean().to_pylist()}
     for bar in panel.series[0][1]:
-        found = table[f"unet.{bar.label}"]
-        assert (bar.mean, bar.low, bar.high) == (found["mean"], found["low"], found["high"])
+        row = table[f"unet.{bar.label}"]
+        assert (bar.mean, bar.low, bar.high) == (row["mean"], row["low"], row["high"])
     absent = [bar.label for bar in panel.series[1][1] if math.isnan(bar.mean)]
     assert absent == ["cross_attn.1"]
     drawing = figures.bar_chart([panel], theme=figures.LIGHT)
@@ -119,25 +119,25 @@ def colors(values, theme=figures.LIGHT):
 
 
 @pytest.mark.parametrize("theme", [figures.LIGHT, figures.DARK])
-def test_zero_is_paper_and_below_zero_is_another_hue_as_strong_as_above(theme):
+def test_zero_has_the_background_color_and_negative_values_the_cold_hue(theme):
     paper = np.array([int(theme.background[i : i + 2], 16) for i in (1, 3, 5)]) / 255
-    found = colors([0.8, 0.4, 0.0, -0.4], theme)
-    assert found[2] == pytest.approx(paper, abs=0.01)
-    warm, cold = found[1] - paper, found[3] - paper
+    cells = colors([0.8, 0.4, 0.0, -0.4], theme)
+    assert cells[2] == pytest.approx(paper, abs=0.01)
+    warm, cold = cells[1] - paper, cells[3] - paper
     assert warm[0] > warm[2]
     assert cold[2] > cold[0]
-    assert np.abs(found[0] - paper) == pytest.approx(2 * np.abs(warm), abs=0.02)
+    assert np.abs(cells[0] - paper) == pytest.approx(2 * np.abs(warm), abs=0.02)
     assert colors([1.0, 0.0], theme)[0] == pytest.approx(
         np.array([int(theme.warm[i : i + 2], 16) for i in (1, 3, 5)]) / 255, abs=0.01
     )
 
 
-def test_a_small_damage_does_not_look_large():
+def test_a_small_negative_value_has_a_weak_color():
     paper, weak = colors([0.8, 0.0, -0.01])[1:]
     assert np.abs(weak - paper).max() < 0.02
 
 
-def test_the_largest_value_and_a_large_damage_are_written_into_their_cells():
+def test_the_largest_and_the_most_negative_value_are_written_into_their_cells():
     panel = Panel("p", ("r",), ("a", "b", "c"), ((0.8, -0.3, -0.1),))
     axis = figures.heat_map([panel], theme=figures.LIGHT).figure.axes[0]
     assert sorted(t.get_text() for t in axis.texts) == ["-0.30", "0.80"]
@@ -147,11 +147,11 @@ def test_maps_without_any_value_and_with_groups_can_be_drawn():
     nothing = Panel("p", ("r",), ("a",), ((math.nan,),))
     assert figures.heat_map([nothing], theme=figures.LIGHT).png()
     groups = Effects.of([row("group", 0, 0.5), *text()], {})
-    assert plot.map_panels(groups, "indirect_effect")[-1].rows == ("text.0.group",)
-    assert plot.bar_panels({"": groups}, "indirect_effect")
+    assert plot.map_panels(groups.table, "indirect_effect")[-1].rows == ("text.0.group",)
+    assert plot.bar_panels({"": groups.table}, "indirect_effect")
 
 
-def test_labels_do_not_overlap_and_stay_on_the_paper():
+def test_labels_do_not_overlap_and_stay_inside_the_figure():
     """Measured on the figure: tick labels of one axis are apart, and every text lies inside."""
     rows = [r for part in ("text", "text2") for r in text(part=part)]
     rows += [row("self_attn", n, 0.1, role=r) for n in range(3, 14) for r in ("subject", "pad")]
@@ -178,7 +178,7 @@ def test_labels_do_not_overlap_and_stay_on_the_paper():
                 assert box.y1 <= height + 1
 
 
-def test_files_are_png_or_svg_and_equal_each_time(tmp_path):
+def test_charts_are_saved_as_png_or_svg_and_are_reproducible(tmp_path):
     effects = Effects.of(unet(), {})
     drawing = effects.plot(path=tmp_path / "deep" / "bars.png")
     with Image.open(tmp_path / "deep" / "bars.png") as picture:
@@ -194,7 +194,7 @@ def test_files_are_png_or_svg_and_equal_each_time(tmp_path):
         drawing.save(tmp_path / "bars.pdf")
 
 
-def test_the_default_is_a_map_for_text_and_for_heads_and_bars_for_the_unet():
+def test_the_default_is_a_heat_map_for_text_and_heads_and_bars_for_the_unet():
     heads = Effects.of(unet(head=1), {})
     for effects, images in ((Effects.of(text(), {}), 2), (Effects.of(unet(), {}), 0), (heads, 1)):
         axes = effects.plot().figure.axes
@@ -203,13 +203,13 @@ def test_the_default_is_a_map_for_text_and_for_heads_and_bars_for_the_unet():
     assert [t.get_text() for t in labels][0] == "cross_attn.0 head 1"
 
 
-def test_the_unit_says_which_way_the_effect_was_measured():
+def test_the_unit_depends_on_the_direction_of_the_trace():
     effects = Effects.of(unet(direction="corrupt"), {})
-    assert "with the state corrupted" in plot.unit(effects, "indirect_effect")
-    assert "restored minus" in plot.unit(Effects.of(unet(), {}), "indirect_effect")
+    assert "with the state corrupted" in plot.unit(effects.table, "indirect_effect")
+    assert "restored minus" in plot.unit(Effects.of(unet(), {}).table, "indirect_effect")
 
 
-def test_what_cannot_be_drawn_is_refused():
+def test_an_unknown_kind_and_a_missing_value_are_refused():
     effects = Effects.of(text(), {})
     with pytest.raises(ValueError, match="unknown kind of plot 'pie': choose 'map' or 'bars'"):
         effects.plot("pie")
@@ -225,7 +225,7 @@ def test_several_panels_share_their_scale():
 
 
 @pytest.mark.parametrize(
-    ("scorer", "kinds", "said"),
+    ("scorer", "kinds", "caption"),
     [
         ("icons-judge", ("style",), "Scored by icons-judge as a probability; "),
         (
@@ -241,7 +241,7 @@ def test_several_panels_share_their_scale():
         ("brightness", ("style",), "Scored by brightness; "),
     ],
 )
-def test_the_caption_says_what_the_scores_are(scorer, kinds, said):
+def test_the_caption_states_the_meaning_of_the_scores(scorer, kinds, caption):
     rows = [r for kind in kinds for r in unet(attribute=kind)]
     (chart,) = charts.unet_charts({"same_latent": Effects.of(rows, {"scorer": scorer})})
-    assert said in chart["caption"]
+    assert caption in chart["caption"]

@@ -1,4 +1,4 @@
-"""Resumable sweeps: killed, doubled, damaged, changed and out of room."""
+"""Resumable sweeps: killed processes, two processes, damaged shards, other protocols and a full disk."""
 
 import contextlib
 import json
@@ -10,13 +10,15 @@ import subprocess
 import sys
 import time
 
+import pyarrow.parquet as pq
 import pytest
 
 from overpaint.trace import resume
-from overpaint.trace.effects import SCHEMA, Effects
+from overpaint.trace.effects import Effects
+from overpaint.trace.states import SCHEMA
 
 UNITS = [f"probe {n}/seed 0" for n in range(12)]
-PROTOCOL = {"steps": 3, "scorer": "eyes", "seeds": (0, 1)}
+PROTOCOL = {"steps": 3, "scorer": "first", "seeds": (0, 1)}
 
 
 def compute(unit):
@@ -36,13 +38,13 @@ def counted(seen):
     return run
 
 
-# Forks one process a command, so that the package is imported once: "sweep" takes its time at each unit, "full" may
-# write no more than 2000 bytes a file from the third unit on.
-NURSERY = """
+# Forks one process a command, so that the package is imported once. "sweep" prints a line at each unit and then sleeps;
+# "full" may write no more than 2000 bytes a file from the third unit on. The server ends when its input is closed.
+SERVER = """
 import os, resource, sys, time
 sys.path.insert(0, {tests!r})
-from test_trace_shards import PROTOCOL, UNITS, compute
-from overpaint.trace import shards
+from test_trace_resume import PROTOCOL, UNITS, compute
+from overpaint.trace import resume
 
 def slow(unit):
     print("unit", flush=True)
@@ -62,7 +64,7 @@ for line in sys.stdin:
     if not child:
         print(os.getpid(), flush=True)
         try:
-            shards.sweep(folder, PROTOCOL, UNITS, {{"sweep": slow, "full": full}}[name])
+            resume.sweep(folder, PROTOCOL, UNITS, {{"sweep": slow, "full": full}}[name])
         except OSError as error:
             print(error, flush=True)
         os._exit(0)
@@ -71,14 +73,28 @@ for line in sys.stdin:
 """
 
 
-class Nursery:
+class ForkServer:
+    """A process that forks one sweep after another; as a context manager it leaves no process behind."""
+
     def __init__(self):
-        program = NURSERY.format(tests=os.path.dirname(__file__))
+        program = SERVER.format(tests=os.path.dirname(__file__))
         self.process = subprocess.Popen(
             [sys.executable, "-c", program],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
+        self.child = 0
+
+    def __enter__(self):
         assert self.line() == "ready"
+        return self
+
+    def __exit__(self, *_):
+        if self.child:  # a test failed before it called `finish`
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.child, signal.SIGKILL)
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+        self.process.stdout.close()
 
     def line(self):
         return self.process.stdout.readline().rstrip("\n")
@@ -87,22 +103,23 @@ class Nursery:
         """Begin a sweep and return its process's number."""
         self.process.stdin.write(f"{name}\t{folder}\t{pause}\n")
         self.process.stdin.flush()
-        return int(self.line())
+        self.child = int(self.line())
+        return self.child
 
     def finish(self):
-        """Return what it said, and its exit status."""
-        said = []
+        """Return the lines that it printed, and its exit status."""
+        lines = []
         while not (line := self.line()).startswith("end "):
-            said.append(line)
-        return said, int(line.removeprefix("end "))
+            assert self.process.poll() is None
+            lines.append(line)
+        self.child = 0
+        return lines, int(line.removeprefix("end "))
 
 
 @pytest.fixture(scope="module")
-def nursery():
-    found = Nursery()
-    with found.process as process:
-        yield found
-        process.stdin.close()
+def server():
+    with ForkServer() as server:
+        yield server
 
 
 def test_without_a_folder_each_unit_is_computed_in_order():
@@ -115,7 +132,7 @@ def test_without_a_folder_each_unit_is_computed_in_order():
     assert rows[0]["window"] is None
 
 
-def test_with_a_folder_the_rows_are_the_same_and_are_computed_once(tmp_path):
+def test_with_a_folder_the_rows_are_equal_and_each_is_computed_once(tmp_path):
     seen = []
     plain = resume.sweep(None, PROTOCOL, UNITS, compute)
     assert resume.sweep(tmp_path, PROTOCOL, UNITS, counted(seen)) == plain
@@ -125,7 +142,7 @@ def test_with_a_folder_the_rows_are_the_same_and_are_computed_once(tmp_path):
     assert {p.suffix for p in tmp_path.iterdir() if p.name != "lock"} == {".parquet", ".json"}
 
 
-def test_not_a_number_survives(tmp_path):
+def test_nan_and_none_are_restored(tmp_path):
     rows = [{"site": "s", "indirect_effect": math.nan, "recovery": None}]
     for _ in range(2):
         (row,) = resume.sweep(tmp_path, {}, ["u"], lambda _: rows)
@@ -133,62 +150,66 @@ def test_not_a_number_survives(tmp_path):
         assert row["recovery"] is None
 
 
-def test_killed_ten_times_at_random_moments_it_ends_in_the_same_table(tmp_path, nursery):
+def test_a_sweep_killed_ten_times_at_random_moments_ends_in_the_same_table(tmp_path, server):
     plain = resume.sweep(None, PROTOCOL, UNITS, compute)
     draw = random.Random(7)
     for _ in range(10):
-        shown = list(tmp_path.glob("*.parquet"))
-        if len(shown) > 8:  # leave the next ones something to do
-            for path in shown[::2]:
+        shards = list(tmp_path.glob("*.parquet"))
+        if len(shards) > 8:  # so that units are left for the next process
+            for path in shards[::2]:
                 path.unlink()
-        process = nursery.start("sweep", tmp_path, pause=0.05)
-        for _ in range(draw.randint(1, 3)):  # at least four units are left, so it is at work
-            assert nursery.line() == "unit"
-        time.sleep(draw.uniform(0, 0.06))
+        process = server.start("sweep", tmp_path, pause=0.02)
+        for _ in range(draw.randint(1, 3)):  # at least four units are left, so it is still running
+            assert server.line() == "unit"
+        time.sleep(draw.uniform(0, 0.03))
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
-        nursery.finish()
+        server.finish()
     assert resume.sweep(tmp_path, PROTOCOL, UNITS, compute) == plain
     assert Effects.of(plain, {}).table.equals(resume.read(tmp_path).table)
 
 
-def test_killed_between_two_units_it_goes_on_where_it_was(tmp_path):
-    """The same law without processes: the third unit never returns."""
+def test_a_sweep_that_stopped_between_two_units_continues_there(tmp_path):
+    """As above without processes: the computation of the fourth unit raises."""
 
-    class Killed(BaseException):
-        pass
-
-    def dies(unit):
+    def stop(unit):
         if unit == UNITS[3]:
-            raise Killed
+            raise KeyboardInterrupt
         return compute(unit)
 
-    with pytest.raises(Killed):
-        resume.sweep(tmp_path, PROTOCOL, UNITS, dies)
-    (tmp_path / "half.parquet.part").write_bytes(b"PAR1")
+    with pytest.raises(KeyboardInterrupt):
+        resume.sweep(tmp_path, PROTOCOL, UNITS, stop)
+    drafts = [
+        tmp_path / name for name in ("half.parquet.part", f".half.parquet.{os.getpid()}.part")
+    ]
+    for draft in drafts:
+        draft.write_bytes(b"PAR1")
     seen = []
     rows = resume.sweep(tmp_path, PROTOCOL, UNITS, counted(seen))
     assert seen == UNITS[3:]
     assert rows == resume.sweep(None, PROTOCOL, UNITS, compute)
-    assert not (tmp_path / "half.parquet.part").exists()
+    assert not any(draft.exists() for draft in drafts)
 
 
-def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path, nursery):
-    process = nursery.start("sweep", tmp_path, pause=60)
-    assert nursery.line() == "unit"
+def test_a_second_process_is_refused_until_the_first_ends(tmp_path, server):
+    process = server.start("sweep", tmp_path, pause=60)
+    assert server.line() == "unit"
     with pytest.raises(BlockingIOError, match="another process is tracing into .*: wait for"):
         resume.sweep(tmp_path, PROTOCOL, UNITS, compute)
     assert len(resume.read(tmp_path)) == 0
     os.kill(process, signal.SIGKILL)
-    assert nursery.finish() == ([], -signal.SIGKILL)
+    assert server.finish() == ([], -signal.SIGKILL)
     assert len(resume.sweep(tmp_path, PROTOCOL, UNITS, compute)) == 2 * len(UNITS)
 
 
 @pytest.mark.parametrize(
     ("other", "field"),
     [
-        ({"steps": 3, "scorer": "ears", "seeds": (0, 1)}, "'scorer': 'eyes' there, 'ears' now"),
-        ({"steps": 3, "scorer": "eyes"}, r"'seeds': \[0, 1\] there, nothing now"),
+        (
+            {"steps": 3, "scorer": "second", "seeds": (0, 1)},
+            "'scorer': 'first' there, 'second' now",
+        ),
+        ({"steps": 3, "scorer": "first"}, r"'seeds': \[0, 1\] there, nothing now"),
         ({**PROTOCOL, "noise": None}, "'noise': nothing there, None now"),
     ],
 )
@@ -201,12 +222,12 @@ def test_another_protocol_is_refused_with_the_first_field_that_differs(tmp_path,
     assert len(resume.sweep(tmp_path, PROTOCOL, UNITS[:2], compute)) == 4
 
 
-def test_damaged_and_foreign_shards_are_computed_again(tmp_path):
+def test_damaged_shards_and_those_of_other_units_are_computed_again(tmp_path):
     plain = resume.sweep(tmp_path, PROTOCOL, UNITS, compute)
     first, second, third, fourth, *_ = (resume._path(tmp_path, unit) for unit in UNITS)
     first.write_bytes(b"")
     second.write_bytes(second.read_bytes()[:-40])
-    third.write_bytes(fourth.read_bytes())  # sound, but another unit's
+    third.write_bytes(fourth.read_bytes())  # valid, but another unit's
     fourth.unlink()
     seen = []
     assert len(resume.read(tmp_path)) == 2 * (len(UNITS) - 4)
@@ -217,19 +238,19 @@ def test_damaged_and_foreign_shards_are_computed_again(tmp_path):
 def test_one_flipped_bit_anywhere_never_changes_the_rows(tmp_path):
     plain = resume.sweep(tmp_path, PROTOCOL, UNITS[:1], compute)
     path = resume._path(tmp_path, UNITS[0])
-    sound = path.read_bytes()
-    draw, noticed = random.Random(0), 0
+    valid = path.read_bytes()
+    draw, detected = random.Random(0), 0
     for _ in range(60):
-        damaged = bytearray(sound)
-        damaged[draw.randrange(len(sound))] ^= 1 << draw.randrange(8)
+        damaged = bytearray(valid)
+        damaged[draw.randrange(len(valid))] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged)
         seen = []
         assert resume.sweep(tmp_path, PROTOCOL, UNITS[:1], counted(seen)) == plain
-        noticed += len(seen)
-    assert noticed > 10
+        detected += len(seen)
+    assert detected > 10
 
 
-def test_shards_without_their_protocol_are_not_believed(tmp_path):
+def test_shards_of_another_protocol_are_computed_again(tmp_path):
     resume.sweep(tmp_path, {"steps": 99}, UNITS[:2], compute)
     (tmp_path / "protocol.json").unlink()
     seen = []
@@ -237,16 +258,16 @@ def test_shards_without_their_protocol_are_not_believed(tmp_path):
     assert seen == UNITS[:2]
 
 
-def test_a_full_disk_is_said_in_one_line_and_finished_shards_stay(tmp_path, nursery):
-    nursery.start("full", tmp_path, pause=0)
-    (said,), status = nursery.finish()
+def test_a_full_disk_raises_a_message_of_one_line_and_finished_shards_stay(tmp_path, server):
+    server.start("full", tmp_path, pause=0)
+    (message,), status = server.finish()
     assert status == 0
-    assert said.startswith(f"cannot write the shard of 'probe 2/seed 0' into '{tmp_path}'")
-    assert "(File too large): make room and run the same again" in said
+    assert message.startswith(f"cannot write the shard of 'probe 2/seed 0' into '{tmp_path}'")
+    assert "(File too large): make room and run the same again" in message
     assert not list(tmp_path.glob("*.part"))
-    kept = resume.read(tmp_path)
-    assert kept.table["probe"].to_pylist() == [UNITS[0]] * 2 + [UNITS[1]] * 2
-    assert kept.protocol == json.loads(json.dumps(PROTOCOL))
+    finished = resume.read(tmp_path)
+    assert finished.table["probe"].to_pylist() == [UNITS[0]] * 2 + [UNITS[1]] * 2
+    assert finished.protocol == json.loads(json.dumps(PROTOCOL))
     seen = []
     rows = resume.sweep(tmp_path, PROTOCOL, UNITS, counted(seen))
     assert seen == UNITS[2:]
@@ -263,7 +284,20 @@ def test_units_named_twice_and_folders_without_a_sweep_are_refused(tmp_path):
         resume.read(tmp_path)
 
 
-def test_units_that_look_alike_have_shards_of_their_own(tmp_path):
+def test_units_with_similar_names_have_separate_shards(tmp_path):
     rows = resume.sweep(tmp_path, {}, ["a/b", "a:b", "a b"], lambda u: [{"probe": u}])
     assert [row["probe"] for row in rows] == ["a/b", "a:b", "a b"]
     assert len(list(tmp_path.glob("a_b-*.parquet"))) == 3
+
+
+def test_a_shard_of_an_earlier_version_without_a_column_is_read(tmp_path):
+    resume.sweep(tmp_path, PROTOCOL, UNITS[:1], compute)
+    path = resume._path(tmp_path, UNITS[0])
+    protocol = json.loads((tmp_path / "protocol.json").read_text())
+    table = pq.read_table(path).drop_columns(["direct_effect"])
+    digest = resume._digest(protocol, UNITS[0], table.to_pylist())
+    pq.write_table(table.replace_schema_metadata({b"overpaint": digest}), path)
+    seen = []
+    rows = resume.sweep(tmp_path, PROTOCOL, UNITS[:1], counted(seen))
+    assert seen == []
+    assert rows == resume.sweep(None, PROTOCOL, UNITS[:1], compute)
