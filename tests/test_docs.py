@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import overpaint as op
-from overpaint import cli, zoo
+from overpaint import zoo
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -21,7 +21,10 @@ NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 OUTPUT = re.compile(r"^```python\n(?:.*?)^```\n\n```text\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#]+)(?:#[^)]*)?\)")
-ROOMS = ["cli", "demo", "edit", "evaluate", "files", "images", "match", "metrics", "model", "optim", "probes", "report", "scorers", "studio", "trace", "zoo"]  # fmt: skip
+ROOMS = [
+    "cli", "demo", "edit", "evaluate", "files", "images", "match", "metrics", "model", "optim", "probes", "report",
+    "scorers", "studio", "trace", "zoo",
+]  # fmt: skip
 
 
 def title(path):
@@ -62,14 +65,13 @@ def test_a_page_whose_code_prints_something_else_is_noticed(tmp_path):
     assert output not in printed_by(program(page), "page.md", tmp_path)
 
 
-def test_the_commands_of_the_guide_to_editing_run(tmp_path, capsys):
+def test_the_commands_of_the_guide_to_editing_run(tmp_path, run):
     text = (DOCS / "guides" / "edit.md").read_text()
     (commands,) = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     with contextlib.chdir(tmp_path):
         for line in commands.splitlines():
-            with pytest.raises(SystemExit) as exit_info:
-                cli.main(shlex.split(line)[1:])
-            assert exit_info.value.code == 0, f"{line}: {capsys.readouterr().err}"
+            code, _, error = run(*shlex.split(line)[1:])
+            assert code == 0, f"{line}: {error}"
     assert {path.suffix for path in tmp_path.iterdir()} == {"", ".safetensors"}
 
 
