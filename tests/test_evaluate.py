@@ -50,9 +50,9 @@ class CountingModel(TextToImage):
 
     def generate(self, *args, **options):
         self.is_drawing = True
-        found = super().generate(*args, **options)
+        result = super().generate(*args, **options)
         self.is_drawing = False
-        return found
+        return result
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +65,9 @@ def compare(model, changes, **options):
     return evaluate.compare(model, changes, **settings)
 
 
-def test_no_edit_scores_as_before_and_every_picture_stays(tiny_sd1, swap):
-    found = compare(tiny_sd1, {"no edit": None, "swap": swap})
-    same = found.scores["no edit"]
+def test_no_edit_has_the_scores_and_pictures_before(tiny_sd1, swap):
+    result = compare(tiny_sd1, {"no edit": None, "swap": swap})
+    same = result.scores["no edit"]
     for pair in (
         same.efficacy,
         same.redirection,
@@ -77,62 +77,80 @@ def test_no_edit_scores_as_before_and_every_picture_stays(tiny_sd1, swap):
         assert pair.before == pair.after
         assert pair.drop == 0
     assert same.empty_drift == 0
-    assert torch.equal(found.pictures["before"], found.pictures["no edit"])
+    assert torch.equal(result.pictures["before"], result.pictures["no edit"])
 
 
-def test_a_change_is_seen_and_the_model_is_left_as_it_was(tiny_sd1, swap):
+def test_a_change_alters_pictures_and_leaves_the_model_unchanged(tiny_sd1, swap):
     before = tiny_sd1.encode(["a cat in blob style"])
-    found = compare(tiny_sd1, {"swap": swap})
-    assert not torch.equal(found.pictures["before"], found.pictures["swap"])
+    result = compare(tiny_sd1, {"swap": swap})
+    assert not torch.equal(result.pictures["before"], result.pictures["swap"])
     assert torch.equal(tiny_sd1.encode(["a cat in blob style"]), before)
-    assert found.scores["swap"].erase == "blob"
-    assert found.scores["swap"].protocol["change_digest"] == swap.digest
-    assert found.scores["swap"].replace == "noto"
+    assert result.scores["swap"].erase == "blob"
+    assert result.scores["swap"].protocol["change_digest"] == swap.digest
+    assert result.scores["swap"].replace == "noto"
 
 
-def test_only_what_reads_other_features_is_drawn_again(tiny_sd1, swap):
-    asked = questions.build("style", "blob", labels=LABELS, held_out=(), size=3, seed=0)
+def test_only_prompts_with_changed_features_are_drawn_again(tiny_sd1, swap):
+    items = questions.build("style", "blob", labels=LABELS, held_out=(), size=3, seed=0)
     drawn = []
-    work = _Runner(tiny_sd1, ColorClassifier(), asked, [0, 1], 2, None, 4, lambda *told: drawn.append(told[0]))
-    before = work.run(None, "no edit", done=0, total=99)
-    whole = work.run(swap, "swap", done=0, total=99)
+    runner = _Runner(
+        tiny_sd1,
+        ColorClassifier(),
+        items,
+        [0, 1],
+        2,
+        None,
+        4,
+        lambda done, total, name: drawn.append(done),
+    )
+    before = runner.run(None, "no edit", done=0, total=99)
+    whole = runner.run(swap, "swap", done=0, total=99)
     drawn.clear()
-    found = work.run(swap, "swap", done=0, total=99, before=before)
-    touched = [i for i, q in enumerate(asked) if "blob" in q.prompt]
-    assert 0 < len(touched) < len(asked)
+    result = runner.run(swap, "swap", done=0, total=99, before=before)
+    touched = [i for i, q in enumerate(items) if "blob" in q.prompt]
+    assert 0 < len(touched) < len(items)
     assert len(drawn) == 1 + -(-len(touched) // 4)
-    assert found.labels != before.labels
+    assert result.labels != before.labels
     for i in touched:
-        assert all(found.labels[k][i] == whole.labels[k][i] for k in LABELS)
-    for i in set(range(len(asked))) - set(touched):
-        assert all(found.labels[k][i] == before.labels[k][i] for k in LABELS)
-    assert found.pictures.keys() == whole.pictures.keys()
+        assert all(result.labels[k][i] == whole.labels[k][i] for k in LABELS)
+    for i in set(range(len(items))) - set(touched):
+        assert all(result.labels[k][i] == before.labels[k][i] for k in LABELS)
+    assert result.pictures.keys() == whole.pictures.keys()
 
 
-def test_the_unedited_model_reads_once_whatever_is_compared(tiny_sd1, swap):
+def test_the_unedited_model_encodes_the_prompts_once(tiny_sd1, swap):
     bird = edit.swap_embedding(tiny_sd1, {"bird": "cat"})
     counting, classifier = CountingModel(tiny_sd1.pipe), CountingClassifier()
     few = {"size": 2, "steps": 1, "batch_size": 64}
-    found = compare(counting, {"no edit": None, "swap": swap, "bird": bird}, scorer=classifier, **few).scores
-    assert sum(count > 1 for count in counting.reads) == 1 + 2  # a drift reads the empty prompt alone
-    told = {name: scores.protocol for name, scores in found.items()}
-    asked, reused = told["swap"]["questions"], {n: p["reused_pictures"] for n, p in told.items()}
-    assert reused["no edit"] == asked
-    assert 0 < reused["swap"] < asked
-    assert classifier.count == 3 * asked - reused["swap"] - reused["bird"]
+    result = compare(
+        counting, {"no edit": None, "swap": swap, "bird": bird}, scorer=classifier, **few
+    ).scores
+    assert (
+        sum(count > 1 for count in counting.reads) == 1 + 2
+    )  # a drift reads the empty prompt alone
+    protocols = {name: scores.protocol for name, scores in result.items()}
+    count = protocols["swap"]["questions"]
+    reused = {n: p["reused_pictures"] for n, p in protocols.items()}
+    assert reused["no edit"] == count
+    assert 0 < reused["swap"] < count
+    assert classifier.count == 3 * count - reused["swap"] - reused["bird"]
     alone = compare(tiny_sd1, {"bird": bird}, erase="blob style", replace="noto style", **few)
-    assert alone.scores["bird"].flat() == pytest.approx(found["bird"].flat(), nan_ok=True)
+    assert alone.scores["bird"].flat() == pytest.approx(result["bird"].flat(), nan_ok=True)
 
 
-def test_the_pictures_before_are_never_those_after_a_change_of_the_unet(tiny_sd1):
+def test_a_change_of_the_unet_reuses_no_pictures(tiny_sd1):
     change = edit.uce(tiny_sd1, {"blob style": "noto style"})
     classifier = CountingClassifier()
-    told = compare(tiny_sd1, {"uce": change}, scorer=classifier, size=1, steps=1).scores["uce"].protocol
-    assert told["reused_pictures"] == 0
-    assert classifier.count == 2 * told["questions"]
+    protocol = (
+        compare(tiny_sd1, {"uce": change}, scorer=classifier, size=1, steps=1)
+        .scores["uce"]
+        .protocol
+    )
+    assert protocol["reused_pictures"] == 0
+    assert classifier.count == 2 * protocol["questions"]
 
 
-def test_the_weights_return_when_the_judge_fails(tiny_sd1, swap):
+def test_the_weights_are_restored_when_the_scorer_fails(tiny_sd1, swap):
     class FailingClassifier(ColorClassifier):
         def classify(self, images, kind):
             raise OSError("no device")
@@ -150,16 +168,16 @@ def test_scores_do_not_depend_on_the_batch_size(tiny_sd1, swap):
 
 
 def test_progress_counts_every_picture_once(tiny_sd1, swap):
-    told = []
-    found = compare(tiny_sd1, {"swap": swap}, on_progress=lambda *at: told.append(at))
-    asked = found.scores["swap"].protocol["questions"]
-    assert told[-1] == (2 * asked, 2 * asked, "swap")
-    assert [t[0] for t in told] == sorted({t[0] for t in told})
+    calls = []
+    result = compare(tiny_sd1, {"swap": swap}, on_progress=lambda *at: calls.append(at))
+    count = result.scores["swap"].protocol["questions"]
+    assert calls[-1] == (2 * count, 2 * count, "swap")
+    assert [c[0] for c in calls] == sorted({c[0] for c in calls})
 
 
-def test_shares_worked_by_hand():
+def test_shares_equal_values_worked_by_hand():
     ask = questions.Question
-    asked = (
+    items = (
         ask("p0", 0, "target", "cat", "blob"),
         ask("p1", 1, "target", "dog", "blob"),
         ask("p2", 2, "unseen", "cat", "blob"),
@@ -173,7 +191,7 @@ def test_shares_worked_by_hand():
     after = {"style": ["noto", "blob", "blob", "noto", "blob", "noto"],
              "object": ["cat", "dog", "cat", "bird", "dog", "bird"],
              "color": ["red"] * 6}  # fmt: skip
-    tally = Tally(asked, before, "style", "blob", "noto")
+    tally = Tally(items, before, "style", "blob", "noto")
     scores = tally.scores("x", after, drift=0.0, protocol={})
     assert (scores.efficacy.before.mean, scores.efficacy.after.mean) == (1, 0.5)
     assert (scores.redirection.before.mean, scores.redirection.after.mean) == (0, 0.5)
@@ -189,21 +207,21 @@ def test_shares_worked_by_hand():
     assert tally.baseline()["style"].mean == 1
 
 
-def test_a_comparison_survives_the_disk(tiny_sd1, swap, tmp_path):
-    found = compare(tiny_sd1, {"no edit": None, "swap": swap})
-    again = Comparison.load(found.save(tmp_path / "results"))
+def test_a_comparison_is_saved_and_loaded(tiny_sd1, swap, tmp_path):
+    result = compare(tiny_sd1, {"no edit": None, "swap": swap})
+    again = Comparison.load(result.save(tmp_path / "results"))
     assert list(again.scores) == ["no edit", "swap"]
-    assert again.questions == found.questions
-    assert again.scores["swap"].specificity == found.scores["swap"].specificity
+    assert again.questions == result.questions
+    assert again.scores["swap"].specificity == result.scores["swap"].specificity
     assert math.isnan(again.scores["swap"].generality["held-out pairs"].after.mean)
-    assert all(torch.equal(again.pictures[n], rows) for n, rows in found.pictures.items())
+    assert all(torch.equal(again.pictures[n], rows) for n, rows in result.pictures.items())
     assert sorted(p.name for p in tmp_path.glob("results/*")) == [
         "comparison.json",
         "gallery.safetensors",
     ]
 
 
-def test_a_damaged_comparison_is_refused(tmp_path):
+def test_a_damaged_comparison_is_an_error(tmp_path):
     (tmp_path / "comparison.json").write_text('{"scores": {"x": {}}}')
     with pytest.raises(ValueError, match="is damaged .KeyError.*Make it again"):
         Comparison.load(tmp_path)
@@ -211,12 +229,12 @@ def test_a_damaged_comparison_is_refused(tmp_path):
         Comparison.load(tmp_path / "nowhere")
 
 
-def test_a_drop_is_positive_when_something_was_lost():
+def test_a_drop_is_positive_if_the_share_falls():
     share = Interval(0.5, 0.4, 0.6, 10)
     assert Paired(share, share, Interval(-0.25, -0.5, 0.0, 10)).drop == 0.25
 
 
-def test_bad_input_is_named(tiny_sd1, swap):
+def test_bad_input_is_an_error(tiny_sd1, swap):
     with pytest.raises(ValueError, match="`changes` is empty"):
         compare(tiny_sd1, {})
     with pytest.raises(ValueError, match="no change says which concept"):
@@ -242,8 +260,8 @@ def test_the_names_of_unlearncanvas_and_easyedit_are_the_same_shares():
         others={}, specificity={"style": share(0.75, 0.5, 1), "object": share(0.875, 0.5, 1)},
         empty_drift=0.0,
     )  # fmt: skip
-    found = scores.aliases()
-    assert found["UA"] == found["reliability"] == Interval(0.75, 0.5, 0.875, 8)
-    assert found["IRA"] == found["locality"] == Interval(0.75, 0.5, 1, 8)
-    assert found["CRA"] == Interval(0.875, 0.5, 1, 8)
-    assert found["generality"] == Interval(0.5, 0.25, 0.75, 8)
+    result = scores.aliases()
+    assert result["UA"] == result["reliability"] == Interval(0.75, 0.5, 0.875, 8)
+    assert result["IRA"] == result["locality"] == Interval(0.75, 0.5, 1, 8)
+    assert result["CRA"] == Interval(0.875, 0.5, 1, 8)
+    assert result["generality"] == Interval(0.5, 0.25, 0.75, 8)
