@@ -1,9 +1,9 @@
-"""Draw the figures of docs/findings.md and print those of its numbers that no table of the benchmark holds.
+"""Draw the figures of docs/findings.md and print its numbers that are in no table of the benchmark.
 
     python benchmarks/quality_trace.py --prompts 8
     PYTHONPATH=benchmarks python docs/draw_findings.py runs/quality_trace/<the folder it made>
 
-Reads the finished maps; draws no picture of the model, so it takes seconds.
+Reads the finished maps and draws no picture with the model, so it takes seconds.
 """
 
 import argparse
@@ -38,11 +38,11 @@ def draw_text(maps: Maps) -> None:
     scaled[f"all {len(scaled)}"] = pooled(list(scaled.values()))
     panels: list[Panel] = []
     for attribute, effects in scaled.items():
-        found = cells(effects)
-        roles = [role for role in ROLES if any(role == r for _, r in found)]
-        sites = list(dict.fromkeys(site for site, _ in found))
+        means = cells(effects)
+        roles = [role for role in ROLES if any(role == r for _, r in means)]
+        sites = list(dict.fromkeys(site for site, _ in means))
         values = tuple(
-            tuple(found[s, r].mean if (s, r) in found else nan for r in roles) for s in sites
+            tuple(means[s, r].mean if (s, r) in means else nan for r in roles) for s in sites
         )
         rows = tuple(s.split(".")[1] + (" attn" if s.endswith("attn") else " MLP") for s in sites)
         panels.append(Panel(attribute, rows, tuple(r.replace("_", " ") for r in roles), values))
@@ -54,9 +54,9 @@ def draw_text(maps: Maps) -> None:
 
 def draw_places(maps: Maps) -> None:
     """Draw the effect of layer 0's attention at three positions, with intervals."""
-    found = {a: cells(maps[a]["text"]) for a in ATTRIBUTES if a != "count"}
+    means = {a: cells(maps[a]["text"]) for a in ATTRIBUTES if a != "count"}
     panels = [
-        BarPanel(title, (("", tuple(_bar(a, c[FIRST[0], role]) for a, c in found.items())),))
+        BarPanel(title, (("", tuple(_bar(a, c[FIRST[0], role]) for a, c in means.items())),))
         for role, title in PLACES.items()
     ]
     drawing = charts.bar_chart(
@@ -69,7 +69,9 @@ def draw_unet(maps: Maps) -> None:
     """Draw the UNet's sites under both sources."""
     panels = [
         replace(
-            bar_panels({title: maps[a][k] for k, title in SOURCES.items()}, "indirect_effect")[0],
+            bar_panels(
+                {title: maps[a][k].table for k, title in SOURCES.items()}, "indirect_effect"
+            )[0],
             title=a,
         )
         for a in ("color", "fact", "style")
@@ -80,31 +82,31 @@ def draw_unet(maps: Maps) -> None:
     drawing.save(IMAGES / "findings_unet.png")
 
 
-def _bar(label: str, found: Interval) -> Bar:
-    return Bar(label, "", found.mean, found.low, found.high)
+def _bar(label: str, interval: Interval) -> Bar:
+    return Bar(label, "", interval.mean, interval.low, interval.high)
 
 
-def show(name: str, found: Interval) -> None:
+def show(name: str, interval: Interval) -> None:
     """Print a name and an interval."""
-    print(f"  {name}: {found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]")
+    print(f"  {name}: {interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]")
 
 
 def numbers(maps: Maps) -> None:
-    """Print what the text of the findings says beyond the benchmark's tables."""
-    for attribute, found in maps.items():
+    """Print the numbers of the findings that are not in the benchmark's tables."""
+    for attribute, traces in maps.items():
         prompts = {
             (state.site, state.role): states.by_prompt(pairs)
-            for state, pairs in states.cells(found["text"].table, "indirect_effect").items()
+            for state, pairs in states.cells(traces["text"].table, "indirect_effect").items()
         }
         first, end = prompts[FIRST], prompts[END]
         print(attribute)
-        found_text = cells(found["text"])
-        deep = {s: i for s, i in found_text.items() if not s[0].startswith("text.0.")}
+        text_means = cells(traces["text"])
+        deep = {s: i for s, i in text_means.items() if not s[0].startswith("text.0.")}
         for state in (max(deep, key=lambda s: deep[s].mean), END, (END[0], "pad")):
-            show(" ".join(state), found_text[state])
+            show(" ".join(state), text_means[state])
         show("end of text minus last", paired(list(first.values()), [end[p] for p in first]))
         print("  of each prompt, last:", sorted(round(n, 3) for n in first.values()))
-        for row in found["text"].test("embed_recovery").table.to_pylist():
+        for row in traces["text"].test("embed_recovery").table.to_pylist():
             if (row["site"], row["role"]) == END:
                 mean, low, high = (
                     row["trained_minus_untrained" + ending] for ending in ("", "_low", "_high")
@@ -112,17 +114,17 @@ def numbers(maps: Maps) -> None:
                 print(f"  end of text, untrained: {row['untrained']:.3f}")
                 show("its trained minus untrained", Interval(mean, low, high, row["prompts"]))
         for source in SOURCES:
-            found_cells = cells(found[source])
+            unet_means = cells(traces[source])
             for site in ("unet.resnet.0", "unet.resnet.7"):
-                show(f"{site}, {source}", found_cells[site, ""])
-            crosses = {s: i for s, i in found_cells.items() if "cross_attn" in s[0]}
+                show(f"{site}, {source}", unet_means[site, ""])
+            crosses = {s: i for s, i in unet_means.items() if "cross_attn" in s[0]}
             best = max(crosses, key=lambda s: crosses[s].mean)
             show(f"best cross-attention, {source}: {best[0]}", crosses[best])
     for name in TRACES:
         scaled = [part for m in maps.values() if (part := in_gaps(m[name])) is not None]
-        verdict = pooled(scaled).test("indirect_effect")
-        print(name, "pooled, threshold", round(verdict.protocol["threshold"], 3))
-        for row in sorted(verdict.table.to_pylist(), key=lambda row: -row["mean"])[:8]:
+        test = pooled(scaled).test("indirect_effect")
+        print(name, "pooled, threshold", round(test.protocol["threshold"], 3))
+        for row in sorted(test.table.to_pylist(), key=lambda row: -row["mean"])[:8]:
             show(f"{row['site']} {row['role']}, level {row['score']:.3f}, p {row['p_holm']:.2g}, {row['causal']}",
                  Interval(row["mean"], row["low"], row["high"], row["n"]))  # fmt: skip
 

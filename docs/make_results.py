@@ -19,7 +19,7 @@ HEAD = """# Results
 
 All larger tables of this repository stand here, once. `docs/make_results.py` writes this page from
 `benchmarks/results/*.json`; a test compares the two. Brackets are 95 % intervals. Times were measured on two CPU cores
-of a shared machine and compare only inside one table. The aims of a table were fixed before the run.
+of a shared machine and compare only inside one table. An aim is the target that was set for a figure.
 """
 
 
