@@ -1,54 +1,45 @@
-"""The whole loop in one function: locate, edit, judge, report. What `overpaint demo` and `make demo` run.
+"""Run the whole loop: trace, edit, evaluate, report. `overpaint demo` and `make demo` call it.
 
-Everything is saved as data first; the page is drawn from the files, so it shows nothing that was not kept.
+All results are saved as data first. The page is drawn from the saved files, so it shows nothing that is not in them.
 """
 
-import json
 import math
-import os
 import platform
+import shlex
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import torch
 
-from overpaint import (
-    edit,
-    evaluate,
-    probes,
-    report,
-    trace,
-)
+from overpaint import edit, evaluate, files, probes, report, scorers, trace
 from overpaint.edit import Change
 from overpaint.edit.methods.token_rows import edited_words
 from overpaint.evaluate import predicted_drift
 from overpaint.evaluate.results import Comparison
 from overpaint.model import TextToImage
+from overpaint.model.sampling import Progress
 from overpaint.probes import Probe, questions
-from overpaint.scorers import judge as features
-from overpaint.scorers.judge import Judge
+from overpaint.scorers import Judge
 
 __all__ = ["FULL", "QUICK", "Size", "run"]
 
-Progress = Callable[[int, int, str], None]  # done, in all, what
 PREFERRED = "automatic"  # the method whose figures go into the summary
 LAYER = "automatic, layer only"  # the same without the token embedding
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything: the knobs that trade minutes for narrower intervals."""
+    """Sample sizes: larger ones take longer and give narrower intervals."""
 
-    text_probes: int  # prompts of the text trace: one picture for every state of each
-    unet_probes: int  # prompts of the UNet trace: one picture for every site of each, and source
+    text_probes: int  # prompts of the text trace; each draws one picture for every state
+    unet_probes: int  # prompts of the UNet trace; each draws one picture for every site and source
     trace_steps: int  # denoising steps of a traced picture
-    questions: int  # for each style, and half as many unseen wordings
-    steps: int  # denoising steps of a judged picture
+    questions: int  # questions for each style, and half as many unseen wordings
+    steps: int  # denoising steps of an evaluated picture
 
 
 FULL = Size(text_probes=3, unet_probes=3, trace_steps=10, questions=24, steps=12)
@@ -69,45 +60,45 @@ def run(
     """Run the loop on `model` and return the flat figures of `summary.json`.
 
     Args:
-        model: The model; left as it was found.
+        model: The model; its weights are the same afterwards.
         out: Folder of the results; holds `report.html` and `summary.json` at the end.
-        erase: The concept to paint over.
-        replace: What to put in its place.
-        size: How much of everything: `FULL`, `QUICK` or your own.
-        seed: Of everything drawn.
+        erase: The concept to erase.
+        replace: The concept to put in its place.
+        size: Sample sizes: `FULL`, `QUICK` or others.
+        seed: Seed of everything drawn at random.
         scorer: A judge; by default `icons-judge`.
-        on_progress: Told what is done, of how much, and of what.
+        on_progress: Called with (done, total, label).
 
     Raises:
-        ValueError: The judge does not know `erase`, or the model cannot be traced or edited.
+        ValueError: The judge has no label for `erase`, or the model cannot be traced or edited.
         OSError: `out` cannot be written.
     """
-    began = time.perf_counter()
-    judge = features.load(device=model.device) if scorer is None else scorer
+    start = time.perf_counter()
+    judge = scorers.load(device=model.device) if scorer is None else scorer
     kind, label = questions.parse_concept(erase, judge.labels)
     out.mkdir(parents=True, exist_ok=True)
-    tell = on_progress or (lambda done, total, what: None)
+    on_progress = on_progress or (lambda done, total, label: None)
 
-    changes, seconds = _changes(model, {erase: replace}, judge, seed, tell)
+    changes, seconds = _changes(model, {erase: replace}, judge, seed, on_progress)
     changes[PREFERRED].save(out / "change.safetensors")
-    _trace(model, judge, _pick(kind, label, erase, judge.labels), size, seed, out, tell)
+    _trace(
+        model, judge, _choose_probes(kind, label, erase, judge.labels), size, seed, out, on_progress
+    )
     comparison = evaluate.compare(
         model, {"no edit": None, **changes}, erase=erase, replace=replace, scorer=judge,
         size=size.questions, steps=size.steps, seed=seed,
-        on_progress=lambda done, total, name: tell(done, total, f"judging, {name}"),
+        on_progress=lambda done, total, name: on_progress(done, total, f"evaluating, {name}"),
     )  # fmt: skip
     comparison.save(out)
-    asked = questions.build(
+    evaluated = questions.build(
         kind, label, labels=judge.labels, held_out=model.held_out, size=size.questions, seed=seed
     )
-    predicted_drift.save(predicted_drift.predict(model, changes, asked, kind=kind), out)
+    predicted_drift.save(predicted_drift.predict(model, changes, evaluated, kind=kind), out)
     summary = _summary(comparison, judge)
-    summary |= {"edit_seconds": seconds, "seconds": time.perf_counter() - began}
-    _write_json(
-        out / "summary.json",
-        {k: None if math.isnan(v) else round(v, 4) for k, v in summary.items()},
-    )
-    _write_json(
+    summary |= {"edit_seconds": seconds, "seconds": time.perf_counter() - start}
+    rounded = {k: v if math.isnan(v) else round(v, 4) for k, v in summary.items()}
+    files.write_json(out / "summary.json", rounded)
+    files.write_json(
         out / "run.json",
         _run_facts(model, erase, replace, seed, size, comparison, changes[PREFERRED], out),
     )
@@ -116,13 +107,13 @@ def run(
 
 
 def _changes(
-    model: TextToImage, pairs: Mapping[str, str], judge: Judge, seed: int, tell: Progress
+    model: TextToImage, pairs: Mapping[str, str], judge: Judge, seed: int, on_progress: Progress
 ) -> tuple[dict[str, Change], float]:
     """Return the changes to compare, and the seconds that the preferred one took."""
-    known, asked = questions.split_concepts(judge.labels)
+    preserved, evaluated = questions.split_concepts(judge.labels)
     options: dict[str, Any] = {
-        "vocabulary": known, "without": asked,
-        "on_progress": lambda done, total, _: tell(done, total, "editing"),
+        "vocabulary": preserved, "without": evaluated,
+        "on_progress": lambda done, total, _: on_progress(done, total, "editing"),
     }  # fmt: skip
     start = time.perf_counter()
     preferred = edit.auto(model, pairs, **options)
@@ -136,47 +127,48 @@ def _changes(
     }, seconds
 
 
-def _pick(
+def _choose_probes(
     kind: str, label: str, erase: str, labels: Mapping[str, Sequence[str]]
 ) -> tuple[Probe, ...]:
-    """Return the probes of `kind`, those of the concept to erase first, then one of each other concept in turn.
+    """Return the probes of `kind`: those of the concept to erase, alternating with one of each other concept.
 
-    A concept that no table asks about is asked with the judge's own captions.
+    For a concept without probes the questions of its label are used.
     """
-    found = probes.load(kind)
-    own = [p for p in found if p.label == label] or [
+    table = probes.load(kind)
+    target = [p for p in table if p.label == label] or [
         Probe(f"demo-{kind}-{i:03d}", kind, question.prompt, erase, label)
         for i, question in enumerate(questions.build(kind, label, labels=labels, size=4))
         if question.role == "target" and question.prompt.lower().count(erase.lower()) == 1
     ]
-    rest = [p for p in found if p.label != label]
-    turns = max(len(own), 1)
-    mixed = [p for i in range(turns) for p in (*own[i : i + 1], *rest[i::turns][:1])]
-    return tuple(mixed) or found
+    others = [p for p in table if p.label != label]
+    count = max(len(target), 1)
+    mixed = [p for i in range(count) for p in (*target[i : i + 1], *others[i::count][:1])]
+    return tuple(mixed) or table
 
 
 def _trace(
     model: TextToImage,
     judge: Judge,
-    asked: Collection[Probe],
+    chosen: Collection[Probe],
     size: Size,
     seed: int,
     out: Path,
-    tell: Progress,
+    on_progress: Progress,
 ) -> None:
     """Trace the text encoder and the UNet, and save the effects."""
     shared: dict[str, Any] = {
-        "drawing": trace.Drawing(steps=size.trace_steps, seeds=(seed,)), "scorer": judge.score, "on_progress": tell,
+        "drawing": trace.Drawing(steps=size.trace_steps, seeds=(seed,)), "scorer": judge.score,
+        "on_progress": on_progress,
     }  # fmt: skip
-    text = trace.text_encoder(model, tuple(asked)[: size.text_probes], **shared)
+    text = trace.text_encoder(model, tuple(chosen)[: size.text_probes], **shared)
     text.save(out / "text.parquet")
     for source in ("clean_trajectory", "same_latent"):
-        unet = trace.unet(model, tuple(asked)[: size.unet_probes], source=source, **shared)
+        unet = trace.unet(model, tuple(chosen)[: size.unet_probes], source=source, **shared)
         unet.save(out / f"unet-{source}.parquet")
 
 
 def _summary(comparison: Comparison, judge: Judge) -> dict[str, float]:
-    """Return the flat figures; those on real artwork are the judge's card's, as no artwork is shipped."""
+    """Return the flat figures; those on real artwork are read from the judge's card, as no artwork is shipped."""
     names = {
         "object_top1": "object", "style_top1": "style",
         "heldout_object_top1": "object held out", "heldout_style_top1": "style held out",
@@ -205,26 +197,28 @@ def _run_facts(
     change: Change,
     out: Path,
 ) -> dict[str, Any]:
-    """Return the words of the page: title, commands, protocol."""
-    flags = f"--erase {quote(erase)} --replace {quote(replace)} --seed {seed}{' --quick' if size == QUICK else ''}"
-    name, folder = quote(model.name), quote(str(out))
-    device = "" if model.device.type == "cpu" else f" --device {model.device}"
-    judged = comparison.scores[PREFERRED].protocol
+    """Return what the page says of the run: title, commands, protocol."""
+    flags = ["--erase", erase, "--replace", replace, "--seed", str(seed)]
+    if size == QUICK:
+        flags.append("--quick")
+    if model.device.type != "cpu":
+        flags += ["--device", str(model.device)]
+    change_file = str(out / "change.safetensors")
+    evaluation = comparison.scores[PREFERRED].protocol
     return {
         "title": f"{erase} → {replace}",
         "method": PREFERRED,
-        "lead": f"What became of “{erase}” in the text-to-image model {model.name} after one closed-form change of "
-        f"its text encoder, at {' and '.join(change.sites)}: where the model keeps it, what the edit did, and what it "
-        "cost.",
+        "lead": f"“{erase}” in the text-to-image model {model.name}, before and after one closed-form edit of its text "
+        f"encoder at {' and '.join(change.sites)}: where the model keeps it, what the edit did, and what else changed.",
         "commands": [
-            f"overpaint demo --model {name} {flags}{device} --out {folder}",
-            f"overpaint apply {name} {quote(str(out / 'change.safetensors'))} --out runs/edited",
-            f"overpaint report {folder}",
+            shlex.join(["overpaint", "demo", "--model", model.name, *flags, "--out", str(out)]),
+            shlex.join(["overpaint", "apply", model.name, change_file, "--out", "runs/edited"]),
+            shlex.join(["overpaint", "report", str(out)]),
         ],
         "protocol": {
             "Model": model.name,
-            "Judge": judged["judge"],
-            "Pictures judged": f"{judged['questions']} a method, {size.steps} steps, guidance {model.guidance_scale:g}",
+            "Judge": evaluation["judge"],
+            "Pictures": f"{evaluation['questions']} a method, {size.steps} steps, guidance {model.guidance_scale:g}",
             "Traces": f"{size.text_probes} prompts (text encoder), {size.unet_probes} (UNet), {size.trace_steps} steps",
             "Edit": _edit_facts(change),
             "Scheduler": type(model.scheduler).__name__,
@@ -237,22 +231,15 @@ def _run_facts(
 
 
 def _edit_facts(change: Change) -> str:
-    solved, asked = change.report, change.protocol
-    moved = edited_words(solved)
-    rows = f"rows of the token embedding, which nothing else that is looked after reads: {', '.join(moved)}"
-    if not asked["terms"]:
+    """Return one line on what the edit moved and what it preserved."""
+    report, protocol = change.report, change.protocol
+    words = edited_words(report)
+    rows = f"rows of the token embedding that no preserved concept uses: {', '.join(words)}"
+    if not protocol["terms"]:
         return rows
     layer = (
-        f"{asked['contexts']} captions of the concept, {asked['background']} to keep of weight "
-        f"{asked['preserve_weight']:g}, {len(solved['endangered'])} endangered concepts looked after, "
-        f"{100 * solved['missed']:.0f} % of the movement given up"
+        f"fitted to {protocol['contexts']} captions of the concept, {protocol['background']} preserved ones of weight "
+        f"{protocol['preserve_weight']:g}; {len(report['endangered'])} endangered concepts preserved; "
+        f"{100 * report['missed']:.0f} % of the target movement not reached"
     )
-    return f"{rows}; {layer}" if moved else layer
-
-
-def _write_json(path: Path, words: Mapping[str, Any]) -> None:
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(
-        json.dumps(words, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8"
-    )
-    os.replace(draft, path)
+    return f"{rows}; {layer}" if words else layer

@@ -190,7 +190,7 @@ def test_trace_prints_why_no_state_can_be_causal(run, tmp_path):
         (("train", "icons", "--no-diffusion"), "`--steps` and `--no-diffusion` are for matcher"),
         (("report", "nonesuch"), "cannot write into 'nonesuch'"),
         (("trace", "icons", "--part", "vae"), "unknown part 'vae': choose text, unet or swap"),
-        (("trace", "icons", "--part", "swap"), "a swap needs a prompt to swap in: say --target"),
+        (("trace", "icons", "--part", "swap"), "a swap needs words for the concept's place: name them with --target"),
         (("trace", "icons", "--part", "swap", "--target", "x", "--screen", "0.2"), "a swap has none"),
         (("trace", "icons", "--screen", "0.2", "--direction", "corrupt"), "what restoring a state does, not what"),
         (("trace", "icons", "--scorer", "{tmp}", "--out", "{tmp}"), "cannot load a CLIP from"),

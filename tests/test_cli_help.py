@@ -51,7 +51,7 @@ def test_the_shell_completes_verbs(shell):
         "_TYPER_COMPLETE_ARGS": "overpaint st", "_TYPER_COMPLETE_FISH_ACTION": "get-args",
     }  # fmt: skip
     process = subprocess.run(
-        [sys.executable, "-c", "from overpaint.cli import app; app(prog_name='overpaint')"],
+        [sys.executable, "-c", "from overpaint.cli.app import app; app(prog_name='overpaint')"],
         capture_output=True, text=True, env={**os.environ, **variables},
     )  # fmt: skip
     assert "studio" in process.stdout, process.stderr

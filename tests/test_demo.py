@@ -49,8 +49,8 @@ def test_the_folder_holds_the_page_the_figures_and_the_data(demo_run):
     ]  # fmt: skip
     text = (out / "report.html").read_text()
     for part in (
-        "Where the text encoder",
-        "Where the UNet",
+        "Causal trace of the text encoder",
+        "Causal trace of the UNet",
         "Before and after",
         "What the edit did",
         "Predicted against measured",
@@ -87,7 +87,7 @@ def test_every_stage_reports_its_progress_to_the_end(demo_run):
     ]  # fmt: skip
     assert ends["tracing the text encoder"][0] == ends["tracing the text encoder"][1]
     assert all(done <= total for done, total in ends.values())
-    assert ends["judging, random site"][0] == ends["judging, random site"][1]
+    assert ends["evaluating, random site"][0] == ends["evaluating, random site"][1]
 
 
 def test_a_concept_without_a_label_is_refused_before_any_work(tiny_sd1, tmp_path):

@@ -1,15 +1,15 @@
-"""`overpaint evaluate`: what a change did, by a judge's labels, on an evaluation set, and under a short attack."""
+"""`overpaint evaluate`: score a change by labels, by metrics on an evaluation set, and under a short attack."""
 
 import json
-import os
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from overpaint.cli.options import Device, Json, Seed, Steps
+from overpaint import files
+from overpaint.cli.options import Device, Json, Seed, Steps, with_options
 from overpaint.cli.terminal import (
     check_writable,
     load_model,
@@ -25,53 +25,62 @@ if TYPE_CHECKING:
 __all__ = ["evaluate"]
 
 
-def evaluate(
-    context: typer.Context,
-    model: Annotated[
-        str | None, typer.Argument(help="A zoo name (icons), a folder, or a hub id.")
-    ] = None,
-    change: Annotated[Path | None, typer.Argument(help="The change file.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the scores.")] = Path("runs/evaluation"),
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Options of `overpaint evaluate`."""
+
+    out: Annotated[Path, typer.Option(help="Folder for the scores.")] = Path("runs/evaluation")
     size: Annotated[
-        int, typer.Option(help="Questions for each concept; of a set, cases of each role.")
-    ] = 40,
+        int, typer.Option(help="Questions for each concept, or cases of each role of a set.")
+    ] = 40
     cases: Annotated[
         str | None,
         typer.Option(
             "--set", help="Evaluation set: icons, natural, or a .txt, .csv or .toml file."
         ),
-    ] = None,
+    ] = None
     form: Annotated[
         str | None,
         typer.Option(
-            help="Of the file: ablation, csv, timed, road or table. Default: told from it."
+            help="Format of the set's file: ablation, csv, timed, road or table. Default: by its content."
         ),
-    ] = None,
+    ] = None
     scorer: Annotated[
         str | None,
         typer.Option(help="A CLIP (folder or hub id) as the scorer. Default: icons-judge."),
-    ] = None,
+    ] = None
     metric: Annotated[
-        list[str] | None, typer.Option(help="Measure this on the set; may be repeated. Or all.")
-    ] = None,
-    repeats: Annotated[int, typer.Option(help="Pictures of each case of a set.")] = 1,
+        list[str] | None,
+        typer.Option(help="A metric to measure on the set; may be given again. Or all."),
+    ] = None
+    repeats: Annotated[int, typer.Option(help="Pictures of each case of a set.")] = 1
     erase: Annotated[
-        str | None, typer.Option(help="What was edited. Default: as the change says.")
-    ] = None,
+        str | None, typer.Option(help="The erased concept. Default: that of the change.")
+    ] = None
     replace: Annotated[
-        str | None, typer.Option(help="To what. Default: as the change says.")
-    ] = None,
-    kind: Annotated[str | None, typer.Option(help="style or object: of the concept.")] = None,
+        str | None, typer.Option(help="Its replacement. Default: that of the change.")
+    ] = None
+    kind: Annotated[str | None, typer.Option(help="Kind of the concept: style or object.")] = None
     attack: Annotated[
         bool, typer.Option("--attack", help="Also search for prompts that bring the concept back.")
-    ] = False,
-    explain: Annotated[str | None, typer.Option(help="Say what a metric means, and stop.")] = None,
-    seed: Seed = 0,
-    steps: Steps = 16,
+    ] = False
+    explain: Annotated[str | None, typer.Option(help="Explain a metric and stop.")] = None
+    seed: Seed = 0
+    steps: Steps = 16
+
+
+@with_options
+def evaluate(
+    context: typer.Context,
+    options: EvaluateOptions,
+    model: Annotated[
+        str | None, typer.Argument(help="A zoo name (icons), a folder, or a hub id.")
+    ] = None,
+    change: Annotated[Path | None, typer.Argument(help="The change file.")] = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Judge a change: by labels (`overpaint report` draws the result), or by any metric on an evaluation set.
+    """Evaluate a change: by labels (`overpaint report` draws the result), or by metrics on an evaluation set.
 
     \b
     overpaint evaluate icons change.safetensors
@@ -80,8 +89,8 @@ def evaluate(
     overpaint evaluate icons change.safetensors --set icons --attack
     overpaint evaluate --explain kid
     """  # noqa: D301
-    if explain is not None:
-        return _explain(explain, as_json)
+    if options.explain is not None:
+        return _explain(options.explain, as_json)
     if model is None or change is None:
         raise ValueError(
             "name a model and a change file, as in `overpaint evaluate icons change.safetensors`; or a metric, as in "
@@ -89,62 +98,79 @@ def evaluate(
         )
     from overpaint.edit import Change
 
-    check_writable(out)
-    run = _with_command(out, context)
-    found = Change.load(change)
-    asked = (erase or next(iter(found.pairs), ""), replace or "")
-    if not asked[0]:
-        raise ValueError("the change does not say which concept it edits: name it with --erase.")
-    asked = (asked[0], asked[1] or found.pairs.get(asked[0], ""))
-    loaded = load_model(model, device)
+    check_writable(options.out)
+    record = _record(options.out, context)
+    loaded_change = Change.load(change)
+    erase, replace = _concept(loaded_change.pairs, options)
+    run = _Run(load_model(model, device), loaded_change, erase, replace, options, as_json)
+    facts = _evaluate(run, device)
+    files.write_json(options.out / "run.json", record)
+    facts["scores"] = str(options.out)
+    return print_json(facts) if as_json else print_facts(_remaining(facts, run), as_json=False)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A model, a change, its concept and the options."""
+
+    model: Any
+    change: Any
+    erase: str
+    replace: str
+    options: EvaluateOptions
+    quiet: bool
+
+    @property
+    def uses_set(self) -> bool:
+        """Return whether metrics on an evaluation set are measured, instead of labels."""
+        return bool(self.options.cases or self.options.scorer or self.options.metric)
+
+
+def _concept(pairs: dict[str, str], options: EvaluateOptions) -> tuple[str, str]:
+    """Return the erased concept and its replacement: by the options, else the first pair of the change."""
+    erase = options.erase or next(iter(pairs), "")
+    if not erase:
+        raise ValueError("the change names no concept: name the erased one with --erase.")
+    return erase, options.replace or pairs.get(erase, "")
+
+
+def _evaluate(run: _Run, device: str) -> dict[str, Any]:
+    """Run what the options name and return its figures."""
+    options = run.options
     facts: dict[str, Any] = {}
-    measured = bool(cases or scorer or metric)
-    if not measured:
-        facts |= _judge(loaded, found, asked, out, size, seed, steps, as_json)
-    if measured or attack:
-        loaded_scorer = _load_scorer(scorer, device)
-        name = cases or ("natural" if scorer else "icons")
-        chosen = _cases(name, form, kind, asked, loaded_scorer)
-        if measured:
-            facts |= _measure(
-                loaded,
-                found,
-                chosen.thinned(size),
-                loaded_scorer,
-                metric,
-                repeats,
-                out,
-                seed,
-                steps,
-                as_json,
-            )
-        if attack:
-            facts |= _attack(loaded, found, chosen, loaded_scorer, out, seed, steps, as_json)
-    _write(out / "run.json", run)
-    facts["scores"] = str(out)
-    return print_json(facts) if as_json else print_facts(_last(facts, measured), as_json=False)
+    if not run.uses_set:
+        facts |= _recognise(run)
+    if run.uses_set or options.attack:
+        scorer = _load_scorer(options.scorer, device)
+        cases = _cases(run, scorer)
+        if run.uses_set:
+            facts |= _measure(run, cases.thinned(options.size), scorer)
+        if options.attack:
+            facts |= _attack(run, cases, scorer)
+    return facts
 
 
-def _with_command(out: Path, context: typer.Context) -> dict[str, Any]:
-    """Return what `run.json` in `out` says, with this command, and the page's after it, as the last.
+def _record(out: Path, context: typer.Context) -> dict[str, Any]:
+    """Return the content of `run.json` in `out` with this command, and that of the page, as the last ones.
 
     Raises:
         ValueError: The file is damaged.
     """
     path = out / "run.json"
     try:
-        told = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-        earlier = [str(command) for command in told.get("commands", ())]
+        record = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        earlier = [str(command) for command in record.get("commands", ())]
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{str(path)!r} is damaged: it is no JSON object with commands. Delete it, or name another --out."
         ) from error
-    made = [_command(context), shlex.join(["overpaint", "report", str(out)])]
-    return {"method": "change", **told, "commands": [c for c in earlier if c not in made] + made}
+    latest = [_command(context), shlex.join(["overpaint", "report", str(out)])]
+    commands = [command for command in earlier if command not in latest] + latest
+    return {"method": "change", **record, "commands": commands}
 
 
 def _command(context: typer.Context) -> str:
-    """Return the command as it was given; `--json`, which only prints, is left out."""
+    """Return the command line as it was typed, without `--json`."""
     words = ["overpaint", "evaluate"]
     options: list[str] = []
     for parameter in context.command.params:
@@ -162,116 +188,91 @@ def _command(context: typer.Context) -> str:
     return shlex.join(words + options)
 
 
-def _write(path: Path, told: dict[str, Any]) -> None:
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(told, indent=1), encoding="utf-8")
-    os.replace(draft, path)
-
-
 def _explain(name: str, as_json: bool) -> None:
     from overpaint import metrics
 
     print_facts(asdict(metrics.card(name)), as_json=as_json)
 
 
-def _judge(
-    model: Any,
-    change: Any,
-    asked: tuple[str, str],
-    out: Path,
-    size: int,
-    seed: int,
-    steps: int,
-    quiet: bool,
-) -> dict[str, Any]:
+def _recognise(run: _Run) -> dict[str, Any]:
+    """Evaluate by the labels of icons-judge, save the comparison and return its figures."""
     from overpaint.evaluate import compare
 
-    with progress(quiet) as stage:
+    options = run.options
+    with progress(run.quiet) as on_progress:
         comparison = compare(
-            model, {"no edit": None, "change": change}, erase=asked[0], replace=asked[1], size=size, steps=steps,
-            seed=seed, on_progress=lambda done, total, _: stage(done, total, "judging"),
+            run.model, {"no edit": None, "change": run.change}, erase=run.erase, replace=run.replace,
+            size=options.size, steps=options.steps, seed=options.seed,
+            on_progress=lambda done, total, _: on_progress(done, total, "evaluating"),
         )  # fmt: skip
-    comparison.save(out)
+    comparison.save(options.out)
     scores = comparison.scores["change"]
     return {**scores.flat(), **{name: share.mean for name, share in scores.aliases().items()}}
 
 
-def _measure(
-    model: Any, change: Any, cases: Any, scorer: Any, metric: list[str] | None, repeats: int, out: Path, seed: int,
-    steps: int, quiet: bool,
-) -> dict[str, Any]:  # fmt: skip
+def _measure(run: _Run, cases: Any, scorer: Any) -> dict[str, Any]:
+    """Measure the metrics on the cases, save and print them, and return the figures."""
     from overpaint.evaluate import METRICS, measure
 
-    only = METRICS if metric == ["all"] else metric
-    with progress(quiet) as stage:
-        found = measure(
-            model, change, cases, scorer=scorer, only=only, repeats=repeats, steps=steps, seed=seed,
-            on_progress=lambda done, total, what: stage(done, total, f"drawing, {what}"),
+    options = run.options
+    with progress(run.quiet) as on_progress:
+        measures = measure(
+            run.model, run.change, cases, scorer=scorer,
+            only=METRICS if options.metric == ["all"] else options.metric,
+            repeats=options.repeats, steps=options.steps, seed=options.seed,
+            on_progress=lambda done, total, label: on_progress(done, total, f"drawing, {label}"),
         )  # fmt: skip
-    found.save(out)
-    if not quiet:
+    measures.save(options.out)
+    if not run.quiet:
         rows = [
-            (
-                row.role,
-                row.metric,
-                _show(row.before),
-                _show(row.after),
-                _show(row.change),
-                str(row.after.n),
-            )
-            for row in found.rows
+            (r.role, r.metric, _text(r.before), _text(r.after), _text(r.change), str(r.after.n))
+            for r in measures.rows
         ]
         print_table(("prompts", "metric", "before", "after", "change", "n"), rows)
-    return found.flat()
+    return measures.flat()
 
 
-def _attack(
-    model: Any, change: Any, cases: Any, scorer: Any, out: Path, seed: int, steps: int, quiet: bool
-) -> dict[str, Any]:
+def _attack(run: _Run, cases: Any, scorer: Any) -> dict[str, Any]:
+    """Search for prompts that bring the concept back, save and print them, and return the figures."""
     from overpaint.evaluate import attack
 
-    with progress(quiet) as stage:
-        found = attack.search(
-            model, change, cases, scorer=scorer, steps=steps, seed=seed,
-            on_progress=lambda done, total, what: stage(done, total, f"attacking, {what}"),
+    with progress(run.quiet) as on_progress:
+        result = attack.search(
+            run.model, run.change, cases, scorer=scorer, steps=run.options.steps, seed=run.options.seed,
+            on_progress=lambda done, total, label: on_progress(done, total, f"attacking, {label}"),
         )  # fmt: skip
-    found.save(out)
-    if not quiet:
+    result.save(run.options.out)
+    if not run.quiet:
         rows = [
-            ("unedited", "the prompts as they are", _show(found.before)),
-            ("edited", "the prompts as they are", _show(found.after)),
-            ("edited", "the concept left out", _show(found.chance)),
-            *((a.family, a.words, _show(a.confirmed)) for a in found.attempts if a.confirmed),
+            ("unedited", "the prompts as they are", _text(result.before)),
+            ("edited", "the prompts as they are", _text(result.after)),
+            ("edited", "the concept left out", _text(result.chance)),
+            *((a.family, a.words, _text(a.confirmed)) for a in result.attempts if a.confirmed),
         ]
-        print_table(("attack", "asked", found.protocol["score"]), rows)
-    return found.flat()
+        print_table(("attack", "prompt", result.protocol["score"]), rows)
+    return result.flat()
 
 
 def _load_scorer(source: str | None, device: str) -> Any:
-    if source is not None:
-        from overpaint.scorers.clip import Clip
+    from overpaint import scorers
 
-        return Clip(source, device=device)
-    from overpaint.scorers import judge
-
-    return judge.load(device=device)
+    return scorers.load(device=device) if source is None else scorers.Clip(source, device=device)
 
 
-def _cases(
-    name: str, form: str | None, kind: str | None, asked: tuple[str, str], scorer: Any
-) -> Any:
-    """Return the evaluation set: one of ours by name, else a file."""
+def _cases(run: _Run, scorer: Any) -> Any:
+    """Return the evaluation set: a shipped one by its name, else a file."""
     from overpaint import probes
 
-    erase, replace = asked
-    chosen = kind or _kind(erase, scorer)
+    options = run.options
+    name = options.cases or ("natural" if options.scorer else "icons")
+    kind = options.kind or _kind(run.erase, scorer)
     if name in probes.VOCABULARIES:
-        return probes.load_shipped_set(chosen, erase, replace, vocabulary=name)
-    return probes.load_set(name, erase=erase, replace=replace, kind=chosen, form=form)
+        return probes.load_shipped_set(kind, run.erase, run.replace, vocabulary=name)
+    return probes.load_set(name, erase=run.erase, replace=run.replace, kind=kind, form=options.form)
 
 
 def _kind(erase: str, scorer: Any) -> str:
-    """Return the kind of the concept: by the judge's labels, else a style if it says so."""
+    """Return the kind of the concept: by the scorer's labels; else style if the last word says so, or object."""
     from overpaint.probes import questions
 
     if labels := getattr(scorer, "labels", None):
@@ -282,22 +283,18 @@ def _kind(erase: str, scorer: Any) -> str:
     return "style" if erase.lower().split()[-1] == "style" else "object"
 
 
-def _last(facts: dict[str, Any], measured: bool) -> dict[str, Any]:
-    """Return what no table has shown."""
-    if not measured:
+def _remaining(facts: dict[str, Any], run: _Run) -> dict[str, Any]:
+    """Return the figures that no printed table shows."""
+    if not run.uses_set:
         return {k: v for k, v in facts.items() if not k.startswith("attack_") or "back" in k}
     names = (
-        "reliability",
-        "generality",
-        "locality",
-        "attack_recovered",
-        "attack_brought_back",
-        "scores",
-    )
+        "reliability", "generality", "locality", "attack_recovered", "attack_brought_back", "scores",
+    )  # fmt: skip
     return {name: facts[name] for name in names if name in facts}
 
 
-def _show(interval: "Interval") -> str:
+def _text(interval: "Interval") -> str:
+    """Return a mean with its interval, or empty text where nothing was measured."""
     if not interval.n:
         return ""
     if interval.low != interval.low:  # no interval

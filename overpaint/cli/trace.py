@@ -1,12 +1,13 @@
-"""`overpaint trace`: the one verb with many options."""
+"""`overpaint trace`: causal tracing of the text encoder or the UNet."""
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from overpaint.cli.options import Device, Json, Model, Seed, Steps
+from overpaint.cli.options import Device, Json, Model, Seed, Steps, with_options
 from overpaint.cli.terminal import (
     check_writable,
     load_model,
@@ -17,63 +18,71 @@ from overpaint.cli.terminal import (
 )
 
 if TYPE_CHECKING:
+    from overpaint.model.sampling import Progress
     from overpaint.trace import Effects
 
 __all__ = ["trace"]
 
 
-def trace(
-    model: Model,
+@dataclass(frozen=True)
+class TraceOptions:
+    """Options of `overpaint trace`."""
+
     out: Annotated[
-        Path, typer.Option(help="Folder for the effects; a stopped trace goes on there.")
-    ] = Path("runs/trace"),
-    part: Annotated[str, typer.Option(help="text, unet, or swap (the direct effect).")] = "text",
-    kind: Annotated[str, typer.Option(help="Which probes: style, object, color, ...")] = "style",
-    vocabulary: Annotated[str, typer.Option(help="icons, or natural for photographs.")] = "icons",
+        Path, typer.Option(help="Folder for the effects; a stopped trace is resumed there.")
+    ] = Path("runs/trace")
+    part: Annotated[str, typer.Option(help="text, unet, or swap (the direct effect).")] = "text"
+    kind: Annotated[str, typer.Option(help="Kind of the probes: style, object, color, ...")] = (
+        "style"
+    )
+    vocabulary: Annotated[str, typer.Option(help="icons, or natural for photographs.")] = "icons"
     prompts: Annotated[
-        Path | None, typer.Option(help="Your own: a CSV of case_number,prompt,evaluation_seed.")
-    ] = None,
+        Path | None,
+        typer.Option(help="A CSV of case_number,prompt,evaluation_seed instead of the probes."),
+    ] = None
     concept: Annotated[
-        str | None, typer.Option(help="Its words in the prompts of the CSV.")
-    ] = None,
+        str | None, typer.Option(help="The words of the concept in the prompts of the CSV.")
+    ] = None
     limit: Annotated[
-        int | None, typer.Option(help="At most so many probes.", show_default="8, or the whole CSV")
-    ] = None,
-    source: Annotated[
-        str, typer.Option(help="unet: clean_trajectory or same_latent.")
-    ] = "clean_trajectory",
-    branches: Annotated[str, typer.Option(help="unet: both or cond.")] = "both",
-    direction: Annotated[str, typer.Option(help="restore or corrupt.")] = "restore",
-    heads: Annotated[bool, typer.Option("--heads", help="Each attention head too.")] = False,
+        int | None,
+        typer.Option(help="Largest number of probes.", show_default="8, or the whole CSV"),
+    ] = None
+    source: Annotated[str, typer.Option(help="unet: clean_trajectory or same_latent.")] = (
+        "clean_trajectory"
+    )
+    branches: Annotated[str, typer.Option(help="unet: both or cond.")] = "both"
+    direction: Annotated[str, typer.Option(help="restore or corrupt.")] = "restore"
+    heads: Annotated[bool, typer.Option("--heads", help="Each attention head too.")] = False
     windows: Annotated[
         bool, typer.Option("--windows", help="unet: each third of the steps too.")
-    ] = False,
-    target: Annotated[
-        str, typer.Option(help="swap: the words to put in the concept's place.")
-    ] = "",
-    window: Annotated[int, typer.Option(help="swap: how many layers at once.")] = 2,
+    ] = False
+    target: Annotated[str, typer.Option(help="swap: the words to put in the concept's place.")] = ""
+    window: Annotated[int, typer.Option(help="swap: layers swapped together.")] = 2
     screen: Annotated[
         float | None, typer.Option(help="Draw only this share of the states, the best by gradient.")
-    ] = None,
+    ] = None
     features_only: Annotated[
         bool, typer.Option("--features-only", help="text: draw no pictures.")
-    ] = False,
+    ] = False
     scorer: Annotated[
         str | None,
         typer.Option(
             help="A CLIP (folder or hub id) instead of icons-judge, for pictures of any size."
         ),
-    ] = None,
-    noise_samples: Annotated[int, typer.Option(help="Corruptions a prompt.")] = 1,
-    sigma: Annotated[str, typer.Option(help="Their size: a number, or as in 3std.")] = "3std",
-    solver: Annotated[str, typer.Option(help="own, ddim or dpm.")] = "dpm",
-    memory: Annotated[float | None, typer.Option(help="MiB for activations.")] = None,
-    seed: Seed = 0,
-    steps: Steps = 10,
-    device: Device = "cpu",
-    as_json: Json = False,
+    ] = None
+    noise_samples: Annotated[int, typer.Option(help="Corruptions a prompt.")] = 1
+    sigma: Annotated[str, typer.Option(help="Their size: a number, or as in 3std.")] = "3std"
+    solver: Annotated[str, typer.Option(help="own, ddim or dpm.")] = "dpm"
+    memory: Annotated[float | None, typer.Option(help="MiB for activations.")] = None
+    seed: Seed = 0
+    steps: Steps = 10
+
+
+@with_options
+def trace(
+    model: Model, options: TraceOptions, device: Device = "cpu", as_json: Json = False
 ) -> None:
-    """Find where a kind of concept is kept; `overpaint report` draws the result.
+    """Measure where a kind of concept is kept; `overpaint report` draws the result.
 
     \b
     overpaint trace icons --kind color
@@ -81,63 +90,111 @@ def trace(
     overpaint trace ./sd14 --vocabulary natural --scorer openai/clip-vit-base-patch32 --limit 40
     overpaint trace icons --part swap --target "noto style"
     """  # noqa: D301
-    from overpaint import probes, trace
-    from overpaint.scorers.clip import Clip
+    from overpaint import trace
+    from overpaint.scorers import Clip
 
-    _check(part, screen, target, direction)
-    check_writable(out)
-    if prompts is None:
-        asked = probes.load(kind, vocabulary=vocabulary)[: 8 if limit is None else limit]
-    else:
-        asked = probes.load_file(prompts, kind=kind, concept=concept)[:limit]
+    _check(options)
+    check_writable(options.out)
+    chosen = _probes(options)
+    sigma = _sigma(options.sigma)
+    drawing = trace.Drawing(
+        steps=options.steps, solver=options.solver, seeds=(options.seed,), memory=options.memory
+    )
     loaded = load_model(model, device)
-    drawing = trace.Drawing(steps=steps, solver=solver, seeds=(seed,), memory=memory)
-    clip = None if scorer is None else Clip(scorer, device=device).score
-    noise = trace.Noise(noise_samples, _sigma(sigma))
-    mode: dict[str, Any] = {"source": source, "branches": branches} if part == "unet" else {}
-    name = {"text": "text", "unet": f"unet-{source}", "swap": "swap"}[part]
-    with progress(as_json) as stage:
-        estimate = None
-        if screen is not None:
-            run: Any = trace.screening.text_encoder if part == "text" else trace.screening.unet
-            estimate = run(
-                loaded, asked, last=min(5, steps), noise=noise, drawing=replace(drawing, batch_size=8), scorer=clip,
-                on_progress=stage, **mode,
-            )  # fmt: skip
-            estimate.save(out / f"{name}-screen.parquet")
-        shared: dict[str, Any] = {
-            "drawing": drawing, "scorer": clip, "folder": out / f"{name}-runs", "on_progress": stage,
-        }  # fmt: skip
-        if part == "text":
-            effects = trace.text_encoder(
-                loaded, asked, states=trace.TextStates(heads=heads, only=_best(estimate, screen)),
-                direction=direction, generate=not features_only, noise=noise, **shared,  # type: ignore[arg-type]
-            )  # fmt: skip
-        elif part == "unet":
-            best = _best(estimate, screen)
-            states = trace.UNetStates(
-                heads=heads, windows=tuple(trace.WINDOWS) if windows else ("",),
-                only=None if best is None else [site for site, _ in best],
-            )  # fmt: skip
-            effects = trace.unet(
-                loaded, asked, states=states, direction=direction, noise=noise, **mode, **shared,  # type: ignore[arg-type]
-            )  # fmt: skip
-        else:
-            effects = trace.prompt_swap(loaded, asked, target=target, window=window, **shared)
-    if estimate is not None and screen is not None:
-        effects = trace.screening.with_note(effects, estimate, share=screen)
-    _show(effects, effects.save(out / f"{name}.parquet"), as_json=as_json)
+    run = _Run(
+        loaded, chosen, drawing, trace.Noise(options.noise_samples, sigma),
+        None if options.scorer is None else Clip(options.scorer, device=device).score, options,
+    )  # fmt: skip
+    with progress(as_json) as on_progress:
+        estimate = None if options.screen is None else _estimate(run, on_progress)
+        effects = _effects(run, estimate, on_progress)
+    if estimate is not None:
+        effects = trace.screening.with_note(effects, estimate, share=options.screen or 1.0)
+    _print_effects(effects, effects.save(run.path("")), as_json=as_json)
 
 
-def _check(part: str, screen: float | None, target: str, direction: str) -> None:
+@dataclass(frozen=True)
+class _Run:
+    """A model, what is traced in it, and the settings of every step."""
+
+    model: Any
+    probes: Sequence[Any]
+    drawing: Any
+    noise: Any
+    scorer: Any
+    options: TraceOptions
+
+    @property
+    def mode(self) -> dict[str, Any]:
+        """Settings that only the tracers of the UNet take."""
+        o = self.options
+        return {"source": o.source, "branches": o.branches} if o.part == "unet" else {}
+
+    def path(self, suffix: str, ending: str = ".parquet") -> Path:
+        """Return where effects are saved: `text.parquet`, `unet-same_latent.parquet`, `swap-runs`, ..."""
+        part = self.options.part
+        name = f"unet-{self.options.source}" if part == "unet" else part
+        return self.options.out / f"{name}{suffix}{ending}"
+
+
+def _probes(options: TraceOptions) -> Sequence[Any]:
+    from overpaint import probes
+
+    if options.prompts is not None:
+        table = probes.load_file(options.prompts, kind=options.kind, concept=options.concept)
+        return table[: options.limit]
+    table = probes.load(options.kind, vocabulary=options.vocabulary)
+    return table[: 8 if options.limit is None else options.limit]
+
+
+def _estimate(run: _Run, on_progress: "Progress") -> "Effects":
+    """Return the effects of all states estimated by gradient, and save them."""
+    from overpaint.trace import screening
+
+    screen: Any = screening.text_encoder if run.options.part == "text" else screening.unet
+    estimate = screen(
+        run.model, run.probes, last=min(5, run.options.steps), noise=run.noise,
+        drawing=replace(run.drawing, batch_size=8), scorer=run.scorer, on_progress=on_progress, **run.mode,
+    )  # fmt: skip
+    estimate.save(run.path("-screen"))
+    return estimate
+
+
+def _effects(run: _Run, estimate: "Effects | None", on_progress: "Progress") -> "Effects":
+    """Trace the part that the options name: all states, or the best of an estimate."""
+    from overpaint import trace
+
+    o = run.options
+    best = None
+    if estimate is not None and o.screen is not None:
+        best = trace.screening.best(estimate, o.screen)
+    shared: dict[str, Any] = {
+        "drawing": run.drawing, "scorer": run.scorer, "folder": run.path("-runs", ""), "on_progress": on_progress,
+    }  # fmt: skip
+    if o.part == "swap":
+        return trace.prompt_swap(run.model, run.probes, target=o.target, window=o.window, **shared)
+    shared |= {"direction": o.direction, "noise": run.noise}
+    if o.part == "text":
+        states: Any = trace.TextStates(heads=o.heads, only=best)
+        generate = not o.features_only
+        return trace.text_encoder(run.model, run.probes, states=states, generate=generate, **shared)
+    states = trace.UNetStates(
+        heads=o.heads, windows=tuple(trace.WINDOWS) if o.windows else ("",),
+        only=None if best is None else [site for site, _ in best],
+    )  # fmt: skip
+    return trace.unet(run.model, run.probes, states=states, **run.mode, **shared)
+
+
+def _check(options: TraceOptions) -> None:
+    part, screen, direction = options.part, options.screen, options.direction
     if part not in ("text", "unet", "swap"):
         raise ValueError(f"unknown part {part!r}: choose text, unet or swap.")
-    if part == "swap" and not target:
+    if part == "swap" and not options.target:
         raise ValueError(
-            "a swap needs a prompt to swap in: say --target, for example --target 'noto style'."
+            "a swap needs words for the concept's place: name them with --target, for example --target 'noto style'."
         )
     if part == "swap" and screen is not None:
-        raise ValueError("--screen estimates states, and a swap has none: leave one of them out.")
+        raise ValueError("--screen ranks single states and a swap has none: leave one of them out.")
     if screen is not None and direction != "restore":
         raise ValueError(
             f"--screen estimates what restoring a state does, not what --direction {direction} does: leave one of them "
@@ -152,12 +209,6 @@ def _sigma(text: str) -> float | str:
         return text  # a factor, or an error that `Noise` reports
 
 
-def _best(estimate: "Effects | None", share: float | None) -> tuple[tuple[str, str], ...] | None:
-    from overpaint.trace import screening
-
-    return None if estimate is None or share is None else screening.best(estimate, share)
-
-
 def _proxy(effects: "Effects") -> float | None:
     """Return the rank correlation of the text features' recovery, which needs no picture, and the pictures' effects."""
     names = ("embed_recovery", "indirect_effect")
@@ -166,8 +217,8 @@ def _proxy(effects: "Effects") -> float | None:
     return effects.agreement(effects, value=names[0], other_value=names[1]).mean
 
 
-def _show(effects: "Effects", path: Path, *, as_json: bool) -> None:
-    """Print the ten best states, and where all of them are."""
+def _print_effects(effects: "Effects", path: Path, *, as_json: bool) -> None:
+    """Print the ten best states and where the effects of all of them are saved."""
     test = effects.test()
     rows = sorted(test.table.to_pylist(), key=lambda row: -row["mean"])[:10]
     facts: dict[str, Any] = {"effects": str(path), "dropped": effects.dropped}
