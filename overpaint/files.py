@@ -68,6 +68,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     restore_folder(place)
     try:
         with atomic(place) as draft:
+            _remove(draft)  # left by a killed process of the same number, as in a restarted container
             draft.mkdir()
             yield draft
             if place.exists():

@@ -129,6 +129,7 @@ def test_a_folder_that_a_killed_replacement_moved_aside_is_restored(tmp_path):
     assert not place.exists()
     files.restore_folder(place)
     assert (place / "card.json").read_text() == "old"
+    (tmp_path / f".model.{os.getpid()}.part").mkdir()  # of a killed process with this number
     with files.atomic_folder(place) as draft:
         (draft / "card.json").write_text("new")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
