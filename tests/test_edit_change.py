@@ -1,16 +1,19 @@
-"""A change as data: applied exactly, reverted bit for bit, saved whole or not at all."""
+"""Change: applied exactly, reverted bit for bit, saved atomically, and files that are refused."""
 
 import copy
 import dataclasses
 import json
 import math
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
+from parameters import fingerprints
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import overpaint
 from overpaint import edit
 from overpaint.edit import Change
 from overpaint.edit.storage import FORMAT, checksum
@@ -22,27 +25,15 @@ PAIRS = {"van gogh": "painting"}
 SITE = "text.0.self_attn.out_proj"
 
 
-def everything(model):
-    """The bytes of every tensor of the pipeline."""
-    parts = (model.text_encoder, model.unet, model.vae)
-    return {(i, n): fingerprint(p) for i, m in enumerate(parts) for n, p in m.named_parameters()}
-
-
 def differing(before, after):
     return [name for name in before if before[name] != after[name]]
 
 
-def at(change, site):
-    """The same movement at another place."""
+def moved_to(change, site):
+    """Return the same movement at another weight."""
     return dataclasses.replace(
         change, movements=(dataclasses.replace(change.movements[0], site=site),)
     )
-
-
-@pytest.fixture
-def own(tiny_sd1):
-    """A copy of the model that a test may spoil."""
-    return TextToImage(copy.deepcopy(tiny_sd1.pipe), name="own")
 
 
 @pytest.fixture(scope="module")
@@ -58,159 +49,161 @@ def saved(change, tmp_path):
 
 
 @pytest.mark.parametrize("make", [edit.quickfix, edit.swap_embedding, edit.random_site])
-def test_exactly_one_tensor_moves_and_comes_back(own, make):
-    before = everything(own)
-    made = make(own, PAIRS)
-    made.apply(own)
-    assert len(differing(before, everything(own))) == 1
-    assert made.is_applied(own)
-    made.revert(own)
-    assert everything(own) == before and not made.is_applied(own)
+def test_exactly_one_tensor_moves_and_is_restored(copied, make):
+    before = fingerprints(copied)
+    change = make(copied, PAIRS)
+    change.apply(copied)
+    assert len(differing(before, fingerprints(copied))) == 1
+    assert change.is_applied(copied)
+    change.revert(copied)
+    assert fingerprints(copied) == before and not change.is_applied(copied)
 
 
-def test_the_weight_moves_by_the_delta(own, change):
-    before = find_weight(own, SITE).parameter.detach().clone()
-    with change.applied(own) as model:
-        assert model is own
+def test_the_weight_moves_by_delta(copied, change):
+    before = find_weight(copied, SITE).parameter.detach().clone()
+    with change.applied(copied) as model:
+        assert model is copied
         assert torch.equal(
-            find_weight(own, SITE).parameter, (before.double() + change.delta).float()
+            find_weight(copied, SITE).parameter, (before.double() + change.delta).float()
         )
-    assert torch.equal(find_weight(own, SITE).parameter, before)
+    assert torch.equal(find_weight(copied, SITE).parameter, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_dtypes_are_solved_in_double_and_come_back_to_the_bit(own, dtype):
-    own.text_encoder.to(dtype)
-    parameter, before = find_weight(own, SITE).parameter, everything(own)
+def test_other_dtypes_are_solved_in_double_and_restored_bit_for_bit(copied, dtype):
+    copied.text_encoder.to(dtype)
+    parameter, before = find_weight(copied, SITE).parameter, fingerprints(copied)
     parameter.requires_grad_(False)
-    made = edit.quickfix(own, PAIRS)
-    assert made.left.dtype == made.right.dtype == torch.float64
-    made.apply(own)
-    assert find_weight(own, SITE).parameter is parameter
+    change = edit.quickfix(copied, PAIRS)
+    assert change.left.dtype == change.right.dtype == torch.float64
+    change.apply(copied)
+    assert find_weight(copied, SITE).parameter is parameter
     assert (parameter.dtype, parameter.requires_grad) == (dtype, False)
-    assert differing(before, everything(own)) == [
+    assert differing(before, fingerprints(copied)) == [
         name
         for name in before
         if name[0] == 0 and name[1].endswith("layers.0.self_attn.out_proj.weight")
     ]
-    made.revert(own)
-    assert everything(own) == before
+    change.revert(copied)
+    assert fingerprints(copied) == before
 
 
-def test_odd_bytes_come_back(own):
-    """Adding and subtracting would turn -0 into 0 and lose what is far smaller than the movement."""
-    own.text_encoder.half()
+def test_negative_zero_and_tiny_numbers_are_restored(copied):
+    """Adding and subtracting would turn -0 into 0 and lose numbers far smaller than the movement."""
+    copied.text_encoder.half()
     with torch.no_grad():
-        find_weight(own, SITE).parameter[0, :3] = torch.tensor([-0.0, 6e-8, 1.0])
-    before = fingerprint(find_weight(own, SITE).parameter)
-    with edit.quickfix(own, PAIRS).applied(own):
-        assert fingerprint(find_weight(own, SITE).parameter) != before
-    assert fingerprint(find_weight(own, SITE).parameter) == before
+        find_weight(copied, SITE).parameter[0, :3] = torch.tensor([-0.0, 6e-8, 1.0])
+    before = fingerprint(find_weight(copied, SITE).parameter)
+    with edit.quickfix(copied, PAIRS).applied(copied):
+        assert fingerprint(find_weight(copied, SITE).parameter) != before
+    assert fingerprint(find_weight(copied, SITE).parameter) == before
 
 
-def test_tied_weights_stay_tied(own):
-    own.text_encoder.twin = torch.nn.Embedding(1, 1)
-    own.text_encoder.twin.weight = find_weight(own, "text.token_embedding").parameter
-    with edit.swap_embedding(own, {"dog": "cat"}).applied(own):
-        assert own.text_encoder.twin.weight is find_weight(own, "text.token_embedding").parameter
-    assert own.text_encoder.twin.weight is find_weight(own, "text.token_embedding").parameter
+def test_tied_weights_stay_tied(copied):
+    copied.text_encoder.twin = torch.nn.Embedding(1, 1)
+    copied.text_encoder.twin.weight = find_weight(copied, "text.token_embedding").parameter
+    with edit.swap_embedding(copied, {"dog": "cat"}).applied(copied):
+        assert (
+            copied.text_encoder.twin.weight is find_weight(copied, "text.token_embedding").parameter
+        )
+    assert copied.text_encoder.twin.weight is find_weight(copied, "text.token_embedding").parameter
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, GeneratorExit])
-def test_the_weights_return_however_the_block_ends(own, change, error):
-    before = everything(own)
-    with pytest.raises(error), change.applied(own):
-        assert everything(own) != before
+def test_the_weights_are_restored_after_any_exception(copied, change, error):
+    before = fingerprints(copied)
+    with pytest.raises(error), change.applied(copied):
+        assert fingerprints(copied) != before
         raise error
-    assert everything(own) == before and not change.is_applied(own)
+    assert fingerprints(copied) == before and not change.is_applied(copied)
 
 
-def test_the_block_takes_back_whatever_was_done_to_the_weight(own, change):
-    before = everything(own)
-    with change.applied(own):
-        edit.quickfix(own, {"dog": "cat"}).apply(own)
-        find_weight(own, SITE).parameter.data[0, 0] = 7.0
-    assert everything(own) == before and not change.is_applied(own)
+def test_the_block_undoes_other_changes_of_the_weight(copied, change):
+    before = fingerprints(copied)
+    with change.applied(copied):
+        edit.quickfix(copied, {"dog": "cat"}).apply(copied)
+        find_weight(copied, SITE).parameter.data[0, 0] = 7.0
+    assert fingerprints(copied) == before and not change.is_applied(copied)
 
 
-def test_changes_of_different_weights_revert_in_any_order(own, change):
-    before = everything(own)
-    other = edit.swap_embedding(own, PAIRS)
-    change.apply(own)
-    other.apply(own)
-    change.revert(own)
-    other.revert(own)
-    assert everything(own) == before
+def test_changes_of_different_weights_revert_in_any_order(copied, change):
+    before = fingerprints(copied)
+    other = edit.swap_embedding(copied, PAIRS)
+    change.apply(copied)
+    other.apply(copied)
+    change.revert(copied)
+    other.revert(copied)
+    assert fingerprints(copied) == before
 
 
-def test_changes_of_one_weight_revert_last_first(own, change):
-    before = everything(own)
-    change.apply(own)
-    later = edit.quickfix(own, {"dog": "cat"})  # made on the edited model, so that it fits on top
-    later.apply(own)
+def test_changes_of_one_weight_revert_in_reverse_order(copied, change):
+    before = fingerprints(copied)
+    change.apply(copied)
+    later = edit.quickfix(copied, {"dog": "cat"})  # change on the edited model
+    later.apply(copied)
     with pytest.raises(
         ValueError, match="another change was applied .* after this one: revert that"
     ):
-        change.revert(own)
-    later.revert(own)
-    change.revert(own)
-    assert everything(own) == before
+        change.revert(copied)
+    later.revert(copied)
+    change.revert(copied)
+    assert fingerprints(copied) == before
 
 
-def test_another_weight_is_refused_by_its_hash(own, change):
-    find_weight(own, SITE).parameter.data[0, 0] += 1e-3
-    before = everything(own)
+def test_a_weight_with_another_hash_is_refused(copied, change):
+    find_weight(copied, SITE).parameter.data[0, 0] += 1e-3
+    before = fingerprints(copied)
     for attempt in (change.apply, lambda model: change.applied(model).__enter__()):
         with pytest.raises(
-            ValueError, match=rf"wrong base hash: {SITE} of 'own' .* the model it was"
+            ValueError, match=rf"wrong base hash: {SITE} of 'copied' .* the model it was"
         ):
-            attempt(own)
-    assert everything(own) == before
+            attempt(copied)
+    assert fingerprints(copied) == before
 
 
-def test_another_dtype_is_refused_by_its_hash(own, change):
-    own.text_encoder.half()
+def test_a_weight_of_another_dtype_is_refused(copied, change):
+    copied.text_encoder.half()
     with pytest.raises(ValueError, match="wrong base hash: .* in the same dtype"):
-        change.apply(own)
+        change.apply(copied)
 
 
-def test_applying_twice_is_refused(own, change):
-    change.apply(own)
+def test_applying_twice_is_refused(copied, change):
+    change.apply(copied)
     with pytest.raises(
         ValueError, match="wrong base hash: .* revert the change applied there first"
     ):
-        change.apply(own)
-    change.revert(own)
+        change.apply(copied)
+    change.revert(copied)
 
 
-def test_reverting_what_is_not_applied_is_refused(own, change):
-    before = everything(own)
+def test_reverting_a_change_that_is_not_applied_is_refused(copied, change):
+    before = fingerprints(copied)
     with pytest.raises(
         ValueError, match="this change is not applied to text.0.* nothing to revert"
     ):
-        change.revert(own)
-    change.apply(own)
-    clone = TextToImage(copy.deepcopy(own.pipe), name="clone")
+        change.revert(copied)
+    change.apply(copied)
+    clone = TextToImage(copy.deepcopy(copied.pipe), name="clone")
     with pytest.raises(ValueError, match="not applied .* of 'clone'"):
         change.revert(clone)
-    change.revert(own)
-    assert everything(own) == before
+    change.revert(copied)
+    assert fingerprints(copied) == before
 
 
-def test_reverting_over_foreign_writes_is_refused(own, change):
-    change.apply(own)
-    find_weight(own, SITE).parameter.data[0, 0] = 7.0
+def test_reverting_after_another_write_is_refused(copied, change):
+    change.apply(copied)
+    find_weight(copied, SITE).parameter.data[0, 0] = 7.0
     with pytest.raises(ValueError, match="something else wrote to it: to discard that too, load"):
-        change.revert(own)
+        change.revert(copied)
 
 
-def test_a_result_that_overflows_is_refused(own):
-    own.text_encoder.half()
-    made = edit.quickfix(own, PAIRS)
-    before = everything(own)
+def test_an_overflow_is_refused(copied):
+    copied.text_encoder.half()
+    change = edit.quickfix(copied, PAIRS)
+    before = fingerprints(copied)
     with pytest.raises(ValueError, match=r"gives numbers that torch\.float16 cannot hold"):
-        (made * 1e9).apply(own)
-    assert everything(own) == before
+        (change * 1e9).apply(copied)
+    assert fingerprints(copied) == before
 
 
 def test_a_change_is_frozen(change):
@@ -229,21 +222,21 @@ def test_a_change_is_frozen(change):
         ("unet.cross_attn.3", "unknown weight 'unet.cross_attn.3': an edit can"),
     ],
 )
-def test_unknown_sites_are_refused(own, change, site, message):
+def test_unknown_sites_are_refused(copied, change, site, message):
     with pytest.raises(UnknownSite, match=message):
-        at(change, site).apply(own)
+        moved_to(change, site).apply(copied)
 
 
-def test_an_adapter_is_refused(own, change):
+def test_an_adapter_is_refused(copied, change):
     class Adapter(torch.nn.Linear):
         pass
 
-    own.text_encoder.encoder.layers[0].self_attn.out_proj = Adapter(64, 64)
+    copied.text_encoder.encoder.layers[0].self_attn.out_proj = Adapter(64, 64)
     with pytest.raises(UnsupportedModel, match="is a Adapter, not a plain Linear: remove adapters"):
-        change.apply(own)
+        change.apply(copied)
 
 
-def test_the_hash_sees_bytes_shape_and_dtype():
+def test_the_fingerprint_depends_on_bytes_shape_and_dtype():
     zero = torch.zeros(2, 2)
     hashes = {
         fingerprint(t)
@@ -254,7 +247,7 @@ def test_the_hash_sees_bytes_shape_and_dtype():
     assert fingerprint(square.T) == fingerprint(square.T.contiguous()) != fingerprint(square)
 
 
-def test_saved_and_loaded_is_the_same_change(own, change, saved):
+def test_a_loaded_change_equals_the_saved_one(copied, change, saved):
     loaded = Change.load(saved)
     assert loaded.digest == change.digest
     for name in ("left", "right", "keys", "residuals"):
@@ -262,42 +255,42 @@ def test_saved_and_loaded_is_the_same_change(own, change, saved):
     assert loaded.movements[0].owners == change.movements[0].owners
     assert loaded.protocol == change.protocol and loaded.report == change.report
     assert (loaded.pairs, loaded.ridge, loaded.site) == (PAIRS, 0.01, SITE)
-    before = everything(own)
-    loaded.apply(own)
-    edited = everything(own)
-    change.revert(own)  # a saved copy and its original are one change
-    assert everything(own) == before
-    with change.applied(own):
-        assert everything(own) == edited
+    before = fingerprints(copied)
+    loaded.apply(copied)
+    edited = fingerprints(copied)
+    change.revert(copied)  # a saved copy reverts its original
+    assert fingerprints(copied) == before
+    with change.applied(copied):
+        assert fingerprints(copied) == edited
 
 
-def test_a_swap_survives_its_file(own, tmp_path):
-    swap = edit.swap_embedding(own, PAIRS)
+def test_an_embedding_swap_is_saved_and_loaded(copied, tmp_path):
+    swap = edit.swap_embedding(copied, PAIRS)
     swap.save(tmp_path / "swap.safetensors")
     loaded = Change.load(tmp_path / "swap.safetensors")
     assert loaded.digest == swap.digest and loaded.ridge is None
 
 
-def test_files_are_plain_safetensors_and_nothing_is_left_beside(change, saved):
+def test_files_are_plain_safetensors_and_no_draft_is_left(change, saved):
     assert set(load_file(saved)) == {"0.left", "0.right", "0.residuals", "keys.0"}
     change.save(saved)
     assert [p.name for p in saved.parent.iterdir()] == ["change.safetensors"]
 
 
-def test_a_failed_save_leaves_the_old_file_and_no_half_one(change, saved, tmp_path, monkeypatch):
+def test_a_failed_save_leaves_the_old_file_and_no_draft(change, saved, tmp_path, monkeypatch):
     before = saved.read_bytes()
 
-    def interrupted(*_):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("os.replace", interrupted)
+    monkeypatch.setattr("os.replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         change.save(saved)
     assert saved.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["change.safetensors"]
 
 
-def test_places_that_cannot_be_written_are_named(change, tmp_path):
+def test_paths_that_cannot_be_written_are_named(change, tmp_path):
     missing = tmp_path / "missing" / "c.safetensors"
     with pytest.raises(
         FileNotFoundError, match=r"cannot write the change .* exists and is writable.*c\.safe"
@@ -312,7 +305,7 @@ def test_places_that_cannot_be_written_are_named(change, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["folder.safetensors"]
 
 
-def test_files_that_are_not_there_are_named(tmp_path):
+def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no such change.*no\.safetensors"):
         Change.load(tmp_path / "no.safetensors")
     with pytest.raises(IsADirectoryError, match="a change is a file, not a folder"):
@@ -321,15 +314,15 @@ def test_files_that_are_not_there_are_named(tmp_path):
 
 class Bomb:
     def __reduce__(self):
-        return (pytest.fail, ("a pickle was read",))
+        return (pytest.fail, ("a pickle was loaded",))
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".bin", ".pt", ".pkl", ".safetensors"])
-def test_pickles_are_refused_unread(tmp_path, suffix):
-    path = tmp_path / f"evil{suffix}"
+def test_pickles_are_not_loaded(tmp_path, suffix):
+    path = tmp_path / f"pickle{suffix}"
     path.write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(
-        ValueError, match=rf"evil\{suffix}' is (a pickle, which can run|damaged or not a safe)"
+        ValueError, match=rf"pickle\{suffix}' is (a pickle, which can run|damaged or not a safe)"
     ):
         Change.load(path)
 
@@ -343,7 +336,7 @@ def test_truncated_files_are_refused(saved, cut):
         Change.load(saved)
 
 
-def test_foreign_safetensors_are_refused(tmp_path):
+def test_other_safetensors_files_are_refused(tmp_path):
     path = tmp_path / "lora.safetensors"
     save_file({"weight": torch.zeros(2, 2)}, path)
     with pytest.raises(
@@ -352,26 +345,26 @@ def test_foreign_safetensors_are_refused(tmp_path):
         Change.load(path)
 
 
-def tampered(path, *, tensors=None, movement=None, **fields):
-    """Rewrite the file at `path` with other tensors or another record, and the checksum that fits them."""
+def rewrite(path, *, tensors=None, movement=None, **fields):
+    """Rewrite the file at `path` with other tensors or another record, and a matching checksum."""
     with safe_open(path, framework="pt") as file:
         record = json.loads(file.metadata()["change"]) | fields
-        found = {name: file.get_tensor(name) for name in file.keys()} | (tensors or {})  # noqa: SIM118
+        content = {name: file.get_tensor(name) for name in file.keys()} | (tensors or {})  # noqa: SIM118
     if movement:
         record["movements"][0] |= movement
-        record["movements"][0] = without_nothing(record["movements"][0])
-    record, found = without_nothing(record), without_nothing(found)
+        record["movements"][0] = without_none(record["movements"][0])
+    record, content = without_none(record), without_none(content)
     text = json.dumps(record)
-    metadata = {"format": FORMAT, "change": text, "sha256": checksum(text, found)}
-    save_file(found, path, metadata=metadata)
+    metadata = {"format": FORMAT, "change": text, "sha256": checksum(text, content)}
+    save_file(content, path, metadata=metadata)
 
 
-def without_nothing(fields):
+def without_none(fields):
     return {name: value for name, value in fields.items() if value is not None or name == "gram"}
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("fault", "message"),
     [
         ({"report": None}, "its record has other fields than a change"),
         ({"extra": 1}, "its record has other fields than a change"),
@@ -404,15 +397,15 @@ def without_nothing(fields):
         ({"tensors": {"0.right": torch.full((64, 64), math.nan).double()}}, "it contains NaN or infinity"),
     ],
 )  # fmt: skip
-def test_files_whose_content_does_not_hold_together_are_refused(saved, spoil, message):
-    tampered(saved, **spoil)
+def test_inconsistent_files_are_refused(saved, fault, message):
+    rewrite(saved, **fault)
     with pytest.raises(
         ValueError, match=rf"change\.safetensors' is damaged: .*{message}.* Copy it"
     ):
         Change.load(saved)
 
 
-def test_a_record_that_is_no_json_is_refused(saved):
+def test_a_record_that_is_not_json_is_refused(saved):
     tensors = load_file(saved)
     for text in ("{", "[" * 100_000, '{"movements": NaN}', "9" * 5_000):
         metadata = {"format": FORMAT, "change": text, "sha256": checksum(text, tensors)}
@@ -421,9 +414,28 @@ def test_a_record_that_is_no_json_is_refused(saved):
             Change.load(saved)
 
 
-def test_a_file_of_the_format_before_is_named(saved):
+def test_an_older_format_is_refused_by_name(saved):
     save_file(load_file(saved), saved, metadata={"format": "overpaint.change/1", "change": "{}"})
     with pytest.raises(
         ValueError, match=r"is of the format 'overpaint.change/1', .* make the change again"
     ):
         Change.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "digest", "weight"),
+    [
+        ("change_format3", "e2293637", "a0957f66"),  # rows of the token embedding
+        ("change_format3_compact", "ff96c4dd", "b460ad07"),  # a text layer, as combinations
+    ],
+)
+def test_files_of_the_previous_version_load_and_apply_to_the_same_bytes(name, digest, weight):
+    """Files and hashes were written by commit faee5b1, in the format `overpaint.change/3`."""
+    icons = overpaint.load("icons")
+    change = Change.load(Path(__file__).parent / "golden" / f"{name}.safetensors")
+    assert change.digest.startswith(digest)
+    parameter = find_weight(icons, change.site).parameter
+    before = fingerprint(parameter)
+    with change.applied(icons):
+        assert fingerprint(parameter).startswith(weight)
+    assert fingerprint(parameter) == before == change.base_hash

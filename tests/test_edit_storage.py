@@ -1,4 +1,4 @@
-"""The reader of change files, fuzzed: whatever is in a file, it says what is wrong and nothing else happens."""
+"""Damaged and random change files: each is refused with a message that names the file."""
 
 import json
 import random
@@ -17,7 +17,7 @@ HEADER = struct.Struct("<Q")
 
 @pytest.fixture(scope="module")
 def sound(tiny_sd1, tmp_path_factory):
-    """The bytes of a small file."""
+    """The bytes of a small change file."""
     path = tmp_path_factory.mktemp("sound") / "c.safetensors"
     change = edit.quickfix(tiny_sd1, {"van gogh": "painting"}, preserve=[""]).compact(rank=2)
     change.save(path, gram=True)
@@ -27,7 +27,7 @@ def sound(tiny_sd1, tmp_path_factory):
 
 @pytest.fixture
 def load(tmp_path):
-    """Read some bytes as a change."""
+    """Return a function that loads bytes as a change."""
 
     def read(content):
         path = tmp_path / "c.safetensors"
@@ -44,8 +44,8 @@ def refused(load, content):
         load(content)
 
 
-def built(header, body=b"", length=None):
-    """A file with any header, text or not, and any length claimed for it."""
+def with_header(header, body=b"", length=None):
+    """Return a file with any header and any claimed length of it."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return HEADER.pack(len(text) if length is None else length) + text + body
 
@@ -57,15 +57,15 @@ def test_every_truncation_is_refused(load, sound):
     refused(load, sound + b"\0")
 
 
-def test_every_flipped_bit_is_found(load, sound):
+def test_every_flipped_bit_is_detected(load, sound):
     rng = random.Random(0)
     (size,) = HEADER.unpack(sound[:8])
     places = [*range(8), *rng.sample(range(8, 8 + size), 300)]
     places += rng.sample(range(8 + size, len(sound)), 150)
     for place in places:
-        spoilt = bytearray(sound)
-        spoilt[place] ^= 1 << rng.randrange(8)
-        refused(load, bytes(spoilt))
+        damaged = bytearray(sound)
+        damaged[place] ^= 1 << rng.randrange(8)
+        refused(load, bytes(damaged))
 
 
 def test_random_bytes_and_swapped_blocks_are_refused(load, sound):
@@ -79,9 +79,9 @@ def test_random_bytes_and_swapped_blocks_are_refused(load, sound):
 
 
 @pytest.mark.parametrize("length", [1 << 30, 1 << 40, (1 << 64) - 1, 100_000_001])
-def test_a_header_that_claims_more_than_the_file_takes_no_memory(load, sound, length):
+def test_a_header_longer_than_the_file_allocates_no_memory(load, sound, length):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    refused(load, built(sound[8:], length=length))
+    refused(load, with_header(sound[8:], length=length))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # KiB
 
 
@@ -111,10 +111,10 @@ def test_a_header_that_claims_more_than_the_file_takes_no_memory(load, sound, le
         (7, [1, 1], [0, 8], 8),
     ],
 )
-def test_absurd_shapes_dtypes_and_offsets_are_refused(load, dtype, shape, offsets, body):
+def test_wrong_shapes_dtypes_and_offsets_are_refused(load, dtype, shape, offsets, body):
     entry = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
     metadata = {"format": FORMAT, "change": "{}"}
-    refused(load, built({"__metadata__": metadata, "0.left": entry}, b"\0" * body))
+    refused(load, with_header({"__metadata__": metadata, "0.left": entry}, b"\0" * body))
 
 
 @pytest.mark.parametrize(
@@ -126,16 +126,16 @@ def test_absurd_shapes_dtypes_and_offsets_are_refused(load, dtype, shape, offset
         {"__metadata__": {"format": FORMAT, "change": "{}"}},
     ],
 )  # fmt: skip
-def test_headers_of_the_wrong_kind_are_refused(load, header):
-    refused(load, built(header))
+def test_headers_of_other_types_are_refused(load, header):
+    refused(load, with_header(header))
 
 
 SHAPES = {"0.left": (4, 2), "0.right": (2, 3), "0.residuals": (1, 4), "keys.0": (1, 3)}
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_random_records_with_a_checksum_that_fits_are_refused_or_sound(load, seed):
-    """The record is what somebody who knows the format could write: still no other error than these."""
+def test_random_records_with_a_matching_checksum_are_refused_or_sound(load, seed):
+    """A record with a matching checksum is loaded or refused as damaged; there is no other error."""
     from safetensors.torch import save
 
     rng = random.Random(seed)

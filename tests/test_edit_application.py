@@ -1,4 +1,4 @@
-"""A thousand random sequences of apply, revert and blocks end where they began, to the bit."""
+"""Random sequences of apply, revert and nested contexts restore every weight bit for bit."""
 
 import random
 
@@ -15,12 +15,12 @@ OUT, Q, V, K = (f"text.0.self_attn.{name}_proj" for name in ("out", "q", "v", "k
 
 @pytest.fixture(scope="module")
 def small():
-    """A model of one text layer, whose weights are quickly looked up."""
+    """A model with one text layer, in which weights are found quickly."""
     return overpaint.load(builders.tiny(text_layers=1))
 
 
 def change(model, sites, seed):
-    """A change of several weights, made for what they hold now."""
+    """Return a change of several weights, made for their present values."""
     generator = torch.Generator().manual_seed(seed)
     movements = []
     for site in sites:
@@ -33,7 +33,7 @@ def change(model, sites, seed):
 
 
 class Ledger:
-    """What each weight should hold: the names of the changes applied to it, oldest first."""
+    """The expected state of each weight: the names of the changes applied to it, oldest first."""
 
     def __init__(self, model, changes, needs):
         self.model, self.changes, self.needs = model, changes, needs
@@ -41,9 +41,9 @@ class Ledger:
 
     def step(self, rng, depth):
         name = rng.choice(sorted(self.changes))
-        deed = rng.choice(["apply", "revert", "block"] if depth < 2 else ["apply", "revert"])
+        action = rng.choice(["apply", "revert", "block"] if depth < 2 else ["apply", "revert"])
         sites = self.changes[name].sites
-        if deed == "revert":
+        if action == "revert":
             allowed = all(self.applied[s][-1:] == [name] for s in sites)
             self.attempt(allowed, self.changes[name].revert)
             if allowed:
@@ -51,7 +51,7 @@ class Ledger:
                     self.applied[site].pop()
             return
         allowed = all(self.applied[s] == self.needs[name].get(s, []) for s in sites)
-        if deed == "apply":
+        if action == "apply":
             self.attempt(allowed, self.changes[name].apply)
             if allowed:
                 self.push(name)
@@ -76,50 +76,52 @@ class Ledger:
         return None
 
     def close(self, below):
-        """Leave a block: its weights return, and what stood on them goes from everywhere."""
-        gone = {n for site, names in below.items() for n in self.applied[site][len(names) :]}
+        """Leave a block: its weights are restored, and later changes are removed from all their weights."""
+        removed = {n for site, names in below.items() for n in self.applied[site][len(names) :]}
         self.applied |= below
         for site, names in self.applied.items():
             if site not in below:
-                self.applied[site] = [n for n in names if n not in gone]
+                self.applied[site] = [n for n in names if n not in removed]
 
     def push(self, name):
         for site in self.changes[name].sites:
             self.applied[site].append(name)
 
-    def attempt(self, allowed, deed):
+    def attempt(self, allowed, action):
         if allowed:
-            deed(self.model)
+            action(self.model)
             return
         with pytest.raises(ValueError, match="wrong base hash|nothing to revert|another change"):
-            deed(self.model)
+            action(self.model)
 
     def check(self, seen):
-        """Every weight holds what it held whenever the same changes were applied to it."""
+        """Check that the value of a weight depends only on the changes applied to it."""
         for site, names in self.applied.items():
-            found = fingerprint(find_weight(self.model, site).parameter)
-            assert seen.setdefault((site, *names), found) == found
-        for name, made in self.changes.items():
-            last = all(self.applied[s][-1:] == [name] for s in made.sites)
-            assert made.is_applied(self.model) == last
+            value = fingerprint(find_weight(self.model, site).parameter)
+            assert seen.setdefault((site, *names), value) == value
+        for name, change in self.changes.items():
+            last = all(self.applied[s][-1:] == [name] for s in change.sites)
+            assert change.is_applied(self.model) == last
 
     def unwind(self):
         while any(self.applied.values()):
-            for name, made in self.changes.items():
-                if all(self.applied[s][-1:] == [name] for s in made.sites):
-                    made.revert(self.model)
-                    for site in made.sites:
+            for name, change in self.changes.items():
+                if all(self.applied[s][-1:] == [name] for s in change.sites):
+                    change.revert(self.model)
+                    for site in change.sites:
                         self.applied[site].pop()
 
 
 @pytest.mark.parametrize(
     ("dtype", "sequences"), [(torch.float32, 400), (torch.float16, 300), (torch.bfloat16, 300)]
 )
-def test_random_sequences_end_where_they_began(small, dtype, sequences):
+def test_random_sequences_restore_every_weight(small, dtype, sequences):
     small.text_encoder.to(dtype)
     first, second = change(small, [OUT], 1), change(small, [Q, V], 2)
     with first.applied(small):
-        third = change(small, [OUT, K, V], 3)  # stands on the first, and beside the second
+        third = change(
+            small, [OUT, K, V], 3
+        )  # requires the first, shares no record with the second
     changes = {"first": first, "second": second, "third": third}
     needs = {"first": {}, "second": {}, "third": {OUT: ["first"]}}
     before = {n: fingerprint(p) for n, p in small.text_encoder.named_parameters()}
@@ -132,4 +134,4 @@ def test_random_sequences_end_where_they_began(small, dtype, sequences):
         ledger.unwind()
         ledger.check(seen)
     assert {n: fingerprint(p) for n, p in small.text_encoder.named_parameters()} == before
-    assert len(seen) >= 9  # the sequences went where they could
+    assert len(seen) >= 9  # the sequences reached the combinations
