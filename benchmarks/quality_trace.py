@@ -1,22 +1,22 @@
-"""Where does `icons` keep what it knows, does the paper's picture of it hold, and how few steps show it?
+"""Where does `icons` keep its attributes, does the paper's claim about it hold, and how few steps show the same map?
 
     python benchmarks/quality_trace.py [--quick] [--json] [--prompts N] [--steps S] [--solver NAME]
 
 For each attribute (style, object, color, count, action, fact) N prompts, as many of each number of concept tokens as
-there are, are traced: every (sublayer, position) of the text encoder, beside an untrained encoder and with other words
-corrupted; every layer of the UNet, from the clean trajectory (the paper) and on the same latents (the control, which
-leaves only what the prompt says). Asked of the maps:
+there are, are traced: every (sublayer, position) of the text encoder, with an untrained encoder and with other words
+corrupted as controls; every layer of the UNet, from the clean trajectory (the paper) and on the same latents (the
+control, whose effects come only from the prompt). The tables answer:
 
   - which state is best for each attribute, and what is left of it without training;
-  - is it layer 0's self-attention at the last concept token, as the paper found, by number of concept tokens;
+  - is it layer 0's self-attention at the last concept token, as in the paper, by number of concept tokens;
   - which states are causal (sign-flip test over the prompts that did not set the threshold, Holm's correction): for
     each attribute where its prompts are enough to show any, and over all attributes, with scores in units of the mean
     gap between clean and corrupted, since a probability and a cosine have no common scale;
   - what the control leaves of the UNet's map;
-  - how well few steps and gradient screening agree with DDIM's 50 steps and with the exact map, and what they save.
+  - how well few steps and gradient screening agree with DDIM's 50 steps and with the exact map, and the time they save.
 
-The judge is `icons-judge`: the probability of the concept, but for counts, which it has no head for, the raw cosine of
-picture and prompt. Finished prompts are kept in `runs/quality_trace`, so that a run that was stopped goes on.
+The scorer is `icons-judge`: the probability of the concept, but for counts, for which it has no head, the cosine of
+picture and prompt. Finished prompts are saved in `runs/quality_trace`, so that a stopped run can continue.
 The defaults take about 20 minutes on two idle cores; N prompts take N times as long. Writes
 `benchmarks/results/quality_trace.json`; with `--quick`, into `runs/benchmarks`.
 """
@@ -28,27 +28,29 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-# Read when torch is imported: beside a busy neighbour threads that spin for long cost tenfold; alone they do not.
+# Read when torch is imported: on a busy machine threads that spin for long cost ten times the time; on an idle one not.
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 import pyarrow as pa
 import torch
 
 import overpaint as op
+from overpaint.files import write_json
 from overpaint.metrics import Interval, bootstrap
 from overpaint.model.token_spans import find_span
 from overpaint.probes import Probe
-from overpaint.scorers import judge as features
-from overpaint.trace import Effects, corruption, screening
+from overpaint.scorers import judge
+from overpaint.trace import Drawing, Effects, Noise, TextStates, screening
+from overpaint.trace.corruption import corruptions
 from overpaint.trace.provenance import fingerprint
 
 RESULTS = Path(__file__).parent / "results"
 ATTRIBUTES = ("style", "object", "color", "count", "action", "fact")
-COSINE = ("count",)  # the judge has no head for it
+COSINE = ("count",)  # icons-judge has no head for it
 FIRST, MLP = ("text.0.self_attn", "last_subject"), ("text.0.mlp", "last_subject")
 BEFORE_TEXT = ("unet.resnet.0", "unet.self_attn.0")
 TRACES = ("text", "clean_trajectory", "same_latent")
@@ -58,10 +60,10 @@ Maps = dict[str, Effects]  # by name in TRACES
 
 @dataclass(frozen=True)
 class Plan:
-    """What to draw: the whole, or the quick look."""
+    """Settings of the full run or of the quick one."""
 
     model: op.TextToImage
-    judge: features.Judge
+    scorer: judge.Judge
     attributes: tuple[str, ...]
     prompts: int
     steps: int
@@ -71,21 +73,26 @@ class Plan:
     solver_prompts: int
     folder: Path | None
 
+    @property
+    def drawing(self) -> Drawing:
+        """Settings of the maps' pictures."""
+        return Drawing(self.steps, solver=self.solver)
+
     def place(self, *names: str) -> Path | None:
-        """Return where something is kept, if anywhere."""
+        """Return the folder for finished prompts; `None` if they are not saved."""
         return None if self.folder is None else self.folder.joinpath(*names)
 
 
 def chosen(model: op.TextToImage, attribute: str, count: int) -> list[Probe]:
-    """Return `count` probes of an attribute, in turn of each number of concept tokens, else in an order of chance."""
+    """Return `count` probes of an attribute, alternating between numbers of concept tokens, else in random order."""
     order = sorted(
         op.probes.load(attribute), key=lambda p: hashlib.sha256(p.id.encode()).hexdigest()
     )
     groups: dict[int, list[Probe]] = {}
     for probe in order:
         groups.setdefault(tokens(model, probe), []).append(probe)
-    turns = [g[i] for i in range(len(order)) for _, g in sorted(groups.items()) if i < len(g)]
-    return turns[:count]
+    mixed = [g[i] for i in range(len(order)) for _, g in sorted(groups.items()) if i < len(g)]
+    return mixed[:count]
 
 
 def tokens(model: op.TextToImage, probe: Any) -> int:
@@ -95,7 +102,7 @@ def tokens(model: op.TextToImage, probe: Any) -> int:
 def trace(plan: Plan, attribute: str) -> Maps:
     """Return the three maps of an attribute."""
     probes = chosen(plan.model, attribute, plan.prompts)
-    options = {"steps": plan.steps, "solver": plan.solver, "score": plan.judge.score}
+    options = {"drawing": plan.drawing, "scorer": plan.scorer.score}
     text = op.trace.text_encoder(
         plan.model, probes, folder=plan.place(attribute, "text"), **options
     )
@@ -118,15 +125,15 @@ def cells(effects: Effects, value: str = "indirect_effect") -> dict[tuple[str, s
     }
 
 
-def best_of(found: dict[tuple[str, str], Interval]) -> tuple[str, str]:
-    return max(found, key=lambda state: found[state].mean)
+def best_of(means: dict[tuple[str, str], Interval]) -> tuple[str, str]:
+    return max(means, key=lambda state: means[state].mean)
 
 
 def text_row(attribute: str, effects: Effects) -> Row:
-    found = cells(effects)
-    best = best_of(found)
+    means = cells(effects)
+    best = best_of(means)
     clean, corrupted = ends_of(effects)
-    ranked = sorted(found, key=lambda state: -found[state].mean)
+    ranked = sorted(means, key=lambda state: -means[state].mean)
     return {
         "attribute": attribute,
         "score": "cosine" if attribute in COSINE else "probability",
@@ -135,15 +142,15 @@ def text_row(attribute: str, effects: Effects) -> Row:
         "corrupted": round(corrupted, 3),
         "dropped": effects.dropped,
         "best state": " ".join(best),
-        "effect": found[best],
-        "layer 0 attention, last token": found[FIRST],
-        "layer 0 MLP, last token": found[MLP],
+        "effect": means[best],
+        "layer 0 attention, last token": means[FIRST],
+        "layer 0 MLP, last token": means[MLP],
         "rank of the former": f"{ranked.index(FIRST) + 1} of {len(ranked)}",
     }
 
 
 def control_row(attribute: str, effects: Effects) -> Row:
-    """Return what training adds, in recovery of the text features, which the untrained encoder has too."""
+    """Return trained and untrained recovery of the text features, and their difference."""
     rows = {(r["site"], r["role"]): r for r in effects.test("embed_recovery").table.to_pylist()}
     best = max(rows, key=lambda state: rows[state]["mean"])
     result: Row = {"attribute": attribute}
@@ -164,11 +171,12 @@ def control_row(attribute: str, effects: Effects) -> Row:
 
 def unet_row(attribute: str, maps: Maps) -> Row:
     paper, control = (cells(maps[name]) for name in ("clean_trajectory", "same_latent"))
-    whole, left = (sum(max(0.0, i.mean) for i in found.values()) for found in (paper, control))
+    whole, left = (sum(max(0.0, i.mean) for i in means.values()) for means in (paper, control))
     early = [
-        max((found[site, ""] for site in BEFORE_TEXT), key=_mean) for found in (paper, control)
+        max((means[site, ""] for site in BEFORE_TEXT), key=lambda i: i.mean)
+        for means in (paper, control)
     ]
-    agreed = maps["clean_trajectory"].agreement(maps["same_latent"])
+    agreement = maps["clean_trajectory"].agreement(maps["same_latent"])
     return {
         "attribute": attribute,
         "best, clean trajectory": best_of(paper)[0],
@@ -177,28 +185,24 @@ def unet_row(attribute: str, maps: Maps) -> Row:
         "its effect": control[best_of(control)],
         "before any text: paper": early[0],
         "before any text: control": early[1],
-        "Spearman": agreed,
+        "Spearman": agreement,
         "positive effects left": round(left / whole, 3) if whole else None,
     }
 
 
-def _mean(interval: Interval) -> float:
-    return interval.mean
-
-
 def token_rows(model: op.TextToImage, effects: Effects) -> list[Row]:
-    """Return what each number of concept tokens makes of the layer-0 claim; effects as shares of the gap."""
-    found: dict[str, dict[tuple[str, str], float]] = {}
+    """Return for each number of concept tokens the effects that test the claim on layer 0, as shares of the gap."""
+    recoveries: dict[str, dict[tuple[str, str], float]] = {}
     lengths: dict[str, int] = {}
     for row in effects.table.to_pylist():
         if not row["control"] and row["recovery"] is not None:
-            probe = found.setdefault(row["probe"], {})
+            probe = recoveries.setdefault(row["probe"], {})
             state = row["site"], row["role"]
             probe[state] = max(row["recovery"], probe.get(state, -math.inf))
             lengths[row["probe"]] = len(find_span(model.tokenizer, row["prompt"], row["concept"]))
     rows: list[Row] = []
     for length in sorted(set(lengths.values())):
-        probes = [found[name] for name in found if lengths[name] == length]
+        probes = [recoveries[name] for name in recoveries if lengths[name] == length]
         firsts = [probe[FIRST] == max(probe.values()) for probe in probes]
         rows.append(
             {
@@ -232,30 +236,34 @@ def causal_rows(maps: dict[str, Maps]) -> list[Row]:
 
 
 def _causal_row(name: str, attribute: str, effects: Effects) -> Row:
-    verdict = effects.test("indirect_effect")
-    states, about = verdict.table.to_pylist(), verdict.protocol
-    hit = sorted((s for s in states if s["causal"]), key=lambda s: -s["mean"])
+    test = effects.test("indirect_effect")
+    states, protocol = test.table.to_pylist(), test.protocol
+    causal = sorted((s for s in states if s["causal"]), key=lambda s: -s["mean"])
     row: Row = {
         "map": name,
         "attribute": attribute,
         "states": len(states),
-        "prompts tested": about["prompts_tested"],
-        "smallest p": f"{about['smallest_p']:.2g}",
-        "threshold": _rounded(about["threshold"]),
-        "reach it": sum(s["score"] >= about["threshold"] for s in states) if about["threshold"] else None,
+        "prompts tested": protocol["prompts_tested"],
+        "smallest p": f"{protocol['smallest_p']:.2g}",
+        "threshold": None if protocol["threshold"] is None else round(protocol["threshold"], 3),
+        "reach it": sum(s["score"] >= protocol["threshold"] for s in states) if protocol["threshold"] else None,
     }  # fmt: skip
-    if verdict.reason:
+    if test.reason:
         return {**row, "strongest": "too few prompts to show any"}
-    strongest = ", ".join(f"{s['site']} {s['role']}".strip() for s in hit[:4])
-    significant = sum(s["p_holm"] <= about["alpha"] for s in states)
-    return {**row, "significant": significant, "causal": len(hit), "strongest": strongest or "none"}
+    strongest = ", ".join(f"{s['site']} {s['role']}".strip() for s in causal[:4])
+    significant = sum(s["p_holm"] <= protocol["alpha"] for s in states)
+    return {
+        **row,
+        "significant": significant,
+        "causal": len(causal),
+        "strongest": strongest or "none",
+    }
 
 
 def in_gaps(effects: Effects) -> Effects | None:
     """Return effects whose scores are 0 at the mean corrupted and 1 at the mean clean one; `None` without a gap."""
     clean, corrupted = ends_of(effects)
-    gap = clean - corrupted
-    if gap <= 0.02:
+    if (gap := clean - corrupted) <= 0.02:
         return None
 
     def scaled(row: Row) -> Row:
@@ -281,53 +289,49 @@ def ends_of(effects: Effects) -> tuple[float, float]:
     return clean, corrupted
 
 
-def _rounded(number: float | None) -> float | None:
-    return None if number is None else round(number, 3)
-
-
 def solver_rows(plan: Plan) -> list[Row]:
-    """Return how well few steps agree with many, and what they save; text states at two tokens.
+    """Return how well few steps agree with many, and the time they save; text states at two tokens.
 
-    All settings take turns prompt by prompt in this process, and nothing is read from disk, so that a busy neighbour
-    slows all of them.
+    The settings alternate prompt by prompt in this process, and nothing is read from disk, so that other work on the
+    machine slows all of them equally.
     """
     probes = [
         p for a in plan.attributes[:2] for p in chosen(plan.model, a, -(-plan.solver_prompts // 2))
     ][: plan.solver_prompts]
-    _, sigma = corruption.corruptions(plan.model, probes, noise_samples=1, sigma="3std")
+    _, sigma = corruptions(plan.model, probes, Noise())
     settings = [("ddim", plan.reference), *plan.solvers]
-    found: dict[tuple[str, int], list[Maps]] = {setting: [] for setting in settings}
+    maps: dict[tuple[str, int], list[Maps]] = {setting: [] for setting in settings}
     seconds = dict.fromkeys(settings, 0.0)
     for probe in probes:
         for solver, steps in settings:
             start = time.perf_counter()
-            found[solver, steps].append(_short(plan, probe, sigma, solver, steps))
+            maps[solver, steps].append(_short(plan, probe, sigma, solver, steps))
             seconds[solver, steps] += time.perf_counter() - start
     reference, *others = settings
     rows = [
         {"solver": reference[0], "steps": reference[1], "text": None, "unet": None, "saved": 1.0}
     ]
     for setting in others:
-        agreed = {
-            name: pooled([m[name] for m in found[setting]]).agreement(
-                pooled([m[name] for m in found[reference]])
+        agreements = {
+            name: pooled([m[name] for m in maps[setting]]).agreement(
+                pooled([m[name] for m in maps[reference]])
             )
             for name in ("text", "unet")
         }
         saved = round(seconds[reference] / seconds[setting], 2)
-        rows.append({"solver": setting[0], "steps": setting[1], **agreed, "saved": saved})
+        rows.append({"solver": setting[0], "steps": setting[1], **agreements, "saved": saved})
     return rows
 
 
 def _short(plan: Plan, probe: Probe, sigma: float, solver: str, steps: int) -> Maps:
-    """Return the maps of one prompt, of which the text's has two roles and no controls."""
+    """Return the maps of one prompt; that of the text encoder has two roles and no controls."""
     options: dict[str, Any] = {
-        "steps": steps, "solver": solver, "score": plan.judge.score, "sigma": sigma,
+        "drawing": Drawing(steps, solver=solver), "scorer": plan.scorer.score, "noise": Noise(sigma=sigma),
     }  # fmt: skip
-    roles = ("last_subject", "eos")
+    states = TextStates(positions=("last_subject", "eos"))
     return {
         "text": op.trace.text_encoder(
-            plan.model, [probe], positions=roles, control=False, **options
+            plan.model, [probe], states=states, controls="none", **options
         ),
         "unet": op.trace.unet(plan.model, [probe], **options),
     }
@@ -340,9 +344,9 @@ def screen_rows(plan: Plan, maps: dict[str, Maps]) -> list[Row]:
         row: Row = {"last steps": last}
         for name in TRACES:
             start = time.perf_counter()
-            found = [_screened(plan, attribute, name, last) for attribute in maps]
+            screened = [_screened(plan, attribute, name, last) for attribute in maps]
             exact = pooled([m[name] for m in maps.values()])
-            row[name] = pooled(found).agreement(
+            row[name] = pooled(screened).agreement(
                 exact, value="attribution", other_value="indirect_effect"
             )
             row[f"{name}, seconds a prompt"] = round(
@@ -354,7 +358,8 @@ def screen_rows(plan: Plan, maps: dict[str, Maps]) -> list[Row]:
 
 def _screened(plan: Plan, attribute: str, name: str, last: int) -> Effects:
     probes = chosen(plan.model, attribute, plan.prompts)
-    options = {"last": last, "steps": plan.steps, "solver": plan.solver, "score": plan.judge.score}
+    drawing = replace(plan.drawing, batch_size=8)
+    options = {"last": last, "drawing": drawing, "scorer": plan.scorer.score}
     if name == "text":
         return screening.text_encoder(plan.model, probes, **options)
     return screening.unet(plan.model, probes, source=name, **options)
@@ -378,14 +383,14 @@ def _text(value: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return an interval as JSON has it."""
+    """Return an interval as a dictionary for JSON."""
     if isinstance(value, Interval):
         return {"mean": value.mean, "low": value.low, "high": value.high, "n": value.n}
     return value
 
 
 def figures(tables: dict[str, list[Row]]) -> dict[str, float]:
-    """Return the flat figures: names to numbers."""
+    """Return the flat figures, numbers by their names."""
     result: dict[str, float] = {}
     for row in tables["text"]:
         a = row["attribute"]
@@ -411,27 +416,27 @@ def figures(tables: dict[str, list[Row]]) -> dict[str, float]:
 
 
 def plan_of(arguments: argparse.Namespace) -> Plan:
-    model, judge = op.load("icons"), features.load()
+    model, scorer = op.load("icons"), judge.load()
     if arguments.quick:
         return Plan(
-            model, judge, ("style", "object"), 1, 1, "own", 2, (("own", 1), ("dpm", 1)), 1, None
+            model, scorer, ("style", "object"), 1, 1, "own", 2, (("own", 1), ("dpm", 1)), 1, None
         )
     solvers = (("own", 10), ("own", 15), ("own", 20), ("dpm", 10), ("dpm", 15))
     name = f"{fingerprint(model)}-{arguments.prompts}-{arguments.solver}-{arguments.steps}"
     folder = Path("runs/quality_trace") / name
     return Plan(
-        model, judge, ATTRIBUTES, arguments.prompts, arguments.steps, arguments.solver, 50, solvers, 2, folder
+        model, scorer, ATTRIBUTES, arguments.prompts, arguments.steps, arguments.solver, 50, solvers, 2, folder
     )  # fmt: skip
 
 
 def tables_of(plan: Plan) -> dict[str, list[Row]]:
     maps = {attribute: trace(plan, attribute) for attribute in plan.attributes}
-    text = pooled([found["text"] for found in maps.values()])
+    text = pooled([m["text"] for m in maps.values()])
     return {
-        "text": [text_row(a, found["text"]) for a, found in maps.items()],
-        "control": [control_row(a, found["text"]) for a, found in maps.items()],
+        "text": [text_row(a, m["text"]) for a, m in maps.items()],
+        "control": [control_row(a, m["text"]) for a, m in maps.items()],
         "tokens": token_rows(plan.model, text),
-        "unet": [unet_row(a, found) for a, found in maps.items()],
+        "unet": [unet_row(a, m) for a, m in maps.items()],
         "causal": causal_rows(maps),
         "screening": screen_rows(plan, maps),
         "solvers": solver_rows(plan),
@@ -484,10 +489,9 @@ def main() -> None:
     }
     folder = Path("runs/benchmarks") if arguments.quick else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / ".quality_trace.part"
-    whole = {"result": result, "tables": report, "protocol": protocol}
-    beside.write_text(json.dumps(whole, indent=1) + "\n")
-    os.replace(beside, folder / "quality_trace.json")
+    write_json(
+        folder / "quality_trace.json", {"result": result, "tables": report, "protocol": protocol}
+    )
     if arguments.json:
         print(json.dumps(result))
 

@@ -1,4 +1,4 @@
-"""Is tracing in lockstep three times as fast as one pipeline call a state, for the same map, in constant memory?
+"""Is tracing in one batch three times as fast as one pipeline call a state, for the same map, in constant memory?
 
     python benchmarks/speed_trace.py [--quick] [--json]
 
@@ -6,18 +6,18 @@ One prompt of `icons`, one seed, both maps: every (sublayer, position) of the te
 
 lockstep  `trace.text_encoder` and `trace.unet` as a user calls them: the states' rows share a batch with one clean and
           one corrupted row.
-naive     what public scripts do: one call of the stock diffusers pipeline a state, with explicit `prompt_embeds` and
+naive     as in public scripts: one call of the diffusers pipeline a state, with explicit `prompt_embeds` and
           `latents` and a batch of three pictures (clean, corrupted, restored), hooks set by hand, decoded and scored.
-kind      a naive loop that saves what it can: the clean and the corrupted picture are drawn once, in one call, and each
-          further call draws one restored picture. For the UNet it keeps all activations of the clean run, so its memory
-          grows with the steps. What lockstep saves beside it is the saving of larger batches alone.
+kind      a naive loop without repeated work: the clean and the corrupted picture are drawn once, in one call, and each
+          further call draws one restored picture. For the UNet it stores all activations of the clean run, so its
+          memory grows with the steps. Its ratio to lockstep is the saving of larger batches alone.
 
-All three draw with the same scheduler, steps, guidance, start noise and judge, and get two threads. They take turns, so
-that a busy neighbour slows all; each ratio (`ratio_*` to naive, `ratio_*_kind` to kind) is that of the medians (of an
-even number, the lower one). `max_difference` is the largest difference of any score in the maps. `memory_growth` is the
-peak of 10, 20 and 50 steps, largest over smallest, minus 1: of live tensors, counted operation by operation, and of a
-fresh process's resident memory; the worse of both. `--quick` traces two layers of the text encoder, takes fewer steps
-and turns, and leaves out the fresh processes.
+All three draw with the same scheduler, steps, guidance, start noise and scorer, and use two threads. They alternate, so
+that other work on the machine slows all of them equally; each ratio (`ratio_*` to naive, `ratio_*_kind` to kind) is
+that of the medians (of an even number, the lower one). `max_difference` is the largest difference of any score in the
+maps. `memory_growth` is the peak of 10, 20 and 50 steps, largest over smallest, minus 1: of live tensors, counted
+operation by operation, and of a new process's resident memory; the larger of both. `--quick` traces two layers of the
+text encoder, takes fewer steps and repeats, and leaves out the new processes.
 Writes `benchmarks/results/speed_trace.json`; with `--quick`, into `runs/benchmarks`.
 """
 
@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Read when torch is imported: beside a busy neighbour threads that spin for long cost tenfold; alone they do not.
+# Read when torch is imported: on a busy machine threads that spin for long cost ten times the time; on an idle one not.
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 import torch
@@ -44,9 +44,11 @@ from torch import Tensor
 from torch.nn import Module
 
 import overpaint as op
+from overpaint.files import write_json
 from overpaint.model import sites
-from overpaint.scorers import judge as features
-from overpaint.trace import Effects, corruption
+from overpaint.scorers import judge
+from overpaint.trace import ROLES, Drawing, Effects, Noise, TextStates, UNetStates
+from overpaint.trace.corruption import Corruption, corruptions, role_positions
 from overpaint.trace.memory import peak_bytes
 
 RESULTS = Path(__file__).parent / "results"
@@ -56,15 +58,15 @@ Map = list[tuple[float, float, float]]  # clean, corrupted and restored score of
 
 @dataclass(frozen=True)
 class Case:
-    """What all ways draw: one corrupted prompt from one seed."""
+    """Model, scorer, one corrupted prompt and the number of steps, equal for all ways."""
 
     model: op.TextToImage
-    judge: features.Judge
-    made: corruption.Corruption
+    scorer: judge.Judge
+    corruption: Corruption
     steps: int
 
     def scores(self, embeds: Tensor) -> list[float]:
-        """Return the scores of one call of the stock pipeline, shape of `embeds` (R, L, D)."""
+        """Return the scores of one call of the diffusers pipeline for `embeds`, shape (R, L, D)."""
         rows, model = len(embeds), self.model
         images = model.pipe(
             prompt_embeds=embeds,
@@ -74,16 +76,16 @@ class Case:
             guidance_scale=model.guidance_scale,
             output_type="pt",
         ).images
-        return self.judge.score(images.float().cpu(), [self.made.probe] * rows).tolist()
+        return self.scorer.score(images.float().cpu(), [self.corruption.probe] * rows).tolist()
 
     @torch.no_grad()
     def encode(self, state: tuple[Module, int] | None = None) -> Tensor:
         """Return clean, corrupted and restored text features, shape (3, L, D)."""
-        encoder, span = self.model.text_encoder, self.made.span
+        encoder, span = self.model.text_encoder, self.corruption.span
 
         def noise(_: Module, __: Any, output: Tensor) -> Tensor:
             output = output.clone()
-            output[1:, span.start : span.end] += self.made.noise.to(output)
+            output[1:, span.start : span.end] += self.corruption.noise.to(output)
             return output
 
         def restore(output: Tensor) -> None:
@@ -94,7 +96,7 @@ class Case:
             hooked(encoder.get_input_embeddings(), noise),
             hooked(state[0] if state else encoder, in_place(restore) if state else None),
         ):
-            return encoder(self.made.ids.to(encoder.device).expand(3, -1))[0]
+            return encoder(self.corruption.ids.to(encoder.device).expand(3, -1))[0]
 
 
 @contextmanager
@@ -133,43 +135,43 @@ def naive_unet(case: Case, modules: Sequence[Module]) -> Map:
     def restore(output: Tensor) -> None:  # unconditional rows 0 to 2, conditional rows 3 to 5
         output[2], output[5] = output[0], output[3]
 
-    found: Map = []
+    scores: Map = []
     for module in modules:
         with hooked(module, in_place(restore)):
-            found.append(tuple(case.scores(embeds)))
-    return found
+            scores.append(tuple(case.scores(embeds)))
+    return scores
 
 
 def kind_unet(case: Case, modules: Sequence[Module]) -> Map:
     embeds = case.encode()
-    kept: dict[Module, list[Tensor]] = {module: [] for module in modules}
+    outputs: dict[Module, list[Tensor]] = {module: [] for module in modules}
 
-    def keep(module: Module, _: Any, output: Any) -> None:  # clean rows: 0 without text, 2 with it
-        kept[module].append((output[0] if isinstance(output, tuple) else output)[[0, 2]])
+    def store(module: Module, _: Any, output: Any) -> None:  # clean rows: 0 without text, 2 with it
+        outputs[module].append((output[0] if isinstance(output, tuple) else output)[[0, 2]])
 
-    handles = [module.register_forward_hook(keep) for module in modules]
+    handles = [module.register_forward_hook(store) for module in modules]
     ends = case.scores(embeds[:2])
     for handle in handles:
         handle.remove()
-    found: Map = []
+    scores: Map = []
     for module in modules:
-        states = iter(kept[module])
+        states = iter(outputs[module])
 
         def restore(output: Tensor, states: Iterator[Tensor] = states) -> None:
             output.copy_(next(states))
 
         with hooked(module, in_place(restore)):
-            found.append((*ends, *case.scores(embeds[2:])))
-    return found
+            scores.append((*ends, *case.scores(embeds[2:])))
+    return scores
 
 
 def lockstep(case: Case, trace: str, only: Any) -> Effects:
-    options = {"only": only, "steps": case.steps, "score": case.judge.score}
+    options = {"drawing": Drawing(case.steps, solver="own"), "scorer": case.scorer.score}
+    probes = [case.corruption.probe]
     if trace == "text":
-        return op.trace.text_encoder(
-            case.model, [case.made.probe], control=False, solver="own", **options
-        )
-    return op.trace.unet(case.model, [case.made.probe], solver="own", **options)
+        states = TextStates(only=only)
+        return op.trace.text_encoder(case.model, probes, states=states, controls="none", **options)
+    return op.trace.unet(case.model, probes, states=UNetStates(only=only), **options)
 
 
 def scores_of(effects: Effects) -> Map:
@@ -180,13 +182,13 @@ def scores_of(effects: Effects) -> Map:
 def ways(case: Case, *, quick: bool) -> dict[str, Callable[[], Map]]:
     """Return each way to draw each map."""
     layers = len(sites.find_text(case.model.text_encoder)) // 2
-    kept = (0, layers - 1) if quick else range(layers)
+    indices = (0, layers - 1) if quick else range(layers)
     named = {site.name: site for site in sites.find(case.model)}
     states = [
         (site, role, position)
         for site in named.values()
-        if site.part == "text" and site.index in kept
-        for role, position in corruption.places(case.made, corruption.ROLES)
+        if site.part == "text" and site.index in indices
+        for role, position in role_positions(case.corruption, ROLES)
     ]
     traced = [site for site in named.values() if site.part == "unet"]
     text = [(site.module(case.model), position) for site, _, position in states]
@@ -207,14 +209,14 @@ def difference(one: Map, other: Map) -> float:
 
 
 def measure(case: Case, *, quick: bool, repeats: int) -> dict[str, Any]:
-    """Return the medians of each way in seconds, their ratios, and how far their maps are apart."""
-    found = ways(case, quick=quick)
-    case.scores(case.encode()[:1])  # what is made once, at the first call, is nobody's
-    seconds: dict[str, list[float]] = {name: [] for name in found}
+    """Return the median seconds of each way, their ratios, and the largest difference of their maps."""
+    draws = ways(case, quick=quick)
+    case.scores(case.encode()[:1])  # allocate once what the first call of any way would allocate
+    seconds: dict[str, list[float]] = {name: [] for name in draws}
     maps: dict[str, Map] = {}
-    for turn in range(repeats):
-        for name, draw in found.items():
-            if quick and turn and name.startswith("kind"):
+    for repeat in range(repeats):
+        for name, draw in draws.items():
+            if quick and repeat and name.startswith("kind"):
                 continue
             start = time.perf_counter()
             maps[name] = draw()
@@ -237,14 +239,14 @@ def measure(case: Case, *, quick: bool, repeats: int) -> dict[str, Any]:
 
 
 def few(case: Case, steps: int) -> None:
-    """Trace two states of each map in so many steps."""
-    short = Case(case.model, case.judge, case.made, steps)
+    """Trace two states of each map in `steps` steps."""
+    short = Case(case.model, case.scorer, case.corruption, steps)
     lockstep(short, "unet", ["unet.resnet.0", "unet.cross_attn.0"])
     lockstep(short, "text", {("text.0.mlp", "eos"), ("text.0.self_attn", "eos")})
 
 
 def memory(case: Case, *, quick: bool) -> dict[str, Any]:
-    """Return the peaks in MiB, and by how much they grow with the steps."""
+    """Return the peaks in MiB, and their growth with the number of steps."""
     counts = (2, 4, 10) if quick else (10, 20, 50)
     tensors = [peak_bytes(lambda n=n: few(case, n)) / 2**20 for n in counts]
     result = {f"tensors_mib_{n}": round(peak, 2) for n, peak in zip(counts, tensors, strict=True)}
@@ -258,19 +260,11 @@ def memory(case: Case, *, quick: bool) -> dict[str, Any]:
 
 
 def load(steps: int) -> Case:
-    model, judge = op.load("icons"), features.load()
+    model, scorer = op.load("icons"), judge.load()
     model.pipe.set_progress_bar_config(disable=True)
     probe = op.probes.load("style")[2]
-    (made,), _ = corruption.corruptions(model, [probe], noise_samples=1, sigma="3std")
-    return Case(model, judge, made, steps)
-
-
-def write(folder: Path, name: str, result: dict[str, Any], protocol: dict[str, Any]) -> None:
-    """Write the full result beside its place, then rename it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f".{name}.part"
-    beside.write_text(json.dumps({"result": result, "protocol": protocol}, indent=2) + "\n")
-    os.replace(beside, folder / f"{name}.json")
+    (corruption,), _ = corruptions(model, [probe], Noise())
+    return Case(model, scorer, corruption, steps)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -291,7 +285,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="fewer states, steps and turns")
+    parser.add_argument("--quick", action="store_true", help="fewer states, steps and repeats")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of the full run")
     parser.add_argument("--resident", type=int, help=argparse.SUPPRESS)
@@ -310,8 +304,8 @@ def main() -> None:
     print(table(result))
     protocol = {
         **case.model.protocol(steps=case.steps, guidance_scale=case.model.guidance_scale),
-        "prompt": case.made.probe.prompt,
-        "concept": case.made.probe.concept,
+        "prompt": case.corruption.probe.prompt,
+        "concept": case.corruption.probe.concept,
         "seed": 0,
         "repeats": repeats,
         "quick": arguments.quick,
@@ -321,7 +315,8 @@ def main() -> None:
         "load_average": os.getloadavg()[0],
     }
     folder = Path("runs/benchmarks") if arguments.quick else RESULTS
-    write(folder, "speed_trace", result, protocol)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "speed_trace.json", {"result": result, "protocol": protocol}, indent=2)
     if arguments.json:
         print(json.dumps(result))
 
