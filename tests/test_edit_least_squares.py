@@ -42,7 +42,7 @@ def test_values_worked_by_hand():
     one = torch.tensor([[1.0, 0.0]])
     moved = solve(one, torch.tensor([[3.0, 0.0]]), weight=torch.eye(2), ridge=1.0)
     assert torch.equal(moved.delta, torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64))
-    kept = solve(
+    preserved_keys = solve(
         one,
         torch.tensor([[3.0, 0.0]]),
         weight=torch.eye(2),
@@ -50,7 +50,7 @@ def test_values_worked_by_hand():
         preserve=one,
         preserve_weight=2.0,
     )
-    assert kept.delta[0, 0].item() == pytest.approx(0.5)  # residual 2 over 1 + ridge + 2
+    assert preserved_keys.delta[0, 0].item() == pytest.approx(0.5)  # residual 2 over 1 + ridge + 2
 
 
 @pytest.mark.parametrize("method", ["auto", "dual", "primal"])
@@ -151,8 +151,8 @@ def test_a_larger_preserve_weight_moves_preserved_outputs_less(problem):
 
 
 def test_preserve_weight_zero_is_the_plain_edit_bit_for_bit(problem):
-    kept = delta(problem, preserve=draw(20, D_IN, seed=10), preserve_weight=0.0)
-    assert torch.equal(kept, delta(problem))
+    preserved_keys = delta(problem, preserve=draw(20, D_IN, seed=10), preserve_weight=0.0)
+    assert torch.equal(preserved_keys, delta(problem))
 
 
 def test_the_formula_of_uce_gives_the_same_weight(problem):
@@ -199,11 +199,13 @@ def test_half_precision_inputs_are_solved_in_double(problem):
     assert torch.equal(delta(half), delta(exact))
 
 
-@pytest.mark.parametrize("kept", [0, 20])
+@pytest.mark.parametrize("preserved_keys", [0, 20])
 @pytest.mark.parametrize("method", ["auto", "dual", "primal"])
-def test_one_factorisation_serves_every_weight(problem, method, kept):
-    p, k = draw(kept, D_IN, seed=21), problem["keys"]
-    factors = factorise(k, ridge=RIDGE, gram=0.3 * p.T @ p if kept else None, method=method)
+def test_one_factorisation_serves_every_weight(problem, method, preserved_keys):
+    p, k = draw(preserved_keys, D_IN, seed=21), problem["keys"]
+    factors = factorise(
+        k, ridge=RIDGE, gram=0.3 * p.T @ p if preserved_keys else None, method=method
+    )
     for seed, height in ((22, 8), (23, 40)):
         w, v = draw(height, D_IN, seed=seed), draw(PAIRS, height, seed=seed + 10)
         alone = solve(k, v, weight=w, ridge=RIDGE, preserve=p, preserve_weight=0.3, method=method)
@@ -213,10 +215,10 @@ def test_one_factorisation_serves_every_weight(problem, method, kept):
         assert shared.condition_number == pytest.approx(alone.condition_number, rel=1e-9)
 
 
-@pytest.mark.parametrize("kept", [0, 20])
-def test_more_keys_than_columns_take_the_smaller_system(kept):
+@pytest.mark.parametrize("preserved_keys", [0, 20])
+def test_more_keys_than_columns_take_the_smaller_system(preserved_keys):
     k, w, v = draw(70, D_IN, seed=24), draw(D_OUT, D_IN, seed=25), draw(70, D_OUT, seed=26)
-    p = draw(kept, D_IN, seed=27)
+    p = draw(preserved_keys, D_IN, seed=27)
     options = {"weight": w, "ridge": RIDGE, "preserve": p, "preserve_weight": 0.3}
     small, large = solve(k, v, **options, method="auto"), solve(k, v, **options, method="dual")
     assert (small.right.shape, large.right.shape) == ((D_IN, D_IN), (D_IN, D_IN))
@@ -224,7 +226,7 @@ def test_more_keys_than_columns_take_the_smaller_system(kept):
     assert close(small.delta, large.delta, to=1e-9)
     assert small.condition_number == pytest.approx(large.condition_number, rel=1e-9)
     assert small.effective_rank == large.effective_rank
-    assert small.effective_rank < D_IN if kept else small.effective_rank == D_IN
+    assert small.effective_rank < D_IN if preserved_keys else small.effective_rank == D_IN
 
 
 def test_compress_keeps_the_product_and_finds_the_rank(problem):
@@ -318,10 +320,10 @@ def test_products_equal_those_in_double():
     assert torch.equal(product(a), product(a).T) and product(a[:0]).abs().max() == 0
 
 
-@pytest.mark.parametrize("kept", [0, 20])
-def test_sums_give_the_same_solution_where_keys_outnumber_columns(kept):
+@pytest.mark.parametrize("preserved_keys", [0, 20])
+def test_sums_give_the_same_solution_where_keys_outnumber_columns(preserved_keys):
     k, w, v = draw(70, D_IN, seed=24), draw(D_OUT, D_IN, seed=25), draw(70, D_OUT, seed=26)
-    gram = product(draw(kept, D_IN, seed=27)) if kept else None
+    gram = product(draw(preserved_keys, D_IN, seed=27)) if preserved_keys else None
     r = v - k @ w.T
     factors = factorise(k, ridge=RIDGE, gram=gram, method="auto")
     assert close(factors.solve_sums(r.T @ k).delta, factors.solve(r).delta, to=1e-12)
