@@ -1,4 +1,4 @@
-"""What a match takes: seconds and memory, in a process that does nothing else."""
+"""Seconds and memory of a match, measured in a process of its own."""
 
 import subprocess
 import sys
@@ -14,22 +14,22 @@ matcher = Matcher.load({folder!r})
 pictures = torch.rand(2, 3, 512, 512, generator=torch.Generator().manual_seed(0))
 seconds = []
 for _ in range({runs}):
-    began = time.perf_counter()
+    start = time.perf_counter()
     dense(pictures[0], pictures[1], matcher=matcher)
-    seconds.append(time.perf_counter() - began)
+    seconds.append(time.perf_counter() - start)
 peak = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
 print(sorted(seconds)[len(seconds) // 2], seconds[0], peak / 2**20)
 """
 
 
 def cost_of(folder: Path, runs: int, threads: int) -> dict[str, float]:
-    """Return seconds of a match at 512x512, and the peak resident GiB of a process that does nothing else.
+    """Return the seconds of a match at 512x512 and the peak resident GiB, measured in a process of its own.
 
-    What that process says on stderr goes to this one's.
+    Its stderr is that of this process.
     """
     run = COST.format(folder=str(folder), runs=runs, threads=threads)
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", run], stdout=subprocess.PIPE, text=True, check=True
     )
-    median, first, peak = (float(v) for v in done.stdout.split())
+    median, first, peak = (float(v) for v in process.stdout.split())
     return {"seconds_512": median, "seconds_512_first": first, "peak_gib_512": peak}

@@ -1,7 +1,7 @@
-"""The pairs that `quality_match` measures on: none of their photographs was trained on.
+"""The pairs that `quality_match` measures on, of photographs that are held out of training.
 
-Synthetic ones are warped photographs, 256x256 pixels, as they are or corrupted; scenes have a truth of their own. No
-two sets share their draws, but for a corrupted one, whose pairs are those of the set that it is a copy of.
+Synthetic pairs are warped photographs, 256x256 pixels, clean or corrupted; scenes have ground truth. Sets are drawn
+independently, except that a corrupted set consists of the pairs of its clean set.
 """
 
 import io
@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from overpaint.match import flow as fields
+from overpaint.match import flow as flows
 from overpaint.train import photographs, scenes, warps
 
 __all__ = ["CORRUPTIONS", "FAMILIES", "SCENES", "SIZE", "Case", "case"]
@@ -34,7 +34,7 @@ BOARDS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14)
 class Case:
     """Two pictures (3, H, W), the flow (2, H, W) and where it is valid (H, W); or at points (N, 2): (2, 1, N).
 
-    `family` is that of the warp, where the warp is of one family and nothing else.
+    `family` is that of the warp if it is of one family, without layers, patches or shift.
     """
 
     source: Tensor
@@ -54,19 +54,19 @@ def case(name: str, index: int, folder: Path) -> Case:
     photo = photographs.HELD_OUT[index % len(photographs.HELD_OUT)]
     picture = photographs.read(photo, folder)
     seed = 100_000 * (1 + warps.KINDS.index(kind)) + index
-    made = warps.pair(picture, seed, kind, size=SIZE)
-    source, target = made.source[0], made.target[0]
+    pair = warps.pair(picture, seed, kind, size=SIZE)
+    source, target = pair.source[0], pair.target[0]
     if corruption:
         rng = np.random.default_rng((seed, CORRUPTIONS.index(corruption)))
         source, target = (corrupted(x, corruption, rng) for x in (source, target))
-    drawn = family(picture, seed, kind, made.flow[0])
-    return Case(source, target, made.flow[0], made.valid[0, 0], photo, family=drawn)
+    drawn = family(picture, seed, kind, pair.flow[0])
+    return Case(source, target, pair.flow[0], pair.valid[0, 0], photo, family=drawn)
 
 
 def family(picture: Tensor, seed: int, kind: str, flow: Tensor) -> str:
-    """Return the family that `warps.pair` drew `flow` from; empty if layers, patches or a shift came on top.
+    """Return the family that `warps.pair` drew `flow` from; empty if it added layers, patches or a shift.
 
-    The draws are made once more up to the first warp, which is then compared with the flow.
+    Repeats the random draws up to the first warp, and compares that with the flow.
     """
     names = FAMILIES["training" if kind == "training" else "tests"]
     draws = (
@@ -75,26 +75,26 @@ def family(picture: Tensor, seed: int, kind: str, flow: Tensor) -> str:
         else (warps._spline, warps._lens, warps._composed)
     )
     generator = torch.Generator().manual_seed(seed)
-    warps._scene(scenes.canvas(picture, 2 * SIZE, generator), kind, generator)
-    grid = warps._places(SIZE)
+    warps._scene(scenes.crop(picture, 2 * SIZE, generator), kind, generator)
+    grid = warps._grid(SIZE)
     drawn = int(scenes.uniform(generator, 0, len(names)))
     first = (draws[drawn](grid, generator) - grid) * (SIZE / 2)
     return names[drawn] if torch.equal(first.permute(2, 0, 1).float(), flow) else ""
 
 
 def corrupted(image: Tensor, kind: str, rng: np.random.Generator) -> Tensor:
-    """Return a picture with noise, blurred or as a JPEG: severity 3 of ImageNet-C."""
+    """Return a picture with noise, blur or JPEG artefacts, severity 3 of ImageNet-C."""
     pixels = image.permute(1, 2, 0).numpy()
     if kind == "noise":
         pixels = np.clip(pixels + rng.normal(0, 0.18, pixels.shape), 0, 1)
         return torch.from_numpy(pixels).permute(2, 0, 1).float()
-    shown = Image.fromarray((pixels * 255).round().astype(np.uint8))
+    picture = Image.fromarray((pixels * 255).round().astype(np.uint8))
     if kind == "blur":
-        shown = shown.filter(ImageFilter.GaussianBlur(3))
+        picture = picture.filter(ImageFilter.GaussianBlur(3))
     else:
-        shown.save(buffer := io.BytesIO(), format="JPEG", quality=15)
-        shown = Image.open(buffer)
-    return loaded(shown)
+        picture.save(buffer := io.BytesIO(), format="JPEG", quality=15)
+        picture = Image.open(buffer)
+    return loaded(picture)
 
 
 def loaded(image: Image.Image) -> Tensor:
@@ -103,41 +103,41 @@ def loaded(image: Image.Image) -> Tensor:
 
 
 def scene(name: str, index: int, folder: Path) -> Case:
-    """Return a pair with a truth of its own."""
+    """Return a pair of photographs with ground truth."""
 
-    def found(path: str) -> str:
+    def path_of(path: str) -> str:
         return str(photographs.locate(path, folder))
 
-    def shown(path: str) -> Tensor:
-        return loaded(Image.open(found(path)))
+    def read(path: str) -> Tensor:
+        return loaded(Image.open(path_of(path)))
 
     data = "opencv-doc/data"
     if name.startswith("graf"):
-        first, second = (shown(f"{data}/graf{n}.png") for n in name[-2:])
-        store = cv2.FileStorage(found(f"{data}/H1to3p.xml"), cv2.FILE_STORAGE_READ)
+        first, second = (read(f"{data}/graf{n}.png") for n in name[-2:])
+        store = cv2.FileStorage(path_of(f"{data}/H1to3p.xml"), cv2.FILE_STORAGE_READ)
         matrix = torch.from_numpy(np.array(store.getFirstTopLevelNode().mat()))
         matrix = matrix if name == "graf13" else torch.linalg.inv(matrix)
-        flow = fields.homography_flow(matrix, (second.shape[1], second.shape[2]))
-        return Case(first, second, flow[0], fields.inside(flow)[0, 0], "graf")
+        flow = flows.homography_flow(matrix, (second.shape[1], second.shape[2]))
+        return Case(first, second, flow[0], flows.inside(flow)[0, 0], "graf")
     if name == "chessboards":
-        return board(shown, data, BOARDS[index])
+        return board(read, data, BOARDS[index])
     if name == "motorcycle":
-        left, right = (shown(f"skimage/motorcycle_{side}.png") for side in ("left", "right"))
-        shift = np.load(found("skimage/motorcycle_disp.npz"))["arr_0"]
+        left, right = (read(f"skimage/motorcycle_{side}.png") for side in ("left", "right"))
+        shift = np.load(path_of("skimage/motorcycle_disp.npz"))["arr_0"]
         known = np.isfinite(shift)
     else:
-        left, right = (shown(f"{data}/aloe{side}.jpg") for side in "LR")
-        shift = np.array(Image.open(found(f"{data}/aloeGT.png")).convert("L"), dtype=float)
+        left, right = (read(f"{data}/aloe{side}.jpg") for side in "LR")
+        shift = np.array(Image.open(path_of(f"{data}/aloeGT.png")).convert("L"), dtype=float)
         known = shift > 0
     across = torch.from_numpy(np.where(known, -shift, 0.0))
     flow = torch.stack([across, torch.zeros_like(across)])
-    inside = fields.inside(flow[None])[0, 0]
+    inside = flows.inside(flow[None])[0, 0]
     return Case(right, left, flow, inside & torch.from_numpy(known), name)
 
 
-def board(shown: Callable[[str], Tensor], data: str, number: int) -> Case:
-    """Return a chessboard seen from two places: the truth is at its 54 inner corners."""
-    right, left = (shown(f"{data}/{side}{number:02d}.jpg") for side in ("right", "left"))
+def board(read: Callable[[str], Tensor], data: str, number: int) -> Case:
+    """Return two views of a chessboard; the ground truth is at its 54 inner corners."""
+    right, left = (read(f"{data}/{side}{number:02d}.jpg") for side in ("right", "left"))
     corners = []
     for image in (right, left):
         grey = (image[0] * 255).byte().numpy()

@@ -1,11 +1,12 @@
-"""The errors that `quality_match` measured, kept from one run to the next and no longer than what made them stays."""
+"""Errors that `quality_match` measured, stored between runs as long as the code and weights do not change."""
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from overpaint import files
 
 __all__ = ["Origin", "Store", "card_of", "code", "fingerprint"]
 
@@ -13,7 +14,7 @@ Row = dict[str, float]
 
 
 class Origin(NamedTuple):
-    """Where a pair comes from: its photograph, and the family of its warp, empty where that is not one."""
+    """Origin of a pair: its photograph, and the family of its warp, empty if it is not of one family."""
 
     photo: str
     family: str
@@ -23,8 +24,8 @@ class Store:
     """Errors by set, method and pair, on disk.
 
     Args:
-        folder: Of the errors of these very pairs; made where it is missing.
-        mark: Returns a short name of what makes a method's errors: errors under another one are not read.
+        folder: Folder for the errors of one version of the pairs; created if it does not exist.
+        mark: Returns the fingerprint of the code and weights of a method; errors with another fingerprint are ignored.
     """
 
     def __init__(self, folder: Path, mark: Callable[[str], str]) -> None:
@@ -34,7 +35,7 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
 
     def load(self, name: str, method: str) -> dict[int, Row]:
-        """Return the known errors of a method on a set."""
+        """Return the stored errors of a method on a set."""
         key = (name, method)
         if key not in self.rows:
             self.rows[key] = {}
@@ -44,17 +45,14 @@ class Store:
                     self.origins.setdefault(name, {})[int(index)] = Origin(photo, family)
         return self.rows[key]
 
-    def add(self, name: str, index: int, origin: Origin, found: Mapping[str, Row]) -> None:
-        """Keep a pair's errors by method, in memory and on disk."""
+    def add(self, name: str, index: int, origin: Origin, errors: Mapping[str, Row]) -> None:
+        """Store a pair's errors by method, in memory and on disk."""
         origins = self.origins.setdefault(name, {})
         origins[index] = origin
-        for method, row in found.items():
+        for method, row in errors.items():
             self.load(name, method)[index] = row
-            told = {i: (*origins[i], r) for i, r in self.rows[name, method].items()}
-            path = self._path(name, method)
-            beside = path.with_suffix(".part")
-            beside.write_text(json.dumps(told))
-            os.replace(beside, path)
+            rows = {i: (*origins[i], r) for i, r in self.rows[name, method].items()}
+            files.write_text(self._path(name, method), json.dumps(rows))
 
     def _path(self, name: str, method: str) -> Path:
         plain = "".join(c if c.isalnum() else "-" for c in f"{name}--{method}")
@@ -62,20 +60,20 @@ class Store:
 
 
 def code(*paths: Path) -> str:
-    """Return a short name for what the files hold."""
+    """Return a short hash of the contents of files."""
     return hashlib.sha256(b"".join(p.read_bytes() for p in paths)).hexdigest()[:12]
 
 
 def fingerprint(folder: Path) -> str:
-    """Return a short name for the matcher in a folder."""
+    """Return a short hash of the matcher in a folder."""
     return code(*sorted(folder.glob("*.safetensors")), folder / "config.json")
 
 
 def card_of(folder: Path) -> dict[str, Any]:
-    """Return the matcher's fingerprint, and the seed and steps of its training; None where it has no card."""
+    """Return the matcher's fingerprint, and the seed and steps of its training, `None` without a card."""
     path = folder / "card.json"
     card = json.loads(path.read_text()) if path.is_file() else {}
-    steps = {stage: told.get("steps") for stage, told in card.get("stages", {}).items()}
+    steps = {stage: values.get("steps") for stage, values in card.get("stages", {}).items()}
     return {
         "fingerprint": fingerprint(folder),
         "seed": card.get("seed"),

@@ -1,13 +1,13 @@
-"""Does `icons` draw what it is asked for, also in pairs that it never saw?
+"""Does `icons` draw the object and the style of its prompt, also in pairs that are held out of training?
 
     python benchmarks/quality_icons.py [--quick] [--json]
 
-Every seen (object, style) pair of the icon world and every held-out pair is asked for once a seed; `icons-judge`,
-which had no part in training `icons` and knows the held-out pairs, says what it sees. Its own accuracy on the real
-artwork, from its card, is the yardstick. Intervals draw pairs, each with all its seeds. `--quick` asks for 120 seen
-pairs and one seed, and writes to `runs/benchmarks`. Writes `benchmarks/results/quality_icons.json` and, into
-`docs/images`, a grid of 100 pictures, `icons_grid.png`, and one style before and after its edit, `before_after.png`;
-`--card` puts the figures into the model's card.
+Draws every (object, style) pair of the icon world once for each seed. `icons-judge`, which took no part in training
+`icons` and was trained on the held-out pairs too, classifies the pictures; its accuracy on the real artwork, from its
+card, is the upper bound. Intervals are bootstrapped over pairs, each with all its seeds. `--quick` draws 120 seen pairs
+with one seed and writes to `runs/benchmarks`. Writes `benchmarks/results/quality_icons.json` and, into `docs/images`, a
+grid of 100 pictures, `icons_grid.png`, and one style before and after its edit, `before_after.png`; `--card` adds the
+figures to the model's card.
 """
 
 import argparse
@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 import overpaint as op
-from overpaint import metrics, zoo
+from overpaint import files, metrics, zoo
 from overpaint.probes import questions
-from overpaint.scorers import judge as features
+from overpaint.scorers import judge as scorers
 from overpaint.train import card, icon_world
 
 RESULTS = Path(__file__).parent / "results"
@@ -32,28 +32,28 @@ IMAGES = Path(__file__).parent.parent / "docs" / "images"
 
 
 def pairs(*, held_out: bool) -> list[tuple[str, str]]:
-    """Return all (object, style) pairs that training never saw, or all others."""
-    kept = icon_world.held_out()
+    """Return all (object, style) pairs that are held out of training, or all others."""
+    reserved = icon_world.held_out()
     every = [(o, s) for o in icon_world.OBJECTS for s in icon_world.STYLES]
-    return [pair for pair in every if (pair in kept) == held_out]
+    return [pair for pair in every if (pair in reserved) == held_out]
 
 
-def verdicts(
+def score(
     model: op.TextToImage,
-    judge: features.Judge,
-    asked: list[tuple[str, str]],
+    judge: scorers.Judge,
+    chosen: list[tuple[str, str]],
     *,
     seeds: range,
     steps: int,
 ) -> dict[str, list[float]]:
-    """Draw each pair once a seed; return 1 or 0 a picture for object and style, and the CLIP score."""
-    chosen = [(o, s, seed) for seed in seeds for o, s in asked]
-    prompts = [f"{'an' if o[0] in 'aeiou' else 'a'} {o} in {s} style" for o, s, _ in chosen]
-    images = model.generate(prompts, seed=[seed for *_, seed in chosen], steps=steps).images
+    """Return for a picture of each pair and seed whether object and style are right, 1 or 0, and the CLIP score."""
+    rows = [(o, s, seed) for seed in seeds for o, s in chosen]
+    prompts = [f"{'an' if o[0] in 'aeiou' else 'a'} {o} in {s} style" for o, s, _ in rows]
+    images = model.generate(prompts, seed=[seed for *_, seed in rows], steps=steps).images
     objects, styles = judge.predict(images, "object"), judge.predict(images, "style")
     return {
-        "object_top1": [float(said == o) for said, (o, *_) in zip(objects, chosen, strict=True)],
-        "style_top1": [float(said == s) for said, (_, s, _) in zip(styles, chosen, strict=True)],
+        "object_top1": [float(label == o) for label, (o, *_) in zip(objects, rows, strict=True)],
+        "style_top1": [float(label == s) for label, (_, s, _) in zip(styles, rows, strict=True)],
         "clip_score": judge.clip_score(images, prompts).tolist(),
     }
 
@@ -69,7 +69,7 @@ def seconds_per_picture(model: op.TextToImage, *, repeats: int = 3) -> float:
 
 
 def grid(model: op.TextToImage, path: Path, *, steps: int) -> None:
-    """Draw 100 pictures: objects in turn, styles in turn, half on a named color."""
+    """Save 100 pictures: objects in turn, styles in turn, half on a named color."""
     rng = random.Random(0)
     objects, styles = list(icon_world.OBJECTS), list(icon_world.STYLES)
     prompts = []
@@ -90,18 +90,20 @@ def grid(model: op.TextToImage, path: Path, *, steps: int) -> None:
     model.generate(prompts, seed=list(range(100)), steps=steps).grid(10).save(path)
 
 
-def before_after(model: op.TextToImage, judge: features.Judge, path: Path) -> None:
-    """Draw one style before and after its edit, and a neighbour before and after: four rows, equal seeds."""
-    known, asked = questions.split_concepts(judge.labels)
-    change = op.edit.auto(model, {"openmoji style": "noto style"}, vocabulary=known, without=asked)
+def before_after(model: op.TextToImage, judge: scorers.Judge, path: Path) -> None:
+    """Save one style before and after its edit, and another style before and after: four rows, equal seeds."""
+    preserved, evaluated = questions.split_concepts(judge.labels)
+    change = op.edit.auto(
+        model, {"openmoji style": "noto style"}, vocabulary=preserved, without=evaluated
+    )
     objects = ["strawberry", "cat", "fish", "umbrella", "bomb", "tulip", "car", "light bulb"]
     rows = []
     for style in ("openmoji", "high contrast"):
-        asked = {"seed": list(range(len(objects))), "steps": 20}
+        settings = {"seed": list(range(len(objects))), "steps": 20}
         prompts = [f"{'an' if o[0] in 'aeiou' else 'a'} {o} in {style} style" for o in objects]
-        rows.append(model.generate(prompts, **asked).images)
+        rows.append(model.generate(prompts, **settings).images)
         with change.applied(model):
-            rows.append(model.generate(prompts, **asked).images)
+            rows.append(model.generate(prompts, **settings).images)
     drawn = op.Pictures(torch.cat(rows), ("",) * 4 * len(objects), (0,) * 4 * len(objects), {})
     drawn.grid(len(objects)).save(path)
 
@@ -118,19 +120,19 @@ def main() -> None:
     parser.add_argument("--card", action="store_true", help="write the figures into the card")
     arguments = parser.parse_args()
     start = time.perf_counter()
-    model, judge = op.load("icons"), features.load("icons-judge")
+    model, judge = op.load("icons"), scorers.load("icons-judge")
     seen, held = pairs(held_out=False), pairs(held_out=True)
     seeds = range(1) if arguments.quick else range(2)
     if arguments.quick:
         seen = random.Random(0).sample(seen, 120)
-    table = {"": verdicts(model, judge, seen, seeds=seeds, steps=20)}
-    table["heldout_"] = verdicts(model, judge, held, seeds=seeds, steps=20)
+    table = {"": score(model, judge, seen, seeds=seeds, steps=20)}
+    table["heldout_"] = score(model, judge, held, seeds=seeds, steps=20)
     figures: dict[str, float] = {}
     intervals: dict[str, Any] = {}
     for prefix, columns in table.items():
         for name, values in columns.items():
-            asked = held if prefix else seen
-            interval = metrics.bootstrap(values, groups=asked * len(seeds))
+            groups = (held if prefix else seen) * len(seeds)
+            interval = metrics.bootstrap(values, groups=groups)
             figures[prefix + name] = round(interval.mean, 4)
             intervals[prefix + name] = [interval.low, interval.high, len(values)]
     figures |= {
@@ -152,7 +154,7 @@ def main() -> None:
     }  # fmt: skip
     folder = Path("runs/benchmarks") if arguments.quick else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "quality_icons.json").write_text(json.dumps(result, indent=1) + "\n")
+    files.write_json(folder / "quality_icons.json", result)
     for name, value in figures.items():
         extra = intervals.get(name)
         print(

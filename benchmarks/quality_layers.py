@@ -1,10 +1,10 @@
-"""Which layer of the text encoder must be edited for a style to go, and what does the preserve list save?
+"""Which layer of the text encoder has to be edited to erase a style, and what does the preserve list protect?
 
     python benchmarks/quality_layers.py [--quick] [--json]
 
-One style of `icons`, `openmoji`, is turned into `noto` with seven prompt frames: at layer 0 without and with the
-preserve list, then at layers 1 and 2 with it. `icons-judge` looks at the same objects and seeds of the target style
-and of every other style, before and after. Writes `benchmarks/results/quality_layers.json`; with `--quick`, into
+Replaces one style of `icons`, `openmoji`, by `noto` with seven prompt frames: at layer 0 without and with the preserve
+list, then at layers 1 and 2 with it. `icons-judge` classifies pictures of the same objects and seeds in the target
+style and in every other style, before and after. Writes `benchmarks/results/quality_layers.json`; with `--quick`, into
 `runs/benchmarks`.
 """
 
@@ -14,9 +14,10 @@ import time
 from pathlib import Path
 
 import overpaint as op
+from overpaint import files
 from overpaint.edit import Change
 from overpaint.probes import questions
-from overpaint.scorers import judge as features
+from overpaint.scorers import judge as scorers
 from overpaint.train import card
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,20 +37,20 @@ OBJECTS = (
 
 
 def shares(
-    model: op.TextToImage, judge: features.Judge, change: Change | None, *, objects: int
+    model: op.TextToImage, judge: scorers.Judge, change: Change | None, *, objects: int
 ) -> dict[str, float]:
-    """Return for each style the share of its pictures that the judge names right."""
-    asked = [(o, s) for s in judge.labels["style"] for o in OBJECTS[:objects]]
-    prompts = [f"{'an' if o[0] in 'aeiou' else 'a'} {o} in {s} style" for o, s in asked]
-    seeds = [i % objects for i in range(len(asked))]
+    """Return the accuracy of the judge on the pictures of each style."""
+    pairs = [(o, s) for s in judge.labels["style"] for o in OBJECTS[:objects]]
+    prompts = [f"{'an' if o[0] in 'aeiou' else 'a'} {o} in {s} style" for o, s in pairs]
+    seeds = [i % objects for i in range(len(pairs))]
     if change is None:
         images = model.generate(prompts, seed=seeds, steps=12).images
     else:
         with change.applied(model):
             images = model.generate(prompts, seed=seeds, steps=12).images
-    said = judge.predict(images, "style")
+    predicted = judge.predict(images, "style")
     return {
-        style: sum(a == style for a, (_, s) in zip(said, asked, strict=True) if s == style)
+        style: sum(a == style for a, (_, s) in zip(predicted, pairs, strict=True) if s == style)
         / objects
         for style in judge.labels["style"]
     }
@@ -66,9 +67,11 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     start = time.perf_counter()
-    model, judge = op.load("icons"), features.load()
-    kept = list(
-        questions.preserve_prompts("style", "openmoji", labels=judge.labels, held_out=model.held_out)
+    model, judge = op.load("icons"), scorers.load()
+    preserved = list(
+        questions.preserve_prompts(
+            "style", "openmoji", labels=judge.labels, held_out=model.held_out
+        )
     )
     pairs = {"openmoji style": "noto style"}
     cases = {
@@ -76,19 +79,19 @@ def main() -> None:
         "layer0_plain": op.edit.quickfix(model, pairs, frames=FRAMES),
         **{
             f"layer{layer}": op.edit.quickfix(
-                model, pairs, frames=FRAMES, preserve=kept, layer=layer
+                model, pairs, frames=FRAMES, preserve=preserved, layer=layer
             )
             for layer in (0, 1, 2)
         },
     }
     figures: dict[str, float] = {}
     for name, change in cases.items():
-        found = shares(model, judge, change, objects=8 if arguments.quick else len(OBJECTS))
-        others = [value for style, value in found.items() if style != "openmoji"]
-        figures[f"{name}_target"] = round(found["openmoji"], 4)
+        accuracy = shares(model, judge, change, objects=8 if arguments.quick else len(OBJECTS))
+        others = [value for style, value in accuracy.items() if style != "openmoji"]
+        figures[f"{name}_target"] = round(accuracy["openmoji"], 4)
         figures[f"{name}_others"] = round(sum(others) / len(others), 4)
         print(
-            f"{name:14} openmoji {found['openmoji']:5.0%}   others {figures[f'{name}_others']:5.0%}"
+            f"{name:14} openmoji {accuracy['openmoji']:5.0%}   others {figures[f'{name}_others']:5.0%}"
         )
     figures["seconds"] = round(time.perf_counter() - start, 1)
     folder = Path("runs/benchmarks") if arguments.quick else RESULTS
@@ -96,7 +99,7 @@ def main() -> None:
     protocol = {
         **model.protocol(steps=12, guidance_scale=model.guidance_scale),
         "frames": FRAMES,
-        "preserved": len(kept),
+        "preserved": len(preserved),
     }
     result = {
         "figures": figures,
@@ -104,7 +107,7 @@ def main() -> None:
         "quick": arguments.quick,
         "commit": card.commit(),
     }
-    (folder / "quality_layers.json").write_text(json.dumps(result, indent=1) + "\n")
+    files.write_json(folder / "quality_layers.json", result)
     if arguments.json:
         print(json.dumps(figures))
 
