@@ -11,10 +11,10 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 __all__ = [
     "atomic",
@@ -28,7 +28,7 @@ __all__ = [
 
 
 @contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
+def atomic(path: str | Path) -> Generator[Path, None, None]:
     """Yield the path of a draft that becomes `path` when the block ends without an exception.
 
     The block writes the draft as a file, or makes it a folder. A file replaces an existing file; a folder replaces
@@ -52,7 +52,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path) -> Generator[Path, None, None]:
     """Yield an empty folder that replaces the folder `path` when the block ends without an exception.
 
     The old folder is renamed to `.<name>.old` before the new one takes its place, and then removed. If the process is
@@ -68,7 +68,9 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     restore_folder(place)
     try:
         with atomic(place) as draft:
-            _remove(draft)  # left by a killed process of the same number, as in a restarted container
+            _remove(
+                draft
+            )  # left by a killed process of the same number, as in a restarted container
             draft.mkdir()
             yield draft
             if place.exists():
@@ -131,9 +133,10 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        items = cast(dict[Any, Any], value).items()
+        return {key: _without_nan(item) for key, item in items}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
+        return [_without_nan(item) for item in cast(list[Any] | tuple[Any, ...], value)]
     return value
 
 

@@ -26,7 +26,7 @@ class Pictures:
     images: Tensor
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
-    protocol: dict[str, Any] = field(default_factory=dict)
+    protocol: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -196,8 +196,8 @@ def kid_test(
     splits = np.stack([first, *(_shuffled(rng, first, within) for _ in range(permutations))], 1)
     pooled = np.concatenate([a, b])
     values = _quadratic_forms(pooled, splits.astype(np.float64), (~splits).astype(np.float64), keys)
-    rounding = 1e-12 * max(1.0, float(np.abs(values).max()))
-    p = float(np.mean(values >= values[0] - rounding))
+    rounding = 1e-12 * max(1.0, float(np.max(np.abs(values))))
+    p = float((values >= values[0] - rounding).mean())
     threshold = float(np.quantile(values[1:], 1 - alpha))
     return TwoSample(float(values[0]), p, threshold, alpha, permutations)
 

@@ -12,6 +12,7 @@ Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -108,10 +109,8 @@ def spearman(first: ArrayLike, second: ArrayLike) -> float:
         )
     if a.size < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:  # scipy would warn
         return float("nan")
-    from scipy import stats  # slow to import
-
-    result: Any = stats.spearmanr(a, b)
-    return float(result.statistic)
+    stats: Any = import_module("scipy.stats")  # late because it is slow, and untyped
+    return float(stats.spearmanr(a, b).statistic)
 
 
 def _check(numbers: NDArray[np.float64], confidence: float) -> None:

@@ -83,7 +83,7 @@ def _distance(flow: Tensor, truth: Tensor) -> Tensor:
             f"`flow` and `truth` must share a shape (B, 2, H, W), got {tuple(flow.shape)} and "
             f"{tuple(truth.shape)}: resize one to the other's grid."
         )
-    return (flow.double() - truth.double()).norm(dim=1)
+    return (flow.double() - truth.double()).square().sum(1).sqrt()
 
 
 def _each(error: Tensor, std: Tensor | None, valid: Tensor | None, measure: Measure) -> Tensor:

@@ -69,7 +69,7 @@ def csv_rows(path: Path, text: str, *, need: str = "") -> Iterator[tuple[int, di
     """
     reader = csv.reader(text.splitlines(keepends=True), strict=True)
     try:
-        head = [name.strip().lower() for name in next(reader, [])]
+        head = [name.strip().lower() for name in next(reader, list[str]())]
         if need and need not in head:
             raise ValueError(
                 f"{str(path)!r}, line 1: no column {need!r} among {', '.join(head) or 'none'}; begin the file with "

@@ -176,7 +176,7 @@ def _form(path: Path, text: str) -> str:
         return "ablation"
     if suffix == ".toml":
         return "table"
-    head = [name.strip().lower() for name in next(csv.reader(text.splitlines()[:1]), [])]
+    head = [name.strip().lower() for name in next(csv.reader(text.splitlines()[:1]), list[str]())]
     if suffix == ".csv" and {"prompt", "old", "new"} <= set(head):
         return "road"
     if suffix == ".csv" and {"old", "new"} <= set(head):
