@@ -179,9 +179,12 @@ def _combine(
 
 
 def _facts(change: "Change", report: Mapping[str, Any], out: Path) -> dict[str, Any]:
-    """Return what the verb prints: file, site, concepts, figures, moved tokens, endangered concepts."""
+    """Return what the verb prints: verdict, file, site, concepts, figures, moved tokens, endangered concepts."""
+    from overpaint.edit import verdict
+
     sites = change.sites
     return {
+        "verdict": verdict.describe(change),
         "change": str(out),
         "site": sites[0] if len(sites) == 1 else f"{len(sites)} weights",
         "concepts": [f"{old} → {new}" for old, new in change.pairs.items()],

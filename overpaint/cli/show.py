@@ -26,10 +26,15 @@ def show(
     overpaint show change.safetensors
     overpaint show change.safetensors --json
     """  # noqa: D301
-    from overpaint.edit import Change
+    from overpaint.edit import Change, verdict
 
-    facts = _facts(Change.load(change))
-    facts = {"change": str(change), "bytes": change.stat().st_size, **facts}
+    loaded = Change.load(change)
+    facts = {
+        "verdict": verdict.describe(loaded),
+        "change": str(change),
+        "bytes": change.stat().st_size,
+        **_facts(loaded),
+    }
     print_facts(facts, as_json=as_json)
 
 

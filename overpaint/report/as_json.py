@@ -27,6 +27,7 @@ def content(words: Mapping[str, Any], summary: Mapping[str, Any], source: Path) 
     return {
         "title": words["title"],
         "lead": words["lead"],
+        "verdict": words["verdict"],
         "method": words["best"],
         "summary": dict(summary),
         "tables": [_table(t) for t in (*(words["tables"] or []), *measured, *predicted["tables"])],

@@ -18,6 +18,7 @@ from pathlib import Path
 from shlex import join
 from typing import Any
 
+from overpaint.edit import Change, verdict
 from overpaint.evaluate import attack_results, measures, predicted_drift
 from overpaint.evaluate.results import Comparison, Scores
 from overpaint.files import write_json, write_text
@@ -71,6 +72,7 @@ def save(folder: str | Path, *, out: str | Path | None = None) -> Path:
         or (measured.title if measured else "overpaint: results"),
         "lead": run.get("lead", "Figures and tables from saved results."),
         "commands": run.get("commands", [join(["overpaint", "report", str(source)])]),
+        "verdict": _verdict(source / "change.safetensors"),
         "facts": provenance.facts(run.get("protocol", {}), protocols),
         "warning": provenance.differing(protocols),
         "tiles": tables.tiles(chosen, float(seconds) if _is_number(seconds) else None),
@@ -226,6 +228,11 @@ def _json(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{str(path)!r} is damaged: it is not a JSON object. Make it again."
         ) from error
+
+
+def _verdict(path: Path) -> str:
+    """Return what the saved change moves and endangers, or an empty string if there is no change."""
+    return verdict.describe(Change.load(path)) if path.is_file() else ""
 
 
 def _is_number(value: object) -> bool:

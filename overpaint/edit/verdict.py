@@ -1,0 +1,122 @@
+"""Verdict of an edit: one sentence of what a change moves and what it puts at risk, from its movements and report.
+
+Nothing is measured here. The report of a change is of the edit at strength 1. The drift of the empty prompt is linear
+in the strength, so it is scaled where all concepts have one strength; the lists of concepts are those at strength 1.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from overpaint.edit.change import Change
+from overpaint.edit.methods.token_rows import edited_words
+
+__all__ = ["EMPTY_PROMPT_LIMIT", "describe", "warning"]
+
+EMPTY_PROMPT_LIMIT = (
+    0.05  # relative movement of the empty prompt above which `warning` is not empty
+)
+_EMBEDDING = ".token_embedding"
+_LISTED = 5  # names in a list; the others are counted
+
+
+def describe(change: Change) -> str:
+    """Return one sentence: what `change` moves, how far the empty prompt moves, which concepts are endangered.
+
+    The warning follows as a second sentence if there is one. A change that reports nothing of other concepts gets a
+    sentence that says so.
+
+    Args:
+        change: Fresh, or loaded from a file, whose report may hold any type.
+    """
+    report = change.report
+    clauses = [f"This change moves {_moved(change)}", _empty_prompt(change)]
+    clauses += [
+        f"{words} {_listed(names)}"
+        for key, words in (
+            ("endangered", "endangered, and preserved for that reason:"),
+            ("not_kept", "not preserved, likely to change too:"),
+            ("carried", "changed with the token rows that they hold:"),
+        )
+        if (names := _names(report.get(key)))
+    ]
+    if not any(isinstance(report.get(key), list) for key in ("endangered", "not_kept")):
+        clauses.append("effects on other concepts were not measured")
+    elif len(clauses) == 2:
+        clauses.append("no other known concept is endangered")
+    sentence = "; ".join(clauses) + "."
+    return " ".join(part for part in (sentence, warning(change)) if part)
+
+
+def warning(change: Change) -> str:
+    """Return a warning if `change` moves the empty prompt by more than `EMPTY_PROMPT_LIMIT`, else an empty string."""
+    drift = _empty_prompt_drift(change)
+    if drift is None or drift <= EMPTY_PROMPT_LIMIT:
+        return ""
+    return (
+        f"Warning: the empty prompt moves by more than {100 * EMPTY_PROMPT_LIMIT:g} %, and guidance reads it for every "
+        "picture, so that all pictures may change: lower the strength, or preserve more prompts."
+    )
+
+
+def _moved(change: Change) -> str:
+    """Return the moved weights and token rows in words."""
+    sites = [m.site for m in change.movements if not m.site.endswith(_EMBEDDING)]
+    rows = sum(
+        int((m.left.abs().amax(1) > 0).sum())
+        for m in change.movements
+        if m.site.endswith(_EMBEDDING) and m.left.numel()
+    )
+    parts = [f"{_count(len(sites), 'weight')} ({_listed(sites)})"] if sites else []
+    if rows or len(sites) < len(change.movements):
+        words = edited_words(change.report)
+        parts.append(_count(rows, "token row") + (f" ({_listed(words)})" if words else ""))
+    text = " and ".join(parts) or "nothing"
+    strengths = _strengths(change)
+    if strengths != {1.0}:
+        text += f" at strength {', '.join(f'{s:g}' for s in sorted(strengths))}"
+    return text
+
+
+def _empty_prompt(change: Change) -> str:
+    drift = _empty_prompt_drift(change)
+    if drift is None:
+        return "how far the empty prompt moves was not measured"
+    if drift == 0:
+        return "the empty prompt does not move"
+    size = f"{100 * drift:.1f}" if drift >= 0.0005 else "less than 0.1"
+    return f"the empty prompt moves by {size} %"
+
+
+def _empty_prompt_drift(change: Change) -> float | None:
+    """Return the relative movement of the empty prompt; `None` if the report does not hold it."""
+    if change.movements and all(m.site.endswith(_EMBEDDING) for m in change.movements):
+        # rows of words: the empty prompt holds none of them
+        return 0.0 if edited_words(change.report) else None
+    drift, strengths = change.report.get("empty_prompt_drift"), _strengths(change)
+    if isinstance(drift, bool) or not isinstance(drift, int | float) or len(strengths) > 1:
+        return None
+    scaled = abs(drift * next(iter(strengths)))
+    return scaled if math.isfinite(scaled) else None
+
+
+def _strengths(change: Change) -> set[float]:
+    strength: Mapping[str, Any] = change.protocol.get("strength", {})
+    return {float(strength.get(old, 1.0)) for old in change.pairs} or {1.0}
+
+
+def _names(rows: Any) -> list[str]:
+    """Return the concepts of a list of a report; its rows are names, or mappings with the key `concept`."""
+    rows = rows if isinstance(rows, list) else []
+    return [str(row.get("concept", "")) if isinstance(row, Mapping) else str(row) for row in rows]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return the first names, on one line, and the number of the others."""
+    shown = [" ".join(name.split()) for name in names[:_LISTED]]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
