@@ -1,7 +1,7 @@
-"""Overpaint: find where an image model keeps what it knows, and paint over it.
+"""Overpaint: find where a text-to-image model stores a concept, and edit it there.
 
 Importing the package imports none of its rooms: each public name is imported when it is first used, so that the
-command line answers at once.
+command line starts quickly.
 
 >>> import overpaint as op
 >>> probes = op.probes.load("style")

@@ -113,7 +113,7 @@ class Scaled(nn.Module):
         return x * factor
 
 
-def test_patch_arguments_replaces_positions_and_keywords_and_counts(net):
+def test_patch_inputs_replaces_positions_and_keywords_and_counts(net):
     layer = Scaled()
     with hooks.patch_inputs({layer: lambda a, k: ((a[0] + 1,), {"factor": 3.0})}) as calls:
         assert torch.equal(layer(torch.ones(2), factor=2.0), torch.full((2,), 6.0))
@@ -123,7 +123,7 @@ def test_patch_arguments_replaces_positions_and_keywords_and_counts(net):
     assert hook_count(layer) == 0
 
 
-def test_patch_arguments_leaves_no_hook_after_an_exception():
+def test_patch_inputs_leaves_no_hook_after_an_exception():
     layer = Scaled()
     with (
         pytest.raises(RuntimeError, match="stop"),
