@@ -132,7 +132,7 @@ def test_report_draws_the_effects_that_trace_saves(run, tiny_folder, tmp_path):
     assert json.loads(out)["effects"] == str(tmp_path / "text.parquet")
     assert len(json.loads(out)["top"]) == 10
     assert run("report", tmp_path)[:2] == (0, f"report  {tmp_path / 'report.html'}\n")
-    assert "Where the text encoder keeps it" in (tmp_path / "report.html").read_text()
+    assert "Causal trace of the text encoder" in (tmp_path / "report.html").read_text()
 
 
 def test_trace_screens_resumes_and_plots(run, tmp_path):

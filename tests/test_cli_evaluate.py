@@ -108,7 +108,7 @@ def test_an_attack_is_printed_and_saved(run, change, tmp_path, monkeypatch):
         (("--explain", "lpips"), "unknown metric 'lpips': choose one of clip_cosine"),
         (("icons", "CHANGE", "--set", "nowhere.csv"), "no evaluation set at 'nowhere.csv'"),
         (("icons", "CHANGE", "--metric", "lpips"), "unknown metric 'lpips'"),
-        (("icons", "CHANGE", "--set", "icons", "--kind", "fact"), "no evaluation set of ours"),
+        (("icons", "CHANGE", "--set", "icons", "--kind", "fact"), "no evaluation set ships for"),
         (("icons", "CHANGE", "--scorer", "/nowhere"), "cannot load a CLIP from '/nowhere'"),
         (("icons", "CHANGE", "--set", "icons", "--repeats", "0"), "`repeats` must be at least 1"),
     ],
