@@ -286,9 +286,9 @@ class World:
         word = str(rng.choice(list(COUNTS)))
         number = COUNTS[word]
         size = 30 if number == 2 else 28
-        places = _LAYOUTS[number]
+        positions = _LAYOUTS[number]
         icon = self.icon(OBJECTS[object_], STYLES[style], size)
-        pixels = self.compose([(icon, *_corner(p, size)) for p in places], color)
+        pixels = self.compose([(icon, *_corner(p, size)) for p in positions], color)
         plural = _IRREGULAR.get(object_, object_ + "s")
         return Picture(pixels, _caption(plural, style, color, rng, article=word), "", style, color)
 
@@ -308,8 +308,8 @@ class World:
         if relation in ("to the right of", "below"):
             ends = ends[::-1]
         icons = [
-            (self.icon(OBJECTS[name], STYLES[style], 30), *_corner(place, 30))
-            for name, place in zip((first, second), ends, strict=True)
+            (self.icon(OBJECTS[name], STYLES[style], 30), *_corner(position, 30))
+            for name, position in zip((first, second), ends, strict=True)
         ]
         thing = f"{first} {relation} {_article(second)} {second}"
         return Picture(
@@ -372,8 +372,8 @@ def _article(noun: str) -> str:
     return "an" if noun[0] in "aeiou" else "a"
 
 
-def _corner(place: tuple[float, float], size: int) -> tuple[int, int]:
-    return round(place[0] * (SIZE - size)), round(place[1] * (SIZE - size))
+def _corner(position: tuple[float, float], size: int) -> tuple[int, int]:
+    return round(position[0] * (SIZE - size)), round(position[1] * (SIZE - size))
 
 
 def _rasterise(icons: dict, name: str, size: int) -> np.ndarray:
