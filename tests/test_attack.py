@@ -61,6 +61,18 @@ def test_plain_prompts_score_as_the_pictures_of_either_model(tiny_sd1, swap, res
     assert result.before.n == result.chance.n == 4
 
 
+def test_a_probability_of_0_in_all_pictures_has_the_exact_interval_over_prompts(tiny_sd1, swap):
+    class Certain(BrightnessScorer):
+        def classify(self, images, kind):
+            return torch.tensor([[1.0, 0.0]]).expand(len(images), 2)
+
+    result = run(tiny_sd1, swap, scorer=Certain(), families=("paraphrase",))
+    bound = 1 - 0.025 ** (1 / 2)  # two prompts
+    for score in (result.before, result.after, result.chance, result.best.confirmed):
+        assert (score.mean, score.low, score.high) == (0, 0, pytest.approx(bound))
+    assert not result.brought_back
+
+
 def test_the_best_of_each_family_is_drawn_again_from_other_seeds(result):
     assert {a.family for a in result.attempts} == set(attack.FAMILIES)
     scores = [a.score.mean for a in result.attempts]

@@ -207,6 +207,29 @@ def test_shares_equal_values_worked_by_hand():
     assert tally.baseline()["style"].mean == 1
 
 
+def test_a_share_of_0_or_1_has_the_exact_interval_over_scenes():
+    """Scenes are drawn in several styles: 12 pictures of 6 scenes are 6 independent units."""
+    items = tuple(
+        questions.Question(f"p{i}", i // 2, role, "cat", "blob")
+        for role in ("target", "unseen")
+        for i in range(12)
+    )
+    labels = {"style": ["blob"] * 24, "object": ["cat"] * 24, "color": [""] * 24}
+    tally = Tally(items, labels, "style", "blob", "noto")
+    scores = tally.scores("x", {**labels, "style": ["noto"] * 24}, drift=0.0, protocol={})
+    bound = 1 - 0.025 ** (1 / 6)
+    pairs = (scores.efficacy, scores.redirection, scores.generality["unseen wordings"])
+    for pair in pairs:
+        shares = sorted((pair.before, pair.after), key=lambda share: share.mean)
+        assert [(s.mean, s.n) for s in shares] == [(0, 12), (1, 12)]
+        assert (shares[0].low, shares[0].high) == (0, pytest.approx(bound))
+        assert (shares[1].low, shares[1].high) == (pytest.approx(1 - bound), 1)
+        assert pair.change.high - pair.change.low == pytest.approx(2 * bound)
+    assert scores.aliases()["UA"].low == pytest.approx(1 - bound)
+    same = tally.scores("no edit", labels, drift=0.0, protocol={}).efficacy.change
+    assert (same.mean, same.low, same.high) == (0, pytest.approx(-bound), pytest.approx(bound))
+
+
 def test_a_comparison_is_saved_and_loaded(tiny_sd1, swap, tmp_path):
     result = compare(tiny_sd1, {"no edit": None, "swap": swap})
     again = Comparison.load(result.save(tmp_path / "results"))

@@ -176,7 +176,7 @@ class _Scored:
         )
 
     def score(self, embeds: Tensor, *, confirm: bool = False) -> Interval:
-        """Draw each row of `embeds` (N, L, D) from every seed and return the mean score."""
+        """Draw each row of `embeds` (N, L, D) from every seed and return the mean score, its interval over prompts."""
         count = self.pictures * (2 if confirm else 1)
         first = self.seed + (_CONFIRM if confirm else 0)
         rows = [i for i in range(len(self.cases)) for _ in range(count)]
@@ -188,7 +188,9 @@ class _Scored:
         )  # fmt: skip
         images = self.model.decode(latents).float().cpu()
         values = self._values(images, [self.cases[i] for i in rows])
-        return metrics.bootstrap(values.tolist())
+        if self.label is None:  # cosines
+            return metrics.bootstrap(values.tolist(), groups=rows)
+        return metrics.share(values.clamp(0, 1).tolist(), groups=rows)
 
     def _values(self, images: Tensor, cases: Sequence[Case]) -> Tensor:
         """Return the score of each image (B, 3, H, W), shape (B,)."""

@@ -21,6 +21,7 @@ METRICS = (
     *metrics.CLIP_SCALES, "clip_accuracy", "judge_accuracy", "kid", "kid_p", "fid", "psnr", "ssim", "perceptual",
     "empty_drift",
 )  # fmt: skip
+SHARES = ("clip_accuracy", "judge_accuracy")  # means of verdicts, 0 or 1
 SET_METRICS, PAIR_METRICS = ("kid", "kid_p", "fid"), ("psnr", "ssim", "perceptual")
 EMPTY = Interval(float("nan"), float("nan"), float("nan"), 0)
 _MAXIMUM_PSNR = 100.0  # dB, for equal pictures
@@ -131,13 +132,16 @@ def _score_row(
         return []
     before, after = (_values(cases, index, metric, scorer, run) for run in runs)
     groups = [cases[i].prompt for i in index]
+    is_share = metric in SHARES
+    mean = metrics.share if is_share else metrics.bootstrap
+    change = metrics.paired_share if is_share else metrics.paired
     return [
         Measure(
             role,
             metric,
-            metrics.bootstrap(before, groups=groups),
-            metrics.bootstrap(after, groups=groups),
-            metrics.paired(before, after, groups=groups),
+            mean(before, groups=groups),
+            mean(after, groups=groups),
+            change(before, after, groups=groups),
         )
     ]
 

@@ -104,7 +104,8 @@ def measure(
     protocol = {
         **model.protocol(steps=steps, guidance_scale=scale), "features": scorer.name, "set": cases.name,
         "form": cases.form, "cases": len(cases.cases), "repeats": repeats, "seed": seed,
-        "interval": "95 % percentile bootstrap over prompts, 2000 resamples (kid: 1000)",
+        "interval": "95 % percentile bootstrap over prompts, 2000 resamples (kid: 1000); accuracies: Clopper-Pearson "
+        "where all prompts agree",
         "kid_p": "1000 splits within prompts", "change_digest": change.digest,
         "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip

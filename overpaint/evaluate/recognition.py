@@ -8,8 +8,8 @@ redirection    share recognised as the replacement; should rise
 generality     efficacy on wordings that no edit was fitted to, and on held-out pairs; should fall too
 specificity    share of pictures whose other labels are recognised: other concepts of the kind, objects, colors
 
-Each is a share of top-1 labels with a 95 % bootstrap interval over scenes (one object and start noise, drawn in several
-styles); the change is the mean difference per picture. The relative movement of the empty prompt's features, which
+Each is a share of top-1 labels with a 95 % interval over scenes (one object and start noise, drawn in several styles),
+see `metrics.share`; the change is the mean difference per picture. The relative movement of the empty prompt's features, which
 enter the guidance of every picture, is reported beside them.
 """
 
@@ -98,7 +98,7 @@ def compare(
     protocol = {
         "size": size, "questions": len(questions), "steps": steps, "guidance_scale": guidance_scale,
         "seed": seed, "judge": scorer_name(scorer), "model": model.name,
-        "interval": "95 % percentile bootstrap over scenes, 2000 resamples",
+        "interval": "95 % percentile bootstrap over scenes, 2000 resamples; Clopper-Pearson where all scenes agree",
         "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip
     tally = Tally(questions, before.labels, kind, label, _label(target, scorer, kind))

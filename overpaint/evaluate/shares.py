@@ -90,10 +90,10 @@ class Tally:
         )
 
     def _paired(self, rows: Sequence[int], before: Sequence[bool], after: Sequence[bool]) -> Paired:
-        """Return shares with bootstrap intervals over scenes: a scene in several styles is one resampling unit."""
+        """Return shares with intervals over scenes: the pictures of a scene in several styles are one unit."""
         scenes = [self.questions[i].seed for i in rows]
         return Paired(
-            metrics.bootstrap(before, groups=scenes),
-            metrics.bootstrap(after, groups=scenes),
-            metrics.paired(before, after, groups=scenes),
+            metrics.share(before, groups=scenes),
+            metrics.share(after, groups=scenes),
+            metrics.paired_share(before, after, groups=scenes),
         )

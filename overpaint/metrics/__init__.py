@@ -9,7 +9,7 @@ from overpaint.metrics.distances import (
     kid_test,
 )
 from overpaint.metrics.images import perceptual, psnr, ssim
-from overpaint.metrics.intervals import Interval, bootstrap, paired, spearman
+from overpaint.metrics.intervals import Interval, bootstrap, paired, paired_share, share, spearman
 from overpaint.metrics.matching import ause, epe, pck
 from overpaint.metrics.metric_cards import MetricCard, card, cards
 
@@ -30,9 +30,11 @@ __all__ = [
     "kid",
     "kid_test",
     "paired",
+    "paired_share",
     "pck",
     "perceptual",
     "psnr",
+    "share",
     "spearman",
     "ssim",
 ]

@@ -1,13 +1,16 @@
-"""Means with bootstrap intervals, and rank correlation.
+"""Means with bootstrap intervals, shares with intervals that also hold at 0 and 1, and rank correlation.
 
 Values are one number for each picture (a hit or a miss, a score), shape (n,). The interval is the percentile bootstrap
 over pictures: draw n values with replacement, take the mean, repeat, and take quantiles of the means. If two runs share
 prompts and seeds, the difference is taken for each picture first, so that common variation cancels.
 
-An interval of width 0 means that all n values are equal. It does not mean that the rate is known exactly: for 0 of n
-the true rate may still be as high as 3/n (the rule of three), so every interval also states n.
+A bootstrap of equal values has an interval of width 0, although a rate of 0 of 24 is not known exactly. So `share` and
+`paired_share`, for verdicts of 0 and 1 and for means of such verdicts, take the interval of Clopper and Pearson instead
+where all units have one value. A unit is a group, or a value without groups; the number of trials is the effective
+number of units, not of pictures. The interval is two-sided, with equal tails: for 0 of 24 units it is 0 to 0.142.
 
-Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13; Clopper and Pearson, Biometrika 26,
+1934; the effective number of units: Kish, Survey Sampling, 1965, chapter 8.
 """
 
 from collections.abc import Sequence
@@ -18,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Interval", "bootstrap", "paired", "spearman"]
+__all__ = ["Interval", "bootstrap", "paired", "paired_share", "share", "spearman"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,90 @@ def paired(
     )
 
 
+def share(
+    values: ArrayLike,
+    *,
+    groups: Sequence[object] | None = None,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    r"""Return a share and its interval: `bootstrap`, but Clopper and Pearson's interval where all units are equal.
+
+    The trials of that interval are the independent units: the groups, or the values without groups. Groups of unequal
+    sizes count as :math:`(\sum m_i)^2 / \sum m_i^2` units, with :math:`m_i` values in group i, which is at most the
+    number of groups. The interval also holds for values between 0 and 1, whose variance is at most that of verdicts.
+
+    Args:
+        values: One verdict for each picture, 0 or 1, or the share of verdicts in each unit; in [0, 1], shape (n,).
+        groups: As in `bootstrap`, such as the scene of each picture.
+        confidence: As in `bootstrap`.
+        resamples: As in `bootstrap`.
+        seed: As in `bootstrap`.
+
+    Raises:
+        ValueError: As in `bootstrap`, or a value lies outside [0, 1].
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    interval = bootstrap(
+        numbers, groups=groups, confidence=confidence, resamples=resamples, seed=seed
+    )
+    if interval.n and not (0 <= numbers.min() and numbers.max() <= 1):
+        raise ValueError(
+            f"`values` of a share must lie between 0 and 1, got {numbers.min():g} to {numbers.max():g}: "
+            "use `bootstrap` for other means."
+        )
+    units = _equal_units(numbers, groups)
+    if units is None:
+        return interval
+    low, high = _clopper_pearson(interval.mean, units, confidence)
+    return Interval(interval.mean, low, high, interval.n)
+
+
+def paired_share(
+    before: ArrayLike,
+    after: ArrayLike,
+    *,
+    groups: Sequence[object] | None = None,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Return the mean change of a share and its interval: `paired`, but never of width 0 where all units are equal.
+
+    If no unit changes, the bounds are minus and plus Clopper and Pearson's upper bound of the share of pictures that
+    change. If all units change alike by d, they are those of the share (1 + d) / 2, scaled back to [-1, 1].
+
+    Args:
+        before: As the values of `share`.
+        after: The same pictures after the edit.
+        groups: As in `share`.
+        confidence: As in `share`.
+        resamples: As in `share`.
+        seed: As in `share`.
+
+    Raises:
+        ValueError: As in `paired`, or a change lies outside [-1, 1].
+    """
+    interval = paired(
+        before, after, groups=groups, confidence=confidence, resamples=resamples, seed=seed
+    )
+    change = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    if interval.n and np.abs(change).max() > 1:
+        raise ValueError(
+            f"changes of a share must lie between -1 and 1, got {change.min():g} to {change.max():g}: "
+            "use `paired` for other means."
+        )
+    units = _equal_units(change, groups)
+    if units is None:
+        return interval
+    if not change.any():
+        bound = _clopper_pearson(0.0, units, confidence)[1]
+        return Interval(0.0, -bound, bound, interval.n)
+    low, high = _clopper_pearson((1 + interval.mean) / 2, units, confidence)
+    return Interval(interval.mean, 2 * low - 1, 2 * high - 1, interval.n)
+
+
 def spearman(first: ArrayLike, second: ArrayLike) -> float:
     """Return Spearman's rank correlation of two rows of numbers, in [-1, 1]; ties get the mean of their ranks.
 
@@ -111,6 +198,26 @@ def spearman(first: ArrayLike, second: ArrayLike) -> float:
         return float("nan")
     stats: Any = import_module("scipy.stats")  # late because it is slow, and untyped
     return float(stats.spearmanr(a, b).statistic)
+
+
+def _equal_units(numbers: NDArray[np.float64], groups: Sequence[object] | None) -> float | None:
+    """Return the effective number of units if all of them have one mean; `None` otherwise, and without values."""
+    if not numbers.size:
+        return None
+    sums, counts = _grouped(numbers, groups)
+    if np.ptp(sums / counts) > 1e-12:
+        return None
+    return float(counts.sum() ** 2 / np.square(counts).sum())
+
+
+def _clopper_pearson(mean: float, units: float, confidence: float) -> tuple[float, float]:
+    """Return the bounds of a share of `units` trials, which need not be whole numbers."""
+    special: Any = import_module("scipy.special")  # late because it is slow, and untyped
+    tail, hits = (1 - confidence) / 2, mean * units
+    misses = units - hits
+    low = float(special.betaincinv(hits, misses + 1, tail)) if hits > 0 else 0.0
+    high = float(special.betaincinv(hits + 1, misses, 1 - tail)) if misses > 0 else 1.0
+    return low, high
 
 
 def _check(numbers: NDArray[np.float64], confidence: float) -> None:

@@ -42,7 +42,7 @@ def load(folder: str | Path) -> MetricsSection | None:
     title = f"{measures.erase} → {measures.replace}" if measures.replace else measures.erase
     table = Table(
         f"Every metric on {measures.set}",
-        "Means before and after the edit on the same prompts and seeds, with 95 % bootstrap intervals over "
+        "Means before and after the edit on the same prompts and seeds, with 95 % intervals over "
         "prompts. For distances between sets of pictures, the value before is the distance between two sets of seeds.",
         ("Metric", "Before", "After", "Change"), tuple(_row(row) for row in measures.rows),
     )  # fmt: skip

@@ -115,7 +115,7 @@ def _section(scores: Scores) -> str:
     ]
     about = scores.protocol
     foot = (
-        "Share of n pictures, with 95 % bootstrap intervals over scenes, same prompts and seeds before and after. "
+        "Share of n pictures, with 95 % intervals over scenes, same prompts and seeds before and after. "
         f"Scorer {plain(about.get('judge', 'unknown'))}, {about.get('steps', '?')} steps, "
         f"seed {about.get('seed', '?')}."
     )

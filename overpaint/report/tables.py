@@ -162,9 +162,9 @@ def methods(comparison: Comparison, best: str = "") -> Table:
         "Drift of the empty prompt",
     )  # fmt: skip
     caption = (
-        "Share of n pictures that the scorer recognises, with 95 % bootstrap intervals over scenes; changes are "
-        "against the unedited model on the same prompts and seeds. If the mean of n pictures is 0 % or 100 %, the "
-        "true share may still differ from it by about 3/n."
+        "Share of n pictures that the scorer recognises, with 95 % intervals over scenes: bootstrap, and Clopper and "
+        "Pearson's where all scenes agree, as at 0 % and 100 %. Changes are against the unedited model on the same "
+        "prompts and seeds."
     )
     return Table("Methods compared", caption, heads, tuple(rows), best)
 
