@@ -259,7 +259,9 @@ def tuned(runs: Runs) -> dict[str, float]:
 
 
 def interval(values: np.ndarray, digits: int = 3) -> list[float]:
-    """Return mean, and Student's 95 % bounds."""
+    """Return mean, and Student's 95 % bounds; NaN for the bounds if all values are equal, whose spread is not known."""
+    if np.ptp(values) == 0:
+        return [round(float(values.mean()), digits), float("nan"), float("nan")]
     mean, error = float(values.mean()), float(stats.sem(values))
     reach = float(stats.t.ppf(0.975, len(values) - 1)) * error
     return [round(mean, digits), round(mean - reach, digits), round(mean + reach, digits)]
@@ -359,7 +361,12 @@ def show(tables: Mapping[str, Any]) -> None:
     """Print the tables as Markdown."""
 
     def text(values: list[float]) -> str:
-        return f"{values[0] + 0.0:.2f} [{values[1]:.2f}, {values[2]:.2f}]"
+        bounds = (
+            f"[{values[1]:.2f}, {values[2]:.2f}]"
+            if np.isfinite(values[1])
+            else "(equal in all seeds)"
+        )
+        return f"{values[0] + 0.0:.2f} {bounds}"
 
     def span(shares: list[float]) -> str:
         return f"{shares[0]:.4f} to {shares[-1]:.4f}"
@@ -435,7 +442,7 @@ def main() -> None:
     }
     record("quality_diffgrad", result, facts, quick=arguments.quick, start=start)
     if arguments.json:
-        print(json.dumps(result))
+        print(files.to_json(result))
 
 
 if __name__ == "__main__":

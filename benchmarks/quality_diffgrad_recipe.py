@@ -124,7 +124,7 @@ def main() -> None:
     facts = {"steps": steps, "seeds": list(range(seeds)), "rows": rows}
     record("quality_diffgrad_recipe", result, facts, quick=arguments.quick, start=start)
     if arguments.json:
-        print(json.dumps(result))
+        print(files.to_json(result))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Five concepts of each kind (styles, objects, trademarks, colors, actions, facts) are edited one at a time by every
 method on `icons`, and judged by `icons-judge` on the same prompts and start noise. Asked of each method, with 95 %
-bootstrap intervals over concepts:
+intervals over concepts (see `metrics.share`):
 
   - target: pictures of the concept still seen as it, where the unedited model's are (`before`);
   - redirection: seen as its replacement, beside what the unedited model reaches when asked for the replacement;
@@ -21,7 +21,6 @@ Writes `benchmarks/results/quality_edit.json`.
 
 import argparse
 import hashlib
-import json
 import math
 import os
 import time
@@ -33,10 +32,10 @@ import torch
 from torch import Tensor
 
 import overpaint as op
-from overpaint import evaluate, metrics
+from overpaint import evaluate, files, metrics
 from overpaint.edit import Change
 from overpaint.evaluate.results import Comparison, Scores
-from overpaint.metrics import Interval, bootstrap
+from overpaint.metrics import Interval, paired_share, share
 from overpaint.model import sampling
 from overpaint.probes import questions
 from overpaint.scorers import judge as features
@@ -169,17 +168,24 @@ def harmonic(score: Scores) -> float:
 def summary(scores: Sequence[Scores], ceilings: Sequence[float]) -> dict[str, Interval]:
     """Return one method's figures over concepts."""
     others = [s.specificity[s.kind].drop for s in scores]
-    rest = [p.drop for s in scores for k, p in s.specificity.items() if k != s.kind and p.before.n]
+    rest = [
+        (s.erase, p.drop)
+        for s in scores
+        for k, p in s.specificity.items()
+        if k != s.kind and p.before.n
+    ]
     return {
-        "before": bootstrap([s.efficacy.before.mean for s in scores]),
-        "target": bootstrap([s.efficacy.after.mean for s in scores]),
-        "unseen wordings": bootstrap([s.generality["unseen wordings"].after.mean for s in scores]),
-        "redirection": bootstrap([s.redirection.after.mean for s in scores]),
-        "replacement, unedited": bootstrap(ceilings),
-        "others_drop": bootstrap(others),
-        "rest_drop": bootstrap(rest),
-        "kept": bootstrap([kept(s) for s in scores]),
-        "harmonic": bootstrap([harmonic(s) for s in scores]),
+        "before": share([s.efficacy.before.mean for s in scores]),
+        "target": share([s.efficacy.after.mean for s in scores]),
+        "unseen wordings": share([s.generality["unseen wordings"].after.mean for s in scores]),
+        "redirection": share([s.redirection.after.mean for s in scores]),
+        "replacement, unedited": share(ceilings),
+        "others_drop": paired_share([0.0] * len(others), others),
+        "rest_drop": paired_share(
+            [0.0] * len(rest), [drop for _, drop in rest], groups=[erase for erase, _ in rest]
+        ),
+        "kept": share([kept(s) for s in scores]),
+        "harmonic": share([harmonic(s) for s in scores]),
     }
 
 
@@ -223,16 +229,15 @@ def many_rows(model: op.TextToImage, judge: features.Judge, plan: Any) -> list[d
             with change.applied(model):
                 found = judge.predict(drawn(model, prompts, own, plan), "object")
                 after = judge.predict(drawn(model, words, seeds, plan), "object")
-            still = [
-                v == n for v, n in zip(found, [n for n in pairs for _ in asked[n]], strict=True)
-            ]
-            moved = [
-                v == pairs[n]
-                for v, n in zip(found, [n for n in pairs for _ in asked[n]], strict=True)
-            ]
+            words_of = [
+                n for n in pairs for _ in asked[n]
+            ]  # two captions of a concept are one unit
+            still = [v == n for v, n in zip(found, words_of, strict=True)]
+            moved = [v == pairs[n] for v, n in zip(found, words_of, strict=True)]
             same = [v == n for v, n, r in zip(after, untouched, right, strict=True) if r]
-            rows.append({"concepts": count, "method": name, "target": bootstrap(still), "redirection": bootstrap(moved),
-                         "kept": bootstrap(same), "seconds": round(seconds, 2)})  # fmt: skip
+            rows.append({"concepts": count, "method": name, "target": share(still, groups=words_of),
+                         "redirection": share(moved, groups=words_of), "kept": share(same),
+                         "seconds": round(seconds, 2)})  # fmt: skip
     return rows
 
 
@@ -382,20 +387,19 @@ def report(
     result = {key: round(value, 4) for key, value in result.items()}
     protocol = {**model.protocol(steps=plan.steps, guidance_scale=model.guidance_scale), "weights": fingerprint(model),
                 "concepts": plan.concepts, "size": plan.size, "seed": plan.seed, "quick": plan.quick,
-                "judge": "icons-judge", "interval": "95 % bootstrap over concepts"}  # fmt: skip
+                "judge": "icons-judge",
+                "interval": "95 % bootstrap over concepts; Clopper-Pearson where all agree"}  # fmt: skip
     told = {
         name: [{k: plain(v) for k, v in row.items()} for row in rows]
         for name, rows in tables.items()
     }
     out = Path("runs/benchmarks") if plan.quick else RESULTS
     out.mkdir(parents=True, exist_ok=True)
-    beside = out / ".quality_edit.part"
-    beside.write_text(
-        json.dumps({"result": result, "tables": told, "protocol": protocol}, indent=1) + "\n"
+    files.write_json(
+        out / "quality_edit.json", {"result": result, "tables": told, "protocol": protocol}
     )
-    os.replace(beside, out / "quality_edit.json")
     if plan.json:
-        print(json.dumps(result))
+        print(files.to_json(result))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ Writes `benchmarks/results/quality_front.json`; with `--quick`, into `runs/bench
 """
 
 import argparse
-import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +20,7 @@ from typing import Any
 import torch
 
 import overpaint as op
-from overpaint import evaluate, metrics
+from overpaint import evaluate, files, metrics
 from overpaint.edit.methods.preserve_search import WEIGHTS
 from overpaint.evaluate.results import Scores
 from overpaint.model import sampling
@@ -65,6 +63,10 @@ def rows(
                 "drift": round(change.report["layer_drift"], 5),
                 "target": score.efficacy.after.mean,
                 "redirection": score.redirection.after.mean,
+                "intervals": {
+                    "target": bounds(score.efficacy.after),
+                    "redirection": bounds(score.redirection.after),
+                },
                 "missing": 1 - score.redirection.after.mean,
                 "lost": round(lost(score), 4),
             }
@@ -77,6 +79,11 @@ def rows(
         }
         for row in told
     ]
+
+
+def bounds(interval: metrics.Interval) -> list[float]:
+    """Return the bounds of an interval, rounded."""
+    return [round(interval.low, 3), round(interval.high, 3)]
 
 
 def lost(score: Scores) -> float:
@@ -124,8 +131,9 @@ def main() -> None:
         )
         print(
             f"{row['concept']:12} weight {row['weight']:<5g}{' chosen' if row['chosen'] else '':8}"
-            f"missed {row['missed']:.3f}  drift {row['drift']:.4f}  | target {row['target']:.2f}  "
-            f"redirection {row['redirection']:.2f}  lost {row['lost']:.3f}{fronts}"
+            f"missed {row['missed']:.3f}  drift {row['drift']:.4f}  | "
+            f"target {row['target']:.2f} {row['intervals']['target']}  "
+            f"redirection {row['redirection']:.2f} {row['intervals']['redirection']}  lost {row['lost']:.3f}{fronts}"
         )
     drifts = [(row["drift"], row["lost"]) for row in found]
     chosen = [row for row in found if row["chosen"]]
@@ -143,12 +151,10 @@ def main() -> None:
         **model.protocol(steps=steps, guidance_scale=model.guidance_scale),
         "concepts": concepts, "weights": weights, "size": size, "quick": plan.quick,
     }  # fmt: skip
-    beside = out / ".quality_front.part"
     told = {"result": result, "rows": found, "protocol": protocol, "commit": card.commit()}
-    beside.write_text(json.dumps(told, indent=1) + "\n")
-    os.replace(beside, out / "quality_front.json")
+    files.write_json(out / "quality_front.json", told)
     if plan.json:
-        print(json.dumps(result))
+        print(files.to_json(result))
 
 
 if __name__ == "__main__":

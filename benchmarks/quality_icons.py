@@ -11,7 +11,6 @@ figures to the model's card.
 """
 
 import argparse
-import json
 import platform
 import random
 import statistics
@@ -132,7 +131,8 @@ def main() -> None:
     for prefix, columns in table.items():
         for name, values in columns.items():
             groups = (held if prefix else seen) * len(seeds)
-            interval = metrics.bootstrap(values, groups=groups)
+            mean = metrics.share if name.endswith("_top1") else metrics.bootstrap
+            interval = mean(values, groups=groups)
             figures[prefix + name] = round(interval.mean, 4)
             intervals[prefix + name] = [interval.low, interval.high, len(values)]
     figures |= {
@@ -164,7 +164,7 @@ def main() -> None:
     if arguments.card:
         card.add_figures(zoo.folder("icons"), figures)
     if arguments.json:
-        print(json.dumps(figures))
+        print(files.to_json(figures))
 
 
 if __name__ == "__main__":

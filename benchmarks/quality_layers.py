@@ -9,12 +9,12 @@ style and in every other style, before and after. Writes `benchmarks/results/qua
 """
 
 import argparse
-import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import overpaint as op
-from overpaint import files
+from overpaint import files, metrics
 from overpaint.edit import Change
 from overpaint.probes import questions
 from overpaint.scorers import judge as scorers
@@ -36,10 +36,10 @@ OBJECTS = (
 )  # fmt: skip
 
 
-def shares(
+def verdicts(
     model: op.TextToImage, judge: scorers.Judge, change: Change | None, *, objects: int
-) -> dict[str, float]:
-    """Return the accuracy of the judge on the pictures of each style."""
+) -> dict[str, list[bool]]:
+    """Return for each style whether the judge recognises it in the picture of each object."""
     pairs = [(o, s) for s in judge.labels["style"] for o in OBJECTS[:objects]]
     prompts = [f"{'an' if o[0] in 'aeiou' else 'a'} {o} in {s} style" for o, s in pairs]
     seeds = [i % objects for i in range(len(pairs))]
@@ -50,8 +50,7 @@ def shares(
             images = model.generate(prompts, seed=seeds, steps=12).images
     predicted = judge.predict(images, "style")
     return {
-        style: sum(a == style for a, (_, s) in zip(predicted, pairs, strict=True) if s == style)
-        / objects
+        style: [a == style for a, (_, s) in zip(predicted, pairs, strict=True) if s == style]
         for style in judge.labels["style"]
     }
 
@@ -85,13 +84,23 @@ def main() -> None:
         },
     }
     figures: dict[str, float] = {}
+    intervals: dict[str, metrics.Interval] = {}
     for name, change in cases.items():
-        accuracy = shares(model, judge, change, objects=8 if arguments.quick else len(OBJECTS))
-        others = [value for style, value in accuracy.items() if style != "openmoji"]
-        figures[f"{name}_target"] = round(accuracy["openmoji"], 4)
-        figures[f"{name}_others"] = round(sum(others) / len(others), 4)
+        hits = verdicts(model, judge, change, objects=8 if arguments.quick else len(OBJECTS))
+        others = [
+            (i, hit)
+            for style, row in hits.items()
+            for i, hit in enumerate(row)
+            if style != "openmoji"
+        ]
+        intervals[f"{name}_target"] = metrics.share(hits["openmoji"])
+        intervals[f"{name}_others"] = metrics.share(  # an object in several styles is one unit
+            [hit for _, hit in others], groups=[i for i, _ in others]
+        )
+        for part in ("target", "others"):
+            figures[f"{name}_{part}"] = round(intervals[f"{name}_{part}"].mean, 4)
         print(
-            f"{name:14} openmoji {accuracy['openmoji']:5.0%}   others {figures[f'{name}_others']:5.0%}"
+            f"{name:14} openmoji {intervals[f'{name}_target']}   others {intervals[f'{name}_others']}"
         )
     figures["seconds"] = round(time.perf_counter() - start, 1)
     folder = Path("runs/benchmarks") if arguments.quick else RESULTS
@@ -103,13 +112,14 @@ def main() -> None:
     }
     result = {
         "figures": figures,
+        "intervals": {name: asdict(interval) for name, interval in intervals.items()},
         "protocol": protocol,
         "quick": arguments.quick,
         "commit": card.commit(),
     }
     files.write_json(folder / "quality_layers.json", result)
     if arguments.json:
-        print(json.dumps(figures))
+        print(files.to_json(figures))
 
 
 if __name__ == "__main__":

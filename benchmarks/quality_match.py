@@ -29,7 +29,6 @@ with all ablations, 8 without, and 4 more of the former for each `--seed-folder`
 
 import argparse
 import functools
-import json
 import math
 import multiprocessing
 import os
@@ -56,7 +55,7 @@ from torch.nn import functional as F
 from overpaint import files, zoo
 from overpaint.match import Match, Matcher, dense
 from overpaint.match.optical_flow import refine
-from overpaint.metrics import Interval, bootstrap, matching, paired
+from overpaint.metrics import Interval, bootstrap, matching, paired, share
 from overpaint.train import card, photographs
 
 HERE, PACKAGE = Path(__file__).parent, Path(photographs.__file__).parents[1]
@@ -254,7 +253,8 @@ class Errors:
     def mean(self, name: str, method: str, figure: str = "aepe") -> Interval:
         """Return the mean over a set, with an interval over photographs."""
         values, groups = self._finite(name, self.column(name, method, figure))
-        return bootstrap(values, groups=groups)
+        mean = share if figure.startswith("pck") else bootstrap
+        return mean(values, groups=groups)
 
     def difference(self, name: str, method: str, other: str, figure: str = "aepe") -> Interval:
         """Return the mean of `method` minus `other` over the pairs."""
@@ -486,7 +486,7 @@ def report(
     content = {"result": result, "tables": rounded, "protocol": settings}
     files.write_json(out / "quality_match.json", content)
     if plan.json:
-        print(json.dumps(result))
+        print(files.to_json(result))
 
 
 if __name__ == "__main__":

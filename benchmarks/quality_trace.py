@@ -23,7 +23,6 @@ The defaults take about 20 minutes on two idle cores; N prompts take N times as 
 
 import argparse
 import hashlib
-import json
 import math
 import os
 import time
@@ -39,8 +38,8 @@ import pyarrow as pa
 import torch
 
 import overpaint as op
-from overpaint.files import write_json
-from overpaint.metrics import Interval, bootstrap
+from overpaint.files import to_json, write_json
+from overpaint.metrics import Interval, bootstrap, share
 from overpaint.model.token_spans import find_span
 from overpaint.probes import Probe
 from overpaint.scorers import judge
@@ -211,7 +210,7 @@ def token_rows(model: op.TextToImage, effects: Effects) -> list[Row]:
                 "layer 0 attention": bootstrap([probe[FIRST] for probe in probes]),
                 "layer 0 MLP": bootstrap([probe[MLP] for probe in probes]),
                 "best state": bootstrap([max(probe.values()) for probe in probes]),
-                "prompts whose best is layer 0 attention": bootstrap(firsts),
+                "prompts whose best is layer 0 attention": share(firsts),
             }
         )
     return rows
@@ -493,7 +492,7 @@ def main() -> None:
         folder / "quality_trace.json", {"result": result, "tables": report, "protocol": protocol}
     )
     if arguments.json:
-        print(json.dumps(result))
+        print(to_json(result))
 
 
 if __name__ == "__main__":

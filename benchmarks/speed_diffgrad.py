@@ -16,7 +16,6 @@ is 36 / 28 = 1.29, the ratio of the bytes that must be read and written. Writes
 """
 
 import argparse
-import json
 import os
 import platform
 import shutil
@@ -160,7 +159,7 @@ def main() -> None:
     facts = {"result": result, "protocol": protocol}
     files.write_json(folder / "speed_diffgrad.json", facts, indent=2)
     if arguments.json:
-        print(json.dumps(result))
+        print(files.to_json(result))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ Writes `benchmarks/results/speed_edit.json`; with `--quick`, into `runs/benchmar
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -32,6 +31,7 @@ import torch
 from torch import Tensor
 
 import overpaint as op
+from overpaint import files
 from overpaint.edit.methods.quickfix import FRAMES
 from overpaint.edit.weights import find_weight, text_layers
 from overpaint.model.hooks import record_inputs
@@ -249,11 +249,9 @@ def _seen(
 
 
 def write(name: str, result: Mapping[str, Any], protocol: Mapping[str, Any], folder: Path) -> None:
-    """Write the full result beside its place, then rename it."""
+    """Write the full result."""
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f".{name}.part"
-    beside.write_text(json.dumps({"result": result, "protocol": protocol}, indent=2) + "\n")
-    os.replace(beside, folder / f"{name}.json")
+    files.write_json(folder / f"{name}.json", {"result": result, "protocol": protocol}, indent=2)
 
 
 def main() -> None:
@@ -295,7 +293,7 @@ def main() -> None:
     folder = Path("runs/benchmarks") if arguments.quick else RESULTS
     write("speed_edit", result, protocol | {"commit": card.commit()}, folder)
     if arguments.json:
-        print(json.dumps(result))
+        print(files.to_json(result))
 
 
 if __name__ == "__main__":

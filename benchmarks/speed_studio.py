@@ -278,7 +278,7 @@ def main() -> None:
     }
     files.write_json(folder / "speed_studio.json", {**figures, "protocol": protocol})
     if options.json:
-        print(json.dumps(figures))
+        print(files.to_json(figures))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ Writes `benchmarks/results/speed_trace.json`; with `--quick`, into `runs/benchma
 """
 
 import argparse
-import json
 import os
 import platform
 import resource
@@ -44,7 +43,7 @@ from torch import Tensor
 from torch.nn import Module
 
 import overpaint as op
-from overpaint.files import write_json
+from overpaint.files import to_json, write_json
 from overpaint.model import sites
 from overpaint.scorers import judge
 from overpaint.trace import ROLES, Drawing, Effects, Noise, TextStates, UNetStates
@@ -318,7 +317,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "speed_trace.json", {"result": result, "protocol": protocol}, indent=2)
     if arguments.json:
-        print(json.dumps(result))
+        print(to_json(result))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ def number(cell: float | Mapping[str, float] | None, digits: int = 2) -> str:
         return ""
     if not isinstance(cell, Mapping):
         return f"{cell:.{digits}f}"
+    if cell["low"] is None:
+        return f"{cell['mean']:.{digits}f} (equal in all)"
     mean, low, high = (f"{cell[k]:.{digits}f}" for k in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
 

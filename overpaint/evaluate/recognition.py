@@ -9,8 +9,8 @@ generality     efficacy on wordings that no edit was fitted to, and on held-out 
 specificity    share of pictures whose other labels are recognised: other concepts of the kind, objects, colors
 
 Each is a share of top-1 labels with a 95 % interval over scenes (one object and start noise, drawn in several styles),
-see `metrics.share`; the change is the mean difference per picture. The relative movement of the empty prompt's features, which
-enter the guidance of every picture, is reported beside them.
+see `metrics.share`; the change is the mean difference per picture. The relative movement of the empty prompt's features,
+which enter the guidance of every picture, is reported beside them.
 """
 
 import dataclasses

@@ -124,7 +124,7 @@ def share(
     interval = bootstrap(
         numbers, groups=groups, confidence=confidence, resamples=resamples, seed=seed
     )
-    if interval.n and not (0 <= numbers.min() and numbers.max() <= 1):
+    if interval.n and not (numbers.min() >= 0 and numbers.max() <= 1):
         raise ValueError(
             f"`values` of a share must lie between 0 and 1, got {numbers.min():g} to {numbers.max():g}: "
             "use `bootstrap` for other means."

@@ -19,7 +19,6 @@ Source: Nam et al., 2024 (DiffMatch), https://arxiv.org/abs/2305.19094; the fine
 augmentation of Ho et al., 2022, https://arxiv.org/abs/2106.15282.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -279,7 +278,7 @@ class _Run:
             return
         line = {"stage": stage, "step": step} | self.errors(stage)
         with (self.work / "checks.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(files.to_json(line) + "\n")
         self.checked = time.monotonic()
 
     def _features(self, pairs: warps.Pair) -> tuple[Features, Features]:
