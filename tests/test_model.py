@@ -424,3 +424,67 @@ def test_a_damaged_model_of_the_hub_raises(hub):
     save_file(tensors, weights)
     with pytest.raises(UnsupportedModel, match=r"1 are missing, first 'conv_in.bias'"):
         op.load("someone/tiny")
+
+
+def with_text_model(pipe):
+    """Add the attribute `text_model` of transformers 4, which diffusers reads for `clip_skip` in Stable Diffusion 1."""
+    vars(pipe.text_encoder)["text_model"] = pipe.text_encoder
+    return pipe
+
+
+def test_clip_skip_reads_the_layer_that_diffusers_reads():
+    deep = with_text_model(builders.tiny(text_layers=4))
+    model = op.load(deep, clip_skip=2)
+    full = op.load(deep)
+    with torch.no_grad():
+        expected, negative = deep.encode_prompt(
+            "a cat", "cpu", 1, do_classifier_free_guidance=True, clip_skip=2
+        )
+    assert torch.allclose(model.encode(["a cat"]), expected, atol=1e-5)
+    assert not torch.allclose(full.encode(["a cat"]), expected, atol=1e-2)
+    assert torch.allclose(model.encode(["a cat", ""])[1:], negative, atol=1e-5)
+    other = full.with_clip_skip(2)
+    assert other.pipe is full.pipe
+    assert torch.equal(other.encode(["a cat"]), model.encode(["a cat"]))
+
+
+def test_clip_skip_reads_earlier_layers_of_both_encoders_of_sdxl():
+    model = op.load(builders.tiny("sdxl", text_layers=4), clip_skip=1)
+    with torch.no_grad():
+        hidden, _, pooled, _ = model.pipe.encode_prompt("a cat", device="cpu", clip_skip=1)
+    features = model.encode(["a cat"])
+    assert torch.allclose(features[:, :77], hidden, atol=1e-5)
+    assert torch.allclose(features[:, 77, :40], pooled, atol=1e-5)
+
+
+def test_tracing_and_editing_read_the_features_that_the_unet_reads():
+    from overpaint.edit.methods.cross_attention import read_features
+    from overpaint.probes import Probe
+    from overpaint.trace import Noise, TextStates, corruption, text_encoder
+    from overpaint.trace.text_encoder_trace import encode_restored
+
+    model = op.load(builders.tiny(text_layers=4), clip_skip=2)
+    features = read_features(model, ["", "a cat"])
+    assert torch.allclose(features["a cat"], model.encode(["a cat"])[0], atol=1e-5)
+    assert torch.allclose(features[""], model.encode([""])[0], atol=1e-5)
+    probe = Probe("b", "object", "a cat in noto style", "cat")
+    noise = Noise(sigma=1.0)
+    (corrupted,), _ = corruption.corruptions(model, [probe], noise)
+    clean = encode_restored(model.text_encoders, corrupted, [], clip_skip=2)[:1]
+    assert torch.allclose(clean, model.encode([probe.prompt]), atol=1e-5)
+    effects = text_encoder(
+        model, [probe], generate=False, noise=noise, controls="none",
+        states=TextStates(positions=("last_subject",)),
+    )  # fmt: skip
+    recovered = {row["site"]: row["embed_recovery"] for row in effects.table.to_pylist()}
+    assert recovered["text.2.mlp"] == recovered["text.3.self_attn"] == 0  # the UNet reads layer 1
+    assert recovered["text.1.mlp"] > 0
+    assert effects.protocol["clip_skip"] == 2
+
+
+@pytest.mark.parametrize("value", [-1, 4, 1.5, True])
+def test_a_clip_skip_that_leaves_no_layer_raises(value):
+    with pytest.raises(
+        ValueError, match="`clip_skip` must be an integer from 0 to 3 for this model"
+    ):
+        op.load(builders.tiny(text_layers=4), clip_skip=value)

@@ -121,7 +121,7 @@ def encode_with(model: TextToImage, prompts: Sequence[str], soft: Sequence[Tenso
         ids.append(rows.to(model.device))
         patches[encoder.get_input_embeddings()] = _writer(soft[i], ends)
     with hooks.patch(patches):
-        return text_features(model.text_encoders, ids)
+        return text_features(model.text_encoders, ids, clip_skip=model.clip_skip)
 
 
 def _scaled(scheduler: Any, latents: Tensor, done: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Load a text-to-image model, find its sites, record and patch their outputs, and generate pictures."""
 
 from overpaint.model.sites import Site
-from overpaint.model.text_to_image import TextToImage, load, text_features
+from overpaint.model.text_encoding import text_features
+from overpaint.model.text_to_image import TextToImage, load
 
 __all__ = ["Site", "TextToImage", "load", "text_features"]

@@ -12,16 +12,15 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from torch.nn import Module
-from torch.nn.functional import pad
 
 from overpaint import zoo
 from overpaint.errors import UnsupportedModel
 from overpaint.images.pictures import Pictures
 from overpaint.model import checkpoint
 from overpaint.model.sampling import Progress, denoise
+from overpaint.model.text_encoding import check_clip_skip, text_features
 
-__all__ = ["TextToImage", "load", "text_features"]
+__all__ = ["TextToImage", "load"]
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
@@ -34,6 +33,10 @@ class TextToImage:
         name: The zoo name, folder or hub id that it was loaded from.
         guidance_scale: Default guidance scale of `generate`: 7.5, or 5 for SDXL, as in diffusers.
         held_out: (object, style) pairs that training never showed, if known.
+        clip_skip: Number of last layers of the text encoders that are left out, as in diffusers; see `text_features`.
+
+    Raises:
+        ValueError: `clip_skip` is negative, or leaves no layer.
     """
 
     def __init__(
@@ -43,12 +46,29 @@ class TextToImage:
         name: str,
         guidance_scale: float | None = None,
         held_out: frozenset[tuple[str, str]] = frozenset(),
+        clip_skip: int = 0,
     ) -> None:
         self.pipe = pipe
         self.name = name
         self.held_out = held_out
         default = 7.5 if len(self.text_encoders) == 1 else 5.0
         self.guidance_scale = default if guidance_scale is None else guidance_scale
+        check_clip_skip(self.text_encoders, clip_skip)
+        self.clip_skip = clip_skip
+
+    def with_clip_skip(self, clip_skip: int) -> "TextToImage":
+        """Return a model of the same pipeline, not copied, whose text features leave out the last `clip_skip` layers.
+
+        Raises:
+            ValueError: `clip_skip` is negative, or leaves no layer.
+        """
+        return TextToImage(
+            self.pipe,
+            name=self.name,
+            guidance_scale=self.guidance_scale,
+            held_out=self.held_out,
+            clip_skip=clip_skip,
+        )
 
     @property
     def text_encoder(self) -> Any:
@@ -125,8 +145,9 @@ class TextToImage:
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Return the text features of `prompts`, packed as in `text_features`; no attention mask is used.
 
-        `encode([""])` returns the features of the unconditional branch of the guidance. For SDXL they are zero if the
-        pipeline's setting `force_zeros_for_empty_prompt` is on, as it is by default.
+        `encode([""])` returns the features of the unconditional branch of the guidance: as in diffusers, `clip_skip`
+        does not apply to it, and for SDXL it is zero if the pipeline's setting `force_zeros_for_empty_prompt` is on, as
+        it is by default.
 
         Args:
             prompts: N prompts.
@@ -134,11 +155,20 @@ class TextToImage:
         Returns:
             Shape (N, 77, D), for SDXL (N, 78, D).
         """
-        ids = [self.tokenize(prompts, encoder=i) for i in range(len(self.text_encoders))]
-        features = text_features(self.text_encoders, [rows.to(self.device) for rows in ids])
-        if len(ids) == 2 and self.pipe.config.get("force_zeros_for_empty_prompt", True):
-            features[[i for i, prompt in enumerate(prompts) if prompt == ""]] = 0
+        features = self._features(prompts, clip_skip=self.clip_skip)
+        empty = [i for i, prompt in enumerate(prompts) if prompt == ""]
+        if not empty:
+            return features
+        if len(self.text_encoders) == 2 and self.pipe.config.get("force_zeros_for_empty_prompt", True):  # fmt: skip
+            features[empty] = 0
+        elif self.clip_skip:
+            features[empty] = self._features([""], clip_skip=0)
         return features
+
+    def _features(self, prompts: Sequence[str], *, clip_skip: int) -> Tensor:
+        ids = [self.tokenize(prompts, encoder=i) for i in range(len(self.text_encoders))]
+        rows = [row.to(self.device) for row in ids]
+        return text_features(self.text_encoders, rows, clip_skip=clip_skip)
 
     def initial_latents(
         self, seeds: Sequence[int], *, steps: int | None = None, scheduler: Any = None
@@ -270,6 +300,7 @@ class TextToImage:
             "text_encoders": len(self.text_encoders),
             "steps": steps,
             "guidance_scale": guidance_scale,
+            **({"clip_skip": self.clip_skip} if self.clip_skip else {}),
             "scheduler": type(self.scheduler).__name__,
             "prediction_type": self.scheduler.config.get("prediction_type", "epsilon"),
             "device": self.device.type,
@@ -278,33 +309,12 @@ class TextToImage:
         }
 
 
-def text_features(encoders: Sequence[Module], ids: Sequence[Tensor]) -> Tensor:
-    """Return the features of all text encoders packed into one tensor.
-
-    One encoder (Stable Diffusion 1 and 2): its last hidden state, shape (N, L, D). Two encoders (SDXL): their
-    penultimate hidden states, concatenated to width D = D_1 + D_2, and the pooled output of the second encoder, padded
-    with zeros, as an additional last row: shape (N, L + 1, D). `TextToImage.noise_pred` unpacks it.
-
-    Args:
-        encoders: The text encoders, one or two.
-        ids: Token ids for each of them, shape (N, L), on its device.
-
-    Source: Podell et al., 2023 (SDXL), https://arxiv.org/abs/2307.01952, section 2.1.
-    """
-    if len(encoders) == 1:
-        return encoders[0](ids[0])[0]
-    outputs = [
-        encoder(rows, output_hidden_states=True)
-        for encoder, rows in zip(encoders, ids, strict=True)
-    ]
-    hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-    pooled = outputs[-1].text_embeds
-    row = pad(pooled, (0, hidden.shape[-1] - pooled.shape[-1]))
-    return torch.cat([hidden, row[:, None]], dim=1)
-
-
 def load(
-    source: Any, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    source: Any,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    clip_skip: int = 0,
 ) -> TextToImage:
     """Load a model. Only this function and `scorers.load` may download files.
 
@@ -314,6 +324,8 @@ def load(
             then ignored.
         device: Device of the weights.
         dtype: Dtype of the weights in memory, whatever it is on disk.
+        clip_skip: Number of last layers of the text encoders that are left out, as in diffusers. Encoding, tracing and
+            editing then use the layer that the UNet reads.
 
     Raises:
         UnsupportedModel: A pickle, a folder without a supported pipeline, a damaged file, or a weight is not finite.
@@ -321,7 +333,11 @@ def load(
     """
     if not isinstance(source, str | Path):
         checkpoint.check_pipeline(source)
-        return TextToImage(source, name=str(source.config.get("_name_or_path") or "live pipeline"))
+        return TextToImage(
+            source,
+            name=str(source.config.get("_name_or_path") or "live pipeline"),
+            clip_skip=clip_skip,
+        )
     text = str(source)
     if text in _pipelines() or Path(text).is_dir():
         folder = zoo.folder(text) if text in _pipelines() else Path(text)
@@ -336,7 +352,7 @@ def load(
             f"({', '.join(_pipelines()) or 'none'}). Check the spelling, or give a hub id such as 'owner/name'."
         )
     checkpoint.check_pipeline(pipe)
-    return TextToImage(pipe.to(device), name=text, **settings)
+    return TextToImage(pipe.to(device), name=text, **{**settings, "clip_skip": clip_skip})
 
 
 def _pipelines() -> tuple[str, ...]:

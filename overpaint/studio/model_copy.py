@@ -46,8 +46,9 @@ def copy_model(
         if isinstance(part, Module):
             vars(pipe)[name] = _copy_modules(part, moved)
     model_copy = TextToImage(
-        pipe, name=model.name, guidance_scale=model.guidance_scale, held_out=model.held_out
-    )
+        pipe, name=model.name, guidance_scale=model.guidance_scale, held_out=model.held_out,
+        clip_skip=model.clip_skip,
+    )  # fmt: skip
     if change is not None:
         change.apply(model_copy)
     return model_copy

@@ -210,8 +210,9 @@ def draw_restored(
     name, (_, position, token) = trace_map.sites[row], trace_map.columns[column]
     site = next(s for s in sites.find_texts(model_copy.text_encoders) if s.name == name)
     embeds = encode_restored(
-        model_copy.text_encoders, corruption, [[(site.module(model_copy), [position])]]
-    )
+        model_copy.text_encoders, corruption, [[(site.module(model_copy), [position])]],
+        clip_skip=model_copy.clip_skip,
+    )  # fmt: skip
     renderer = Renderer.of(model_copy, _drawing(settings), draw=False)
     latents = renderer.denoise(
         settings.seeds[0], 3, embeds, model_copy.encode([""]),

@@ -235,7 +235,7 @@ def _encode(model: Any, batch: Sequence[Run], *, corrupt: bool = False) -> Tenso
             torch.stack([corruption.parts[part][0] for corruption, _ in batch]).to(encoder.device)
             for part, encoder in enumerate(model.text_encoders)
         ]
-        return text_features(model.text_encoders, ids)
+        return text_features(model.text_encoders, ids, clip_skip=model.clip_skip)
 
 
 def _decode(model: Any, latents: Tensor) -> Tensor:

@@ -150,6 +150,7 @@ def encode_restored(
     *,
     rows: int = 64,
     direction: Direction = "restore",
+    clip_skip: int = 0,
 ) -> Tensor:
     """Encode one prompt clean, corrupted, and with states copied from one pass to the other.
 
@@ -160,6 +161,7 @@ def encode_restored(
             columns of the module's input.
         rows: Rows of a batch; every batch has a clean and a corrupted row of its own.
         direction: `"restore"` copies clean states into the corrupted pass, `"corrupt"` copies the other way.
+        clip_skip: As in `text_features`.
 
     Returns:
         Text features, shape (2 + R, L, D): clean, corrupted, one a restoration.
@@ -180,7 +182,7 @@ def encode_restored(
                 stack.enter_context(noisy(tower, corruption, first=1, end=end, part=index))
             stack.enter_context(hooks.patch(whole))
             stack.enter_context(hooks.patch_inputs(single))
-            embeds = text_features(towers, ids)
+            embeds = text_features(towers, ids, clip_skip=clip_skip)
         parts.append(embeds[: used + 2] if not parts else embeds[2 : used + 2])
     remedy = "load it in float32, or lower `sigma`"
     return finite(torch.cat(parts), "text features", remedy, f" in {corruption.probe.prompt!r}")
@@ -328,8 +330,10 @@ class _Run:
             return [(linear, [state.position], columns)]
 
         plan = [copies(state) for state in states]
-        direction = self.renderer.direction
-        return encode_restored(encoders, corruption, plan, rows=self.rows, direction=direction)
+        return encode_restored(
+            encoders, corruption, plan, rows=self.rows, direction=self.renderer.direction,
+            clip_skip=self.renderer.model.clip_skip,
+        )  # fmt: skip
 
     def _columns(
         self, corruption: Corruption, states: Sequence[State], embeds: Tensor, *, control: str

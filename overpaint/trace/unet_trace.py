@@ -142,9 +142,9 @@ def unet(
                 label = f"tracing the UNet, {source.replace('_', ' ')}"
                 on_progress(done, 1000 * len(units), label)
 
+        embeds = encode_restored(model.text_encoders, corruption, [], clip_skip=model.clip_skip)
         latents = restore(
-            renderer, encode_restored(model.text_encoders, corruption, []), negative, plan, seed=seed,
-            source=source, branches=branches, on_step=report,
+            renderer, embeds, negative, plan, seed=seed, source=source, branches=branches, on_step=report,
         )  # fmt: skip
         rows = renderer.measured(renderer.scores(latents, corruption.probe), latents)
         return [

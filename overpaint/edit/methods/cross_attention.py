@@ -143,12 +143,14 @@ def read_features(
     parts: list[Tensor] = []
     for start in range(0, len(distinct), _BATCH):
         rows = [part[start : start + _BATCH].to(model.device) for part in ids]
-        parts.append(text_features(model.text_encoders, rows).cpu().float())
+        features = text_features(model.text_encoders, rows, clip_skip=model.clip_skip)
+        parts.append(features.cpu().float())
     features = torch.cat(parts)
     if len(ids) == 2:
         features = features[:, :-1]  # the last row is the pooled one, which no layer reads
-        if "" in distinct and model.pipe.config.get("force_zeros_for_empty_prompt", True):
-            features[distinct.index("")] = 0
+    if "" in distinct and (len(ids) == 2 or model.clip_skip):  # the unconditional branch
+        row = model.encode([""])[0].cpu().float()
+        features[distinct.index("")] = row[: features.shape[1]]
     return dict(zip(distinct, features, strict=True))
 
 
