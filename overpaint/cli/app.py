@@ -8,10 +8,12 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
 
+from overpaint import __version__
 from overpaint.cli.apply import apply
 from overpaint.cli.demo import demo
 from overpaint.cli.diff import diff
@@ -42,6 +44,19 @@ for verb in (
     demo, load, generate, sites, trace, edit, show, diff, apply, export, evaluate, report, match, studio, train,
 ):  # fmt: skip
     app.command()(verb)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Find where an image model keeps what it knows, and paint over it."""
+    if version:
+        sys.stdout.write(f"overpaint {__version__}\n")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        sys.stdout.write(context.get_help() + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

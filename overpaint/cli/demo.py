@@ -23,7 +23,7 @@ def demo(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Trace, edit, evaluate and report: the whole loop on the shipped model.
+    """Trace, edit, evaluate and report. Runs the whole loop on the shipped model.
 
     \b
     overpaint demo --out runs/demo

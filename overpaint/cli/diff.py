@@ -21,7 +21,7 @@ def diff(
     second: Annotated[Path, typer.Argument(help="Another.")],
     as_json: Json = False,
 ) -> None:
-    """Compare two change files: concepts, settings, weights, and how far apart their movements are.
+    """Compare two change files. Concepts, settings, weights, and the distance of their movements.
 
     \b
     overpaint diff a.safetensors b.safetensors

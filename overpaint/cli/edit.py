@@ -27,7 +27,12 @@ class EditOptions:
         list[str] | None, typer.Option(help="A concept to erase; may be given again.")
     ] = None
     replace: Annotated[
-        list[str] | None, typer.Option(help="Its replacement; one for each --erase.")
+        list[str] | None,
+        typer.Option(help='Its replacement, one for each --erase; "" for nothing.'),
+    ] = None
+    concepts: Annotated[
+        Path | None,
+        typer.Option(help="A .csv (erase,replace) or text file (one concept a line) of concepts."),
     ] = None
     preserve: Annotated[
         list[str] | None, typer.Option(help="A prompt to preserve; may be given again.")
@@ -79,43 +84,72 @@ class EditOptions:
     rank: Annotated[
         int | None, typer.Option(help="Cut to this rank for a small file; about 16 a concept.")
     ] = None
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would move; write no file.")
+    ] = False
     out: Annotated[Path, typer.Option(help="The change file.")] = Path("change.safetensors")
 
 
 @with_options
 def edit(model: Model, options: EditOptions, device: Device = "cpu", as_json: Json = False) -> None:
-    """Make a change file; the model stays as it is.
+    """Make a change file. The model stays as it is.
 
     \b
     overpaint edit icons --erase "openmoji style" --replace "noto style" --auto --rank 16
     overpaint edit icons --erase "openmoji style" --replace "noto style" --neighbours --out a.safetensors
     overpaint edit icons --update a.safetensors --erase "a cat" --replace "a dog" --out b.safetensors
     overpaint edit icons --update b.safetensors --without "a cat" --strength 0.5 --out c.safetensors
+    overpaint edit icons --concepts artists.csv --auto --dry-run
     """  # noqa: D301
     from overpaint.edit import Change, complete
 
-    _check(options)
-    check_writable(options.out.parent)
+    pairs = _pairs(options)
+    _check(options, pairs)
+    if not options.dry_run:
+        check_writable(options.out.parent)
     base = None if options.update is None else Change.load(options.update)
     loaded = load_model(model, device)
-    addition = _solve(loaded, options, base, as_json) if options.erase else None
+    addition = _solve(loaded, pairs, options, base, as_json) if pairs else None
     change = _combine(loaded, base, addition, options)
     report = change.report
     if options.rank is not None:
         change = complete(loaded, change).compact(rank=options.rank)
-    change.save(options.out)
-    print_facts(_facts(change, report, options.out), as_json=as_json)
+    facts = _facts(change, report)
+    if options.dry_run:
+        facts |= {
+            "change": None,
+            "weights": list(change.sites),
+            "subject_tokens": _subject_tokens(loaded, change),
+        }
+    else:
+        change.save(options.out)
+        facts["change"] = str(options.out)
+    print_facts(facts, as_json=as_json)
 
 
-def _check(options: EditOptions) -> None:
+def _pairs(options: EditOptions) -> dict[str, str]:
+    """Return the concepts of --erase and --concepts, with their replacements."""
+    from overpaint.edit.pairs_file import load_pairs
+
     erase, replace = options.erase or [], options.replace or []
     if len(erase) != len(replace):
         raise ValueError(
-            f"{len(erase)} --erase for {len(replace)} --replace: give one replacement for each concept."
+            f'{len(erase)} --erase for {len(replace)} --replace: give one replacement for each concept, "" for nothing.'
         )
-    if not erase and options.update is None:
+    pairs = {} if options.concepts is None else load_pairs(options.concepts)
+    for old, new in zip(erase, replace, strict=True):
+        if pairs.setdefault(old, new) != new:
+            raise ValueError(
+                f"{old!r} has two replacements, {pairs[old]!r} and {new!r}: keep one of them."
+            )
+    return pairs
+
+
+def _check(options: EditOptions, pairs: dict[str, str]) -> None:
+    if not pairs and options.update is None:
         raise ValueError(
-            "nothing to edit: name a concept with --erase and its replacement with --replace."
+            "nothing to edit: name a concept with --erase and its replacement with --replace, or a file with "
+            "--concepts."
         )
     if options.without and options.update is None:
         raise ValueError(
@@ -123,12 +157,12 @@ def _check(options: EditOptions) -> None:
         )
 
 
-def _solve(loaded: Any, options: EditOptions, base: "Change | None", quiet: bool) -> "Change":
-    """Return the change for the concepts of --erase, with the settings of `base` where none are given."""
+def _solve(
+    loaded: Any, pairs: dict[str, str], options: EditOptions, base: "Change | None", quiet: bool
+) -> "Change":
+    """Return the change for `pairs`, with the settings of `base` where none are given."""
     from overpaint.edit import quickfix
 
-    erase = options.erase or []
-    pairs = dict(zip(erase, options.replace or [], strict=True))
     preserve = list(options.preserve or [])
     if options.auto:
         return _automatic(loaded, pairs, preserve, options, quiet)
@@ -139,7 +173,7 @@ def _solve(loaded: Any, options: EditOptions, base: "Change | None", quiet: bool
     for name in ("preserve_weight", "ridge", "positions", "encoder"):
         if (value := getattr(options, name)) is not None:
             settings[name] = value
-    for concept in erase if options.neighbours else ():
+    for concept in pairs if options.neighbours else ():
         preserve += [p for p in _neighbours(concept, loaded.held_out) if p not in preserve]
     return quickfix(loaded, pairs, preserve=preserve, **settings)
 
@@ -178,19 +212,28 @@ def _combine(
     return addition if base is None else stack(loaded, [base, addition])
 
 
-def _facts(change: "Change", report: Mapping[str, Any], out: Path) -> dict[str, Any]:
+def _facts(change: "Change", report: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the verb prints: verdict, file, site, concepts, figures, moved tokens, endangered concepts."""
     from overpaint.edit import verdict
 
     sites = change.sites
     return {
         "verdict": verdict.describe(change),
-        "change": str(out),
+        "change": "",
         "site": sites[0] if len(sites) == 1 else f"{len(sites)} weights",
         "concepts": [f"{old} → {new}" for old, new in change.pairs.items()],
         **{name: value for name, value in report.items() if isinstance(value, int | float)},
         **moved_and_endangered(report),
     }
+
+
+def _subject_tokens(loaded: Any, change: "Change") -> list[str]:
+    """Return each erased concept with the tokens that the first tokenizer splits it into."""
+    tokenizer = loaded.pipe.tokenizer
+    return [
+        f"{concept}: {' | '.join(t.removesuffix('</w>') for t in tokenizer.tokenize(concept))}"
+        for concept in change.pairs
+    ]
 
 
 def moved_and_endangered(report: Mapping[str, Any]) -> dict[str, list[str]]:

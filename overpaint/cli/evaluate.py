@@ -1,6 +1,5 @@
 """`overpaint evaluate`: score a change by labels, by metrics on an evaluation set, and under a short attack."""
 
-import json
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,7 +79,7 @@ def evaluate(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Evaluate a change: by labels (`overpaint report` draws the result), or by metrics on an evaluation set.
+    """Measure what a change does. By labels (`overpaint report` draws the result), or by metrics on an evaluation set.
 
     \b
     overpaint evaluate icons change.safetensors
@@ -158,7 +157,7 @@ def _record(out: Path, context: typer.Context) -> dict[str, Any]:
     """
     path = out / "run.json"
     try:
-        record = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        record = dict(files.from_json(path.read_bytes())) if path.is_file() else {}
         earlier = [str(command) for command in record.get("commands", ())]
     except (ValueError, TypeError) as error:
         raise ValueError(

@@ -9,7 +9,7 @@ _WEIGHTS = ("text_encoder", "text_encoder_2", "unet", "vae")
 
 
 def load(model: Model, device: Device = "cpu", as_json: Json = False) -> None:
-    """List a model's components and how many parameters each has.
+    """List the components of a model. With their classes and numbers of parameters.
 
     \b
     overpaint load icons

@@ -36,7 +36,7 @@ def match(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Match two pictures: flow.flo, flow.npy and std.npy, the first as seen from the second, and three views.
+    """Match two pictures. Writes flow.flo, flow.npy and std.npy, the first as seen from the second, and three views.
 
     \b
     overpaint match a.png b.png -o out/

@@ -19,7 +19,7 @@ def report(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Draw report.html again from saved results; report.json beside it holds the same figures.
+    """Draw the page of saved results. report.json beside report.html holds the same figures.
 
     \b
     overpaint report runs/demo

@@ -20,7 +20,7 @@ _SETTINGS = ("ridge", "preserve_weight", "positions", "layer", "projection", "en
 def show(
     change: Annotated[Path, typer.Argument(help="The change file.")], as_json: Json = False
 ) -> None:
-    """Print a change file's concepts, weights, settings and what it endangers; no model is loaded.
+    """Print what a change file holds. No model is loaded.
 
     \b
     overpaint show change.safetensors

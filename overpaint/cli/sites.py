@@ -7,7 +7,7 @@ __all__ = ["sites"]
 
 
 def sites(model: Model, device: Device = "cpu", as_json: Json = False) -> None:
-    """List the sites that can be traced, in execution order.
+    """List what can be traced. The sites come in execution order.
 
     \b
     overpaint sites icons

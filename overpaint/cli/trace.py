@@ -82,7 +82,7 @@ class TraceOptions:
 def trace(
     model: Model, options: TraceOptions, device: Device = "cpu", as_json: Json = False
 ) -> None:
-    """Measure where a kind of concept is kept; `overpaint report` draws the result.
+    """Trace which sites keep a kind of concept. `overpaint report` draws the result.
 
     \b
     overpaint trace icons --kind color

@@ -10,6 +10,7 @@ from overpaint.edit.methods.quickfix import quickfix
 from overpaint.edit.methods.time_edit import time
 from overpaint.edit.methods.uce import debias, uce
 from overpaint.edit.movement import Movement
+from overpaint.edit.pairs_file import load_pairs
 from overpaint.edit.stacking import complete, stack
 from overpaint.edit.weight_plot import plot
 
@@ -21,6 +22,7 @@ __all__ = [
     "debias",
     "export",
     "finetune",
+    "load_pairs",
     "loco",
     "plot",
     "quickfix",
