@@ -24,6 +24,7 @@ from overpaint.model import TextToImage
 from overpaint.model.sampling import Progress
 from overpaint.probes import Probe, questions
 from overpaint.scorers import Judge
+from overpaint.scorers.protocols import check_size
 
 __all__ = ["FULL", "QUICK", "Size", "run"]
 
@@ -75,6 +76,7 @@ def run(
     """
     start = time.perf_counter()
     judge = scorers.load(device=model.device) if scorer is None else scorer
+    check_size(judge, model)
     kind, label = questions.parse_concept(erase, judge.labels)
     out.mkdir(parents=True, exist_ok=True)
     on_progress = on_progress or (lambda done, total, label: None)

@@ -1,4 +1,4 @@
-"""The error tree.
+"""The error tree, and the form of lists in messages.
 
 OverpaintError
 ├── UnsupportedModel (also a ValueError)   the model's layout is not supported
@@ -6,7 +6,9 @@ OverpaintError
 └── MissingExtra (also an ImportError)     an optional dependency is not installed
 """
 
-__all__ = ["MissingExtra", "OverpaintError", "UnknownSite", "UnsupportedModel"]
+from collections.abc import Iterable
+
+__all__ = ["MissingExtra", "OverpaintError", "UnknownSite", "UnsupportedModel", "listed"]
 
 
 class OverpaintError(Exception):
@@ -23,3 +25,10 @@ class UnknownSite(OverpaintError, ValueError):
 
 class MissingExtra(OverpaintError, ImportError):
     """An optional dependency is not installed."""
+
+
+def listed(names: Iterable[object], *, limit: int = 10) -> str:
+    """Return the first `limit` names for a message, and the number of the others; `"none"` without names."""
+    texts = [str(name) for name in names]
+    more = len(texts) - limit
+    return (", ".join(texts[:limit]) or "none") + (f" and {more} more" if more > 0 else "")

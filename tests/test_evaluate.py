@@ -266,6 +266,19 @@ def test_bad_input_is_an_error(tiny_sd1, swap):
         compare(tiny_sd1, {"swap": swap}, erase="monet")
 
 
+def test_the_shipped_scorer_names_its_size_before_its_labels(swap, judge):
+    """A model of one's own: the labels of the icons are of no use to it."""
+    from overpaint import load
+    from overpaint.zoo import builders
+
+    own = load(builders.tiny())
+    own.pipe.unet.register_to_config(sample_size=own.pipe.unet.config.sample_size * 2)
+    with pytest.raises(ValueError, match="reads pictures of 64x64 pixels") as caught:
+        evaluate.compare(own, {"swap": swap}, erase="van gogh", scorer=judge)
+    assert "--scorer" in str(caught.value) and "--set" in str(caught.value)
+    assert "label" not in str(caught.value)
+
+
 def test_score_is_a_comparison_of_one(tiny_sd1, swap):
     alone = evaluate.score(tiny_sd1, swap, scorer=ColorClassifier(), size=3, steps=2, batch_size=4)
     assert isinstance(alone, Scores)

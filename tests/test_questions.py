@@ -39,6 +39,17 @@ def test_an_unknown_concept_raises_and_lists_the_labels():
         questions.parse_concept("van gogh", LABELS)
 
 
+def test_an_unknown_concept_lists_few_labels_and_names_the_options_for_other_models(judge):
+    with pytest.raises(ValueError, match="has no label for 'openmoij style'") as caught:
+        questions.parse_concept("openmoij style", judge.labels)
+    text = str(caught.value)
+    assert "--set natural --scorer CLIP" in text
+    assert sum(name in text for names in judge.labels.values() for name in names) <= 12
+    assert len(text) < 500
+    with pytest.raises(ValueError, match="Did you mean 'umbrella'"):
+        questions.parse_concept("umbrela", judge.labels)
+
+
 def test_captions():
     assert questions.caption("apple", "noto", "") == "an apple in noto style"
     assert questions.caption("cat", "noto", "orange", frame=1) == (

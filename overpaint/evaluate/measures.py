@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from overpaint.errors import listed
 from overpaint.evaluate.results import complement, parse_interval
 from overpaint.evaluate.saved_json import load_json
 from overpaint.files import write_json
@@ -62,7 +63,7 @@ class Measures:
         for row in self.rows:
             if (row.role, row.metric) == (role, metric):
                 return row
-        known = ", ".join(f"{row.role} {row.metric}" for row in self.rows)
+        known = listed(f"{row.role} {row.metric}" for row in self.rows)
         raise ValueError(f"{metric!r} of {role!r} was not measured: choose one of {known}.")
 
     def aliases(self) -> dict[str, Interval]:

@@ -81,8 +81,8 @@ def compare(
     began = time.perf_counter()
     scorer = judge.load() if scorer is None else scorer
     concept, target = _concepts(changes, erase, replace)
+    check_size(scorer, model)  # before its labels: they are of no use for pictures that it cannot read
     kind, label = parse_concept(concept, scorer.labels)
-    check_size(scorer, model)
     questions = build_questions(
         kind, label, labels=scorer.labels, held_out=model.held_out, size=size, seed=seed
     )

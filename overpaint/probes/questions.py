@@ -12,12 +12,14 @@ plain             names no concept of the kind
 All concepts of the kind get the same objects, colors and seeds, so that their pictures can be compared in pairs.
 """
 
+import difflib
 import hashlib
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 
+from overpaint.errors import listed
 from overpaint.probes.text import article
 
 __all__ = [
@@ -86,9 +88,13 @@ def parse_concept(text: str, labels: Mapping[str, Sequence[str]]) -> tuple[str, 
         for name in (words, words.removesuffix(suffix), f"{words} logo", f"flag of {words}"):
             if name in labels[kind]:
                 return kind, name
-    known = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in labels.items())
+    known = "; ".join(f"{kind}: {listed(names, limit=3)}" for kind, names in labels.items())
+    every = [name for names in labels.values() for name in names]
+    close = difflib.get_close_matches(words, every, n=3)
+    guess = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     raise ValueError(
-        f"the judge has no label for {text!r}: name one of its labels, which are {known}."
+        f"the judge has no label for {text!r}, it knows {known}.{guess} Name a label of it; or measure other concepts and "
+        "other models on an evaluation set with a CLIP, on the command line `--set natural --scorer CLIP`."
     )
 
 

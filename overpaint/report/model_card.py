@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from overpaint.edit.export.model_card import NAME, plain
+from overpaint.errors import listed
 from overpaint.evaluate.results import Comparison, Paired, Scores
 from overpaint.files import write_text
 from overpaint.report import tables
@@ -57,7 +58,7 @@ def _scores(comparison: Comparison, method: str) -> Scores:
     name = method or next(iter(edits), "")
     if name not in edits:
         raise ValueError(
-            f"the results hold no method {name!r}: choose one of {', '.join(edits) or 'none'}, or evaluate an "
+            f"the results hold no method {name!r}: choose one of {listed(edits)}, or evaluate an "
             "edit with `overpaint evaluate`."
         )
     return edits[name]
