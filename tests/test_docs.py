@@ -132,22 +132,6 @@ def test_nothing_is_installed_from_an_index_under_the_name_of_this_package():
     assert [title(path) for path in texts if wrong.search(path.read_text())] == []
 
 
-def last_table():
-    """Return the end of the benchmarks' README: one line of figures for each results file."""
-    rows = []
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
-        run = json.loads(path.read_text())
-        figures = run.get("result") or run.get("figures") or run
-        cells = (f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, int | float))
-        rows.append(f"| `{path.stem}` | {', '.join(cells)} |\n")
-    return "| benchmark | figures of the last full run |\n|---|---|\n" + "".join(rows)
-
-
-def test_the_readme_of_the_benchmarks_shows_the_last_figures():
-    text = (ROOT / "benchmarks" / "README.md").read_text()
-    assert text.endswith(last_table()), f"let it end with:\n{last_table()}"
-
-
 def test_every_benchmark_is_listed():
     text = (ROOT / "benchmarks" / "README.md").read_text()
     scripts = [
