@@ -2,7 +2,7 @@
 
 A file or folder is written as a draft beside its place and renamed when it is complete. A draft is named
 `.<name>.<process id>.part`. It is removed when writing fails, and the next write to the same place removes the drafts
-of processes that were killed.
+of processes that were killed. JSON that others may have changed is read with a bound on its nesting.
 """
 
 import json
@@ -19,12 +19,18 @@ from typing import Any, cast
 __all__ = [
     "atomic",
     "atomic_folder",
+    "from_json",
     "remove_drafts",
+    "remove_drafts_in",
     "restore_folder",
+    "temporary_folder",
     "to_json",
     "write_json",
     "write_text",
 ]
+
+_NESTING = 64  # of lists and objects in JSON
+_DRAFT = re.compile(r"\.(.+)\.(\d+)\.part(\.mode)?")
 
 
 @contextmanager
@@ -43,6 +49,7 @@ def atomic(path: str | Path) -> Generator[Path, None, None]:
     place = Path(path)
     remove_drafts(place)
     draft = place.with_name(f".{place.name}.{os.getpid()}.part")
+    _remove(draft)  # left by a killed process of the same number, as in a restarted container
     try:
         yield draft
         _apply_umask(draft)
@@ -68,9 +75,6 @@ def atomic_folder(path: str | Path) -> Generator[Path, None, None]:
     restore_folder(place)
     try:
         with atomic(place) as draft:
-            _remove(
-                draft
-            )  # left by a killed process of the same number, as in a restarted container
             draft.mkdir()
             yield draft
             if place.exists():
@@ -88,15 +92,35 @@ def restore_folder(path: str | Path) -> None:
         os.replace(_aside(place), place)
 
 
+@contextmanager
+def temporary_folder(path: str | Path) -> Generator[Path, None, None]:
+    """Yield an empty folder beside `path`, which must not exist, and remove the folder when the block ends.
+
+    If the process is killed, the next block for the same `path` removes what was left.
+
+    Raises:
+        OSError: The folder cannot be made.
+    """
+    place = Path(path)
+    remove_drafts(place)
+    folder = place.with_name(f".{place.name}.{os.getpid()}.part")
+    _remove(folder)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        _remove(folder)
+
+
 def remove_drafts(path: str | Path) -> None:
     """Remove the drafts of `path` that processes which no longer run left behind."""
     place = Path(path)
-    pattern = re.compile(rf"\.{re.escape(place.name)}\.(\d+)\.part")
-    with suppress(OSError):
-        for entry in place.parent.iterdir():
-            match = pattern.fullmatch(entry.name)
-            if match and int(match[1]) != os.getpid() and not _is_running(int(match[1])):
-                _remove(entry)
+    _remove_drafts(place.parent, place.name)
+
+
+def remove_drafts_in(folder: str | Path) -> None:
+    """Remove the drafts of all files and folders in `folder` that processes which no longer run left behind."""
+    _remove_drafts(Path(folder), None)
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -129,6 +153,37 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
     return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
 
 
+def from_json(text: str | bytes) -> Any:
+    """Return the value of JSON text.
+
+    Raises:
+        ValueError: The text is not JSON, or nested more than 64 deep.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(_too_deep()) from error
+    level: list[Any] = [value]
+    for _ in range(_NESTING + 1):
+        level = [child for parent in level for child in _children(parent)]
+        if not level:
+            return value
+    raise ValueError(_too_deep())
+
+
+def _children(value: Any) -> list[Any]:
+    """Return the lists and objects that a value of JSON holds."""
+    if isinstance(value, dict):
+        value = list(cast(dict[str, Any], value).values())
+    if not isinstance(value, list):
+        return []
+    return [child for child in cast(list[Any], value) if isinstance(child, dict | list)]
+
+
+def _too_deep() -> str:
+    return f"its lists and objects are nested more than {_NESTING} deep"
+
+
 def _without_nan(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -140,6 +195,17 @@ def _without_nan(value: Any) -> Any:
     return value
 
 
+def _remove_drafts(folder: Path, name: str | None) -> None:
+    """Remove drafts of processes that no longer run, of the file `name` or, for `None`, of every file."""
+    with suppress(OSError):
+        for entry in folder.iterdir():
+            match = _DRAFT.fullmatch(entry.name)
+            if match is None or name not in (None, match[1]):
+                continue
+            if int(match[2]) != os.getpid() and not _is_running(int(match[2])):
+                _remove(entry)
+
+
 def _aside(place: Path) -> Path:
     return place.with_name(f".{place.name}.old")
 
@@ -149,7 +215,7 @@ def _is_running(pid: int) -> bool:
         return True
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # no process has a number so large
         return False
     except OSError:  # the process belongs to another user
         return True

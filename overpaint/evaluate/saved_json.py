@@ -1,9 +1,10 @@
 """Load a saved JSON file, with one error message for any damage."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
+
+from overpaint.files import from_json
 
 __all__ = ["load_json"]
 
@@ -22,10 +23,10 @@ def load_json(path: Path, parse: Callable[[Any], Parsed], *, remedy: str) -> Par
         FileNotFoundError: There is no such file.
         ValueError: The file is damaged.
     """
-    text = path.read_text(encoding="utf-8")
+    content = path.read_bytes()
     try:
-        return parse(json.loads(text))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return parse(from_json(content))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(
             f"{str(path)!r} is damaged ({type(error).__name__}: {error}). {remedy}"
         ) from error

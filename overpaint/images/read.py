@@ -1,13 +1,17 @@
 """Convert a path, PIL image, array or tensor to a picture tensor."""
 
 import os
+import struct
 import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 __all__ = ["LIMIT", "SMALLEST", "load_picture"]
@@ -49,6 +53,10 @@ def load_picture(image: Any, name: str) -> Tensor:
     return pixels.expand(-1, 3, -1, -1).contiguous()
 
 
+_DAMAGED = (
+    ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError, struct.error,
+    zlib.error,
+)  # fmt: skip
 _FORMATS = (
     "PNG",
     "JPEG",
@@ -64,7 +72,9 @@ def _from_file(path: Path, name: str) -> Tensor:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_FORMATS) as image:
+            with _damage_as_os_error():
+                opened = Image.open(path, formats=_FORMATS)
+            with opened as image:
                 return _from_pil(image, name)
     except FileNotFoundError as error:
         raise ValueError(f"`{name}`: there is no file {str(path)!r}: check the path.") from error
@@ -72,7 +82,7 @@ def _from_file(path: Path, name: str) -> Tensor:
         raise ValueError(
             f"`{name}` is larger than {LIMIT // 10**6} megapixels: make it smaller first."
         ) from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (OSError, SyntaxError) as error:
         raise ValueError(
             f"`{name}`: cannot read {str(path)!r} as a picture: save it as PNG or JPEG."
         ) from error
@@ -90,14 +100,29 @@ def _from_open(image: Image.Image, name: str) -> Tensor:
 
 def _from_pil(image: Image.Image, name: str) -> Tensor:
     _check_size(image.height, image.width, name)
+    with _damage_as_os_error():
+        values = _decode(image)
+    return _from_array(torch.from_numpy(values), name, last=True)
+
+
+def _decode(image: Image.Image) -> np.ndarray:
+    """Return the pixels of an image: floats, or bytes in one, three or four channels."""
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
-        return _from_array(torch.from_numpy(np.array(image)), name, last=True)
+        return np.array(image)
     if image.mode.startswith("I"):  # 16 bits, in any byte order
-        values = np.asarray(image).astype(np.float32) / 65535
-        return _from_array(torch.from_numpy(values), name, last=True)
+        return np.asarray(image).astype(np.float32) / 65535
     mode = "RGBA" if image.has_transparency_data else "L" if image.mode in ("1", "L") else "RGB"
-    return _from_array(torch.from_numpy(np.array(image.convert(mode))), name, last=True)
+    return np.array(image.convert(mode))
+
+
+@contextmanager
+def _damage_as_os_error() -> Iterator[None]:
+    """Raise an `OSError` for each of the errors that Pillow raises for damaged files."""
+    try:
+        yield
+    except _DAMAGED as error:
+        raise OSError(str(error) or type(error).__name__) from error
 
 
 def _native(values: np.ndarray) -> np.ndarray:

@@ -1,8 +1,15 @@
 """Sizes and switches of a matcher."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 __all__ = ["Config"]
+
+# the largest value of each size, or of each entry of a tuple of at most eight
+_LARGEST = {
+    "image": 4096, "grid": 512, "channels": 4096, "layers": 16, "attention": 512, "sr_grid": 1024,
+    "sr_channels": 4096, "sr_layers": 16, "sr_attention": 1024, "head_width": 4096, "groups": 4096,
+    "radius": 32, "steps": 1000,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,24 @@ class Config:
     align_corners: bool = (
         False  # True: resize flows as the reference code does, half a cell off at the borders
     )
+
+    def __post_init__(self) -> None:
+        """Check types and ranges, so that no file can make a matcher of any size."""
+        for name, most in _LARGEST.items():
+            value = getattr(self, name)
+            sizes = value if isinstance(value, tuple) else (value,)
+            if not 1 <= len(sizes) <= 8 or not all(
+                type(n) is int and 1 <= n <= most for n in sizes
+            ):
+                raise ValueError(
+                    f"`{name}` must be 1 to {most}, got {value!r}: take it from `Config.tiny()`."
+                )
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is bool and type(value) is not bool:
+                raise ValueError(f"`{field.name}` must be true or false, got {value!r}.")
+        if type(self.flow_scale) not in (int, float) or not 0 < self.flow_scale < 1e6:
+            raise ValueError(f"`flow_scale` must be positive and finite, got {self.flow_scale!r}.")
 
     @classmethod
     def tiny(cls) -> "Config":

@@ -1,12 +1,11 @@
 """A matcher: a frozen backbone and two denoisers of flows, stored in a folder."""
 
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -67,7 +66,9 @@ class Matcher:
                     f"the matcher at {str(folder)!r} has no {name}: "
                     "install the package anew, or train one with `overpaint train matcher`."
                 )
-        matcher = cls.build(_load_config(folder / "config.json"))
+        config = _load_config(folder / "config.json")
+        _check_sizes(config, folder)
+        matcher = cls.build(config)
         _load_weights(matcher.backbone, folder / "backbone.safetensors")
         _load_weights(matcher.coarse, folder / "coarse.safetensors")
         fine = matcher.fine if (folder / "fine.safetensors").is_file() else None
@@ -95,7 +96,7 @@ class Matcher:
 
 def _load_config(path: Path) -> Config:
     try:
-        entries = json.loads(path.read_text())
+        entries = files.from_json(path.read_bytes())
         names = {field.name for field in fields(Config)}
         if not isinstance(entries, dict) or set(entries) - names:
             raise ValueError(f"unknown entries {sorted(set(entries) - names)}")
@@ -110,6 +111,37 @@ def _load_config(path: Path) -> Config:
         ) from error
 
 
+def _check_sizes(config: Config, folder: Path) -> None:
+    """Raise unless the weights have the shapes of `config`, before memory is taken for them."""
+    try:
+        with torch.device("meta"):
+            parts = {"coarse": Denoiser(config), "fine": Denoiser(config, "fine")}
+    except (ValueError, RuntimeError, ArithmeticError) as error:
+        raise UnsupportedModel(
+            f"no matcher can be built from {str(folder / 'config.json')!r} ({str(error)[:200]}): take a configuration "
+            "that `Matcher.save` wrote."
+        ) from error
+    for name, part in parts.items():
+        path = folder / f"{name}.safetensors"
+        if not path.is_file():
+            continue
+        shapes = {key: list(value.shape) for key, value in part.state_dict().items()}
+        try:
+            with safe_open(path, framework="pt") as file:
+                stored = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise _unfit(path, error) from error
+        if stored != shapes:
+            raise _unfit(path, "names or shapes differ")
+
+
+def _unfit(path: Path, reason: object) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"the weights in {str(path)!r} do not fit the configuration beside them: {str(reason)[:200]}. "
+        "Save the matcher again, or install the package anew."
+    )
+
+
 def _load_weights(module: nn.Module, path: Path) -> None:
     try:
         tensors = load_file(path)
@@ -117,10 +149,7 @@ def _load_weights(module: nn.Module, path: Path) -> None:
             {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
         )
     except (SafetensorError, RuntimeError) as error:
-        raise UnsupportedModel(
-            f"the weights in {str(path)!r} do not fit the configuration beside them: {str(error)[:200]}. "
-            "Save the matcher again, or install the package anew."
-        ) from error
+        raise _unfit(path, error) from error
 
 
 def _tensors(module: nn.Module, *, half: bool) -> dict[str, torch.Tensor]:

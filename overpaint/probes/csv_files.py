@@ -11,10 +11,11 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from overpaint.errors import listed
 from overpaint.probes.probe import Probe, fill_table
 from overpaint.probes.text import word_pattern
 
-__all__ = ["csv_rows", "load_file", "parse_seed", "read_utf8"]
+__all__ = ["csv_columns", "csv_rows", "load_file", "parse_seed", "read_utf8"]
 
 
 def load_file(path: str | Path, *, kind: str, concept: str | None = None) -> tuple[Probe, ...]:
@@ -54,6 +55,21 @@ def read_utf8(path: Path) -> str:
         raise ValueError(f"{str(path)!r} is not UTF-8 text: save it as UTF-8.") from error
 
 
+def csv_columns(path: Path, text: str) -> list[str]:
+    """Return the names of the columns of a CSV file, in lower case, without white space around them.
+
+    Raises:
+        ValueError: The line is malformed.
+    """
+    reader = csv.reader(text.splitlines(keepends=True), strict=True)
+    try:
+        return [name.strip().lower() for name in next(reader, list[str]())]
+    except csv.Error as error:
+        raise ValueError(
+            f"{str(path)!r}, line {reader.line_num}: {error}; close every quote."
+        ) from error
+
+
 def csv_rows(path: Path, text: str, *, need: str = "") -> Iterator[tuple[int, dict[str, str]]]:
     """Yield for each record the number of its last line and its fields by column.
 
@@ -67,12 +83,13 @@ def csv_rows(path: Path, text: str, *, need: str = "") -> Iterator[tuple[int, di
     Raises:
         ValueError: A column is missing, or a line, whose number is in the message, is malformed.
     """
+    head = csv_columns(path, text)
     reader = csv.reader(text.splitlines(keepends=True), strict=True)
     try:
-        head = [name.strip().lower() for name in next(reader, list[str]())]
+        next(reader, None)
         if need and need not in head:
             raise ValueError(
-                f"{str(path)!r}, line 1: no column {need!r} among {', '.join(head) or 'none'}; begin the file with "
+                f"{str(path)!r}, line 1: no column {need!r} among {listed(head)}; begin the file with "
                 "case_number,prompt,evaluation_seed."
             )
         for fields in reader:
@@ -94,13 +111,13 @@ def parse_seed(text: str) -> int | None:
     """Return the seed in a field of a CSV file, `None` if the field is empty.
 
     Raises:
-        ValueError: The field is not a non-negative integer.
+        ValueError: The field is not a non-negative integer, or too large for a random generator.
     """
     if not text:
         return None
-    if not re.fullmatch(r"[0-9]+(\.0)?", text):
+    if not re.fullmatch(r"[0-9]{1,18}(\.0)?", text, re.ASCII):
         raise ValueError(
-            f"`evaluation_seed` {text!r} is not a non-negative integer: give one, or leave it empty."
+            f"`evaluation_seed` {text!r} is not a non-negative integer below 10^18: give one, or leave it empty."
         )
     return int(text.removesuffix(".0"))
 
@@ -111,7 +128,7 @@ def _parse_toml(path: Path, text: str, kind: str, concept: str | None) -> tuple[
     try:
         tables = tomllib.loads(text)
         return tuple(p for name, table in tables.items() for p in fill_table(table, kind, name))
-    except (tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (RecursionError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{str(path)!r} is not a table of probes ({error}): write `source`, `licence` and `prompts` with "
             "`template` and `concept` as `overpaint/probes/style.toml` does."

@@ -24,7 +24,6 @@ https://arxiv.org/abs/2303.07345; Orgad et al., 2023 (TIME, with TIMED), https:/
 script.
 """
 
-import csv
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,8 +32,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from overpaint.probes.csv_files import csv_rows, parse_seed, read_utf8
-from overpaint.probes.text import fill_articles, word_pattern
+from overpaint.errors import listed
+from overpaint.probes.csv_files import csv_columns, csv_rows, parse_seed, read_utf8
+from overpaint.probes.text import MOST, combinations, fill_articles, fill_slots, word_pattern
 
 __all__ = ["FORMS", "ROLES", "Case", "EvaluationSet", "load_set", "load_shipped_set"]
 
@@ -91,6 +91,11 @@ class EvaluationSet:
     replace: str
     cases: tuple[Case, ...]
 
+    def __repr__(self) -> str:
+        parts = [f"{sum(case.role == role for case in self.cases)} {role}" for role in ROLES]
+        concept = f"{self.erase!r} → {self.replace!r}" if self.replace else repr(self.erase)
+        return f"<EvaluationSet {self.name!r} of {concept}, prompts: {', '.join(parts)}>"
+
     def thinned(self, size: int) -> "EvaluationSet":
         """Return the set with at most `size` cases of each role, evenly spaced.
 
@@ -125,7 +130,7 @@ def load_shipped_set(
     """
     tables = tomllib.loads(_SHIPPED.read_text(encoding="utf-8"))
     if vocabulary not in tables or kind not in tables[vocabulary]:
-        known = ", ".join(f"{v} {k}" for v, kinds in tables.items() for k in kinds)
+        known = listed(f"{v} {k}" for v, kinds in tables.items() for k in kinds)
         raise ValueError(
             f"no evaluation set ships for {vocabulary!r} {kind!r}: choose one of {known}."
         )
@@ -176,7 +181,7 @@ def _form(path: Path, text: str) -> str:
         return "ablation"
     if suffix == ".toml":
         return "table"
-    head = [name.strip().lower() for name in next(csv.reader(text.splitlines()[:1]), list[str]())]
+    head = csv_columns(path, text)
     if suffix == ".csv" and {"prompt", "old", "new"} <= set(head):
         return "road"
     if suffix == ".csv" and {"old", "new"} <= set(head):
@@ -199,6 +204,7 @@ def _parse(path: Path, text: str, form: str, erase: str, replace: str, kind: str
             return _fill_table(path.name, tomllib.loads(text), erase, replace)
         except (
             tomllib.TOMLDecodeError,
+            RecursionError,
             LookupError,
             TypeError,
             AttributeError,
@@ -260,10 +266,10 @@ def _select_edit(
     matches = [row for _, row in rows if _same(row.get("old", ""), erase)]
     matches = matches or [row for _, row in rows if _contains(row.get("old", ""), erase)]
     if len(matches) != 1:
-        known = ", ".join(repr(row.get("old", "")) for _, row in rows[:12])
+        known = listed(repr(row.get("old", "")) for _, row in rows)
         raise ValueError(
             f"{str(path)!r} holds {len(matches)} edits of {erase!r}, not one: name it as in the column 'old', which "
-            f"holds {known or 'nothing'}."
+            f"holds {known}."
         )
     row = matches[0]
     cases = [
@@ -292,10 +298,10 @@ def _fill_table(name: str, table: Mapping[str, Any], erase: str, replace: str) -
             concepts = [o for o in table["others"] if not _is_related(o, erase)]
         for template, concept in product(table.get(role, ()), concepts):
             used = {k: v for k, v in slots.items() if f"{{{k}}}" in template}
-            for words in product(*used.values()):
-                text = fill_articles(
-                    template.format(concept=concept, **dict(zip(used, words, strict=True)))
-                )
+            if len(cases) > MOST:
+                raise ValueError(f"the templates give more than {MOST} prompts: remove some")
+            for words in combinations(used):
+                text = fill_articles(fill_slots(template, {**words, "concept": concept}))
                 cases.append(Case(text, role, text, _replaced(text, concept, replace), concept))
     return EvaluationSet(name, "table", erase, replace, tuple(cases))
 

@@ -8,11 +8,11 @@ were written for this package. They are about as large as those of arXiv:2310.13
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from overpaint.probes.text import fill_articles
+from overpaint.probes.text import MOST, combinations, fill_articles, fill_slots
 
 __all__ = ["KINDS", "VOCABULARIES", "Probe", "fill_table", "load"]
 
@@ -89,7 +89,10 @@ def fill_table(table: dict[str, Any], kind: str, name: str) -> tuple[Probe, ...]
         kind: The attribute.
         name: Prefix of the probes' ids.
     """
-    filled = [probe for entry in table["prompts"] for probe in _fill_entry(entry)]
+    every = (probe for entry in table["prompts"] for probe in _fill_entry(entry))
+    filled = list(islice(every, MOST + 1))
+    if len(filled) > MOST:
+        raise ValueError(f"the templates of {name!r} give more than {MOST} prompts: remove some")
     return tuple(
         Probe(
             f"{name}-{kind}-{number:03d}",
@@ -108,10 +111,9 @@ def _fill_entry(entry: dict[str, Any]) -> Iterator[dict[str, str]]:
     slots: dict[str, list[str]] = {
         name: values for name, values in entry.items() if isinstance(values, list)
     }
-    for combination in product(*slots.values()):
-        words = dict(zip(slots, combination, strict=True))
+    for words in combinations(slots):
         yield {
-            "prompt": fill_articles(entry["template"].format(**words)),
-            "concept": entry["concept"].format(**words),
-            "label": entry.get("label", entry["concept"]).format(**words),
+            "prompt": fill_articles(fill_slots(entry["template"], words)),
+            "concept": fill_slots(entry["concept"], words),
+            "label": fill_slots(entry.get("label", entry["concept"]), words),
         }

@@ -1,8 +1,44 @@
 """Whole-word search and articles in English prompts."""
 
+import math
 import re
+from collections.abc import Iterator, Mapping
+from itertools import product
+from string import Formatter
 
-__all__ = ["article", "fill_articles", "word_pattern"]
+__all__ = ["MOST", "article", "combinations", "fill_articles", "fill_slots", "word_pattern"]
+
+
+MOST = 100_000  # prompts of one file
+
+
+def combinations(slots: Mapping[str, list[str]]) -> Iterator[dict[str, str]]:
+    """Yield each combination of one word from every slot; the last slot changes fastest.
+
+    Raises:
+        ValueError: There are more than 100,000.
+    """
+    count = math.prod(len(words) for words in slots.values())
+    if count > MOST:
+        raise ValueError(
+            f"the slots of one template have more than {MOST} combinations: remove some words"
+        )
+    for words in product(*slots.values()):
+        yield dict(zip(slots, words, strict=True))
+
+
+def fill_slots(template: str, words: Mapping[str, str]) -> str:
+    """Return a template with each `{name}` replaced by the word of that name.
+
+    Raises:
+        ValueError: A slot has another form, no word, or one that is no text.
+    """
+    for _, name, form, conversion in Formatter().parse(template):
+        if name is None:
+            continue
+        if form or conversion or not isinstance(words.get(name), str):
+            raise ValueError(f"the slot {{{name}}} of {template[:80]!r} has no words, or a format")
+    return template.format(**words)
 
 
 def word_pattern(text: str) -> str:

@@ -10,7 +10,6 @@ and any script except its own.
 
 import base64
 import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from typing import Any
 from overpaint.edit import Change, verdict
 from overpaint.evaluate import attack_results, measures, predicted_drift
 from overpaint.evaluate.results import Comparison, Scores
-from overpaint.files import write_json, write_text
+from overpaint.files import from_json, write_json, write_text
 from overpaint.report import (
     as_json,
     attack_section,
@@ -31,6 +30,7 @@ from overpaint.report import (
     model_card,
     provenance,
     tables,
+    trace_headline,
 )
 from overpaint.report.attack_section import AttackSection
 from overpaint.report.metrics_section import MetricsSection
@@ -108,13 +108,21 @@ def save_card(folder: str | Path, model: str | Path) -> Path:
 def _parts(source: Path, run: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
     """Load the files of the folder and return the parts of the page."""
     names = ("text", "unet", "scenes", "tables", "measured", "attack", "predicted", "chosen")
-    parts: dict[str, Any] = dict.fromkeys(names) | {"reading": "", "best": "", "methods": []}
+    parts: dict[str, Any] = dict.fromkeys(names) | {
+        "reading": "",
+        "best": "",
+        "methods": [],
+        "findings": {},
+    }
     if (source / "text.parquet").is_file():
-        parts["text"] = charts.text_charts(Effects.load(source / "text.parquet"))
+        effects = Effects.load(source / "text.parquet")
+        parts["text"] = charts.text_charts(effects)
+        parts["findings"]["text"] = trace_headline.headline(effects)
     paths = {name: source / f"unet-{name}.parquet" for name in charts.SOURCES}
     traces = {name: Effects.load(path) for name, path in paths.items() if path.is_file()}
     if traces:
         parts["unet"] = charts.unet_charts(traces)
+        parts["findings"]["unet"] = trace_headline.headline(next(iter(traces.values())))
     if (source / "comparison.json").is_file():
         comparison = Comparison.load(source)
         best = _best(comparison, str(run.get("method", "")), summary)
@@ -223,8 +231,8 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
+        return dict(from_json(path.read_bytes()))
+    except (ValueError, TypeError) as error:
         raise ValueError(
             f"{str(path)!r} is damaged: it is not a JSON object. Make it again."
         ) from error

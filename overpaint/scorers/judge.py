@@ -4,7 +4,6 @@ The judge `icons-judge` ships with the package. It had no part in the training o
 pictures of that model are independent evidence.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from overpaint import zoo
+from overpaint.files import from_json
 from overpaint.scorers.protocols import Scorable
 
 __all__ = ["Judge", "load"]
@@ -31,6 +31,7 @@ class Judge:
     """
 
     def __init__(self, folder: Path, *, name: str, device: str | torch.device = "cpu") -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
         from transformers import CLIPModel, CLIPTokenizer
 
@@ -41,18 +42,26 @@ class Judge:
                     "icons-judge` wrote, or 'icons-judge'."
                 )
         self.name = name
-        self.labels: dict[str, tuple[str, ...]] = {
-            kind: tuple(names)
-            for kind, names in json.loads((folder / "labels.json").read_text()).items()
-        }
         card = folder / "card.json"
-        self.card: dict[str, Any] = json.loads(card.read_text()) if card.is_file() else {}
-        model: Any = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        try:
+            self.labels = _parse_labels(from_json((folder / "labels.json").read_bytes()))
+            self.card: dict[str, Any] = dict(from_json(card.read_bytes())) if card.is_file() else {}
+            model: Any = CLIPModel.from_pretrained(
+                folder, local_files_only=True, dtype=torch.float32, use_safetensors=True
+            )
+            heads = load_file(folder / "heads.safetensors")
+            _check_heads(heads, self.labels, int(model.config.projection_dim))
+            self._tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        except (
+            ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError, SafetensorError,
+        ) as error:  # fmt: skip
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"the judge in {str(folder)!r} is damaged ({reason}): get the folder again, or train it again with "
+                "`overpaint train icons-judge`."
+            ) from error
         self._clip = model.to(device).eval().requires_grad_(False)
-        self._heads = {
-            k: v.float().to(device) for k, v in load_file(folder / "heads.safetensors").items()
-        }
-        self._tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        self._heads = {name: tensor.float().to(device) for name, tensor in heads.items()}
         self._device = device
 
     @property
@@ -150,6 +159,21 @@ def load(source: str | Path = "icons-judge", *, device: str | torch.device = "cp
     if not folder.is_dir():
         raise ValueError(f"unknown judge {str(source)!r}: name a folder, or 'icons-judge'.")
     return Judge(folder, name=str(source), device=device)
+
+
+def _parse_labels(content: Any) -> dict[str, tuple[str, ...]]:
+    labels: dict[str, tuple[str, ...]] = {kind: tuple(names) for kind, names in content.items()}
+    if not all(names and all(isinstance(n, str) for n in names) for names in labels.values()):
+        raise TypeError("labels.json holds other values than lists of texts")
+    return labels
+
+
+def _check_heads(heads: Any, labels: dict[str, tuple[str, ...]], width: int) -> None:
+    """Raise unless there is a weight and a bias of the right shape for each kind of label."""
+    for kind, names in labels.items():
+        shapes = [tuple(heads[f"{kind}.{part}"].shape) for part in ("weight", "bias")]
+        if shapes != [(len(names), width), (len(names),)]:
+            raise ValueError(f"the head of {kind!r} has the shapes {shapes}")
 
 
 def _label(probe: Scorable, kind: str, names: Sequence[str]) -> str | None:

@@ -25,6 +25,7 @@ from overpaint.images.charts import Chart, Theme
 from overpaint.metrics import Interval
 from overpaint.model.sites import Site
 from overpaint.trace import plot, states
+from overpaint.trace.parquet_files import read_table
 from overpaint.trace.significance import CausalTest, causal_test
 from overpaint.trace.states import COLUMNS, SCHEMA, VALUES
 from overpaint.trace.statistics import agreement, intervals
@@ -50,6 +51,13 @@ class Effects:
 
     def __len__(self) -> int:
         return self.table.num_rows
+
+    def __repr__(self) -> str:
+        rows = states.records(self.table, ("site", "probe", "control"))
+        sites, prompts = len({row[0] for row in rows}), len({row[1] for row in rows})
+        controls = sorted({row[2] for row in rows} - {""})
+        beside = f", controls: {', '.join(controls)}" if controls else ""
+        return f"<Effects: {len(self)} rows, {sites} sites, {prompts} prompts{beside}>"
 
     @property
     def dropped(self) -> int:
@@ -239,9 +247,9 @@ class Effects:
         if not Path(path).is_file():
             raise FileNotFoundError(f"no effects at {str(path)!r}: trace and save them first.")
         try:
-            table = pq.read_table(path)
-            protocol = json.loads((table.schema.metadata or {})[b"overpaint"])
-        except (pa.ArrowException, KeyError, ValueError) as error:
+            table = read_table(path)
+            protocol = dict(files.from_json((table.schema.metadata or {})[b"overpaint"]))
+        except (KeyError, ValueError, TypeError) as error:
             raise ValueError(
                 f"{str(path)!r} does not hold effects: name a file that `Effects.save` wrote."
             ) from error

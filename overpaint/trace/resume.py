@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from overpaint import files
 from overpaint.trace.effects import Effects
+from overpaint.trace.parquet_files import read_table
 from overpaint.trace.states import SCHEMA
 
 __all__ = ["read", "sweep"]
@@ -60,7 +61,7 @@ def sweep(
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     with _locked(place):
-        for draft in place.glob("*.part"):  # left by a process that was killed while writing
+        for draft in (*place.glob("*.part"), *place.glob("*.part.mode")):  # of killed processes
             draft.unlink()
         settings = _agreed_protocol(place, {**protocol, "units": names})
         return [row for unit in names for row in _rows(place, settings, unit, compute)]
@@ -125,8 +126,9 @@ def _protocol(place: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        protocol = dict(json.loads(path.read_text(encoding="utf-8")))
-        protocol["units"]
+        protocol = dict(files.from_json(path.read_text(encoding="utf-8")))
+        if not all(isinstance(unit, str) for unit in protocol["units"]):
+            raise TypeError("the names of its units are no texts")
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{str(path)!r} is damaged: it is no protocol of a trace. Name another folder and trace again."
@@ -158,9 +160,9 @@ def _load(place: Path, protocol: dict[str, Any], unit: str) -> Rows | None:
     if not path.is_file():
         return None
     try:
-        table = pq.ParquetFile(pa.BufferReader(path.read_bytes())).read(use_threads=False)
+        table = read_table(path)
         rows = table.to_pylist()
-    except (pa.ArrowException, OSError, ValueError):
+    except (OSError, ValueError):
         return None
     digest = (table.schema.metadata or {}).get(b"overpaint")
     # A shard of an earlier version lacks a column; its digest is of its own columns.

@@ -2,7 +2,6 @@
 
 import datetime
 import hashlib
-import json
 import os
 import platform
 import subprocess
@@ -15,9 +14,11 @@ from safetensors import safe_open
 
 from overpaint import files
 from overpaint.train.icon_world import PACKAGES
+from overpaint.train.loop import damage_named
 
-__all__ = ["LICENCES", "add_figures", "commit", "history", "prepare", "save", "stages"]
+__all__ = ["LICENCES", "add_figures", "commit", "history", "prepare", "read", "save", "stages"]
 
+_RUN = ("date", "recipe_commit", "hardware", "stages", "figures")  # what the history keeps of a run
 LICENCES = {
     "twemoji": "CC-BY-4.0",
     "noto": "Apache-2.0",
@@ -87,10 +88,24 @@ def save(
     return files.write_json(folder / "card.json", card)
 
 
+def read(path: Path) -> dict[str, Any]:
+    """Return the content of the card at `path`.
+
+    Raises:
+        ValueError: The card is damaged.
+    """
+    with damage_named(path):
+        card = dict(files.from_json(path.read_bytes()))
+        absent = [name for name in _RUN if name not in card]
+        if absent or not isinstance(card["figures"], dict):
+            raise ValueError(f"it lacks {', '.join(absent) or 'figures'}")
+    return card
+
+
 def add_figures(folder: Path, figures: dict[str, float]) -> Path:
     """Add `figures` to the card of the model in `folder`, replacing those of the same names."""
     path = folder / "card.json"
-    card = json.loads(path.read_text())
+    card = read(path)
     card["figures"] |= figures
     return files.write_json(path, card)
 
@@ -100,8 +115,8 @@ def history(folder: Path) -> list[dict[str, Any]]:
     path = folder / "card.json"
     if not path.is_file():
         return []
-    card = json.loads(path.read_text())
-    last = {key: card[key] for key in ("date", "recipe_commit", "hardware", "stages", "figures")}
+    card = read(path)
+    last = {key: card[key] for key in _RUN}
     return [*card.get("history", []), last]
 
 
@@ -109,9 +124,11 @@ def stages(work: Path, names: tuple[str, ...]) -> dict[str, dict[str, float]]:
     """Return steps and minutes of each stage, read from its checkpoint in `work`."""
     result = {}
     for name in names:
-        with safe_open(work / f"{name}.safetensors", framework="pt") as file:
-            progress = json.loads(file.metadata()["progress"])
-        result[name] = {"steps": progress["step"], "minutes": round(progress["spent"] / 60, 1)}
+        path = work / f"{name}.safetensors"
+        with damage_named(path), safe_open(path, framework="pt") as file:
+            progress = files.from_json(file.metadata()["progress"])
+            minutes = round(progress["spent"] / 60, 1)
+            result[name] = {"steps": progress["step"], "minutes": minutes}
     return result
 
 

@@ -20,14 +20,20 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from overpaint import files, zoo
 from overpaint.model.sampling import Progress
 from overpaint.train import card, icon_world
-from overpaint.train.loop import Schedule, fit, remove_checkpoints, save_tensors
+from overpaint.train.loop import (
+    Schedule,
+    damage_named,
+    fit,
+    load_tensors,
+    remove_checkpoints,
+    save_tensors,
+)
 from overpaint.train.networks import (
     CPU,
     CUDA,
@@ -156,7 +162,8 @@ def _has_shape(folder: Path, recipe: Recipe) -> bool:
     path = folder / "card.json"
     if not path.is_file() or not (folder / "unet").is_dir():
         return False
-    saved = json.loads(path.read_text()).get("recipe", {})
+    with damage_named(path):
+        saved = dict(files.from_json(path.read_bytes()).get("recipe", {}))
     names = ["text_layers", "text_width", "vae_channels", "latent_channels"]
     names += ["unet_channels", "unet_layers"]
     expected = json.loads(json.dumps(asdict(recipe)))
@@ -166,7 +173,10 @@ def _has_shape(folder: Path, recipe: Recipe) -> bool:
 def _earlier_runs(work: Path) -> list[dict[str, Any]]:
     """Return the runs that trained the model which this run continues; empty if it started from random weights."""
     path = work / "history.json"
-    return json.loads(path.read_text()) if path.is_file() else []
+    if not path.is_file():
+        return []
+    with damage_named(path):
+        return [dict(run) for run in files.from_json(path.read_bytes())]
 
 
 def tokenizer(world: icon_world.World, folder: Path, *, seed: int = 0) -> Any:
@@ -323,7 +333,7 @@ def _train_unet(run: Run, minutes: float) -> Any:
     latents, features, rows = (data[k].to(device) for k in ("latents", "features", "rows"))
     model = build_unet(recipe)
     if (folder / "unet-start.safetensors").exists():
-        model.load_state_dict(load_file(folder / "unet-start.safetensors"))
+        model.load_state_dict(load_tensors(folder / "unet-start.safetensors"))
     model = model.to(device, memory_format=torch.channels_last)
     alphas = build_scheduler().alphas_cumprod.to(device)
     batch = recipe.unet_batch
@@ -366,9 +376,9 @@ def _latents(run: Run) -> dict[str, Tensor]:
     path = folder / "latents.safetensors"
     key = _key(folder, recipe.pictures, seed)
     if path.exists():
-        with safe_open(path, framework="pt") as file:
+        with damage_named(path), safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("made_of") == key:
-                return load_file(path)
+                return load_tensors(path)
     vae, text, tokens = _frozen(recipe, folder)
     vae, text = vae.to(device), text.to(device)
     rng = np.random.default_rng((seed, 5))
@@ -408,9 +418,9 @@ def _frozen(recipe: Recipe, folder: Path) -> tuple[Any, Any, Any]:
 
     tokens = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     text = CLIPTextModel(build_clip(recipe, len(tokens)).config.text_config)
-    _tower(text).load_state_dict(load_file(folder / "text-final.safetensors"))
+    _tower(text).load_state_dict(load_tensors(folder / "text-final.safetensors"))
     vae = build_vae(recipe)
-    vae.load_state_dict(load_file(folder / "vae-final.safetensors"))
+    vae.load_state_dict(load_tensors(folder / "vae-final.safetensors"))
     return vae.eval(), text.eval(), tokens
 
 
@@ -442,7 +452,7 @@ def _export(recipe: Recipe, work: Path, folder: Path) -> None:
     build: Any = diffusers.StableDiffusionPipeline
     vae, text, tokens = _frozen(recipe, work)
     unet = build_unet(recipe)
-    unet.load_state_dict(load_file(work / "unet-final.safetensors"))
+    unet.load_state_dict(load_tensors(work / "unet-final.safetensors"))
     pipe = build(
         vae=vae, text_encoder=text, tokenizer=tokens, unet=unet, scheduler=build_scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,

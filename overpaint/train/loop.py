@@ -8,13 +8,14 @@ schedule, and a finished run can be continued with more minutes.
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ from overpaint.optim import DiffGrad
 from overpaint.train.muon import Muon
 
 __all__ = [
-    "Outer", "Schedule", "fit", "optimizers", "rate", "remove_checkpoints", "save_tensors"
+    "Outer", "Schedule", "damage_named", "fit", "load_tensors", "optimizers", "rate", "remove_checkpoints", "save_tensors"
 ]  # fmt: skip
 
 CHECKPOINT_SECONDS = 180.0
@@ -132,6 +133,17 @@ def remove_checkpoints(folder: Path, stages: Iterable[str]) -> None:
     """Remove the checkpoints of `stages` from `folder`, so that `fit` starts over."""
     for stage in stages:
         (folder / f"{stage}.safetensors").unlink(missing_ok=True)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file of a training.
+
+    Raises:
+        ValueError: The file is damaged.
+        OSError: The file cannot be read.
+    """
+    with damage_named(path):
+        return load_file(path)
 
 
 def save_tensors(
@@ -249,15 +261,35 @@ def _restore(
     average: dict[str, Tensor],
     outer: Outer,
 ) -> _State:
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
+    with damage_named(path), safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
     began = metadata.get("optimizer", "adamw")
     if began != outer:
         raise ValueError(
             f"`optimizer` must be {began!r} for {str(path)!r}, which was trained with it, got {outer!r}. Go on with "
             f"{began!r}, or start anew with `resume=False` (`--no-resume`)."
         )
-    tensors = load_file(path)
+    with damage_named(path):
+        state = _state(metadata)
+        _load_tensors(load_file(path), model, pair, average)
+    return state
+
+
+def _state(metadata: Mapping[str, str]) -> _State:
+    """Return the progress in the metadata of a checkpoint."""
+    state = _State(**files.from_json(metadata["progress"]))
+    if type(state.step) is not int or state.step < 0 or not 0 <= state.spent < math.inf:
+        raise ValueError("its progress is not that of a training")
+    return state
+
+
+def _load_tensors(
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    pair: list[torch.optim.Optimizer],
+    average: dict[str, Tensor],
+) -> None:
+    """Copy the tensors of a checkpoint into the model, its optimisers and the averages."""
     model.load_state_dict(
         {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     )
@@ -271,4 +303,18 @@ def _restore(
                 states.setdefault(int(index), {})[name] = value
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": states, "param_groups": groups})
-    return _State(**json.loads(metadata["progress"]))
+
+
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Raise a `ValueError` that names `path` if the block finds that this file of a training is damaged."""
+    try:
+        yield
+    except (
+        AttributeError, ArithmeticError, LookupError, RuntimeError, SafetensorError, TypeError, ValueError,
+    ) as error:  # fmt: skip
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(
+            f"the training's file {str(path)!r} is damaged ({reason}): delete it, or start anew with `resume=False` "
+            "(`--no-resume`)."
+        ) from error

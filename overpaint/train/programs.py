@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +31,10 @@ def fetch(command: Sequence[str], path: Path, messages: Messages) -> None:
         FileNotFoundError: The program is not installed.
         OSError: The program failed.
     """
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as folder:
-        run(command, Path(folder), messages)
+    with files.temporary_folder(path.with_name(f"{path.name}.fetch")) as folder:
+        run(command, folder, messages)
         with files.atomic(path) as draft:
-            shutil.move(Path(folder, path.name), draft)
+            shutil.move(folder / path.name, draft)
 
 
 def run(command: Sequence[str], folder: Path, messages: Messages) -> None:
