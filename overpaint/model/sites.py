@@ -77,8 +77,13 @@ class Site:
 
 
 def find(model: HasParts) -> tuple[Site, ...]:
-    """Return all sites of `model` in execution order: those of each text encoder, then the UNet's."""
-    return (*find_texts(model.text_encoders), *find_unet(model.unet))
+    """Return all sites of `model` in execution order: those of each text encoder, then the UNet's.
+
+    The parts of a model from a folder are not loaded for it.
+    """
+    parts = getattr(model, "structure", model)
+    texts = find_texts(parts.text_encoders)
+    return texts if parts.unet is None else (*texts, *find_unet(parts.unet))
 
 
 def find_texts(text_encoders: Sequence[Module]) -> tuple[Site, ...]:

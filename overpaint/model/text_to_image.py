@@ -1,42 +1,38 @@
 """TextToImage: a text-to-image model, its parts, and generation of pictures.
 
-The diffusers pipeline is `model.pipe`; its `__call__`, safety checker and progress bars are not used.
+The diffusers pipeline is `model.pipe`; its `__call__`, safety checker and progress bars are not used. Of a pipeline
+that was opened from a folder, each part is loaded when it is first used.
 """
 
 import math
-import re
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from overpaint import zoo
 from overpaint.errors import UnsupportedModel
+from overpaint.files import public_name
 from overpaint.images.pictures import Pictures
-from overpaint.model import checkpoint
+from overpaint.model.checks import check_drawable
+from overpaint.model.offload import run_device
+from overpaint.model.pipeline_folder import PipelineFolder
 from overpaint.model.sampling import Progress, denoise
 from overpaint.model.text_encoding import check_clip_skip, text_features
 
-__all__ = ["TextToImage", "load"]
-
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+__all__ = ["TextToImage"]
 
 
 class TextToImage:
     """A Stable Diffusion pipeline (versions 1 and 2, and SDXL) and its parts.
 
     Attributes:
-        pipe: The diffusers pipeline. It is not copied.
         name: The zoo name, folder or hub id that it was loaded from.
         guidance_scale: Default guidance scale of `generate`: 7.5, or 5 for SDXL, as in diffusers.
         held_out: (object, style) pairs that training never showed, if known.
         clip_skip: Number of last layers of the text encoders that are left out, as in diffusers; see `text_features`.
-
-    Raises:
-        ValueError: `clip_skip` is negative, or leaves no layer.
     """
 
     def __init__(
@@ -48,13 +44,25 @@ class TextToImage:
         held_out: frozenset[tuple[str, str]] = frozenset(),
         clip_skip: int = 0,
     ) -> None:
-        self.pipe = pipe
+        """Wrap a diffusers pipeline, which is not copied, or a `PipelineFolder`.
+
+        Raises:
+            ValueError: `clip_skip` is negative, or leaves no layer.
+        """
+        self._source = pipe
         self.name = name
         self.held_out = held_out
-        default = 7.5 if len(self.text_encoders) == 1 else 5.0
+        default = 7.5 if len(self.structure.text_encoders) == 1 else 5.0
         self.guidance_scale = default if guidance_scale is None else guidance_scale
-        check_clip_skip(self.text_encoders, clip_skip)
+        check_clip_skip(self.structure.text_encoders, clip_skip)
         self.clip_skip = clip_skip
+
+    def __repr__(self) -> str:
+        pipe = self._structure
+        encoders = len(self.structure.text_encoders)
+        kind = "text encoder alone" if self.structure.unet is None else type(pipe).__name__
+        size = "" if self.structure.unet is None else f", pictures of {self.size[1]}x{self.size[0]}"
+        return f"<TextToImage {self.name!r}: {kind}, {encoders} text encoder{'s' if encoders > 1 else ''}{size}>"
 
     def with_clip_skip(self, clip_skip: int) -> "TextToImage":
         """Return a model of the same pipeline, not copied, whose text features leave out the last `clip_skip` layers.
@@ -63,7 +71,7 @@ class TextToImage:
             ValueError: `clip_skip` is negative, or leaves no layer.
         """
         return TextToImage(
-            self.pipe,
+            self._source,
             name=self.name,
             guidance_scale=self.guidance_scale,
             held_out=self.held_out,
@@ -71,64 +79,125 @@ class TextToImage:
         )
 
     @property
+    def pipe(self) -> Any:
+        """The diffusers pipeline with all parts loaded.
+
+        Raises:
+            UnsupportedModel: This is a text encoder alone, or a part cannot be read.
+        """
+        if not isinstance(self._source, PipelineFolder):
+            return self._source
+        if self.structure.unet is None:
+            raise self._encoder_alone()
+        return self._source.whole()
+
+    @property
+    def folder(self) -> PipelineFolder | None:
+        """The folder that the model was loaded from; `None` for a live pipeline."""
+        return self._source if isinstance(self._source, PipelineFolder) else None
+
+    @property
+    def structure(self) -> Any:
+        """The text encoders and UNet, for their modules and settings: weights not loaded are on the meta device."""
+        pipe = self._structure
+        encoders = (pipe.text_encoder, getattr(pipe, "text_encoder_2", None))
+        return SimpleNamespace(
+            text_encoders=tuple(e for e in encoders if e is not None),
+            unet=getattr(pipe, "unet", None),
+        )
+
+    @property
     def text_encoder(self) -> Any:
         """The `CLIPTextModel`; the first one if there are two."""
-        return self.pipe.text_encoder
+        return self._part("text_encoder")
 
     @property
     def text_encoders(self) -> tuple[Any, ...]:
         """All text encoders: one, and in SDXL also a `CLIPTextModelWithProjection`."""
-        second = getattr(self.pipe, "text_encoder_2", None)
-        return (self.text_encoder,) if second is None else (self.text_encoder, second)
+        if len(self.structure.text_encoders) == 1:
+            return (self.text_encoder,)
+        return (self.text_encoder, self._part("text_encoder_2"))
 
     @property
     def tokenizer(self) -> Any:
         """The `CLIPTokenizer`; the first one if there are two."""
-        return self.pipe.tokenizer
+        return self._structure.tokenizer
 
     @property
     def tokenizers(self) -> tuple[Any, ...]:
         """The tokenizer of each text encoder; SDXL's two use different padding tokens."""
-        if len(self.text_encoders) == 1:
+        if len(self.structure.text_encoders) == 1:
             return (self.tokenizer,)
-        return (self.tokenizer, self.pipe.tokenizer_2)
+        return (self.tokenizer, self._structure.tokenizer_2)
 
     @property
     def unet(self) -> Any:
         """The `UNet2DConditionModel`."""
-        return self.pipe.unet
+        return self._part("unet")
 
     @property
     def vae(self) -> Any:
         """The `AutoencoderKL`."""
-        return self.pipe.vae
+        return self._part("vae")
 
     @property
     def scheduler(self) -> Any:
         """The scheduler; every run creates a new one with its settings."""
-        return self.pipe.scheduler
+        if self.structure.unet is None:
+            raise self._encoder_alone()
+        return self._structure.scheduler
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the pictures, in pixels."""
-        height, width = self._latent_size
-        scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return height * scale, width * scale
-
-    @property
-    def _latent_size(self) -> tuple[int, int]:
-        side = self.unet.config.sample_size
-        return (side, side) if isinstance(side, int) else (side[0], side[1])
+        side = self._settings_of("unet").sample_size
+        height, width = (side, side) if isinstance(side, int) else side
+        return height * self._scale, width * self._scale
 
     @property
     def device(self) -> torch.device:
-        """Device of the UNet's weights."""
-        return next(self.unet.parameters()).device
+        """Device of the UNet's weights, of the text encoder's if there is no UNet."""
+        part = "text_encoder" if self.structure.unet is None else "unet"
+        if self.folder is not None and not self.folder.is_loaded(part):
+            return self.folder.device
+        return run_device(self._part(part))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the UNet's weights."""
-        return next(self.unet.parameters()).dtype
+        """Dtype of the UNet's weights, of the text encoder's if there is no UNet."""
+        part = "text_encoder" if self.structure.unet is None else "unet"
+        if self.folder is not None and not self.folder.is_loaded(part):
+            return self.folder.dtype_of(part)
+        return next(self._part(part).parameters()).dtype
+
+    @property
+    def _structure(self) -> Any:
+        """The pipeline; weights that are not loaded are on the meta device."""
+        return self._source.structure if isinstance(self._source, PipelineFolder) else self._source
+
+    @property
+    def _scale(self) -> int:
+        """Pixels for each latent."""
+        return 2 ** (len(self._settings_of("vae").block_out_channels) - 1)
+
+    def _part(self, name: str) -> Any:
+        if isinstance(self._source, PipelineFolder):
+            if not hasattr(self._structure, name):
+                raise self._encoder_alone()
+            return self._source.part(name)
+        return getattr(self._source, name)
+
+    def _settings_of(self, name: str) -> Any:
+        part = getattr(self._structure, name, None)
+        if part is None:
+            raise self._encoder_alone()
+        return part.config
+
+    def _encoder_alone(self) -> UnsupportedModel:
+        return UnsupportedModel(
+            f"{self.name!r} is a text encoder alone, which can be edited but neither drawn with nor exported: load the "
+            "folder of the whole pipeline."
+        )
 
     def tokenize(self, prompts: Sequence[str], *, encoder: int = 0) -> Tensor:
         """Return the token ids of `prompts` for a text encoder, padded or cut to L tokens, int64, shape (N, L)."""
@@ -159,7 +228,8 @@ class TextToImage:
         empty = [i for i, prompt in enumerate(prompts) if prompt == ""]
         if not empty:
             return features
-        if len(self.text_encoders) == 2 and self.pipe.config.get("force_zeros_for_empty_prompt", True):  # fmt: skip
+        zeros = self._structure.config.get("force_zeros_for_empty_prompt", True)
+        if zeros and len(self.text_encoders) == 2:
             features[empty] = 0
         elif self.clip_skip:
             features[empty] = self._features([""], clip_skip=0)
@@ -167,11 +237,19 @@ class TextToImage:
 
     def _features(self, prompts: Sequence[str], *, clip_skip: int) -> Tensor:
         ids = [self.tokenize(prompts, encoder=i) for i in range(len(self.text_encoders))]
-        rows = [row.to(self.device) for row in ids]
+        rows = [
+            row.to(run_device(encoder))
+            for row, encoder in zip(ids, self.text_encoders, strict=True)
+        ]
         return text_features(self.text_encoders, rows, clip_skip=clip_skip)
 
     def initial_latents(
-        self, seeds: Sequence[int], *, steps: int | None = None, scheduler: Any = None
+        self,
+        seeds: Sequence[int],
+        *,
+        steps: int | None = None,
+        scheduler: Any = None,
+        size: tuple[int, int] | None = None,
     ) -> Tensor:
         """Return the start noise of each seed, shape (N, C, h, w), scaled by the scheduler's `init_noise_sigma`.
 
@@ -182,8 +260,15 @@ class TextToImage:
             steps: Number of denoising steps; the scale of some schedulers (SDXL's own) depends on it. By default the
                 longest schedule.
             scheduler: Scheduler whose scale is used instead of the model's.
+            size: Height and width of the pictures in pixels; by default the model's.
+
+        Raises:
+            UnsupportedModel: The UNet also takes a mask or a picture.
         """
-        shape = (self.unet.config.in_channels, *self._latent_size)
+        height, width = self.size if size is None else size
+        settings = self._settings_of("unet")
+        check_drawable(settings, self.name)
+        shape = (settings.in_channels, height // self._scale, width // self._scale)
         rows = [torch.randn(shape, generator=Generator().manual_seed(seed)) for seed in seeds]
         base = self.scheduler if scheduler is None else scheduler
         unused = type(base).from_config(
@@ -201,15 +286,16 @@ class TextToImage:
         pooled = embeds[:, -1, : self.text_encoders[-1].config.projection_dim]
         added = {
             "text_embeds": pooled,
-            "time_ids": self._time_ids().to(embeds).expand(len(embeds), -1),
+            "time_ids": self._time_ids(latents).to(embeds).expand(len(embeds), -1),
         }
         return self.unet(
             latents, t, encoder_hidden_states=embeds[:, :-1], added_cond_kwargs=added
         ).sample
 
-    def _time_ids(self) -> Tensor:
+    def _time_ids(self, latents: Tensor) -> Tensor:
         """Return SDXL's `time_ids`, shape (6,): original size, crop (0, 0), target size."""
-        return torch.tensor([*self.size, 0, 0, *self.size])
+        height, width = (self._scale * side for side in latents.shape[-2:])
+        return torch.tensor([height, width, 0, 0, height, width])
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -235,9 +321,13 @@ class TextToImage:
         self,
         prompts: str | Sequence[str],
         *,
+        negative_prompt: str | Sequence[str] | None = None,
         seed: int | Sequence[int] = 0,
         steps: int = 20,
         guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        clip_skip: int | None = None,
         batch_size: int = 32,
         on_progress: Progress | None = None,
     ) -> Pictures:
@@ -247,9 +337,14 @@ class TextToImage:
 
         Args:
             prompts: N prompts, or one.
+            negative_prompt: One for all prompts, or one for each: its features take the place of the empty prompt's in
+                the guidance. As in diffusers, `clip_skip` does not apply to it.
             seed: One for all prompts, or one for each prompt.
             steps: Number of denoising steps.
-            guidance_scale: Weight of the prompt against the empty prompt; by default the model's.
+            guidance_scale: Weight of the prompt against the negative prompt; by default the model's.
+            height: Height in pixels, a multiple of 8; by default the model's.
+            width: Width in pixels, a multiple of 8; by default the model's.
+            clip_skip: Number of last layers of the text encoders that are left out; by default the model's.
             batch_size: Pictures in one batch.
             on_progress: Called after each step with (steps done, steps in total, `"drawing"`).
 
@@ -259,14 +354,16 @@ class TextToImage:
         Raises:
             ValueError: There are no prompts, the number of seeds is wrong, or a setting is out of range.
             TypeError: A prompt is not a string.
+            UnsupportedModel: The UNet also takes a mask or a picture, or this is a text encoder alone.
         """
+        model = self if clip_skip is None else self.with_clip_skip(clip_skip)
+        check_drawable(self._settings_of("unet"), self.name)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         seeds = [seed] * len(texts) if isinstance(seed, int) else list(seed)
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         _check_request(texts, seeds, scale, steps=steps, batch_size=batch_size)
-        distinct = list(dict.fromkeys(["", *texts]))
-        embeds = torch.cat([self.encode(part) for part in _slices(distinct, batch_size)])
-        rows = torch.tensor([distinct.index(text) for text in texts], device=embeds.device)
+        size = self._checked_size(height, width)
+        embeds, negative = model._embeds(texts, negative_prompt, batch_size)
         batches = _slices(list(range(len(texts))), batch_size)
         done = 0
         images: list[Tensor] = []
@@ -279,24 +376,64 @@ class TextToImage:
 
         for batch in batches:
             batch_seeds = [seeds[i] for i in batch]
+            rows = slice(batch[0], batch[-1] + 1)
             latents = denoise(
                 self,
-                self.initial_latents(batch_seeds, steps=steps),
-                embeds[rows[batch[0] : batch[-1] + 1]],
-                embeds[:1],
+                self.initial_latents(batch_seeds, steps=steps, size=size),
+                embeds[rows],
+                negative if len(negative) == 1 else negative[rows],
                 steps=steps,
                 guidance_scale=scale,
                 on_step=count_step,
                 generators=[Generator().manual_seed(s + 1) for s in batch_seeds],
             )
             images.append(self.decode(latents).cpu())
-        protocol = self.protocol(steps=steps, guidance_scale=scale)
+        protocol = model.protocol(steps=steps, guidance_scale=scale)
+        if negative_prompt is not None:
+            listed = negative_prompt if isinstance(negative_prompt, str) else list(negative_prompt)
+            protocol["negative_prompt"] = listed
         return Pictures(torch.cat(images), tuple(texts), tuple(seeds), protocol)
+
+    def _embeds(
+        self, texts: Sequence[str], negative: str | Sequence[str] | None, batch_size: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the text features of the prompts, (N, L, D), and of the negative prompts, (1, L, D) or (N, L, D)."""
+        distinct = list(dict.fromkeys(["", *texts]))
+        embeds = torch.cat([self.encode(part) for part in _slices(distinct, batch_size)])
+        rows = torch.tensor([distinct.index(text) for text in texts], device=embeds.device)
+        if negative is None:
+            return embeds[rows], embeds[:1]
+        others = [negative] if isinstance(negative, str) else list(negative)
+        if not all(isinstance(text, str) for text in others):
+            raise TypeError(f"`negative_prompt` must be a string or strings, got {negative!r}.")
+        if len(others) not in (1, len(texts)):
+            raise ValueError(
+                f"{len(others)} negative prompts for {len(texts)} prompts: give one for all, or one for each prompt."
+            )
+        with torch.no_grad():
+            parts = [self._features(part, clip_skip=0) for part in _slices(others, batch_size)]
+        return embeds[rows], torch.cat(parts)
+
+    def _checked_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Return the size in pixels, the model's where none is given."""
+        sides = [
+            self.size[0] if height is None else height,
+            self.size[1] if width is None else width,
+        ]
+        for name, side, request in zip(("height", "width"), sides, (height, width), strict=True):
+            if request is not None and (
+                not isinstance(side, int) or isinstance(side, bool) or side < 8 or side % 8
+            ):
+                raise ValueError(
+                    f"`{name}` must be a multiple of 8 of at least 8 pixels, got {side!r}: the model's own is "
+                    f"{self.size[name == 'width']}."
+                )
+        return sides[0], sides[1]
 
     def protocol(self, *, steps: int, guidance_scale: float) -> dict[str, Any]:
         """Return the settings of a run as a dictionary for JSON."""
         return {
-            "model": self.name,
+            "model": public_name(self.name),
             "text_encoders": len(self.text_encoders),
             "steps": steps,
             "guidance_scale": guidance_scale,
@@ -307,73 +444,6 @@ class TextToImage:
             "dtype": str(self.dtype).removeprefix("torch."),
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
         }
-
-
-def load(
-    source: Any,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    clip_skip: int = 0,
-) -> TextToImage:
-    """Load a model. Only this function and `scorers.load` may download files.
-
-    Args:
-        source: A name from the zoo (`"icons"`), a diffusers folder, a hub id (`"owner/name"`), or a live
-            `StableDiffusionPipeline` or `StableDiffusionXLPipeline`, which is used as it is: `device` and `dtype` are
-            then ignored.
-        device: Device of the weights.
-        dtype: Dtype of the weights in memory, whatever it is on disk.
-        clip_skip: Number of last layers of the text encoders that are left out, as in diffusers. Encoding, tracing and
-            editing then use the layer that the UNet reads.
-
-    Raises:
-        UnsupportedModel: A pickle, a folder without a supported pipeline, a damaged file, or a weight is not finite.
-        ValueError: The name is unknown.
-    """
-    if not isinstance(source, str | Path):
-        checkpoint.check_pipeline(source)
-        return TextToImage(
-            source,
-            name=str(source.config.get("_name_or_path") or "live pipeline"),
-            clip_skip=clip_skip,
-        )
-    text = str(source)
-    if text in _pipelines() or Path(text).is_dir():
-        folder = zoo.folder(text) if text in _pipelines() else Path(text)
-        pipe, settings = checkpoint.load_folder(folder, dtype=dtype)
-    elif Path(text).suffix in (*_PICKLES, ".safetensors"):
-        raise UnsupportedModel(_single_file_message(text))
-    elif isinstance(source, str) and _is_hub_id(text):
-        pipe, settings = checkpoint.load_hub(text, dtype=dtype)
-    else:
-        raise ValueError(
-            f"unknown model {text!r}: it is neither a folder nor a name that ships with the package "
-            f"({', '.join(_pipelines()) or 'none'}). Check the spelling, or give a hub id such as 'owner/name'."
-        )
-    checkpoint.check_pipeline(pipe)
-    return TextToImage(pipe.to(device), name=text, **{**settings, "clip_skip": clip_skip})
-
-
-def _pipelines() -> tuple[str, ...]:
-    """Return the names of the text-to-image models in the zoo."""
-    return tuple(name for name in zoo.names() if (zoo.folder(name) / "model_index.json").is_file())
-
-
-def _is_hub_id(text: str) -> bool:
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", text) is not None
-
-
-def _single_file_message(text: str) -> str:
-    if Path(text).suffix in _PICKLES:
-        return (
-            f"{text!r} is a pickle, which can run any code when it is read: use the model's folder of safetensors "
-            "instead, or convert it on an isolated machine."
-        )
-    return (
-        f"{text!r} is a single file without the model's settings: convert it to a folder once with "
-        "`StableDiffusionPipeline.from_single_file(...).save_pretrained(folder)` and load the folder."
-    )
 
 
 def _check_request(
