@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import io
-import json
 import re
 import shlex
 from pathlib import Path
