@@ -210,15 +210,15 @@ def _run_facts(
     return {
         "title": f"{erase} → {replace}",
         "method": PREFERRED,
-        "lead": f"“{erase}” in the text-to-image model {model.name}, before and after one closed-form edit of its text "
-        f"encoder at {' and '.join(change.sites)}: where the model keeps it, what the edit did, and what else changed.",
+        "lead": f"“{erase}” in the text-to-image model {files.public_name(model.name)}, before and after one "
+        f"closed-form edit of its text encoder at {' and '.join(change.sites)}: where the model keeps it, what the edit did, and what else changed.",
         "commands": [
             shlex.join(["overpaint", "demo", "--model", model.name, *flags, "--out", str(out)]),
             shlex.join(["overpaint", "apply", model.name, change_file, "--out", "runs/edited"]),
             shlex.join(["overpaint", "report", str(out)]),
         ],
         "protocol": {
-            "Model": model.name,
+            "Model": files.public_name(model.name),
             "Judge": evaluation["judge"],
             "Pictures": f"{evaluation['questions']} a method, {size.steps} steps, guidance {model.guidance_scale:g}",
             "Traces": f"{size.text_probes} prompts (text encoder), {size.unet_probes} (UNet), {size.trace_steps} steps",

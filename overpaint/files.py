@@ -20,6 +20,7 @@ __all__ = [
     "atomic",
     "atomic_folder",
     "from_json",
+    "public_name",
     "remove_drafts",
     "remove_drafts_in",
     "restore_folder",
@@ -121,6 +122,17 @@ def remove_drafts(path: str | Path) -> None:
 def remove_drafts_in(folder: str | Path) -> None:
     """Remove the drafts of all files and folders in `folder` that processes which no longer run left behind."""
     _remove_drafts(Path(folder), None)
+
+
+def public_name(source: str | Path) -> str:
+    """Return a zoo name or hub id as it is, and the last part of the path of a folder or file.
+
+    Results may be published, so their protocols hold no paths of the machine that made them.
+    """
+    name, path = str(source), Path(source)
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) and not path.exists():
+        return name
+    return path.name or path.resolve().name or name
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -220,6 +220,38 @@ def test_the_page_says_which_states_are_causal_or_why_none_can_be(tmp_path):
         assert sentence in " ".join(Page(report.save(tmp_path).read_text()).words)
 
 
+def test_the_headline_of_a_trace_says_what_so_few_prompts_and_the_control_can_show(tmp_path):
+    def sentence(prompts, untrained):
+        ends = {"score_clean": 0.9, "score_corrupted": 0.1}
+        rows = [
+            effect(f"text.{n}.mlp", "text", "mlp", n, "eos", value, control, **ends)
+            | {"probe": f"p{p}"}
+            for p in range(prompts)
+            for control, values in (("", (0.7, 0.05, -0.02)), ("untrained", (untrained, 0.01, 0.0)))
+            for n, value in enumerate(values)
+        ]
+        Effects.of(rows, {}).save(tmp_path / "text.parquet")
+        page = report.save(tmp_path)
+        text = json.loads(page.with_suffix(".json").read_text())["findings"]["text"]
+        assert f'<p class="finding">{text}</p>' in page.read_text()
+        return text
+
+    # 3 states at 0.05: 2^-6 * 3 < 0.05, and 8 prompts leave 6 beside the 2 that set the threshold
+    assert sentence(3, 0.69) == (
+        "3 prompts are too few to call any of 3 states causal (at least 8 are needed); the untrained control is as "
+        "strong (largest recovery of text features 0.69, trained 0.70), so these values show the architecture, not "
+        "training."
+    )
+    assert sentence(1, 0.2).startswith(
+        "1 prompt is too few to call any of 3 states causal (at least 8"
+    )
+    assert "too few" in sentence(7, 0.2)
+    assert sentence(8, 0.2) == (
+        "1 of 3 states is causal, traced with 8 prompts; the untrained control is weaker (largest recovery of text "
+        "features 0.20, trained 0.70)."
+    )
+
+
 def test_the_table_of_methods_shows_shares_changes_and_absent_values(comparison):
     table = tables.methods(comparison)
     row = dict(zip(table.heads, table.rows[1], strict=True))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import browser
 import pytest
@@ -111,6 +112,57 @@ def test_charts_keep_their_size_on_a_narrow_page_and_scroll(chromium, page):
             "e => [e.scrollWidth, e.clientWidth]"
         )
         assert wide >= 34 * 16 > room
+
+
+def hints(seen):
+    """Return for each table and chart whether it overflows, and whether its hint is visible."""
+    seen.page.wait_for_timeout(300)
+    return seen.page.evaluate(
+        """() => [...document.querySelectorAll(".scroll, .chart > div")].map(e => [
+             e.scrollWidth > e.clientWidth + 1, e.previousElementSibling.matches(".hint:not([hidden])")])"""
+    )
+
+
+def test_tables_and_charts_say_that_they_scroll_where_they_overflow(chromium, page):
+    with browser.visit(chromium, page, width=400) as seen:
+        rows = hints(seen)
+        assert any(overflows for overflows, _ in rows)
+        assert all(overflows == visible for overflows, visible in rows)
+        assert (
+            seen.page.locator(".hint:visible").first.inner_text().startswith("Wider than the page")
+        )
+        browser.check_whole(seen)
+        seen.page.set_viewport_size({"width": 1600, "height": 900})
+        assert hints(seen) == [[False, False]] * len(rows)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_small_texts_of_intervals_have_contrast(chromium, page, dark):
+    """7:1, more than the 4.5:1 of WCAG AA, because the text is small."""
+    with browser.visit(chromium, page, width=400, dark=dark) as seen:
+        rows = seen.page.evaluate(
+            """() => [...document.querySelectorAll("td small, .tiles .note, .tiles dt")].map(e => {
+                 let box = e; const clear = "rgba(0, 0, 0, 0)";
+                 while (getComputedStyle(box).backgroundColor === clear) box = box.parentElement;
+                 const style = getComputedStyle(e);
+                 return [style.color, getComputedStyle(box).backgroundColor, parseFloat(style.fontSize)]; })"""
+        )
+        assert len(rows) > 10
+        for color, paper, size in rows:
+            assert contrast(color, paper) >= 7
+            assert size >= 12
+
+
+def contrast(first, second):
+    """Return WCAG's contrast ratio of two colors, as `rgb(1, 2, 3)`."""
+
+    def luminance(text):
+        shares = [int(n) / 255 for n in re.findall(r"\d+", text)[:3]]
+        linear = [s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shares]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
 
 
 def test_the_slider_works_by_keyboard_and_shows_before_or_after(chromium, page):

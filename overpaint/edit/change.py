@@ -17,6 +17,7 @@ from torch import Tensor
 
 from overpaint.edit import algebra, application, low_rank, storage
 from overpaint.edit.movement import Contents, Movement, digest
+from overpaint.errors import listed
 from overpaint.model import TextToImage
 
 __all__ = ["Change"]
@@ -39,6 +40,12 @@ class Change:
     movements: tuple[Movement, ...]
     protocol: Mapping[str, Any]
     report: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        pairs = [f"{old} → {new or '(nothing)'}" for old, new in self.pairs.items()]
+        sites = self.sites[0] if len(self.sites) == 1 else f"{len(self.sites)} weights"
+        method = self.protocol.get("method", "unknown method")
+        return f"<Change by {method}: {listed(pairs, limit=3)}; moves {sites}>"
 
     @property
     def contents(self) -> Contents:

@@ -32,7 +32,7 @@ from overpaint.model.sampling import Progress, denoise
 from overpaint.model.token_spans import find_span
 from overpaint.probes import Case, EvaluationSet
 from overpaint.probes.questions import parse_concept
-from overpaint.scorers.protocols import FeatureScorer, check_size
+from overpaint.scorers.protocols import FeatureScorer, check_size, scorer_name
 
 __all__ = ["FAMILIES", "Attack", "Attempt", "Budget", "search"]
 
@@ -132,7 +132,7 @@ def search(
         attempts = _confirmed(scored, embeds)
         report(total, total, "confirming")
     protocol = {
-        **model.protocol(steps=steps, guidance_scale=scale), "scorer": scorer.name, "seed": seed,
+        **model.protocol(steps=steps, guidance_scale=scale), "scorer": scorer_name(scorer), "seed": seed,
         **asdict(budget), "prompts": prompts, "confirming_pictures": 2 * budget.pictures,
         "attempts": len(attempts), "score": scored.score_name, "change_digest": change.digest,
         "seconds": round(time.perf_counter() - began, 1),

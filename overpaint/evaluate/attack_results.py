@@ -52,6 +52,13 @@ class Attack:
     attempts: tuple[Attempt, ...]
     protocol: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        result = "brought back" if self.brought_back else "not brought back"
+        return (
+            f"<Attack on {self.erase!r}: {result} by {len(self.attempts)} attempts; before the edit {self.before}, "
+            f"after {self.after}>"
+        )
+
     @property
     def best(self) -> Attempt:
         """The attempt with the highest confirmed score."""

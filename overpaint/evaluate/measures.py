@@ -54,6 +54,10 @@ class Measures:
     rows: tuple[Measure, ...]
     protocol: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        shown = [f"{r.role} {r.metric} {r.after.mean:.3g}" for r in self.rows]
+        return f"<Measures on {self.set!r}, after erasing {self.erase!r}: {listed(shown, limit=4)}>"
+
     def row(self, role: str, metric: str) -> Measure:
         """Return the row of a role and a metric.
 

@@ -31,7 +31,7 @@ from overpaint.model import TextToImage
 from overpaint.model.sampling import Progress
 from overpaint.probes import Case, EvaluationSet
 from overpaint.probes.questions import parse_concept
-from overpaint.scorers.protocols import FeatureScorer, check_size
+from overpaint.scorers.protocols import FeatureScorer, check_size, scorer_name
 
 __all__ = ["METRICS", "empty_drift", "measure"]
 
@@ -102,7 +102,7 @@ def measure(
         rows.append(Measure("model", "empty_drift", EMPTY, drift, EMPTY))
     scale = model.guidance_scale if guidance_scale is None else guidance_scale
     protocol = {
-        **model.protocol(steps=steps, guidance_scale=scale), "features": scorer.name, "set": cases.name,
+        **model.protocol(steps=steps, guidance_scale=scale), "features": scorer_name(scorer), "set": cases.name,
         "form": cases.form, "cases": len(cases.cases), "repeats": repeats, "seed": seed,
         "interval": "95 % percentile bootstrap over prompts, 2000 resamples (kid: 1000); accuracies: Clopper-Pearson "
         "where all prompts agree",

@@ -9,8 +9,8 @@ generality     efficacy on wordings that no edit was fitted to, and on held-out 
 specificity    share of pictures whose other labels are recognised: other concepts of the kind, objects, colors
 
 Each is a share of top-1 labels with a 95 % interval over scenes (one object and start noise, drawn in several styles),
-see `metrics.share`; the change is the mean difference per picture. The relative movement of the empty prompt's features,
-which enter the guidance of every picture, is reported beside them.
+see `metrics.share`; the change is the mean difference per picture. The relative movement of the empty prompt's
+features, which enter the guidance of every picture, is reported beside them.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ from overpaint.edit.weights import fingerprint
 from overpaint.evaluate.metrics_on_sets import empty_drift
 from overpaint.evaluate.results import Comparison, Scores
 from overpaint.evaluate.shares import Labels, Tally
+from overpaint.files import public_name
 from overpaint.images.pictures import is_blank
 from overpaint.model import TextToImage
 from overpaint.model.sampling import Progress
@@ -81,7 +82,9 @@ def compare(
     began = time.perf_counter()
     scorer = judge.load() if scorer is None else scorer
     concept, target = _concepts(changes, erase, replace)
-    check_size(scorer, model)  # before its labels: they are of no use for pictures that it cannot read
+    check_size(
+        scorer, model
+    )  # before its labels: they are of no use for pictures that it cannot read
     kind, label = parse_concept(concept, scorer.labels)
     questions = build_questions(
         kind, label, labels=scorer.labels, held_out=model.held_out, size=size, seed=seed
@@ -97,7 +100,7 @@ def compare(
     before, runs = runner.run_all(changes)
     protocol = {
         "size": size, "questions": len(questions), "steps": steps, "guidance_scale": guidance_scale,
-        "seed": seed, "judge": scorer_name(scorer), "model": model.name,
+        "seed": seed, "judge": scorer_name(scorer), "model": public_name(model.name),
         "interval": "95 % percentile bootstrap over scenes, 2000 resamples; Clopper-Pearson where all scenes agree",
         "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip

@@ -4,18 +4,19 @@ A `Comparison` is saved as a folder: `comparison.json`, and `gallery.safetensors
 under every method, uint8. A missing number is null in JSON.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from overpaint.files import atomic, write_json
+from overpaint.errors import listed
+from overpaint.files import atomic, from_json, write_json
 from overpaint.metrics import Interval
 from overpaint.probes.questions import Question
 
@@ -29,6 +30,9 @@ class Paired:
     before: Interval
     after: Interval
     change: Interval
+
+    def __str__(self) -> str:
+        return f"{self.before} → {self.after}"
 
     @property
     def drop(self) -> float:
@@ -65,6 +69,12 @@ class Scores:
     specificity: Mapping[str, Paired]
     empty_drift: float
     protocol: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        moved = f"; now {self.replace}: {self.redirection.after}" if self.replace else ""
+        others = self.specificity.get(self.kind)
+        lost = f"; other {self.kind}s: {others}" if others is not None else ""
+        return f"<Scores of {self.name}: still {self.erase}: {self.efficacy}{moved}{lost}>"
 
     def aliases(self) -> dict[str, Interval]:
         """Return the shares under the names of UnlearnCanvas and EasyEdit, with their intervals.
@@ -125,6 +135,11 @@ class Comparison:
     questions: tuple[Question, ...]
     pictures: Mapping[str, Tensor]
 
+    def __repr__(self) -> str:
+        methods = [f"{name} {s.efficacy.after}" for name, s in self.scores.items()]
+        erase = next((s.erase for s in self.scores.values()), "")
+        return f"<Comparison of {len(methods)} methods, still {erase}: {listed(methods, limit=5)}>"
+
     def save(self, folder: str | Path) -> Path:
         """Write the comparison into `folder`, which is created if necessary, and return its path.
 
@@ -155,14 +170,17 @@ class Comparison:
         """
         source = Path(folder)
         try:
-            content = json.loads((source / "comparison.json").read_text())
+            content = from_json((source / "comparison.json").read_bytes())
+            questions = tuple(_parse_question(q) for q in content["questions"])
             return Comparison(
                 {name: _parse_scores(scores) for name, scores in content["scores"].items()},
                 {name: parse_interval(share) for name, share in content["baseline"].items()},
-                tuple(Question(**q) for q in content["questions"]),
-                load_file(source / "gallery.safetensors"),
+                questions,
+                _checked_pictures(load_file(source / "gallery.safetensors"), len(questions)),
             )
-        except (KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
+        except (
+            KeyError, TypeError, AttributeError, ValueError, OverflowError, SafetensorError,
+        ) as error:  # fmt: skip
             raise ValueError(
                 f"the comparison in {str(source)!r} is damaged ({type(error).__name__}: {error}). "
                 "Make it again with `overpaint evaluate` or `overpaint demo`."
@@ -186,6 +204,25 @@ def _parse_scores(content: Mapping[str, Any]) -> Scores:
         empty_drift=float(content["empty_drift"]),
         protocol=content["protocol"],
     )
+
+
+def _parse_question(content: Mapping[str, Any]) -> Question:
+    """Return a question whose fields have the types of their defaults."""
+    question = Question(**content)
+    for name, value in asdict(question).items():
+        if type(value) is not (int if name == "seed" else str):
+            raise TypeError(f"`{name}` of a question is {value!r}")
+    return question
+
+
+def _checked_pictures(pictures: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Return the pictures if each method has `count` of them, uint8 and not empty."""
+    for name, rows in pictures.items():
+        if rows.dtype != torch.uint8 or rows.ndim != 4 or rows.shape[:2] != (count, 3):
+            raise ValueError(f"the pictures of {name!r} are not {count} in RGB, 8 bits")
+        if min(rows.shape[2:]) < 1 or rows.numel() < len(rows):
+            raise ValueError(f"the pictures of {name!r} are empty")
+    return pictures
 
 
 def _parse_paired(content: Mapping[str, Any]) -> Paired:

@@ -31,6 +31,14 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def __repr__(self) -> str:
+        height, width = self.images.shape[-2:]
+        prompts = list(dict.fromkeys(self.prompts))
+        more = f" and {len(prompts) - 1} more" if len(prompts) > 1 else ""
+        first = f" of {prompts[0]!r}{more}" if prompts else ""
+        pictures = "picture" if len(self) == 1 else "pictures"
+        return f"<{len(self)} {pictures}, {width}x{height}{first}>"
+
     def pil(self) -> list[Image.Image]:
         """Return the pictures as PIL images."""
         pixels = (self.images.permute(0, 2, 3, 1) * 255).round().byte().numpy()  # (N, H, W, 3)

@@ -28,6 +28,7 @@ def content(words: Mapping[str, Any], summary: Mapping[str, Any], source: Path) 
         "title": words["title"],
         "lead": words["lead"],
         "verdict": words["verdict"],
+        "findings": dict(words["findings"]),
         "method": words["best"],
         "summary": dict(summary),
         "tables": [_table(t) for t in (*(words["tables"] or []), *measured, *predicted["tables"])],

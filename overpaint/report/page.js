@@ -13,6 +13,21 @@
     });
   }
 
+  // Tables and charts that are wider than the page: say that they scroll.
+  const measure = new ResizeObserver((entries) => {
+    for (const box of new Set(entries.map(({ target }) => target.closest(".scroll, .chart > div")))) {
+      box.previousElementSibling.hidden = box.scrollWidth <= box.clientWidth + 1;
+    }
+  });
+  for (const box of document.querySelectorAll(".scroll, .chart > div")) {
+    const hint = document.createElement("p");
+    hint.className = "hint";
+    hint.textContent = "Wider than the page: scroll sideways to see the rest \u2192";
+    hint.hidden = true;
+    box.before(hint);
+    for (const part of [box, ...box.children]) measure.observe(part);
+  }
+
   // Before and after: pictures of the grids below, one on top of the other.
   const wipe = document.querySelector(".wipe");
   if (!wipe) return;

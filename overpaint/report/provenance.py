@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 __all__ = ["DIGEST", "Facts", "differing", "facts"]
@@ -24,7 +25,7 @@ def facts(run: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> lis
         run: Protocol of the run; may be empty.
         parts: Protocols by name of the part.
     """
-    protocols = [Facts("The run", tuple(run.items()))]
+    protocols = [Facts("The run", tuple((name, _public(value)) for name, value in run.items()))]
     protocols += [Facts(name, tuple(_rows(protocol))) for name, protocol in parts.items()]
     return [protocol for protocol in protocols if protocol.rows]
 
@@ -47,4 +48,13 @@ def _rows(protocol: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         if name == "versions" and isinstance(value, Mapping):
             shown = ", ".join(f"{package} {number}" for package, number in value.items())
         if isinstance(shown, str | int | float) and shown != "":
-            yield name.replace("_", " ").capitalize(), shown
+            yield name.replace("_", " ").capitalize(), _public(shown)
+
+
+def _public(value: Any) -> Any:
+    """Return a value without the folders of an absolute path, as results of earlier versions hold them."""
+    if isinstance(value, str) and (
+        value.startswith("~/") or PureWindowsPath(value).drive or Path(value).is_absolute()
+    ):
+        return PureWindowsPath(value).name
+    return value

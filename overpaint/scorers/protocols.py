@@ -5,6 +5,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from overpaint.files import public_name
+
 __all__ = [
     "Classifier",
     "Draws",
@@ -87,11 +89,14 @@ class Draws(Protocol):
 
 
 def scorer_name(scorer: Any) -> str:
-    """Return the scorer's `name`, of a method that of its object, else the function's name; `"none"` for `None`."""
+    """Return the scorer's `name`, of a method that of its object, else the function's name; `"none"` for `None`.
+
+    Of a scorer from a folder it is the folder's name without its path.
+    """
     if scorer is None:
         return "none"
     name = getattr(_owner(scorer), "name", None)
-    return str(name or getattr(scorer, "__qualname__", type(scorer).__name__))
+    return public_name(name or getattr(scorer, "__qualname__", type(scorer).__name__))
 
 
 def check_size(scorer: Any, model: Draws) -> None:

@@ -159,6 +159,11 @@ def half_gap(table: pa.Table) -> float:
     return average([(probe, (clean + corrupted) / 2) for probe, _, _, clean, corrupted in runs])
 
 
+def validation_count(prompts: int, validation: int = 10) -> int:
+    """Return how many of `prompts` prompts `split` takes as validation prompts."""
+    return validation if prompts >= 2 * validation else max(1, prompts // 3)
+
+
 def split(table: pa.Table, validation: int = 10) -> tuple[pa.Table, pa.Table]:
     """Return the rows of `validation` prompts and the rows of the others.
 
@@ -176,7 +181,7 @@ def split(table: pa.Table, validation: int = 10) -> tuple[pa.Table, pa.Table]:
         raise ValueError(
             f"cannot split {len(probes)} prompt: trace at least two, or give a `threshold`."
         )
-    count = validation if len(probes) >= 2 * validation else max(1, len(probes) // 3)
+    count = validation_count(len(probes), validation)
     chosen = set(probes[:count])
     first = table.filter(pa.array([name in chosen for name in names]))
     return first, table.filter(pa.array([name not in chosen for name in names]))
