@@ -4,8 +4,11 @@ import threading
 from contextlib import ExitStack
 
 import pytest
+import torch
 
 import overpaint as op
+from overpaint.edit import Change
+from overpaint.studio import html
 from overpaint.studio.scheduler import PartialResult, Stopped
 from overpaint.studio.session import ORIGINAL
 from overpaint.studio.tasks import PromptSettings
@@ -190,3 +193,58 @@ def test_a_new_edit_keeps_the_strength(studio, result_of):
     result_of(studio.edit(key, PromptSettings("a dog", "dog", (0,), 1), "cat", method="quickfix"))
     assert session.state.strength == 0.5
     assert session.state.change.digest == (0.5 * session.state.joint).digest
+
+
+def test_a_file_saved_at_half_strength_is_shown_and_applied_at_half_strength(
+    studio, tmp_path, result_of, quickfix_change
+):
+    half = 0.35 * quickfix_change
+    half.save(tmp_path / "half.safetensors")
+    key = studio.open_session()
+    result_of(studio.open_file(key, tmp_path / "half.safetensors"))
+    session = studio.session(key)
+    assert session.state.strength == 0.35
+    assert session.state.change.digest == half.digest
+    session.set_strength(1.0)
+    full = session.state.change
+    assert "strength" not in full.protocol
+    torch.testing.assert_close(full.delta, quickfix_change.delta, rtol=1e-5, atol=1e-7)
+    session.set_strength(0.35)
+    assert session.state.change.digest == half.digest
+    assert Change.load(studio.save_change(key)).protocol["strength"] == {"blob style": 0.35}
+
+
+def test_a_new_edit_on_top_of_a_file_counts_the_file_at_full_strength(
+    studio, tmp_path, result_of, quickfix_change
+):
+    (0.5 * quickfix_change).save(tmp_path / "half.safetensors")
+    key = studio.open_session()
+    result_of(studio.open_file(key, tmp_path / "half.safetensors"))
+    result_of(
+        studio.edit(key, PromptSettings("a cat", "a cat", (0,), 1), "a dog", method="quickfix")
+    )
+    state = studio.session(key).state
+    assert (state.strength, state.joint_strength) == (0.5, 1.0)
+    assert state.joint.protocol.get("strength", {}) == {}
+    assert set(state.change.protocol["strength"].values()) == {0.5}
+
+
+@pytest.mark.parametrize("strength, shown", [(3.0, 1.0), (-0.5, -0.5)])
+def test_strengths_that_the_slider_cannot_show_are_listed(
+    studio, tmp_path, result_of, quickfix_change, strength, shown
+):
+    (strength * quickfix_change).save(tmp_path / "a.safetensors")
+    key = studio.open_session()
+    result_of(studio.open_file(key, tmp_path / "a.safetensors"))
+    assert studio.session(key).state.strength == shown
+    assert (f"strength {strength:g}" in html.changes(studio.session(key).state)) == (shown == 1.0)
+
+
+def test_a_file_saved_at_strength_zero_can_only_be_compared(
+    studio, tmp_path, result_of, quickfix_change
+):
+    (0.0 * quickfix_change).save(tmp_path / "none.safetensors")
+    key = studio.open_session()
+    text = result_of(studio.open_file(key, tmp_path / "none.safetensors"))
+    assert "it was saved at strength 0, so it moves nothing" in text
+    assert studio.session(key).changes == () and list(studio.session(key).files)

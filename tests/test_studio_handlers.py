@@ -1,10 +1,13 @@
 """The handlers of the page's controls: updates and error messages."""
 
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
+from overpaint.edit import Change
 from overpaint.studio import handlers, uploads
 from overpaint.studio.handlers import Controls
 from overpaint.studio.tasks import PromptSettings
@@ -21,7 +24,11 @@ def test_handlers_show_errors_in_the_page(studio):
         "Seed, pictures and steps must be whole numbers": handlers.trace(studio, key, no_seed, False),
         "The concept is empty": handlers.trace(studio, key, empty, False),
         "Nothing to undo": handlers.undo(studio, key, CONTROLS),
-        "No change is applied yet": handlers.set_strength(studio, key, CONTROLS, 1),
+        "No change is applied yet": handlers.set_strength(studio, key, 1),
+        "The strength must be a number, got &#x27;x&#x27;": handlers.set_strength(studio, key, "x"),
+        "The prompt must be a text, got 3": handlers.draw(studio, key, Controls(3, "", 0, 1, 1)),
+        "There is no version &#x27;x&#x27;": handlers.compare(studio, key, CONTROLS, "x", "y"),
+        "This file is no longer stored": handlers.open_upload(studio, key, CONTROLS, "x"),
         "Unknown model &#x27;/etc&#x27;": handlers.choose_model(studio, key, "/etc"),
     }  # fmt: skip
     for message, updates in faults.items():
@@ -35,8 +42,8 @@ def test_every_control_reports_a_closed_session(studio):
     updates = [
         *handlers.trace(studio, "", some, False), *handlers.restore(studio, "", "0,0"), handlers.stop(studio, ""),
         *handlers.edit(studio, "", some, "dog", "auto", ""), *handlers.draw(studio, "", some),
-        *handlers.set_strength(studio, "", some, 1), *handlers.undo(studio, "", some),
-        *handlers.open_file(studio, "", "x", some), *handlers.compare(studio, "", some, "a", "b"),
+        *handlers.set_strength(studio, "", 1), *handlers.undo(studio, "", some),
+        *handlers.open_upload(studio, "", some, "x"), *handlers.compare(studio, "", some, "a", "b"),
         *handlers.choose_model(studio, "", studio.models[0]),
     ]  # fmt: skip
     assert len(updates) == 10
@@ -46,11 +53,13 @@ def test_every_control_reports_a_closed_session(studio):
 def test_only_loading_a_page_opens_a_session(studio):
     layout = pytest.importorskip("overpaint.studio.layout", exc_type=ModuleNotFoundError)
     closed = []
-    sessions = layout._PageSessions(studio, closed.append)
-    first, second = (SimpleNamespace(session_hash=name) for name in "ab")
+    sessions = layout._PageSessions(studio, "overpaint-1", closed.append)
+    cookie = {"cookie": f"overpaint-1={'v' * 22}"}
+    first, second = (SimpleNamespace(session_hash=name, headers=cookie) for name in "ab")
     assert (sessions.key(first), len(studio)) == ("", 0)
     key = sessions.open(first)
     assert sessions.key(first) == sessions.open(first) == key
+    assert studio.has_visitor("v" * 22) and not studio.has_visitor("")
     studio.close_session(key)
     assert not studio.has_session(sessions.key(first))
     sessions.open(second)
@@ -96,9 +105,12 @@ def test_stop_while_drawing_keeps_the_finished_edit(studio):
     assert "No task is running" in handlers.stop(studio, key)["status"]
 
 
-@pytest.mark.parametrize(
-    "action", [handlers.undo, lambda *arguments: handlers.set_strength(*arguments, 0.5)]
-)
+def set_strength_and_redraw(studio, key, controls):
+    yield from handlers.set_strength(studio, key, 0.5)
+    yield from handlers.redraw(studio, key, controls)
+
+
+@pytest.mark.parametrize("action", [handlers.undo, set_strength_and_redraw])
 def test_stop_while_predicting_draws_nothing(studio, monkeypatch, action):
     key = studio.open_session()
     for concept in ("blob style", "a cat"):
@@ -114,6 +126,43 @@ def test_stop_while_predicting_draws_nothing(studio, monkeypatch, action):
     updates = list(action(studio, key, CONTROLS))
     assert "Stopped. Results that were finished before are kept." in updates[-1]["status"]
     assert not any("drawn" in update for update in updates)
+
+
+def test_a_new_strength_replaces_the_drawing_of_the_last_one(studio):
+    key = studio.open_session()
+    controls = Controls("a cat in blob style", "blob style", 0, 4, 30)
+    one = Controls("a cat in blob style", "blob style", 0, 1, 1)
+    list(handlers.edit(studio, key, one, "noto style", "quickfix", ""))
+    list(handlers.set_strength(studio, key, 0.5))
+    updates = []
+    drawing = threading.Thread(
+        target=lambda: updates.extend(handlers.redraw(studio, key, controls))
+    )
+    drawing.start()
+    while not updates:
+        time.sleep(0.01)
+    (update,) = handlers.set_strength(studio, key, 0.75)
+    drawing.join()
+    assert "strength" not in update and update["saved_strength"] == 0.75
+    assert Change.load(update["download"].value).protocol["strength"] == {"blob style": 0.75}
+    assert not any(
+        "op-alert" in u.get("status", "") or "Stopped" in u.get("status", "") for u in updates
+    )
+    *_, final = handlers.redraw(studio, key, one)
+    assert final["drawn"].count("<img") == 2
+    assert list(handlers.redraw(studio, key, one)) == []
+
+
+def test_a_strength_that_cannot_be_set_is_replaced_in_the_page(studio):
+    key = studio.open_session()
+    list(handlers.edit(studio, key, CONTROLS, "noto style", "quickfix", ""))
+    assert list(handlers.set_strength(studio, key, None)) == []
+    (left,) = handlers.leave_strength(studio, key, None)
+    with studio.session(key).reserved():
+        busy, _ = *handlers.set_strength(studio, key, 0.5), None
+    (wrong,) = handlers.set_strength(studio, key, 7)
+    assert [u["strength"].value for u in (left, busy, wrong)] == [1.0, 1.0, 1.0]
+    assert "still running" in busy["status"] and "must be -1 to 2, got 7" in wrong["status"]
 
 
 def test_an_uploaded_picture_fills_the_controls(studio, tmp_path):

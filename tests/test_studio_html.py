@@ -23,7 +23,7 @@ def test_text_of_users_is_escaped_for_html_and_for_templates(quickfix_change):
         html.restored([LabelledPicture(image, HOSTILE, HOSTILE)]),
         html.grid(PictureGrid(settings, (HOSTILE, "after"), ((image,), (None,)))),
         html.changes(EditState((AppliedChange(HOSTILE, quickfix_change),), quickfix_change, 0.5)),
-        html.side_effects(SideEffects((drift,), 0.5, 0.1, 1, 0.1)),
+        html.side_effects(SideEffects((drift,), 0.5, 0.1, 1, 0.1, verdict=HOSTILE)),
         html.side_effects(SideEffects((), None, None, 1, None, HOSTILE)),
         html.facts({HOSTILE: quickfix_change, "b": None}),
     ]  # fmt: skip
@@ -44,7 +44,7 @@ def test_the_heat_map_labels_every_cell_and_marks_the_selected_one():
     trace_map = TraceMap(settings, ("text.0.self_attn", "text2.1.mlp"), columns, values, "text")
     page = html.heat_map(trace_map, (0, 0))
     assert page.count("<button") == 3
-    label = "layer 0 attention at blob: 0.50. Show its pictures."
+    label = "layer 0 attention of encoder 1 at blob: 0.50. Show its pictures."
     assert f'aria-label="{label}" aria-pressed="true"' in page
     assert 'style="--v: 0.500" data-cell="1,1"' in page
     assert ">0.00<" in page and "-0.00" not in page

@@ -21,6 +21,7 @@ import browser
 import pytest
 from PIL import Image
 
+import overpaint as op
 from overpaint.studio.server import open_studio
 
 if find_spec("gradio") is None:
@@ -185,6 +186,119 @@ def test_a_dark_phone_and_prompts_that_contain_code(address, chromium, axe, tmp_
         screenshot(page, "trace-390-dark")
         browser.check(opened, axe)
         assert opened.requests == []
+
+
+def visible_hints(page):
+    return page.locator(".op-scroll-hint:visible").count()
+
+
+def test_parts_that_are_wider_than_a_phone_say_that_they_scroll(address, chromium, axe):
+    for width, is_wide in ((400, True), (1280, False)):
+        with visit(chromium, address, width=width) as opened:
+            page = opened.page
+            page.get_by_label("Prompt", exact=True).fill("a big red apple in openmoji style")
+            page.locator("#op-trace").click()
+            page.locator("#op-map tbody tr").first.wait_for()
+            page.wait_for_function("!document.querySelector('#op-status progress')")
+            scrolls = "e => e.scrollWidth > e.clientWidth + 1"
+            assert page.eval_on_selector("#op-map .op-scroll", scrolls) == is_wide
+            page.wait_for_timeout(200)  # the hint is shown at the next frame
+            assert visible_hints(page) == is_wide
+            screenshot(page, f"trace-{width}")
+            browser.check(opened, axe)
+            press(page, "Compare", role="tab")
+            long = "a very long name of a concept that no window of a phone can hold"
+            page.get_by_label("Concept").first.fill("openmoji style")
+            press(page, "Edit", role="tab")
+            page.get_by_text("Diff-QuickFix").click()
+            page.get_by_label("Replace by").fill(long)
+            set_four_steps(page)
+            press(page, "Apply edit")
+            wait_for_pictures(page, "#op-drawn", 4)
+            assert "This change moves 1 weight" in page.inner_text("#op-side-effects .op-verdict")
+            screenshot(page, f"edit-{width}")
+            browser.check(opened, axe)
+            press(page, "Compare", role="tab")
+            page.locator("[role=tabpanel]:visible").get_by_role("button", name="Compare").click()
+            wait_for_pictures(page, "#op-compared", 4)
+            page.wait_for_timeout(200)
+            wide = page.eval_on_selector("#op-facts .op-scroll", scrolls)
+            assert visible_hints(page) == wide
+            screenshot(page, f"compare-{width}")
+            browser.check(opened, axe)
+
+
+def downloaded_strength(page, tmp_path):
+    """Press Download and return the strength of the change."""
+    with page.expect_download() as download:
+        press(page, "Download")
+    path = tmp_path / "downloaded.safetensors"
+    download.value.save_as(path)
+    return op.edit.Change.load(path).protocol.get("strength", {}).get("blob style", 1.0)
+
+
+def shown_strength(page):
+    """Return the number in the box of the strength, if the slider is at the same place."""
+    box, slider = (page.locator(f"#op-strength input[type={kind}]") for kind in ("number", "range"))
+    assert abs(float(box.input_value()) - float(slider.input_value())) < 0.026
+    return float(box.input_value())
+
+
+def test_the_strength_shown_is_the_strength_downloaded(
+    chromium, tiny_folder, free_port, few_concepts, tmp_path
+):
+    with (
+        open_studio([str(tiny_folder)], port=free_port()) as (_, address),
+        browser.visit(chromium, address, accept_downloads=True) as opened,
+    ):
+        page = opened.page
+        page.get_by_label("Prompt", exact=True).fill("a cat in blob style")
+        page.get_by_role("textbox", name=re.compile("^Concept")).fill("blob style")
+        press(page, "Edit", role="tab")
+        page.get_by_text("Diff-QuickFix").click()
+        press(page, "Apply edit")
+        wait_for_pictures(page, "#op-drawn", 4)
+        box, slider = (page.locator(f"#op-strength input[type={k}]") for k in ("number", "range"))
+
+        slider.focus()
+        for _ in range(3):
+            slider.press("ArrowLeft")
+        assert downloaded_strength(page, tmp_path) == shown_strength(page) == 0.85
+        wait_for_pictures(page, "#op-drawn", 4)
+        at_arrows = pictures(page, "#op-drawn")
+        box.fill("0.35")
+        box.press("Enter")
+        assert downloaded_strength(page, tmp_path) == shown_strength(page) == 0.35
+        box.select_text()
+        box.press_sequentially("-0.5", delay=20)
+        page.get_by_label("Prompt", exact=True).click()
+        assert downloaded_strength(page, tmp_path) == shown_strength(page) == -0.5
+        box.fill("7")
+        page.locator("#op-status [role=alert]").wait_for()
+        assert "The strength must be -1 to 2, got 7" in page.inner_text("#op-status")
+        assert downloaded_strength(page, tmp_path) == shown_strength(page) == -0.5
+        box.fill("")
+        page.get_by_label("Prompt", exact=True).click()
+        page.wait_for_function("document.querySelector('#op-strength input').value === '-0.5'")
+        assert downloaded_strength(page, tmp_path) == shown_strength(page) == -0.5
+
+        box.fill("0.5")
+        assert downloaded_strength(page, tmp_path) == shown_strength(page) == 0.5
+        page.wait_for_function("!document.querySelector('#op-status progress')")
+        wait_until(lambda: pictures(page, "#op-drawn")[2:] != at_arrows[2:])
+        page.get_by_text("Strength of all edits: 0.5.").wait_for()
+        for _ in range(20):
+            if page.get_by_role("button", name="Undo", exact=True).is_disabled():
+                break
+            press(page, "Undo")
+            page.wait_for_timeout(300)
+        page.get_by_text("No edits yet").wait_for()
+        page.set_input_files("#op-side input[type=file]", tmp_path / "downloaded.safetensors")
+        page.get_by_text("The change is applied").wait_for()
+        assert downloaded_strength(page, tmp_path) == shown_strength(page) == 0.5
+        box.fill("1")
+        assert downloaded_strength(page, tmp_path) == shown_strength(page) == 1
+        assert opened.errors == []
 
 
 def stored_pages():

@@ -67,4 +67,4 @@ def test_without_gradio_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "overpaint.studio.layout", raising=False)
     with pytest.raises(op.MissingExtra, match="not installed: pip install 'gradio"):
-        server._page(None)
+        server._page(None, "")

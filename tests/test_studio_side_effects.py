@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 import overpaint as op
-from overpaint.studio import html
+from overpaint.studio import html, tasks
 from overpaint.studio.side_effects import predict
 from overpaint.studio.tasks import PromptSettings
 
@@ -68,3 +68,47 @@ def test_without_any_drift_a_sentence_is_shown_instead_of_the_table(tiny_sd1):
     assert "None of the 2 other concepts drifts" in html.side_effects(still)
     assert "<table" not in html.side_effects(still)
     assert "<table" in html.side_effects(moving)
+
+
+def test_of_two_text_encoders_the_larger_drift_counts(tiny_xl):
+    change = op.edit.quickfix(tiny_xl, {"blob style": "noto style"})
+    assert {site.partition(".")[0] for site in change.sites} == {"text", "text2"}
+    width = tiny_xl.text_encoder.config.hidden_size
+
+    def movements(concept):
+        captions = [f"a picture of {concept}"]
+        before = tiny_xl.encode(captions)
+        with change.applied(tiny_xl):
+            moved = (tiny_xl.encode(captions) - before).double().square()
+        first = moved[:, :-1, :width].sum()
+        return float(first), float(moved.sum() - first)
+
+    effects = predict(tiny_xl, change, vocabulary=["a dog", "an apple"])
+    for one in effects.drifts:
+        shares = [
+            m / r for m, r in zip(movements(one.concept), movements("blob style"), strict=True)
+        ]
+        assert one.drift == pytest.approx(max(shares), rel=1e-4)
+    only = op.edit.quickfix(tiny_xl, {"blob style": "noto style"}, encoder="text2")
+    assert predict(tiny_xl, only, vocabulary=["a dog"]).drifts[0].drift > 0
+
+
+def test_the_map_of_two_text_encoders_names_both(tiny_xl):
+    settings = PromptSettings("a cat in blob style", "blob style", (0,), 1)
+    trace_map = tasks.trace_text_encoder(tiny_xl, settings, lambda *_: None)
+    text = html.heat_map(trace_map)
+    assert "layer 1 MLP of encoder 1</th>" in text and "layer 2 MLP of encoder 2</th>" in text
+    assert "of each, the input is the lowest row and the output the highest" in text
+    *_, restored = tasks.draw_restored(tiny_xl, trace_map, 0, 0, lambda *_: None)
+    assert "layer 0 attention of encoder 1" in restored.description
+
+
+def test_one_sentence_of_verdict_stands_before_the_figures(tiny_sd1, quickfix_change):
+    for factor in (1.0, 0.5):
+        effects = predict(tiny_sd1, factor * quickfix_change, vocabulary=["a dog", "an apple"])
+        page = html.side_effects(effects)
+        assert page.startswith('<p class="op-verdict">This change moves 1 weight (text.0.self_attn')
+        assert page.index("op-verdict") < page.index("op-tiles")
+        assert f"the empty prompt moves by {100 * effects.empty_prompt:.1f} %" in page
+        assert f"likely to change too: {', '.join(d.concept for d in effects.drifts)}" in page
+    assert "not measured" not in effects.verdict

@@ -5,6 +5,7 @@ import struct
 import zlib
 
 import pytest
+import torch
 from PIL import Image
 
 from overpaint.studio import uploads
@@ -58,14 +59,16 @@ def test_a_saved_picture_contains_its_settings(tmp_path):
 
 
 def test_change_files_that_are_damaged_or_of_another_model_are_refused(
-    tmp_path, tiny_sd1, tiny_double, quickfix_change
+    tmp_path, tiny_sd1, copied, quickfix_change
 ):
     path = tmp_path / "a.safetensors"
     quickfix_change.save(path)
     assert uploads.load_change(path, tiny_sd1).digest == quickfix_change.digest
     intact = path.read_bytes()
+    with torch.no_grad():
+        next(w for n, w in copied.text_encoder.named_parameters() if "out_proj.weight" in n).add_(1)
     with pytest.raises(ValueError, match="'a.safetensors' was not opened: wrong base hash"):
-        uploads.load_change(path, tiny_double)
+        uploads.load_change(path, copied)
     path.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
     with pytest.raises(ValueError, match="'a.safetensors' is damaged") as error:
         uploads.load_change(path, tiny_sd1)

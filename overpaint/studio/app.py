@@ -9,6 +9,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from overpaint.scorers import judge
 from overpaint.scorers.judge import Judge
 from overpaint.scorers.protocols import check_size
 from overpaint.studio import side_effects, tasks, uploads
-from overpaint.studio.scheduler import Event, Scheduler, Task, run_task
-from overpaint.studio.session import AppliedChange, EditState, Session
+from overpaint.studio.scheduler import Event, Replaced, Scheduler, Stopped, Task, run_task
+from overpaint.studio.session import AppliedChange, EditState, Session, common_strength
 from overpaint.studio.side_effects import SideEffects
 from overpaint.studio.tasks import LabelledPicture, PictureGrid, PromptSettings, TraceMap
+from overpaint.studio.upload_store import UploadStore
 
 __all__ = ["MAX_SESSIONS", "Events", "Studio"]
 
@@ -37,6 +39,7 @@ class Studio:
     Attributes:
         models: The names that can be chosen; the first is the default.
         folder: Holds a folder of downloads for each session, which is deleted with the session.
+        uploads: The uploaded files that are not read yet, in another folder beside `folder`.
         scheduler: The queue in which tasks wait.
     """
 
@@ -52,23 +55,30 @@ class Studio:
             raise ValueError("no model to show: name at least one, for example icons.")
         self.models = tuple(dict.fromkeys(models))
         self.folder = folder
+        self.uploads = UploadStore(folder.with_name("uploads"))
         self.scheduler = Scheduler()
         self._device, self._load = device, loader
         self._loaded: dict[str, TextToImage] = {}
         self._scorers: dict[str, Judge | str] = {}
         self._sessions: dict[str, Session] = {}  # the least recently used first
+        self._is_closed = False
         self._lock = threading.Lock()
 
     # --- sessions -----------------------------------------------------------------------------------------------------
 
-    def open_session(self) -> str:
+    def open_session(self, visitor: str = "") -> str:
         """Open a session and return its random key; above `MAX_SESSIONS` the least recently used idle one is closed.
 
+        Args:
+            visitor: Key of the browser that opens it; without one the session has no uploads.
+
         Raises:
-            ValueError: There are `MAX_SESSIONS` sessions and all of them run a task.
+            ValueError: There are `MAX_SESSIONS` sessions and all of them run a task, or the studio is closed.
         """
         key = secrets.token_urlsafe(16)
         with self._lock:
+            if self._is_closed:
+                raise ValueError("the studio has ended: start it again.")
             idle = [name for name, session in self._sessions.items() if not session.busy]
             is_full = len(self._sessions) >= MAX_SESSIONS
             if is_full and not idle:
@@ -77,12 +87,17 @@ class Studio:
                 )
             if is_full:
                 self._close(idle[0])
-            self._sessions[key] = Session(self.models[0])
+            self._sessions[key] = Session(self.models[0], visitor)
         return key
 
     def has_session(self, key: str) -> bool:
         """Return True if a session of this key is open."""
         return key in self._sessions
+
+    def has_visitor(self, visitor: str) -> bool:
+        """Return True if a browser has an open session."""
+        with self._lock:
+            return visitor != "" and any(s.visitor == visitor for s in self._sessions.values())
 
     def session(self, key: str | None) -> Session:
         """Return a session and mark it as the most recently used one.
@@ -99,6 +114,13 @@ class Studio:
             self._sessions[key] = session
         return session
 
+    def close(self) -> None:
+        """Close all sessions; no new one can be opened."""
+        with self._lock:
+            self._is_closed = True
+            for key in list(self._sessions):
+                self._close(key)
+
     def close_session(self, key: str | None) -> None:
         """Stop the session's task and delete its files; does nothing if the session is closed already."""
         with self._lock:
@@ -109,6 +131,8 @@ class Studio:
         if session is not None:
             session.stop()
             shutil.rmtree(self.folder / key, ignore_errors=True)
+            if all(other.visitor != session.visitor for other in self._sessions.values()):
+                self.uploads.remove_all(session.visitor)
 
     def __len__(self) -> int:
         """Return the number of open sessions."""
@@ -129,7 +153,7 @@ class Studio:
             if model != session.model:
                 with self._lock:
                     if key in self._sessions:  # else the page was closed meanwhile
-                        self._sessions[key] = Session(model)
+                        self._sessions[key] = Session(model, session.visitor)
 
     # --- trace --------------------------------------------------------------------------------------------------------
 
@@ -198,6 +222,16 @@ class Studio:
 
         return self._run(session, work)
 
+    @contextmanager
+    def uploaded(self, key: str, upload: str | None) -> Iterator[Path]:
+        """Yield the path of a file that the session's browser uploaded; the file is deleted at the end of the block.
+
+        Raises:
+            ValueError: The browser has no such upload, or the session was closed.
+        """
+        with self.uploads.opened(str(upload), self.session(key).visitor) as path:
+            yield path
+
     def open_file(self, key: str, path: str | Path) -> Events:
         """Open a change file or a picture of the studio.
 
@@ -226,23 +260,29 @@ class Studio:
 
         return self._run(session, work)
 
-    def draw(self, key: str, settings: PromptSettings) -> Events:
-        """Draw with the original and the edited model; partial results and result are `PictureGrid`s."""
+    def draw(self, key: str, settings: PromptSettings, *, replaceable: bool = False) -> Events:
+        """Draw with the original and the edited model; partial results and result are `PictureGrid`s.
+
+        The session's next task stops this one if it is `replaceable`.
+        """
         session = self.session(key)
 
         def work(task: Task) -> PictureGrid:
             return self._draw(session, self._model(session, task), settings, task)
 
-        return self._run(session, work)
+        return self._run(session, work, replaceable=replaceable)
 
-    def predict(self, key: str) -> Events:
-        """Predict the side effects of the applied changes; the result is `SideEffects`, or `None` if there are none."""
+    def predict(self, key: str, *, replaceable: bool = False) -> Events:
+        """Predict the side effects of the applied changes; the result is `SideEffects`, or `None` if there are none.
+
+        The session's next task stops this one if it is `replaceable`.
+        """
         session = self.session(key)
 
         def work(task: Task) -> SideEffects | None:
             return _predict(self._model(session, task), session.state, task)
 
-        return self._run(session, work)
+        return self._run(session, work, replaceable=replaceable)
 
     # --- compare and save ---------------------------------------------------------------------------------------------
 
@@ -290,9 +330,16 @@ class Studio:
 
     # --- shared by the tasks ------------------------------------------------------------------------------------------
 
-    def _run(self, session: Session, work: Callable[[Task], Any]) -> Events:
-        with session.reserved() as stop:
-            yield from run_task(self.scheduler, stop, work)
+    def _run(
+        self, session: Session, work: Callable[[Task], Any], *, replaceable: bool = False
+    ) -> Events:
+        with session.reserved(replaceable=replaceable) as stop:
+            try:
+                yield from run_task(self.scheduler, stop, work)
+            except Stopped:
+                if stop.is_replaced:
+                    raise Replaced from None
+                raise
 
     def _draw(
         self, session: Session, model: TextToImage, settings: PromptSettings, task: Task
@@ -332,9 +379,32 @@ class Studio:
 def _add_change(
     model: TextToImage, state: EditState, applied: AppliedChange, task: Task
 ) -> EditState:
-    changes = (*state.changes, applied)
+    """Return the state with one more change.
+
+    A single change from a file keeps the strength that it was saved at. Above it, the strength is that of all changes,
+    so that the file counts as it was at strength 1.
+
+    Raises:
+        ValueError: The change moves nothing, or cannot be solved jointly with the others.
+    """
+    own = common_strength(applied.change)
+    if own == 0:
+        raise ValueError("it was saved at strength 0, so it moves nothing.")
+    if not state.changes:
+        shown = own if own is not None and -1 <= own <= 2 else 1.0
+        return EditState((applied,), applied.change, shown, shown)
+    first = state.changes[0]
+    if state.joint_strength != 1:
+        first = replace(first, change=_at_full_strength(first.change, state.joint_strength))
+    changes = (first, *state.changes[1:], applied)
     joint = tasks.stack_changes(model, [c.change for c in changes], task.on_progress)
     return EditState(changes, joint, state.strength)
+
+
+def _at_full_strength(change: Change, strength: float) -> Change:
+    """Return a change that was made at `strength` as it is at strength 1."""
+    full = (1 / strength) * change
+    return replace(full, protocol={k: v for k, v in full.protocol.items() if k != "strength"})
 
 
 def _predict(model: TextToImage, state: EditState, task: Task) -> SideEffects | None:

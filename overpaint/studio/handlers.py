@@ -4,6 +4,7 @@ An update maps names of parts of the page to their new content: HTML, a plain va
 does not raise: an error is shown in the page, in the status line.
 """
 
+import math
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -11,16 +12,15 @@ from typing import Any
 
 from overpaint.studio import html
 from overpaint.studio.app import Events, Studio
-from overpaint.studio.scheduler import PartialResult, ProgressUpdate, Result, Stopped
-from overpaint.studio.session import Session
+from overpaint.studio.scheduler import PartialResult, ProgressUpdate, Replaced, Result, Stopped
 from overpaint.studio.side_effects import SideEffects
 from overpaint.studio.tasks import PictureGrid, PromptSettings, TraceMap
 from overpaint.studio.uploads import PictureOrigin, model_name
 
 __all__ = [
     "MAX_CONCEPT", "MAX_LIST", "MAX_PROMPT", "Choices", "Controls", "Update", "Value", "applied_changes",
-    "choose_model", "compare", "draw", "edit", "open_file", "prompt_settings", "restore", "set_strength", "stop",
-    "trace", "undo",
+    "choose_model", "compare", "draw", "edit", "leave_strength", "open_file", "open_upload", "prompt_settings",
+    "redraw", "restore", "set_strength", "stop", "trace", "undo",
 ]  # fmt: skip
 
 Update = dict[str, Any]
@@ -62,8 +62,9 @@ def prompt_settings(controls: Controls) -> PromptSettings:
         ValueError: A number is missing or out of range, or a text is too long.
     """
     try:
-        seed, count, steps = int(controls.seed), int(controls.pictures), int(controls.steps)
-    except (TypeError, ValueError, OverflowError) as error:
+        numbers = (controls.seed, controls.pictures, controls.steps)
+        seed, count, steps = (int(_number("setting", number)) for number in numbers)
+    except ValueError as error:
         raise ValueError(
             "seed, pictures and steps must be whole numbers: fill in the empty fields."
         ) from error
@@ -78,9 +79,11 @@ def applied_changes(studio: Studio, key: str) -> Update:
     session = studio.session(key)
     names = tuple(session.versions())
     path = studio.save_change(key)
+    strength = session.state.strength
     return {
         "changes": html.changes(session.state),
-        "strength": Value(session.state.strength, bool(session.changes)),
+        "strength": Value(strength, bool(session.changes)),
+        "saved_strength": None if path is None else strength,
         "undo": Value(None, session.can_undo),
         "download": Value(path, path is not None),
         "first": Choices(names, names[0]),
@@ -141,24 +144,72 @@ def edit(
     yield from _updates(begin, show)
 
 
-def draw(studio: Studio, key: str, controls: Controls) -> Iterator[Update]:
-    """Draw with the original and the edited model."""
+def draw(
+    studio: Studio, key: str, controls: Controls, *, replaceable: bool = False
+) -> Iterator[Update]:
+    """Draw with the original and the edited model; the next task stops this one if it is `replaceable`."""
     yield from _updates(
-        lambda: studio.draw(key, prompt_settings(controls)),
+        lambda: studio.draw(key, prompt_settings(controls), replaceable=replaceable),
         lambda grid: _pictures(studio, key, grid),
     )
 
 
-def set_strength(studio: Studio, key: str, controls: Controls, strength: float) -> Iterator[Update]:
-    """Set the strength of all edits, and draw."""
-    yield from _change_state(
-        studio, key, controls, lambda session: session.set_strength(float(strength))
-    )
+def set_strength(studio: Studio, key: str, strength: float | None) -> Iterator[Update]:
+    """Set the strength of all edits and write the file to download; `redraw` draws afterwards.
+
+    The control itself is updated only after an error, to the strength that is applied: the user may be typing.
+    """
+    try:
+        session = studio.session(key)
+        if strength is None:  # an empty box, for example before the digits after a minus sign
+            return
+        value = _number("strength", strength)
+        if value == session.state.strength and session.changes:
+            yield _strength_update(studio, key)
+            return
+        with session.reserved():
+            session.set_strength(value)
+            session.redraw_due = True
+            update = _strength_update(studio, key)
+        yield {**update, "status": ""}
+    except (ValueError, OSError) as error:
+        shown = applied_changes(studio, key) if studio.has_session(key) else {}
+        yield {**shown, "status": html.alert(str(error))}
+
+
+def _strength_update(studio: Studio, key: str) -> Update:
+    """Return `applied_changes` without the control of the strength; the page enables Download if it shows the same."""
+    update = applied_changes(studio, key)
+    del update["strength"]
+    return {**update, "download": Value(update["download"].value, enabled=False)}
+
+
+def leave_strength(studio: Studio, key: str, strength: float | None) -> Iterator[Update]:
+    """Set the strength when the control is left; after an empty box, show the strength that is applied."""
+    if strength is None and studio.has_session(key):
+        yield applied_changes(studio, key)
+    else:
+        yield from set_strength(studio, key, strength)
+
+
+def redraw(studio: Studio, key: str, controls: Controls) -> Iterator[Update]:
+    """Predict side effects and draw, if the strength changed; the next task stops this one."""
+    if studio.has_session(key) and studio.session(key).redraw_due:
+        yield from _redraw(studio, key, controls)
 
 
 def undo(studio: Studio, key: str, controls: Controls) -> Iterator[Update]:
     """Undo the last edit, and draw."""
-    yield from _change_state(studio, key, controls, lambda session: session.undo())
+    try:
+        session = studio.session(key)
+        with session.reserved():
+            session.undo()
+            update = applied_changes(studio, key)
+    except (ValueError, OSError) as error:
+        yield {"status": html.alert(str(error))}
+        return
+    yield update
+    yield from _redraw(studio, key, controls)
 
 
 def choose_model(studio: Studio, key: str, model: str) -> Iterator[Update]:
@@ -171,6 +222,19 @@ def choose_model(studio: Studio, key: str, model: str) -> Iterator[Update]:
         status = html.note(f"The model is now {model}.")
         yield {**cleared, **applied_changes(studio, key), "status": status}
     except ValueError as error:
+        yield {"status": html.alert(str(error))}
+
+
+def open_upload(
+    studio: Studio, key: str, controls: Controls, upload: str | None
+) -> Iterator[Update]:
+    """Open an uploaded file by its key; it is deleted afterwards."""
+    if not upload:
+        return
+    try:
+        with studio.uploaded(key, upload) as path:
+            yield from open_file(studio, key, str(path), controls)
+    except (ValueError, OSError) as error:
         yield {"status": html.alert(str(error))}
 
 
@@ -208,11 +272,14 @@ def compare(
 
     try:
         versions = studio.session(key).versions()
+        chosen = {str(name): versions[str(name)] for name in (first, second)}
+        yield {"facts": html.facts(chosen)}
+    except KeyError as error:
+        yield {"status": html.alert(f"there is no version {error}: choose another one.")}
+        return
     except ValueError as error:
         yield {"status": html.alert(str(error))}
         return
-    chosen = {name: versions[name] for name in (first, second) if name in versions}
-    yield {"facts": html.facts(chosen)}
     yield from _updates(begin, lambda grid: {"compared": html.grid(grid)})
 
 
@@ -242,23 +309,15 @@ def _origin_status(studio: Studio, key: str, origin: PictureOrigin) -> str:
     )
 
 
-def _change_state(
-    studio: Studio, key: str, controls: Controls, action: Callable[[Session], None]
-) -> Iterator[Update]:
-    """Change the session's state, show it, predict side effects, and draw; ends early if stopped or failed."""
-    try:
-        session = studio.session(key)
-        with session.reserved():
-            action(session)
-    except ValueError as error:
-        yield {"status": html.alert(str(error))}
-        return
-    yield applied_changes(studio, key)
+def _redraw(studio: Studio, key: str, controls: Controls) -> Iterator[Update]:
+    """Predict side effects, and draw; ends early if stopped, replaced or failed."""
+    studio.session(key).redraw_due = False
     is_finished = yield from _updates(
-        lambda: studio.predict(key), lambda value: {"side_effects": html.side_effects(value)}
+        lambda: studio.predict(key, replaceable=True),
+        lambda value: {"side_effects": html.side_effects(value)},
     )
     if is_finished:
-        yield from draw(studio, key, controls)
+        yield from draw(studio, key, controls, replaceable=True)
 
 
 def _pictures(studio: Studio, key: str, grid: PictureGrid) -> Update:
@@ -283,6 +342,8 @@ def _updates(
                 elif isinstance(event, Result):
                     yield {"status": "", **show(event.value)}
         return True
+    except Replaced:
+        return False
     except Stopped:
         yield {"status": html.note("Stopped. Results that were finished before are kept.")}
     except (ValueError, OSError) as error:
@@ -292,7 +353,15 @@ def _updates(
     return False
 
 
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"the {name} must be a number, got {value!r}: fill in the field.")
+    return float(value)
+
+
 def _check_length(name: str, text: str | None, limit: int) -> None:
+    if not isinstance(text, str | None):
+        raise ValueError(f"the {name} must be a text, got {text!r}: load the page again.")
     if len(text or "") > limit:
         raise ValueError(
             f"the {name} must be at most {limit} characters, got {len(text or '')}: shorten it."

@@ -98,13 +98,12 @@ def facts(versions: Mapping[str, Change | None]) -> str:
 def _facts(change: Change | None) -> tuple[str, ...]:
     if change is None:
         return ("–",) * 6
-    strengths = change.protocol.get("strength", {}).values()
     return (
         ", ".join(f"{old} → {new}" for old, new in change.pairs.items()) or "unknown",
         str(change.protocol.get("method", "unknown")),
         _weights(change),
         str(max(m.left.shape[1] for m in change.movements)),
-        ", ".join(f"{v:g}" for v in strengths) or "1",
+        _strengths(change) or "1",
         change.digest[:12],
     )
 
@@ -128,6 +127,13 @@ def _weights(change: Change) -> str:
     return change.sites[0] if len(change.sites) == 1 else f"{len(change.sites)} weights"
 
 
+def _strengths(change: Change) -> str:
+    """Return the strengths of a change, of which one is not 1, or an empty text."""
+    strengths = change.protocol.get("strength", {})
+    values = [float(strengths.get(old, 1.0)) for old in change.pairs]
+    return ", ".join(f"{v:g}" for v in dict.fromkeys(values)) if set(values) - {1.0} else ""
+
+
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
@@ -145,8 +151,9 @@ _ENVIRONMENT = Environment(
 )
 _ENVIRONMENT.filters |= {
     "decimal": _decimal, "percent": _percent, "png": _data_url, "sentence": _sentence,
-    "sublayer": tasks.sublayer_label, "weights": _weights,
+    "strengths": _strengths, "sublayer": tasks.sublayer_label, "weights": _weights,
 }  # fmt: skip
+_ENVIRONMENT.tests["in_second_encoder"] = lambda site: str(site).startswith("text2.")
 
 
 def _render(macro: str, *values: Any) -> str:

@@ -8,13 +8,15 @@ from typing import Any
 import gradio as gr
 
 from overpaint.studio import handlers, html
+from overpaint.studio.access import visitor_cookie
 from overpaint.studio.app import Studio
 from overpaint.studio.handlers import Choices, Controls, Update, Value
 from overpaint.studio.session import ORIGINAL
 
-__all__ = ["CSS", "build", "theme"]
+__all__ = ["CSS", "SCRIPT", "build", "theme"]
 
 CSS = Path(__file__).with_name("studio.css")
+SCRIPT = Path(__file__).with_name("studio.js")
 _PROMPT, _CONCEPT, _NEW = "an apple in openmoji style", "openmoji style", "noto style"
 _HEAD = """<h1><span class="op-mark" aria-hidden="true"></span>Overpaint studio</h1>
 <p>Find where a text-to-image model stores a concept, and edit it.</p>"""
@@ -23,6 +25,11 @@ _CLICKS = """element.addEventListener('click', event => {
   const cell = event.target.closest('button[data-cell]');
   if (cell) trigger('pick', {cell: cell.dataset.cell});
 });"""
+# A page sends the key of an upload instead of Gradio's description of a file.
+_UPLOAD_KEY = "(...values) => [...values.slice(0, -1), values.at(-1)?.path ?? null]"
+# While the strength is being changed, the file to download is of another one than the page shows.
+_DISABLE = "() => ({__type__: 'update', interactive: false})"
+_ENABLE_IF_EQUAL = "(shown, saved) => ({__type__: 'update', interactive: shown === saved})"
 _METHODS = [
     ("automatic: chooses the prompts to preserve", "auto"),
     ("quick: Diff-QuickFix as published", "quickfix"),
@@ -65,8 +72,8 @@ def theme() -> gr.themes.Base:
     )  # fmt: skip
 
 
-def build(studio: Studio) -> gr.Blocks:
-    """Return the page; each visitor gets a session of `studio`."""
+def build(studio: Studio, cookie: str) -> gr.Blocks:
+    """Return the page; each visitor gets a session of `studio`. `cookie` is the name of the browser's cookie."""
     with gr.Blocks(
         title="Overpaint studio", analytics_enabled=False, delete_cache=(1800, 7200)
     ) as page:
@@ -85,7 +92,7 @@ def build(studio: Studio) -> gr.Blocks:
                         parts |= _edit_tab()
                     with gr.Tab("Compare"):
                         parts |= _compare_tab()
-        _connect(page, parts, studio)
+        _connect(page, parts, studio, cookie)
     return page
 
 
@@ -108,8 +115,11 @@ def _applied_edits() -> Parts:
     gr.HTML("<h2>Applied edits</h2>")
     parts: Parts = {
         "changes": gr.HTML(),
-        "strength": gr.Slider(-1, 2, value=1, step=0.05, label="Strength", interactive=False),
+        "strength": gr.Slider(
+            -1, 2, value=1, step=0.05, label="Strength", interactive=False, elem_id="op-strength"
+        ),
     }
+    parts["saved_strength"] = gr.Number(visible="hidden")  # of the file to download
     with gr.Row():
         parts["undo"] = gr.Button("Undo", size="md", min_width=80, interactive=False)
         parts["download"] = gr.DownloadButton(
@@ -118,6 +128,9 @@ def _applied_edits() -> Parts:
     parts["upload"] = gr.UploadButton(
         "Open a change or picture", size="md", file_types=[".safetensors", ".png"], file_count="single"
     )  # fmt: skip
+    parts[
+        "upload"
+    ].data_model = None  # its value is the key of an upload, see `_UPLOAD_KEY`, and no path
     return parts
 
 
@@ -185,26 +198,26 @@ def _compare_tab() -> Parts:
 
 _OUTPUTS = (
     "status", "map", "restored", "drawn", "saved", "side_effects", "changes", "strength", "undo", "download", "first",
-    "second", "compared", "facts", "prompt", "concept", "seed", "pictures", "steps",
+    "second", "compared", "facts", "prompt", "concept", "seed", "pictures", "steps", "saved_strength",
 )  # fmt: skip
 _CONTROLS = ("prompt", "concept", "seed", "pictures", "steps")
 _EVENT_OPTIONS: dict[str, Any] = {
     "show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private",
+    "preprocess": False,  # the handlers check all values, and show what is wrong in the page
 }  # fmt: skip
 
 
-def _connect(page: gr.Blocks, parts: Parts, studio: Studio) -> None:
+def _connect(page: gr.Blocks, parts: Parts, studio: Studio, cookie: str) -> None:
     """Connect the controls to their handlers."""
-    sessions = _PageSessions(studio, lambda name: _drop_values(page, name))
+    sessions = _PageSessions(studio, cookie, lambda name: _drop_values(page, name))
     outputs = [parts[name] for name in _OUTPUTS]
 
     def on(
-        listen: Any, run: Callable[..., Iterator[Update]], *names: str, controls: bool = True
-    ) -> None:
+        listen: Any, run: Callable[..., Iterator[Update]], *names: str, controls: bool = True, **options: Any
+    ) -> Any:  # fmt: skip
         inputs = [parts[name] for name in ((*_CONTROLS, *names) if controls else names)]
-        listen(
-            _handler(sessions, studio, run, controls=controls), inputs, outputs, **_EVENT_OPTIONS
-        )
+        call = _handler(sessions, studio, run, controls=controls)
+        return listen(call, inputs, outputs, **_EVENT_OPTIONS, **options)
 
     on(
         parts["trace"].click,
@@ -213,15 +226,25 @@ def _connect(page: gr.Blocks, parts: Parts, studio: Studio) -> None:
     )
     on(parts["edit"].click, handlers.edit, "new", "method", "preserve")
     on(parts["draw"].click, handlers.draw)
-    on(parts["strength"].release, handlers.set_strength, "strength")
+    strength = parts["strength"]
+    strength.input(None, None, parts["download"], js=_DISABLE, show_progress="hidden")
+    for listen, run in (
+        (strength.input, handlers.set_strength),
+        (strength.release, handlers.leave_strength),
+    ):
+        event = on(listen, run, "strength", controls=False, trigger_mode="always_last")
+        shown = [strength, parts["saved_strength"]]
+        event.then(None, shown, parts["download"], js=_ENABLE_IF_EQUAL, show_progress="hidden")
+        on(event.then, handlers.redraw, trigger_mode="multiple")
     on(parts["undo"].click, handlers.undo)
     on(parts["compare"].click, handlers.compare, "first", "second")
     on(parts["model"].input, handlers.choose_model, "model", controls=False)
-    on(parts["upload"].upload, lambda s, k, c, path: handlers.open_file(s, k, path, c), "upload")
+    on(parts["upload"].upload, handlers.open_upload, "upload", js=_UPLOAD_KEY)
 
     def pick(request: gr.Request, event: gr.EventData) -> Iterator[list[Any]]:
-        for update in handlers.restore(studio, sessions.key(request), event.cell):
-            yield _values(update)
+        data: Any = event._data
+        cell = data.get("cell", "") if isinstance(data, dict) else ""
+        yield from _all_values(handlers.restore(studio, sessions.key(request), cell))
 
     def stop(request: gr.Request) -> Any:
         return handlers.stop(studio, sessions.key(request))["status"]
@@ -243,11 +266,12 @@ class _PageSessions:
 
     Args:
         studio: Opens and closes the sessions.
+        cookie: Name of the cookie by which pages of one browser belong together.
         on_close: Called with the name of each page that was closed.
     """
 
-    def __init__(self, studio: Studio, on_close: Callable[[str], Any]) -> None:
-        self._studio, self._on_close = studio, on_close
+    def __init__(self, studio: Studio, cookie: str, on_close: Callable[[str], Any]) -> None:
+        self._studio, self._cookie, self._on_close = studio, cookie, on_close
         self._keys: dict[str, str] = {}
         self._lock = threading.Lock()
 
@@ -261,7 +285,8 @@ class _PageSessions:
         with self._lock:
             self._keys = {n: k for n, k in self._keys.items() if self._studio.has_session(k)}
             if name not in self._keys:
-                self._keys[name] = self._studio.open_session()
+                visitor = visitor_cookie(request.headers.get("cookie", ""), self._cookie)
+                self._keys[name] = self._studio.open_session(visitor)
             return self._keys[name]
 
     def key(self, request: gr.Request) -> str:
@@ -293,10 +318,18 @@ def _handler(
         if controls:
             count = len(_CONTROLS)
             arguments = [Controls(*arguments[:count]), *arguments[count:]]
-        for update in run(studio, sessions.key(request), *arguments):
-            yield _values(update)
+        yield from _all_values(run(studio, sessions.key(request), *arguments))
 
     return call
+
+
+def _all_values(updates: Iterator[Update]) -> Iterator[list[Any]]:
+    """Yield the values of each update; of none, those of an empty one, or Gradio would clear every output."""
+    update: Update | None = None
+    for update in updates:
+        yield _values(update)
+    if update is None:
+        yield _values({})
 
 
 def _values(update: Update) -> list[Any]:

@@ -19,6 +19,7 @@ __all__ = [
     "Event",
     "PartialResult",
     "ProgressUpdate",
+    "Replaced",
     "Result",
     "Scheduler",
     "Stopped",
@@ -31,6 +32,10 @@ _POLL = 0.1  # seconds after which a waiting task checks again whether it was st
 
 class Stopped(Exception):
     """Raised inside a task that the user stopped; unfinished results are dropped and nothing else changes."""
+
+
+class Replaced(Stopped):
+    """Raised instead where the user's next action stopped the task."""
 
 
 @dataclass(frozen=True)

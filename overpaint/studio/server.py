@@ -1,10 +1,9 @@
 """The web server of the studio. By default only this machine can reach it; neither it nor the page needs a network."""
 
-import ipaddress
+import asyncio
 import os
 import re
 import socket
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +12,22 @@ from typing import Any
 from overpaint import zoo
 from overpaint.errors import MissingExtra
 from overpaint.model import TextToImage, load
+from overpaint.studio.access import (
+    AccessCheck,
+    AllowedHosts,
+    is_loopback,
+    visitor_cookie,
+    without_brackets,
+)  # fmt: skip
 from overpaint.studio.app import MAX_SESSIONS, Studio
+from overpaint.studio.upload_store import StoreFull
 from overpaint.studio.uploads import MAX_BYTES
+from overpaint.studio.work_folder import work_folder
 
 __all__ = ["check_access", "check_models", "check_port", "open_studio"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_UPLOAD_SECONDS = 600  # after which an upload that is not complete is cancelled
 # With this policy the browser loads nothing from other servers. Gradio compiles its templates, which needs `eval`.
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -27,7 +36,7 @@ _POLICY = (
 )
 _HEADERS = (
     (b"content-security-policy", _POLICY.encode()),
-    (b"referrer-policy", b"no-referrer"),
+    (b"referrer-policy", b"same-origin"),  # with `no-referrer` some browsers send `Origin: null`
     (b"x-content-type-options", b"nosniff"),
 )
 
@@ -48,7 +57,7 @@ def check_access(host: str, auth: str | None, *, no_auth: bool) -> tuple[str, st
                 "--auth must be USER:PASSWORD, neither of them empty, for example --auth ada:secret."
             )
         return user, password
-    if not no_auth and not _is_loopback(host):
+    if not no_auth and not is_loopback(host):
         raise ValueError(
             f"--host {host} is reachable from other machines: set a password with --auth USER:PASSWORD, or allow "
             "everybody with --no-auth."
@@ -65,7 +74,7 @@ def check_port(host: str, port: int) -> None:
     """
     if not 1 <= port <= 65535:
         raise ValueError(f"--port must be 1 to 65535, got {port}: the default is 7860.")
-    host = _without_brackets(host)
+    host = without_brackets(host)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -102,28 +111,40 @@ def open_studio(
     host: str = "127.0.0.1",
     port: int = 7860,
     auth: tuple[str, str] | None = None,
+    allowed_hosts: Sequence[str] = (),
     device: str = "cpu",
     loader: Callable[..., TextToImage] = load,
 ) -> Iterator[tuple[Studio, str]]:
     """Serve the studio while the block runs; the value is the studio and its address.
 
+    Args:
+        models: Names that can be chosen.
+        host: Where to listen.
+        port: Where to listen.
+        auth: User and password that visitors must give.
+        allowed_hosts: Names besides `host` that the studio may be reached under, see `AllowedHosts`.
+        device: Where the models compute.
+        loader: Loads a model by its name.
+
     Raises:
         MissingExtra: Gradio is not installed.
         OSError: The port is in use.
+        ValueError: One of `allowed_hosts` is not a host name.
     """
     check_port(host, port)
+    hosts = AllowedHosts(host, port, allowed_hosts)
     with (
-        tempfile.TemporaryDirectory(prefix="overpaint-studio-") as folder,
-        _environment(
-            GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=str(Path(folder) / "uploads")
-        ),
+        work_folder() as folder,
+        _environment(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=str(folder / "gradio")),
     ):
-        studio = Studio(models, Path(folder) / "downloads", device=device, loader=loader)
-        page = _page(studio)
-        _, address, _ = page.launch(**_settings(host, port, auth, studio))
+        studio = Studio(models, folder / "downloads", device=device, loader=loader)
+        cookie = f"overpaint-{port}"
+        page = _page(studio, cookie)
         try:
+            _, address, _ = page.launch(**_settings(host, port, auth, studio, page, hosts, cookie))
             yield studio, address
         finally:
+            studio.close()
             page.close(verbose=False)
 
 
@@ -142,7 +163,7 @@ def _environment(**variables: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _page(studio: Studio) -> Any:
+def _page(studio: Studio, cookie: str) -> Any:
     try:
         from overpaint.studio.layout import build
     except ModuleNotFoundError as error:
@@ -151,26 +172,37 @@ def _page(studio: Studio) -> Any:
         raise MissingExtra(
             "the studio needs Gradio, which is not installed: pip install 'gradio>=6.31,<7'."
         ) from error
-    return build(studio)
+    return build(studio, cookie)
 
 
-def _settings(host: str, port: int, auth: tuple[str, str] | None, studio: Studio) -> dict[str, Any]:
+def _settings(
+    host: str, port: int, auth: tuple[str, str] | None, studio: Studio, page: Any, hosts: AllowedHosts, cookie: str
+) -> dict[str, Any]:  # fmt: skip
     from starlette.middleware import Middleware
+    from starlette.routing import Route
 
-    from overpaint.studio.layout import CSS, theme
+    from overpaint.studio.layout import CSS, SCRIPT, theme
 
-    plain = _without_brackets(host)
+    plain = without_brackets(host)
+    name = f"[{plain}]" if ":" in plain else plain
+    inputs = {number: len(function.inputs) for number, function in page.fns.items()}
+    address = f"http://{name}:{port}/"
     return {
-        "server_name": f"[{plain}]" if ":" in plain else plain,
+        "server_name": name,
         "server_port": port, "auth": auth, "share": False, "inbrowser": False, "quiet": True,
         "prevent_thread_lock": True, "show_error": False, "footer_links": [], "run_history": False,
         "allowed_paths": [str(studio.folder)], "max_file_size": MAX_BYTES, "max_threads": 128,
         "state_session_capacity": MAX_SESSIONS,  # pages whose values Gradio stores
         "enable_monitoring": False, "ssr_mode": False, "pwa": False, "mcp_server": False, "num_workers": 0,
         "theme": theme(),
-        "head": f"<style>{CSS.read_text(encoding='utf-8')}</style>",  # `css_paths` would change the selectors
+        "head": f"<style>{CSS.read_text(encoding='utf-8')}</style>"  # `css_paths` would change the selectors
+        f"<script>{SCRIPT.read_text(encoding='utf-8')}</script>",
         "app_kwargs": {
-            "middleware": [Middleware(_SecurityHeaders)], "docs_url": None, "redoc_url": None, "openapi_url": None,
+            "middleware": [
+                Middleware(_SecurityHeaders), Middleware(AccessCheck, hosts, address, inputs, cookie),
+            ],
+            "routes": [Route("/gradio_api/upload", _upload_endpoint(studio, cookie), methods=["POST"])],
+            "docs_url": None, "redoc_url": None, "openapi_url": None,
         },
     }  # fmt: skip
 
@@ -190,16 +222,50 @@ class _SecurityHeaders:
         await self.app(scope, receive, send_with_headers if scope["type"] == "http" else send)
 
 
-def _without_brackets(host: str) -> str:
-    """Return an IPv6 address without the brackets that it has in a URL, any other host unchanged."""
-    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
+def _upload_endpoint(studio: Studio, cookie: str) -> Callable[..., Any]:
+    """Return the endpoint that stores an uploaded file and answers with a list of its key.
 
+    Only a browser with an open page may upload. A page is opened after the login, so no login is checked here.
+    """
+    from starlette.datastructures import UploadFile
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import JSONResponse, PlainTextResponse
 
-def _is_loopback(host: str) -> bool:
-    host = _without_brackets(host)
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    async def store(request: Request, key: str) -> Any:
+        async with request.form(max_files=1, max_fields=4) as form:
+            file = form.get("files")
+            if not isinstance(file, UploadFile):
+                raise HTTPException(400, "No file was sent: choose one file.")
+            await asyncio.to_thread(studio.uploads.write, key, file.filename or "", file.file)
+        return JSONResponse([key])
+
+    async def upload(request: Request) -> Any:
+        visitor = visitor_cookie(request.headers.get("cookie", ""), cookie)
+        length = request.headers.get("content-length", "")
+        if not studio.has_visitor(visitor):
+            return PlainTextResponse(
+                "Only an open page can upload files: load the page again, then choose the file again.",
+                403,
+            )
+        if not re.fullmatch("[0-9]{1,18}", length):
+            return PlainTextResponse("The upload does not state its size: use a browser.", 411)
+        try:
+            key = studio.uploads.reserve(visitor, int(length))
+        except StoreFull as error:
+            return PlainTextResponse(f"{error}", 413)
+        stored = False
+        try:
+            async with asyncio.timeout(_UPLOAD_SECONDS):
+                answer = await store(request, key)
+            stored = True
+            return answer
+        except (HTTPException, StoreFull, TimeoutError, ClientDisconnect) as error:
+            return PlainTextResponse(
+                getattr(error, "detail", "") or f"{error}" or "The upload was cancelled.", 400
+            )
+        finally:
+            if not stored:
+                studio.uploads.remove(key)
+
+    return upload

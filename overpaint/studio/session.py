@@ -5,6 +5,7 @@ stopped or fails changes nothing.
 """
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,11 +16,12 @@ from PIL import Image
 from overpaint.edit import Change
 from overpaint.studio.tasks import TraceMap
 
-__all__ = ["ORIGINAL", "AppliedChange", "EditState", "Session"]
+__all__ = ["ORIGINAL", "AppliedChange", "EditState", "Session", "StopEvent", "common_strength"]
 
 ORIGINAL = "original model"  # name of the unedited model among the versions
 _UNDO_STEPS = 40
 _CACHED_PICTURES = 32  # so that undo shows its pictures at once
+_PATIENCE = 120.0  # seconds; a task to be replaced ends after its present step
 _FILES = 8  # change files to compare; each may be as large as an upload
 
 
@@ -37,20 +39,50 @@ class EditState:
 
     Attributes:
         changes: In the order in which they were made.
-        joint: One change of all of them at strength 1; `None` if there are none.
-        strength: Factor of `joint`, -1 to 2.
+        joint: One change of all of them; `None` if there are none.
+        strength: Strength at which they are applied, -1 to 2.
+        joint_strength: Strength at which `joint` was made; not 1 for a file that was saved at another strength.
     """
 
     changes: tuple[AppliedChange, ...] = ()
     joint: Change | None = None
     strength: float = 1.0
+    joint_strength: float = 1.0
 
     @property
     def change(self) -> Change | None:
-        """The change to apply, `strength` times `joint`; `None` for the original model."""
+        """The change to apply, `joint` at `strength`; `None` for the original model."""
         if self.joint is None or self.strength == 0:
             return None
-        return self.joint if self.strength == 1 else self.strength * self.joint
+        if self.strength == self.joint_strength:
+            return self.joint
+        scaled = (self.strength / self.joint_strength) * self.joint
+        if self.joint_strength == 1:
+            return scaled
+        protocol = {k: v for k, v in scaled.protocol.items() if k != "strength"}
+        if self.strength != 1:  # exactly, without the rounding of the factor
+            protocol["strength"] = dict.fromkeys(scaled.pairs, self.strength)
+        return replace(scaled, protocol=protocol)
+
+
+def common_strength(change: Change) -> float | None:
+    """Return the strength at which a change was saved, or `None` if its concepts have different ones."""
+    strengths = change.protocol.get("strength", {})
+    values = {float(strengths.get(old, 1.0)) for old in change.pairs} or {1.0}
+    return values.pop() if len(values) == 1 else None
+
+
+class StopEvent(threading.Event):
+    """Stops a task when it is set.
+
+    Attributes:
+        is_replaceable: True if the next task of the session may stop this one.
+        is_replaced: True if it did.
+    """
+
+    def __init__(self, is_replaceable: bool) -> None:
+        super().__init__()
+        self.is_replaceable, self.is_replaced = is_replaceable, False
 
 
 class Session:
@@ -58,21 +90,24 @@ class Session:
 
     Attributes:
         model: Name of the chosen model.
+        visitor: Key of the browser that opened the session; empty if it has none.
         state: The changes that are applied to it.
         trace_map: The last map; `None` before the first trace.
         picture_cache: Pictures drawn before, by everything that determines their pixels.
         files: Changes that were opened from files, by file name, to compare.
+        redraw_due: True if the strength changed since the pictures were drawn.
     """
 
-    def __init__(self, model: str) -> None:
-        self.model = model
+    def __init__(self, model: str, visitor: str = "") -> None:
+        self.model, self.visitor = model, visitor
         self.state = EditState()
         self.trace_map: TraceMap | None = None
         self.picture_cache: dict[Any, Image.Image] = {}
         self.files: dict[str, Change] = {}
         self._history: list[EditState] = []
-        self._stop: threading.Event | None = None
-        self._lock = threading.Lock()
+        self.redraw_due = False
+        self._stop: StopEvent | None = None
+        self._ended = threading.Condition()
 
     @property
     def changes(self) -> tuple[AppliedChange, ...]:
@@ -140,22 +175,32 @@ class Session:
         return versions
 
     @contextmanager
-    def reserved(self) -> Iterator[threading.Event]:
+    def reserved(self, *, replaceable: bool = False) -> Iterator["StopEvent"]:
         """Reserve the session for one task inside the block; the value is the event that stops the task.
 
+        Args:
+            replaceable: Stop this task, instead of refusing the next one, when the next one begins.
+
         Raises:
-            ValueError: Another task runs.
+            ValueError: Another task runs, or one to be replaced does not end.
         """
-        with self._lock:
+        end = time.monotonic() + _PATIENCE
+        with self._ended:
+            while self._stop is not None and self._stop.is_replaceable and time.monotonic() < end:
+                self._stop.is_replaced = True
+                self._stop.set()
+                self._ended.wait(0.1)
             if self._stop is not None:
                 raise ValueError(
                     "another task of this page is still running: wait until it ends, or press Stop."
                 )
-            self._stop = threading.Event()
+            stop = self._stop = StopEvent(replaceable)
         try:
-            yield self._stop
+            yield stop
         finally:
-            self._stop = None
+            with self._ended:
+                self._stop = None
+                self._ended.notify_all()
             for key in list(self.picture_cache)[:-_CACHED_PICTURES]:
                 del self.picture_cache[key]
 

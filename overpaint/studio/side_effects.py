@@ -3,19 +3,24 @@ r"""Prediction of a change's effect on other concepts, from text features alone,
 Captions of each known concept, and of the erased ones, are encoded with and without the change. The drift of a concept
 is :math:`\|E' - E\|^2 / \|E'_{old} - E_{old}\|^2` of the text features :math:`E` at all positions: the squared movement
 of its captions, relative to that of the erased concepts. Concepts with a drift of 5 % or more are called endangered.
-The drift of the empty prompt is :math:`\|E' - E\| / \|E\|`.
+The drift of the empty prompt is :math:`\|E' - E\| / \|E\|`. Of a model with two text encoders both figures are computed
+for each encoder, and the larger one counts: the features of one can be so large that they hide those of the other.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from overpaint.edit import Change
+import torch
+from torch import Tensor
+
+from overpaint.edit import Change, verdict
 from overpaint.edit.drift import feature_drift
 from overpaint.edit.vocabulary import concepts
 from overpaint.model import TextToImage
 from overpaint.model.sampling import Progress
 from overpaint.studio.model_copy import copy_model
+from overpaint.studio.session import common_strength
 
 __all__ = ["ConceptDrift", "SideEffects", "predict"]
 
@@ -56,6 +61,7 @@ class SideEffects:
         rank: Rank of the largest movement.
         size: Norm of the movement relative to that of the weight, if reported.
         reason: Why `drifts` is empty, if it is.
+        verdict: One sentence: what moves, how far the empty prompt moves, what is endangered.
     """
 
     drifts: tuple[ConceptDrift, ...]
@@ -64,6 +70,7 @@ class SideEffects:
     rank: int
     size: float | None
     reason: str = ""
+    verdict: str = ""
 
     @property
     def endangered(self) -> tuple[ConceptDrift, ...]:
@@ -108,7 +115,23 @@ def predict(
         max(m.left.shape[1] for m in change.movements),
         _number(report.get("relative_delta_norm")),
         reason,
+        verdict.describe(_with_measured(change, drifts, empty_prompt)),
     )
+
+
+def _with_measured(
+    change: Change, drifts: Sequence[ConceptDrift], empty_prompt: float | None
+) -> Change:
+    """Return `change` with a report of the drifts that were measured here, for `verdict.describe`."""
+    strength = common_strength(change)
+    if not drifts or empty_prompt is None or not strength:
+        return change
+    measured = {
+        "empty_prompt_drift": empty_prompt / abs(strength),  # a report is of strength 1
+        "endangered": [one.concept for one in drifts if one.endangered and one.preserved],
+        "not_kept": [one.concept for one in drifts if one.endangered and not one.preserved],
+    }
+    return replace(change, report={**change.report, **measured})
 
 
 def _drifts(
@@ -120,14 +143,24 @@ def _drifts(
     captions = [_CAPTION.format(concept) for concept in others]
     edited = copy_model(model, change)
     erased_captions = [_CAPTION.format(old) for old in change.pairs]
-    reference = feature_drift(model.encode(erased_captions), edited.encode(erased_captions))
+    references = [
+        feature_drift(before, after) for before, after in _encoded(model, edited, erased_captions)
+    ]
     squares: list[float] = []
     for start in range(0, len(captions), _BATCH_SIZE):
         if on_progress is not None:
             on_progress(start, len(captions), "predicting side effects")
         batch = captions[start : start + _BATCH_SIZE]
-        pairs = zip(model.encode(batch).split(1), edited.encode(batch).split(1), strict=True)
-        squares += [feature_drift(a, b, relative_to=reference) ** 2 for a, b in pairs]
+        encoders = [
+            [
+                feature_drift(a, b, relative_to=reference) ** 2
+                for a, b in zip(before.split(1), after.split(1), strict=True)
+            ]
+            for reference, (before, after) in zip(
+                references, _encoded(model, edited, batch), strict=True
+            )
+        ]
+        squares += map(max, zip(*encoders, strict=True))
     reported: Any = change.report.get("endangered") or []
     preserved = {row.get("concept") for row in reported if isinstance(row, dict)}
     preserved |= {str(text) for text in change.protocol.get("preserve", [])}
@@ -135,9 +168,30 @@ def _drifts(
         ConceptDrift(concept, square, concept in preserved)
         for concept, square in zip(others, squares, strict=True)
     ]
-    original = model.encode([""])
-    empty_prompt = feature_drift(original, edited.encode([""]), relative_to=original)
+    empty_prompt = max(
+        feature_drift(before, after, relative_to=before)
+        for before, after in _encoded(model, edited, [""])
+    )
     return tuple(sorted(drifts, key=lambda drift: -drift.drift)), empty_prompt
+
+
+def _encoded(
+    model: TextToImage, edited: TextToImage, prompts: Sequence[str]
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the features of `prompts` in both models, a pair for each text encoder, shape (N, L, D_i).
+
+    SDXL packs both encoders into one tensor: the columns of the first, the columns of the second, and a last row with
+    the pooled output of the second.
+    """
+    before, after = model.encode(prompts), edited.encode(prompts)
+    if len(model.text_encoders) == 1:
+        return [(before, after)]
+    width = model.text_encoder.config.hidden_size
+    parts = [
+        (f[:, :-1, :width], torch.cat([f[:, :-1, width:].flatten(1), f[:, -1]], 1)[:, None])
+        for f in (before, after)
+    ]
+    return list(zip(*parts, strict=True))
 
 
 def _number(value: Any) -> float | None:

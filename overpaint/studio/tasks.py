@@ -218,10 +218,11 @@ def draw_restored(
         settings.seeds[0], 3, embeds, model_copy.encode([""]),
         on_step=lambda done, _: on_progress(done, settings.steps, "drawing the restored picture"),
     )  # fmt: skip
+    label = sublayer_label(name, has_two=len(model.text_encoders) > 1)
     captions = (
         ("clean", f"{settings.prompt}, drawn by the original model"),
         ("corrupted", f"the same, with noise on “{settings.concept}”"),
-        ("restored", f"the same, with {sublayer_label(name)} at “{token}” restored"),
+        ("restored", f"the same, with {label} at “{token}” restored"),
     )
     pictures = Pictures(
         model_copy.decode(latents).cpu(), (settings.prompt,) * 3, settings.seeds[:1] * 3
@@ -357,9 +358,12 @@ def draw_versions(
     return PictureGrid(settings, names, tuple(map(tuple, rows)))
 
 
-def sublayer_label(site: str) -> str:
-    """Return a site name in words: `text.0.self_attn` is `layer 0 attention`."""
+def sublayer_label(site: str, has_two: bool = False) -> str:
+    """Return a site name in words: `text.0.self_attn` is `layer 0 attention`.
+
+    If the model `has_two` text encoders, the first is named too.
+    """
     part, number, kind = (*site.split("."), "", "")[:3]
     names = {"self_attn": "attention", "mlp": "MLP"}
-    encoder = " of encoder 2" if part == "text2" else ""
+    encoder = " of encoder 2" if part == "text2" else " of encoder 1" if has_two else ""
     return f"layer {number} {names.get(kind, kind)}{encoder}" if number else site

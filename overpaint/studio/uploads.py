@@ -23,7 +23,7 @@ from overpaint.studio.tasks import PromptSettings
 
 __all__ = [
     "MAX_BYTES", "PictureOrigin", "file_name", "load_change", "load_origin", "model_name", "save_change",
-    "save_picture", "shown_name",
+    "save_picture", "shown_name", "stored_name",
 ]  # fmt: skip
 
 MAX_BYTES = 256 * 2**20
@@ -50,6 +50,15 @@ def shown_name(path: str | Path) -> str:
     last = re.split(r"[\\/]", str(path))[-1]
     clean = "".join(c for c in last if unicodedata.category(c)[0] != "C").strip() or "file"
     return clean if len(clean) <= 80 else f"{clean[:76]}..."
+
+
+def stored_name(name: str) -> str:
+    """Return a name for an uploaded file on disk: its `shown_name`, at most 200 bytes long, suffix included."""
+    shown = shown_name(name)
+    stem, suffix = Path(shown).stem.strip(". "), Path(shown).suffix
+    if len(suffix.encode()) > 40:
+        stem, suffix = shown, ""
+    return f"{stem.encode()[:160].decode(errors='ignore') or 'file'}{suffix}"
 
 
 def model_name(model: str) -> str:
