@@ -487,3 +487,87 @@ def test_a_clip_skip_that_leaves_no_layer_raises(value):
         ValueError, match="`clip_skip` must be an integer from 0 to 3 for this model"
     ):
         op.load(builders.tiny(text_layers=4), clip_skip=value)
+
+
+@pytest.mark.parametrize("layout", ["sd1", "sd2", "sdxl"])
+def test_negative_prompt_size_and_clip_skip_draw_what_diffusers_draws(layout):
+    pipe = with_text_model(builders.tiny(layout, text_layers=4))
+    pipe.set_progress_bar_config(disable=True)
+    model = op.load(pipe)
+    noise = torch.randn(4, 12, 8, generator=torch.Generator().manual_seed(5))[None]
+    theirs = pipe(
+        "a cat", negative_prompt="a dog in noto style", latents=noise, num_inference_steps=3, height=24, width=16,
+        guidance_scale=4.0, clip_skip=1, output_type="pt",
+    ).images  # fmt: skip
+    options = {"seed": 5, "steps": 3, "guidance_scale": 4.0}
+    ours = model.generate(
+        "a cat", negative_prompt="a dog in noto style", height=24, width=16, clip_skip=1, **options
+    )
+    assert ours.images.shape == (1, 3, 24, 16)
+    assert torch.allclose(ours.images, theirs, atol=1e-5)
+    assert ours.protocol["negative_prompt"] == "a dog in noto style"
+    assert ours.protocol["clip_skip"] == 1
+    plain = model.generate("a cat", height=24, width=16, **options)
+    assert not torch.allclose(plain.images, theirs, atol=1e-3)
+    with_skip = op.load(pipe, clip_skip=1).generate(
+        "a cat", negative_prompt="a dog in noto style", height=24, width=16, **options
+    )
+    assert torch.equal(with_skip.images, ours.images)
+
+
+def test_an_empty_negative_prompt_of_sdxl_is_encoded_as_in_diffusers():
+    pipe = builders.tiny("sdxl", text_layers=2)
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(5))[None]
+    theirs = pipe(
+        "a cat", negative_prompt="", latents=noise, num_inference_steps=2, height=16, width=16, output_type="pt"
+    ).images  # fmt: skip
+    ours = op.load(pipe).generate("a cat", negative_prompt="", seed=5, steps=2)
+    assert torch.allclose(ours.images, theirs, atol=1e-5)
+
+
+def test_each_prompt_may_have_its_own_negative_prompt(tiny_sd1):
+    prompts, others = ["a cat", "a dog"], ["a house", "a tree"]
+    both = tiny_sd1.generate(prompts, negative_prompt=others, seed=[1, 2], steps=2, batch_size=1)
+    for i in (0, 1):
+        alone = tiny_sd1.generate(prompts[i], negative_prompt=others[i], seed=i + 1, steps=2)
+        assert torch.allclose(both.images[i], alone.images[0], atol=1e-5)
+    assert both.protocol["negative_prompt"] == others
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"height": 12},
+            ValueError,
+            "`height` must be a multiple of 8 of at least 8 pixels, got 12",
+        ),
+        (
+            {"width": 0},
+            ValueError,
+            "`width` must be a multiple of 8 of at least 8 pixels, got 0: the",
+        ),
+        ({"width": 16.0}, ValueError, "`width` must be a multiple of 8"),
+        ({"negative_prompt": ["a"] * 3}, ValueError, "3 negative prompts for 1 prompts: give one"),
+        ({"negative_prompt": [1]}, TypeError, "`negative_prompt` must be a string or strings"),
+        ({"clip_skip": 99}, ValueError, "`clip_skip` must be an integer from 0 to 11"),
+    ],
+)
+def test_bad_sizes_and_negative_prompts_raise(tiny_sd1, change, error, message):
+    with pytest.raises(error, match=message):
+        tiny_sd1.generate("a cat", steps=1, **change)
+
+
+def test_the_command_line_draws_with_the_same_options(run, tiny_folder, tmp_path):
+    words = "--seed 3 --steps 2 --width 24 --clip-skip 2 --json".split()
+    options = (*words, "--negative-prompt", "a dog")
+    code, _, error = run("generate", tiny_folder, "a cat", "--out", tmp_path / "out", *options)
+    assert (code, error) == (0, "")
+    expected = op.load(tiny_folder, clip_skip=2).generate(
+        "a cat", seed=3, steps=2, negative_prompt="a dog", width=24
+    )
+    (written,) = expected.save(tmp_path / "expected")
+    assert (tmp_path / "out" / "0000.png").read_bytes() == written.read_bytes()
+    code, _, error = run("generate", tiny_folder, "a cat", "--out", tmp_path / "no", "--height", 20)
+    assert code == 2 and "`height` must be a multiple of 8" in error

@@ -1,5 +1,7 @@
+import json
 from collections import Counter
 
+import layouts
 import pytest
 import torch
 from torch import nn
@@ -302,3 +304,17 @@ def test_submodules_compiled_in_place_raise():
     with pytest.raises(UnsupportedModel, match=r"is compiled \(text_model\)"):
         sites.find_text(pipe.text_encoder_2)
     assert sites.find_text(pipe.text_encoder)
+
+
+@pytest.mark.parametrize("layout", ["sd1", "sdxl"])
+def test_the_command_lists_whole_paths_in_80_columns(run, tmp_path, monkeypatch, layout):
+    layouts.folder(tmp_path / layout, layout)
+    monkeypatch.setenv("COLUMNS", "80")
+    code, output, _ = run("sites", tmp_path / layout)
+    lines = output.splitlines()
+    assert code == 0 and max(len(line) for line in lines) <= 80 and "…" not in output
+    listed = [tuple(line.split()) for line in lines[1:]]
+    code, output, _ = run("sites", tmp_path / layout, "--json")
+    sites_of_json = json.loads(output)["sites"]
+    assert listed == [(site["name"], site["path"]) for site in sites_of_json]
+    assert set(sites_of_json[0]) == {"name", "kind", "path"}

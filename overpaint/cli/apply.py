@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from overpaint.cli.options import Device, Json, Model
+from overpaint.cli.options import Device, Dtype, Json, Model, within
 from overpaint.cli.terminal import check_writable, load_model, print_facts
 
 __all__ = ["apply"]
@@ -15,14 +15,17 @@ def apply(
     model: Model,
     change: Annotated[Path, typer.Argument(help="The change file.")],
     out: Annotated[Path, typer.Option(help="A new folder for the edited model.")],
-    strength: Annotated[float, typer.Option(help="0 for none of the change, 1 for all.")] = 1.0,
+    strength: Annotated[
+        float, typer.Option(help="0 for none of the change, 1 for all.", callback=within(-100, 100))
+    ] = 1.0,
     without: Annotated[
         list[str] | None, typer.Option(help="A concept to leave out; may be given again.")
     ] = None,
     device: Device = "cpu",
+    dtype: Dtype = "float32",
     as_json: Json = False,
 ) -> None:
-    """Write an edited copy of a model, as a diffusers folder.
+    """Write an edited copy of a model. The copy is a diffusers folder.
 
     \b
     overpaint apply icons change.safetensors --out edited
@@ -34,7 +37,7 @@ def apply(
         raise FileExistsError(f"{str(out)!r} exists already: name a new folder with --out.")
     check_writable(out.parent)
     loaded_change = Change.load(change)
-    loaded = load_model(model, device)
+    loaded = load_model(model, device, dtype)
     if without:
         loaded_change = stack(loaded, [loaded_change], without=without)
     if strength != 1:

@@ -7,8 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from overpaint.cli.options import Device, Json, Model, with_options
-from overpaint.cli.terminal import check_writable, load_model, print_facts, progress
+from overpaint.cli.options import (
+    ClipSkip,
+    Device,
+    Dtype,
+    Force,
+    Json,
+    Model,
+    change_file,
+    with_options,
+    within,
+)
+from overpaint.cli.terminal import check_absent, check_writable, load_model, print_facts, progress
 
 if TYPE_CHECKING:
     from overpaint.edit import Change
@@ -51,11 +61,19 @@ class EditOptions:
     ] = False
     preserve_weight: Annotated[
         float | None,
-        typer.Option(help="Weight of a preserved prompt.", show_default="0.1, or that of --update"),
+        typer.Option(
+            help="Weight of a preserved prompt.",
+            show_default="0.1, or that of --update",
+            callback=within(0, 1e6),
+        ),
     ] = None
     ridge: Annotated[
         float | None,
-        typer.Option(help="Pull to the old weight.", show_default="0.01, or that of --update"),
+        typer.Option(
+            help="Pull to the old weight.",
+            show_default="0.01, or that of --update",
+            callback=within(1e-12, 1e6),
+        ),
     ] = None
     positions: Annotated[
         str | None,
@@ -67,7 +85,7 @@ class EditOptions:
     encoder: Annotated[
         str | None,
         typer.Option(
-            help="text, or text2 for SDXL's second.", show_default="text, or that of --update"
+            help="all, text, or text2 for SDXL's second.", show_default="all, or that of --update"
         ),
     ] = None
     update: Annotated[
@@ -79,19 +97,36 @@ class EditOptions:
     ] = None
     strength: Annotated[
         float,
-        typer.Option(help="Strength of what --erase names; without --erase, of all of --update."),
+        typer.Option(
+            help="Strength of what --erase names; without --erase, of all of --update.",
+            callback=within(-100, 100),
+        ),
     ] = 1.0
     rank: Annotated[
-        int | None, typer.Option(help="Cut to this rank for a small file; about 16 a concept.")
+        int | None,
+        typer.Option(
+            help="Cut to this rank for a small file; about 16 a concept.",
+            callback=within(1, 100_000),
+        ),
     ] = None
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would move; write no file.")
     ] = False
-    out: Annotated[Path, typer.Option(help="The change file.")] = Path("change.safetensors")
+    out: Annotated[Path, typer.Option(help="The change file.", callback=change_file)] = Path(
+        "change.safetensors"
+    )
+    force: Force = False
 
 
 @with_options
-def edit(model: Model, options: EditOptions, device: Device = "cpu", as_json: Json = False) -> None:
+def edit(
+    model: Model,
+    options: EditOptions,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    clip_skip: ClipSkip = None,
+    as_json: Json = False,
+) -> None:
     """Make a change file. The model stays as it is.
 
     \b
@@ -106,9 +141,10 @@ def edit(model: Model, options: EditOptions, device: Device = "cpu", as_json: Js
     pairs = _pairs(options)
     _check(options, pairs)
     if not options.dry_run:
+        check_absent(options.out, force=options.force)
         check_writable(options.out.parent)
     base = None if options.update is None else Change.load(options.update)
-    loaded = load_model(model, device)
+    loaded = load_model(model, device, dtype, clip_skip)
     addition = _solve(loaded, pairs, options, base, as_json) if pairs else None
     change = _combine(loaded, base, addition, options)
     report = change.report
@@ -151,6 +187,11 @@ def _check(options: EditOptions, pairs: dict[str, str]) -> None:
             "nothing to edit: name a concept with --erase and its replacement with --replace, or a file with "
             "--concepts."
         )
+    chosen = {"positions": options.positions is not None, "neighbours": options.neighbours}
+    for name in [name for name, present in chosen.items() if present and options.auto]:
+        raise ValueError(
+            f"--auto chooses the {name} itself: leave --{name} out, or leave --auto out."
+        )
     if options.without and options.update is None:
         raise ValueError(
             "--without takes concepts out of a change file: name the file with --update."
@@ -183,13 +224,8 @@ def _automatic(
 ) -> "Change":
     from overpaint.edit import auto
 
-    for name in ("positions", "encoder"):
-        if getattr(options, name) is not None:
-            raise ValueError(
-                f"--auto chooses the {name} itself: leave --{name} out, or leave --auto out."
-            )
     settings: dict[str, Any] = {"repair": options.repair, "tokens": options.tokens}
-    for name in ("ridge", "preserve_weight"):
+    for name in ("ridge", "preserve_weight", "encoder"):
         if (value := getattr(options, name)) is not None:
             settings[name] = value
     with progress(quiet) as on_progress:
@@ -221,7 +257,7 @@ def _facts(change: "Change", report: Mapping[str, Any]) -> dict[str, Any]:
         "verdict": verdict.describe(change),
         "change": "",
         "site": sites[0] if len(sites) == 1 else f"{len(sites)} weights",
-        "concepts": [f"{old} → {new}" for old, new in change.pairs.items()],
+        "concepts": [f"{old} → {new or '(nothing)'}" for old, new in change.pairs.items()],
         **{name: value for name, value in report.items() if isinstance(value, int | float)},
         **moved_and_endangered(report),
     }
@@ -245,6 +281,9 @@ def moved_and_endangered(report: Mapping[str, Any]) -> dict[str, list[str]]:
     for name in ("endangered", "not_kept"):
         rows: Sequence[Any] = report.get(name, [])
         lists[name] = [row["concept"] if isinstance(row, dict) else row for row in rows]
+    for name in ("aliases", "contained_kept", "unedited_encoders", "notes"):
+        if entries := report.get(name):
+            lists[name] = [str(entry) for entry in entries]
     return lists
 
 

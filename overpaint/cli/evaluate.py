@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from overpaint import files
-from overpaint.cli.options import Device, Json, Seed, Steps, with_options
+from overpaint.cli.options import (
+    ClipSkip,
+    Device,
+    Dtype,
+    Json,
+    Seed,
+    Steps,
+    with_options,
+    within,
+)
 from overpaint.cli.terminal import (
     check_writable,
     load_model,
@@ -30,7 +39,11 @@ class EvaluateOptions:
 
     out: Annotated[Path, typer.Option(help="Folder for the scores.")] = Path("runs/evaluation")
     size: Annotated[
-        int, typer.Option(help="Questions for each concept, or cases of each role of a set.")
+        int,
+        typer.Option(
+            help="Questions for each concept, or cases of each role of a set.",
+            callback=within(1, 100_000),
+        ),
     ] = 40
     cases: Annotated[
         str | None,
@@ -52,7 +65,9 @@ class EvaluateOptions:
         list[str] | None,
         typer.Option(help="A metric to measure on the set; may be given again. Or all."),
     ] = None
-    repeats: Annotated[int, typer.Option(help="Pictures of each case of a set.")] = 1
+    repeats: Annotated[
+        int, typer.Option(help="Pictures of each case of a set.", callback=within(1, 100_000))
+    ] = 1
     erase: Annotated[
         str | None, typer.Option(help="The erased concept. Default: that of the change.")
     ] = None
@@ -77,6 +92,8 @@ def evaluate(
     ] = None,
     change: Annotated[Path | None, typer.Argument(help="The change file.")] = None,
     device: Device = "cpu",
+    dtype: Dtype = "float32",
+    clip_skip: ClipSkip = None,
     as_json: Json = False,
 ) -> None:
     """Measure what a change does. By labels (`overpaint report` draws the result), or by metrics on an evaluation set.
@@ -101,7 +118,8 @@ def evaluate(
     record = _record(options.out, context)
     loaded_change = Change.load(change)
     erase, replace = _concept(loaded_change.pairs, options)
-    run = _Run(load_model(model, device), loaded_change, erase, replace, options, as_json)
+    loaded = load_model(model, device, dtype, clip_skip)
+    run = _Run(loaded, loaded_change, erase, replace, options, as_json)
     facts = _evaluate(run, device)
     files.write_json(options.out / "run.json", record)
     facts["scores"] = str(options.out)

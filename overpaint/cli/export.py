@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from overpaint.cli.options import Device, Json, Model
-from overpaint.cli.terminal import check_writable, load_model, print_facts
+from overpaint.cli.options import Device, Dtype, Force, Json, Model
+from overpaint.cli.terminal import check_absent, check_writable, load_model, print_facts
 
 __all__ = ["export"]
 
@@ -24,10 +24,12 @@ def export(
             help="lora, ldm (one checkpoint of the edited model, Stable Diffusion 1 only), or folder (diffusers).",
         ),
     ] = "lora",
+    force: Force = False,
     device: Device = "cpu",
+    dtype: Dtype = "float32",
     as_json: Json = False,
 ) -> None:
-    """Write a change for other tools: as a LoRA, or the whole edited model.
+    """Write a change for other tools. As a LoRA, or as the whole edited model.
 
     \b
     overpaint export icons change.safetensors --out lora.safetensors
@@ -40,9 +42,10 @@ def export(
         raise ValueError(
             f"unknown format {form!r}: choose lora, ldm or folder with --format, for example --format lora."
         )
+    _check_out(out, form, force)
     check_writable(out.parent)
     loaded_change = Change.load(change)
-    loaded = load_model(model, device)
+    loaded = load_model(model, device, dtype)
     if form == "lora":
         path = export.lora(loaded_change, out, model=loaded)
     elif form == "ldm":
@@ -50,6 +53,21 @@ def export(
     else:
         path = export.folder(loaded, loaded_change, out)
     print_facts({"format": form, "written": str(path), "bytes": _size(path)}, as_json=as_json)
+
+
+def _check_out(out: Path, form: str, force: bool) -> None:
+    """Raise unless the export may be written to `out`."""
+    if form != "folder":
+        if out.suffix != ".safetensors":
+            raise ValueError(
+                f"weights are exported as safetensors, not as {out.name!r}: end the name in '.safetensors'."
+            )
+        return check_absent(out, force=force)
+    if out.exists():
+        raise FileExistsError(
+            f"{str(out)!r} exists already: an export replaces no folder, also with --force; name a new one."
+        )
+    return None
 
 
 def _size(path: Path) -> int:

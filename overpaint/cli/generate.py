@@ -1,25 +1,65 @@
 """`overpaint generate`: draw pictures."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from overpaint.cli.options import Device, Json, Model, Seed, Steps
-from overpaint.cli.terminal import check_writable, load_model, print_facts, progress
+from overpaint.cli.options import (
+    ClipSkip,
+    Device,
+    Dtype,
+    Force,
+    Json,
+    Model,
+    Seed,
+    Steps,
+    with_options,
+    within,
+)
+from overpaint.cli.terminal import check_absent, check_writable, load_model, print_facts, progress
 
 __all__ = ["generate"]
 
 
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Options of `generate`."""
+
+    out: Annotated[Path, typer.Option(help="Folder for the PNGs.")] = Path("runs/pictures")
+    change: Annotated[Path | None, typer.Option(help="Apply this change first.")] = None
+    force: Force = False
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="Guidance leads away from it instead of the empty prompt.")
+    ] = None
+    seed: Seed = 0
+    steps: Steps = 20
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Default: the model's.", callback=within(0, 1000))
+    ] = None
+    height: Annotated[
+        int | None,
+        typer.Option(
+            help="In pixels, a multiple of 8.", show_default="the model's", callback=within(8, 8192)
+        ),
+    ] = None
+    width: Annotated[
+        int | None,
+        typer.Option(
+            help="In pixels, a multiple of 8.", show_default="the model's", callback=within(8, 8192)
+        ),
+    ] = None
+    clip_skip: ClipSkip = None
+
+
+@with_options
 def generate(
     model: Model,
     prompts: Annotated[list[str], typer.Argument(help="One picture each.")],
-    out: Annotated[Path, typer.Option(help="Folder for the PNGs.")] = Path("runs/pictures"),
-    change: Annotated[Path | None, typer.Option(help="Apply this change first.")] = None,
-    seed: Seed = 0,
-    steps: Steps = 20,
-    guidance_scale: Annotated[float | None, typer.Option(help="Default: the model's.")] = None,
+    options: GenerateOptions,
     device: Device = "cpu",
+    dtype: Dtype = "float32",
     as_json: Json = False,
 ) -> None:
     """Draw pictures.
@@ -27,16 +67,20 @@ def generate(
     \b
     overpaint generate icons "an apple in noto style" "a cat in twemoji style" --seed 3
     overpaint generate icons "an apple in openmoji style" --change change.safetensors --out after
+    overpaint generate ./sd15 "a city" --negative-prompt "rain" --width 768 --height 512 --clip-skip 1
     """  # noqa: D301
     from overpaint.edit import Change
 
-    check_writable(out)
-    loaded = load_model(model, device)
-    if change is not None:
-        Change.load(change).apply(loaded)
+    pictures = [options.out / f"{i:04d}.png" for i in range(len(prompts))]
+    check_absent(*pictures, options.out / "pictures.json", force=options.force)
+    check_writable(options.out)
+    loaded = load_model(model, device, dtype, options.clip_skip)
+    if options.change is not None:
+        Change.load(options.change).apply(loaded)
     with progress(as_json) as on_progress:
-        pictures = loaded.generate(
-            prompts, seed=seed, steps=steps, guidance_scale=guidance_scale,
+        images = loaded.generate(
+            prompts, negative_prompt=options.negative_prompt, seed=options.seed, steps=options.steps,
+            guidance_scale=options.guidance_scale, height=options.height, width=options.width,
             on_progress=on_progress,
         )  # fmt: skip
-    print_facts({"pictures": [str(path) for path in pictures.save(out)]}, as_json=as_json)
+    print_facts({"pictures": [str(path) for path in images.save(options.out)]}, as_json=as_json)

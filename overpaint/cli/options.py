@@ -1,20 +1,81 @@
-"""Options that several verbs share, and verbs whose options are the fields of a frozen dataclass."""
+"""Options that several verbs share, ranges of numbers, and verbs whose options are the fields of a frozen dataclass.
+
+Ranges are checked while the command line is read, so that a wrong number is refused before any model is loaded.
+"""
 
 import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
-__all__ = ["Device", "Json", "Model", "Seed", "Steps", "with_options"]
+__all__ = [
+    "ClipSkip",
+    "Device",
+    "Dtype",
+    "Force",
+    "Json",
+    "Model",
+    "Seed",
+    "Steps",
+    "change_file",
+    "with_options",
+    "within",
+]
+
+LARGEST_SEED = 10**18  # random generators take 64 bits, and seeds are counted up
+
+
+def within(low: float, high: float) -> Callable[[Any], Any]:
+    """Return a callback for an option that refuses numbers, or lists of them, outside `low` to `high`, and NaN."""
+
+    def check(value: Any) -> Any:
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if number is not None and not low <= number <= high:
+                raise typer.BadParameter(f"{number} is out of range: give {low} to {high}.")
+        return value
+
+    return check
+
+
+def change_file(path: Path) -> Path:
+    """Return the path of a change file to write; a callback for an option.
+
+    Raises:
+        typer.BadParameter: The name does not end in `.safetensors`.
+    """
+    if path.suffix != ".safetensors":
+        raise typer.BadParameter(
+            f"a change is saved as safetensors, not as {path.name!r}: end the name in '.safetensors'."
+        )
+    return path
+
 
 Model = Annotated[str, typer.Argument(help="A zoo name (icons), a folder, or a hub id.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[
+    str, typer.Option(help="Of the weights in memory: float32, float16, bfloat16, or stored.")
+]
+ClipSkip = Annotated[
+    int | None,
+    typer.Option(
+        help="Last layers of the text encoder to leave out.",
+        show_default="the model's, 0",
+        callback=within(0, 100),
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything drawn at random.")]
-Steps = Annotated[int, typer.Option(help="Denoising steps of a picture.")]
+Seed = Annotated[
+    int,
+    typer.Option(help="Seed of everything drawn at random.", callback=within(0, LARGEST_SEED)),
+]
+Steps = Annotated[int, typer.Option(help="Denoising steps of a picture.", callback=within(1, 1000))]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace files that exist, instead of refusing to.")
+]
 
 
 def with_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,12 +1,14 @@
 """`overpaint sites`: list what can be traced."""
 
-from overpaint.cli.options import Device, Json, Model
+from overpaint.cli.options import Device, Dtype, Json, Model
 from overpaint.cli.terminal import load_model, print_json, print_table
 
 __all__ = ["sites"]
 
 
-def sites(model: Model, device: Device = "cpu", as_json: Json = False) -> None:
+def sites(
+    model: Model, device: Device = "cpu", dtype: Dtype = "float32", as_json: Json = False
+) -> None:
     """List what can be traced. The sites come in execution order.
 
     \b
@@ -15,8 +17,9 @@ def sites(model: Model, device: Device = "cpu", as_json: Json = False) -> None:
     """  # noqa: D301
     from overpaint.model.sites import find
 
-    rows = [(site.name, site.kind, site.path) for site in find(load_model(model, device))]
+    rows = [(site.name, site.kind, site.path) for site in find(load_model(model, device, dtype))]
     if as_json:
         keys = ("name", "kind", "path")
         return print_json({"sites": [dict(zip(keys, row, strict=True)) for row in rows]})
-    return print_table(("site", "kind", "module"), rows)
+    # The name holds the kind, and without that column 80 columns hold the longest path.
+    return print_table(("site", "module"), [(name, path) for name, _, path in rows])

@@ -8,21 +8,43 @@ from typing import Any
 
 from overpaint import files
 
-__all__ = ["check_writable", "load_model", "print_facts", "print_json", "print_table", "progress"]
+__all__ = [
+    "check_absent",
+    "check_writable",
+    "load_model",
+    "print_facts",
+    "print_json",
+    "print_table",
+    "progress",
+]
+
+
+def check_absent(*paths: Path, force: bool) -> None:
+    """Raise `FileExistsError` if one of `paths` exists, unless `force` is set and it is a file."""
+    for path in paths:
+        if path.is_dir():
+            raise IsADirectoryError(f"{str(path)!r} is a folder: name a file with --out.")
+        if path.exists() and not force:
+            raise FileExistsError(
+                f"{str(path)!r} exists already: choose another place with --out, or replace it with --force."
+            )
 
 
 def check_writable(folder: Path, *, make: bool = True) -> None:
-    """Make `folder` if `make` is set, and raise `OSError` unless files can be written there."""
+    """Make `folder` if `make` is set, and raise `OSError` unless files can be written there.
+
+    Drafts that processes left there when they were killed are removed.
+    """
     try:
         if make:
             folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".overpaint-writable"
-        probe.touch()
-        probe.unlink()
+        with files.temporary_folder(folder / "overpaint-writable"):
+            pass
     except OSError as error:
         raise type(error)(
             f"cannot write into {str(folder)!r} ({error.strerror}): name another folder{' with --out' if make else ''}."
         ) from error
+    files.remove_drafts_in(folder)
 
 
 @contextmanager
@@ -81,7 +103,9 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     Console().print(table)
 
 
-def load_model(model: str, device: str) -> Any:
+def load_model(
+    model: str, device: str, dtype: str = "float32", clip_skip: int | None = None
+) -> Any:
     """Return the model `model` on `device`; diffusers and transformers print no warnings and bars meanwhile."""
     import diffusers
     import transformers
@@ -91,7 +115,4 @@ def load_model(model: str, device: str) -> Any:
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
-    try:
-        return models.load(model, device=device)
-    except RuntimeError as error:  # torch names an unknown or absent device so
-        raise ValueError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error
+    return models.load(model, device=device, dtype=dtype, clip_skip=clip_skip)

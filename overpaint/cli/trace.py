@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from overpaint.cli.options import Device, Json, Model, Seed, Steps, with_options
+from overpaint.cli.options import (
+    ClipSkip,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Seed,
+    Steps,
+    with_options,
+    within,
+)
 from overpaint.cli.terminal import (
     check_writable,
     load_model,
@@ -45,7 +55,11 @@ class TraceOptions:
     ] = None
     limit: Annotated[
         int | None,
-        typer.Option(help="Largest number of probes.", show_default="8, or the whole CSV"),
+        typer.Option(
+            help="Largest number of probes.",
+            show_default="8, or the whole CSV",
+            callback=within(1, 1_000_000),
+        ),
     ] = None
     source: Annotated[str, typer.Option(help="unet: clean_trajectory or same_latent.")] = (
         "clean_trajectory"
@@ -57,9 +71,15 @@ class TraceOptions:
         bool, typer.Option("--windows", help="unet: each third of the steps too.")
     ] = False
     target: Annotated[str, typer.Option(help="swap: the words to put in the concept's place.")] = ""
-    window: Annotated[int, typer.Option(help="swap: layers swapped together.")] = 2
+    window: Annotated[
+        int, typer.Option(help="swap: layers swapped together.", callback=within(1, 1000))
+    ] = 2
     screen: Annotated[
-        float | None, typer.Option(help="Draw only this share of the states, the best by gradient.")
+        float | None,
+        typer.Option(
+            help="Draw only this share of the states, the best by gradient.",
+            callback=within(1e-6, 1),
+        ),
     ] = None
     features_only: Annotated[
         bool, typer.Option("--features-only", help="text: draw no pictures.")
@@ -70,17 +90,26 @@ class TraceOptions:
             help="A CLIP (folder or hub id) instead of icons-judge, for pictures of any size."
         ),
     ] = None
-    noise_samples: Annotated[int, typer.Option(help="Corruptions a prompt.")] = 1
+    noise_samples: Annotated[
+        int, typer.Option(help="Corruptions a prompt.", callback=within(1, 10_000))
+    ] = 1
     sigma: Annotated[str, typer.Option(help="Their size: a number, or as in 3std.")] = "3std"
     solver: Annotated[str, typer.Option(help="own, ddim or dpm.")] = "dpm"
-    memory: Annotated[float | None, typer.Option(help="MiB for activations.")] = None
+    memory: Annotated[
+        float | None, typer.Option(help="MiB for activations.", callback=within(1, 1e9))
+    ] = None
     seed: Seed = 0
     steps: Steps = 10
 
 
 @with_options
 def trace(
-    model: Model, options: TraceOptions, device: Device = "cpu", as_json: Json = False
+    model: Model,
+    options: TraceOptions,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    clip_skip: ClipSkip = None,
+    as_json: Json = False,
 ) -> None:
     """Trace which sites keep a kind of concept. `overpaint report` draws the result.
 
@@ -100,7 +129,7 @@ def trace(
     drawing = trace.Drawing(
         steps=options.steps, solver=options.solver, seeds=(options.seed,), memory=options.memory
     )
-    loaded = load_model(model, device)
+    loaded = load_model(model, device, dtype, clip_skip)
     run = _Run(
         loaded, chosen, drawing, trace.Noise(options.noise_samples, sigma),
         None if options.scorer is None else Clip(options.scorer, device=device).score, options,

@@ -106,6 +106,14 @@ class TextToImage:
             unet=getattr(pipe, "unet", None),
         )
 
+    def components(self) -> dict[str, Any]:
+        """Return the parts of the pipeline by name, for their classes and settings; no weights are loaded for it."""
+        names = (
+            "text_encoder", "text_encoder_2", "unet", "vae", "tokenizer", "tokenizer_2", "scheduler",
+        )  # fmt: skip
+        parts = {name: getattr(self._structure, name, None) for name in names}
+        return {name: part for name, part in parts.items() if part is not None}
+
     @property
     def text_encoder(self) -> Any:
         """The `CLIPTextModel`; the first one if there are two."""

@@ -5,7 +5,9 @@ the decoded tokens fails, because CLIP's decoder changes spaces and case. The to
 is not always the concept's: in "van gogh." it is the full stop.
 """
 
+import itertools
 import re
+import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +42,8 @@ class Span:
 def find_span(tokenizer: Any, prompt: str, concept: str) -> Span:
     """Return the positions of the tokens of `concept` in the padded ids of `prompt`.
 
-    Only whole words match: "cat" does not match "cats" or "cathedral". Case and the amount of white space are ignored,
-    as CLIP ignores them.
+    Only whole words match: "cat" does not match "cats" or "cathedral". Case, the amount of white space and the Unicode
+    form of a letter (one character, or a letter and its accent) are ignored, as the tokenizer ignores them.
 
     Args:
         tokenizer: A fast CLIP tokenizer; its `model_max_length` is the token limit L.
@@ -59,8 +61,9 @@ def find_span(tokenizer: Any, prompt: str, concept: str) -> Span:
         raise ValueError(
             "the concept is empty: name the words of the prompt that carry it, as in 'van gogh'."
         )
-    pattern = r"\s+".join(re.escape(word) for word in words)
-    matches = list(re.finditer(rf"(?<!\w){pattern}(?!\w)", prompt, flags=re.IGNORECASE))
+    pattern = r"\s+".join(re.escape(_normalised(tokenizer, word)) for word in words)
+    text, places = _with_places(tokenizer, prompt)
+    matches = list(re.finditer(rf"(?<!\w){pattern}(?!\w)", text, flags=re.IGNORECASE))
     if not matches:
         raise ValueError(
             f"concept {concept!r} is not in the prompt {prompt!r}: write it there in the same words, or name words "
@@ -71,7 +74,29 @@ def find_span(tokenizer: Any, prompt: str, concept: str) -> Span:
             f"concept {concept!r} occurs {len(matches)} times in the prompt {prompt!r}, so its position is ambiguous: "
             "reword the prompt so that it occurs once."
         )
-    return span_at(tokenizer, prompt, matches[0].start(), matches[0].end())
+    return span_at(tokenizer, prompt, places[matches[0].start()], places[matches[0].end()])
+
+
+def _normalised(tokenizer: Any, text: str) -> str:
+    """Return `text` as the tokenizer normalises it before it splits words."""
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    return normalizer.normalize_str(text) if normalizer is not None else text
+
+
+def _with_places(tokenizer: Any, prompt: str) -> tuple[str, list[int]]:
+    """Return `prompt` normalised, and the place in `prompt` of each of its characters and of its end.
+
+    Each letter is normalised together with the accents that follow it.
+    """
+    starts = [i for i, c in enumerate(prompt) if i == 0 or not unicodedata.combining(c)]
+    parts: list[str] = []
+    places: list[int] = []
+    for start, end in itertools.pairwise([*starts, len(prompt)]):
+        part = prompt[start:end]
+        # white space stays as it is: a normaliser may join it with its neighbours
+        parts.append(part if part.isspace() else _normalised(tokenizer, part))
+        places += [start] * len(parts[-1])
+    return "".join(parts), [*places, len(prompt)]
 
 
 def span_at(tokenizer: Any, prompt: str, start: int, end: int) -> Span:
