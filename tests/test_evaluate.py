@@ -226,6 +226,12 @@ def test_a_share_of_0_or_1_has_the_exact_interval_over_scenes():
         assert (shares[1].low, shares[1].high) == (pytest.approx(1 - bound), 1)
         assert pair.change.high - pair.change.low == pytest.approx(2 * bound)
     assert scores.aliases()["UA"].low == pytest.approx(1 - bound)
+    intervals, figures = scores.intervals(), scores.flat()
+    assert intervals["target_after"].high == pytest.approx(bound)
+    assert all(
+        intervals[n].mean == figures[n] for n in intervals.keys() & figures.keys() if intervals[n].n
+    )
+    assert set(figures) - set(intervals) == {"others_drop_worst", "empty_drift"}
     same = tally.scores("no edit", labels, drift=0.0, protocol={}).efficacy.change
     assert (same.mean, same.low, same.high) == (0, pytest.approx(-bound), pytest.approx(bound))
 

@@ -112,6 +112,23 @@ class Scores:
             "empty_drift": self.empty_drift,
         }
 
+    def intervals(self) -> dict[str, Interval]:
+        """Return the shares and losses of `flat` and `aliases` with their intervals, under the same names."""
+        pairs = {
+            "target": self.efficacy, "replaced": self.redirection, "unseen": self.generality["unseen wordings"],
+            "held_out": self.generality["held-out pairs"],
+        }  # fmt: skip
+        shares = {f"{name}_after": pair.after for name, pair in pairs.items()}
+        before = {f"{name}_before": pairs[name].before for name in ("target", "replaced")}
+        losses = {"others_drop": self.specificity[self.kind].change} | {
+            f"{k}s_drop": p.change for k, p in self.specificity.items() if k != self.kind
+        }
+        drops = {
+            name: Interval(0.0 - c.mean, 0.0 - c.high, 0.0 - c.low, c.n)
+            for name, c in losses.items()
+        }
+        return before | shares | drops | self.aliases()
+
 
 def complement(share: Interval) -> Interval:
     """Return one minus the share, with its bounds exchanged."""
