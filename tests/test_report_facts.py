@@ -55,7 +55,8 @@ def test_a_page_that_would_overwrite_a_result_is_an_error(comparison, tmp_path, 
     with pytest.raises(ValueError, match=r"would overwrite the result .*gallery.safetensors"):
         report.save(folder, out=folder / "gallery.safetensors")
     with pytest.raises(
-        ValueError, match=r"has the name of the file of its figures: end its name in .html"
+        ValueError,
+        match=r"has the same name as its JSON file of figures: end the page's name in .html",
     ):
         report.save(folder, out=folder / "page.json")
     assert {path: path.read_bytes() for path in folder.iterdir()} == before

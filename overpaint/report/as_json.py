@@ -12,37 +12,37 @@ __all__ = ["content"]
 _SOURCES = (".json", ".parquet", ".safetensors")
 
 
-def content(words: Mapping[str, Any], summary: Mapping[str, Any], source: Path) -> dict[str, Any]:
+def content(values: Mapping[str, Any], summary: Mapping[str, Any], source: Path) -> dict[str, Any]:
     """Return the content of the page without the pictures, which are described by their alternative texts.
 
     Args:
-        words: Values of the template.
-        summary: Flat figures of the run.
+        values: Values of the template.
+        summary: Headline figures of the run, by name.
         source: The folder of the results.
     """
-    predicted = words["predicted"] or {"charts": [], "tables": [], "points": []}
-    measured = [*words["measured"].tables] if words["measured"] else []
-    measured += [words["attack"].table] if words["attack"] else []
-    figures = [*predicted["charts"], *(words["text"] or []), *(words["unet"] or [])]
+    predicted = values["predicted"] or {"charts": [], "tables": [], "points": []}
+    measured = [*values["measured"].tables] if values["measured"] else []
+    measured += [values["attack"].table] if values["attack"] else []
+    figures = [*predicted["charts"], *(values["text"] or []), *(values["unet"] or [])]
     return {
-        "title": words["title"],
-        "lead": words["lead"],
-        "verdict": words["verdict"],
-        "findings": dict(words["findings"]),
-        "method": words["best"],
+        "title": values["title"],
+        "lead": values["lead"],
+        "verdict": values["verdict"],
+        "findings": dict(values["findings"]),
+        "method": values["best"],
         "summary": dict(summary),
-        "tables": [_table(t) for t in (*(words["tables"] or []), *measured, *predicted["tables"])],
+        "tables": [_table(t) for t in (*(values["tables"] or []), *measured, *predicted["tables"])],
         "figures": [{"alt": f["alt"], "caption": f["caption"]} for f in figures],
         "drift": predicted["points"],
         "pictures": [
             {"scene": scene["title"], "method": row["name"], "what": cell["alt"]}
-            for scene in words["scenes"] or []
+            for scene in values["scenes"] or []
             for row in scene["rows"]
             for cell in row["cells"]
         ],
-        "commands": list(words["commands"]),
-        "protocol": {part.name: dict(part.rows) for part in words["facts"]},
-        "warning": words["warning"],
+        "commands": list(values["commands"]),
+        "protocol": {part.name: dict(part.rows) for part in values["facts"]},
+        "warning": values["warning"],
         "sha256": {path.name: _hash(path) for path in _files(source)},
     }
 

@@ -1,11 +1,12 @@
-"""One self-contained HTML page of a folder of saved results, and its figures as JSON.
+"""Write a folder of saved results as one self-contained HTML page, and the figures of the page as JSON.
 
 The folder may hold these files, one for each part of the page: `text.parquet` (effects in the text encoder, with
-controls), `unet-clean_trajectory.parquet` and `unet-same_latent.parquet`, `comparison.json` with `gallery.safetensors`,
-`measures.json` (an evaluation set), `attack.json` (a search for prompts that bring the concept back), `drift.json`
-(drift predicted from text features), `change.safetensors`, `summary.json` (flat figures) and `run.json` (commands and
-protocol). Nothing is measured here. The page loads nothing from the network: its Content Security Policy forbids that,
-and any script except its own.
+controls), `unet-clean_trajectory.parquet` and `unet-same_latent.parquet` (effects in the UNet), `comparison.json` with
+`gallery.safetensors`, `measures.json` (an evaluation set), `attack.json` (a search for prompts that bring the concept
+back), `drift.json` (drift predicted from text features), `change.safetensors`, `summary.json` (headline figures by
+name) and `run.json` (commands and protocol). This module reads results; it measures nothing.
+
+The Content Security Policy of the page forbids network access and every script except the page's own.
 """
 
 import base64
@@ -46,41 +47,41 @@ _TENSORS = (".parquet", ".safetensors")
 
 
 def save(folder: str | Path, *, out: str | Path | None = None) -> Path:
-    """Write the page of the results in `folder`, and its figures as JSON beside it; return the path of the page.
+    """Write the page of the results in `folder` and a JSON file with its figures; return the path of the page.
 
     Args:
-        folder: Holds saved results, see above.
-        out: Path of the page; by default `report.html` in the folder.
+        folder: Folder with saved results; the text at the top of this module lists the files.
+        out: Path of the page, by default `report.html` in the folder. The JSON file has the same name with `.json`.
 
     Raises:
         FileNotFoundError: The folder holds no result.
-        ValueError: A result is damaged, or `out` would overwrite one.
+        ValueError: A result is damaged, or one of the two files would overwrite a result.
     """
     source = Path(folder)
     page = source / "report.html" if out is None else Path(out)
     if source.is_dir():
         _check_out(source, page)
-    run, summary = _json(source / "run.json"), _json(source / "summary.json")
+    run, summary = _read_json(source / "run.json"), _read_json(source / "summary.json")
     parts = _parts(source, run, summary)
-    chosen: Scores | None = parts.pop("chosen")
+    best_scores: Scores | None = parts.pop("best_scores")
     measured: MetricsSection | None = parts["measured"]
-    protocols = _protocols(parts, chosen)
+    protocols = _protocols(parts, best_scores)
     seconds: Any = summary.get("edit_seconds")
-    words = {
+    values = {
         "title": run.get("title")
-        or _title(chosen)
+        or _title(best_scores)
         or (measured.title if measured else "overpaint: results"),
         "lead": run.get("lead", "Figures and tables from saved results."),
         "commands": run.get("commands", [join(["overpaint", "report", str(source)])]),
         "verdict": _verdict(source / "change.safetensors"),
         "facts": provenance.facts(run.get("protocol", {}), protocols),
         "warning": provenance.differing(protocols),
-        "tiles": tables.tiles(chosen, float(seconds) if _is_number(seconds) else None),
+        "tiles": tables.tiles(best_scores, float(seconds) if _is_number(seconds) else None),
         **parts,
     }
-    beside = page.with_suffix(".json")
-    write_text(page, _render(words, beside.name))
-    write_json(beside, as_json.content(words, summary, source))
+    json_path = page.with_suffix(".json")
+    write_text(page, _render(values, json_path.name))
+    write_json(json_path, as_json.content(values, summary, source))
     return page
 
 
@@ -88,7 +89,7 @@ def save_card(folder: str | Path, model: str | Path) -> Path:
     """Add the scores in `folder` to the model card of an edited model, and return the card's path.
 
     Args:
-        folder: Holds a saved comparison.
+        folder: Folder with a saved comparison.
         model: Folder of the edited model, written by `overpaint apply`.
 
     Raises:
@@ -101,13 +102,13 @@ def save_card(folder: str | Path, model: str | Path) -> Path:
             f"{str(source)!r} holds no scores of an edit: name a folder that `overpaint demo --out` or "
             "`overpaint evaluate --out` wrote."
         )
-    method = str(_json(source / "run.json").get("method", ""))
+    method = str(_read_json(source / "run.json").get("method", ""))
     return model_card.add_scores(model, Comparison.load(source), method=method)
 
 
 def _parts(source: Path, run: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Load the files of the folder and return the parts of the page."""
-    names = ("text", "unet", "scenes", "tables", "measured", "attack", "predicted", "chosen")
+    """Load the results in the folder and return the values of the template that show them."""
+    names = ("text", "unet", "scenes", "tables", "measured", "attack", "predicted", "best_scores")
     parts: dict[str, Any] = dict.fromkeys(names) | {
         "reading": "",
         "best": "",
@@ -141,7 +142,7 @@ def _parts(source: Path, run: Mapping[str, Any], summary: Mapping[str, Any]) -> 
 
 
 def _comparison_parts(comparison: Comparison, best: str) -> dict[str, Any]:
-    """Return the parts of the page that show a comparison."""
+    """Return the values of the template that show a comparison."""
     return {
         "scenes": galleries.scenes(comparison),
         "tables": [
@@ -150,17 +151,21 @@ def _comparison_parts(comparison: Comparison, best: str) -> dict[str, Any]:
             tables.baseline(comparison),
         ],
         "reading": tables.reading(comparison),
-        "chosen": comparison.scores.get(best),
+        "best_scores": comparison.scores.get(best),
         "best": best,
         "methods": galleries.methods(comparison)[1:],
     }
 
 
-def _best(comparison: Comparison, named: str, summary: Mapping[str, Any]) -> str:
-    """Return the method of the headline figures: the named one, else that of the summary, else the first edit."""
+def _best(comparison: Comparison, method: str, summary: Mapping[str, Any]) -> str:
+    """Return the name of the edit that the headline figures describe.
+
+    It is `method` if the comparison has this edit; otherwise the edit whose scores equal the summary's figures;
+    otherwise the first edit.
+    """
     edits = [name for name in comparison.scores if name != _NO_EDIT]
-    if named in edits:
-        return named
+    if method in edits:
+        return method
 
     def is_summarised(scores: Scores) -> bool:
         flat = {
@@ -172,74 +177,80 @@ def _best(comparison: Comparison, named: str, summary: Mapping[str, Any]) -> str
     return next(iter([*summarised, *edits]), "")
 
 
-def _protocols(parts: Mapping[str, Any], chosen: Scores | None) -> dict[str, Mapping[str, Any]]:
-    """Return the protocol of each part, by the part's heading."""
+def _protocols(
+    parts: Mapping[str, Any], best_scores: Scores | None
+) -> dict[str, Mapping[str, Any]]:
+    """Return a dict from the heading of each part to its protocol."""
     measured: MetricsSection | None = parts["measured"]
     attack: AttackSection | None = parts["attack"]
     return {
-        **({"What the edit did": chosen.protocol} if chosen else {}),
+        **({"What the edit did": best_scores.protocol} if best_scores else {}),
         **({f"Measured on {measured.name}": measured.protocol} if measured else {}),
         **({"Attack": attack.protocol} if attack else {}),
     }
 
 
 def _check_out(source: Path, page: Path) -> None:
-    """Raise if the page, or the `.json` beside it, would overwrite a result."""
-    beside = page.with_suffix(".json")
+    """Raise if the page or its JSON file would overwrite a result, or if both have the same path."""
+    json_path = page.with_suffix(".json")
     inputs = {p.resolve() for p in source.iterdir() if p.name in _INPUTS or p.suffix in _TENSORS}
-    for path in (page, beside):
+    for path in (page, json_path):
         if path.resolve() in inputs:
             raise ValueError(
                 f"the page {str(page)!r} or its .json would overwrite the result {str(path)!r}: choose another name, "
                 "such as 'report.html'."
             )
-    if beside == page:
+    if json_path == page:
         raise ValueError(
-            f"the page {str(page)!r} has the name of the file of its figures: end its name in .html."
+            f"the page {str(page)!r} has the same name as its JSON file of figures: end the page's name in .html."
         )
 
 
-def _title(chosen: Scores | None) -> str:
-    if chosen is None:
+def _title(scores: Scores | None) -> str:
+    if scores is None:
         return ""
-    return f"{chosen.erase} → {chosen.replace}" if chosen.replace else f"{chosen.erase} erased"
+    return f"{scores.erase} → {scores.replace}" if scores.replace else f"{scores.erase} erased"
 
 
-def _render(words: Mapping[str, Any], beside: str) -> str:
+def _render(values: Mapping[str, Any], json_name: str) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
     here = Path(__file__).parent
-    style, script, text = (
+    style, script, template = (
         (here / name).read_text(encoding="utf-8")
         for name in ("page.css", "page.js", "page.html.jinja")
     )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    pages = Environment(autoescape=True, undefined=StrictUndefined)
-    pages.filters["tight"] = _tight
-    return pages.from_string(text).render(
-        **words, data=beside, style=Markup(style), script=Markup(script), digest=f"sha256-{digest}"
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    environment.filters["no_break"] = _no_break
+    return environment.from_string(template).render(
+        **values,
+        data=json_name,
+        style=Markup(style),
+        script=Markup(script),
+        digest=f"sha256-{digest}",
     )
 
 
-def _tight(text: str) -> str:
+def _no_break(text: str) -> str:
     """Return `text` with a no-break space between each number and its per cent sign."""
     return re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", text)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
         return dict(from_json(path.read_bytes()))
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{str(path)!r} is damaged: it is not a JSON object. Make it again."
+            f"{str(path)!r} is damaged: it is not a JSON object. Write the result again."
         ) from error
 
 
 def _verdict(path: Path) -> str:
-    """Return what the saved change moves and endangers, or an empty string if there is no change."""
+    """Return the sentence that describes the saved change and its risks; an empty string if there is no change."""
     return verdict.describe(Change.load(path)) if path.is_file() else ""
 
 
