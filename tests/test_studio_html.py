@@ -18,9 +18,9 @@ def test_text_of_users_is_escaped_for_html_and_for_templates(quickfix_change):
     trace_map = TraceMap(settings, (HOSTILE,), (("eos", 1, HOSTILE),), ((0.5,),), "text", HOSTILE)
     drift = ConceptDrift(HOSTILE, 0.5, preserved=True)
     fragments = [
-        html.alert(HOSTILE), html.note(HOSTILE), html.empty(HOSTILE),
+        html.alert(HOSTILE), html.note(HOSTILE), html.placeholder(HOSTILE),
         html.progress(ProgressUpdate(0.5, HOSTILE, 3.0)), html.heat_map(trace_map),
-        html.restored([LabelledPicture(image, HOSTILE, HOSTILE)]),
+        html.restored_pictures([LabelledPicture(image, HOSTILE, HOSTILE)]),
         html.grid(PictureGrid(settings, (HOSTILE, "after"), ((image,), (None,)))),
         html.changes(EditState((AppliedChange(HOSTILE, quickfix_change),), quickfix_change, 0.5)),
         html.side_effects(SideEffects((drift,), 0.5, 0.1, 1, 0.1, verdict=HOSTILE)),

@@ -113,7 +113,7 @@ def restore(studio: Studio, key: str, cell: str) -> Iterator[Update]:
         trace_map = studio.session(key).trace_map
         assert trace_map is not None
         return {
-            "restored": html.restored(pictures),
+            "restored": html.restored_pictures(pictures),
             "map": html.heat_map(trace_map, _parse_cell(cell)),
         }
 

@@ -1,7 +1,7 @@
-"""The HTML of the page's parts. All text from users, files and models is escaped here.
+"""Return the parts of the studio's page as HTML. All text from users, files and models is escaped here.
 
-Besides HTML's own special characters, `{`, `}`, `$` and the backtick are written as entities, because Gradio fills
-templates in the values of its components. The templates are in `fragments.html.jinja`.
+Besides the special characters of HTML, `{`, `}`, `$` and the backtick are written as entities: Gradio would read them
+as template code in the values of its components. The templates are in `fragments.html.jinja`.
 """
 
 import base64
@@ -23,7 +23,8 @@ from overpaint.studio.side_effects import SideEffects
 from overpaint.studio.tasks import LabelledPicture, PictureGrid, TraceMap
 
 __all__ = [
-    "alert", "changes", "empty", "escape", "facts", "grid", "heat_map", "note", "progress", "restored", "side_effects",
+    "alert", "changes", "escape", "facts", "grid", "heat_map", "note", "placeholder", "progress", "restored_pictures",
+    "side_effects",
 ]  # fmt: skip
 
 _DRIFTS_SHOWN = 10
@@ -31,7 +32,7 @@ _ENTITIES = str.maketrans({c: f"&#{ord(c)};" for c in "{}$`"})
 
 
 def escape(value: Any) -> Markup:
-    """Return text that is safe anywhere in the page: as content, in an attribute, in a template of Gradio."""
+    """Return `value` as text, escaped for content, for attributes and for Gradio's templates."""
     if isinstance(value, Markup):
         return value
     return Markup(html.escape(str(value), quote=True).translate(_ENTITIES))
@@ -47,9 +48,9 @@ def note(text: str) -> str:
     return _render("note", text)
 
 
-def empty(text: str) -> str:
-    """Return the text of a part of the page that has no content yet."""
-    return _render("empty", text)
+def placeholder(text: str) -> str:
+    """Return a message for a part of the page that is still empty."""
+    return _render("placeholder", text)
 
 
 def progress(update: ProgressUpdate) -> str:
@@ -59,18 +60,18 @@ def progress(update: ProgressUpdate) -> str:
 
 
 def heat_map(trace_map: TraceMap, selected: tuple[int, int] | None = None) -> str:
-    """Return a table with a button for each state, colored by its value."""
+    """Return a table of buttons, one for each restored state; a button's color shows the effect."""
     values = (abs(v) for row in trace_map.values for v in row if v is not None)
     return _render("heat_map", trace_map, selected, max(values, default=0.0) or 1.0)
 
 
-def restored(pictures: Sequence[LabelledPicture]) -> str:
-    """Return the pictures of one cell of the map, side by side."""
-    return _render("restored", pictures)
+def restored_pictures(pictures: Sequence[LabelledPicture]) -> str:
+    """Return the pictures of one cell of the map in a row."""
+    return _render("restored_pictures", pictures)
 
 
 def grid(pictures: PictureGrid) -> str:
-    """Return versions as rows and seeds as columns, with an empty frame for each picture that is not drawn yet."""
+    """Return a grid of pictures: a row for each version, a column for each seed, an empty frame if not drawn yet."""
     return _render("grid", pictures)
 
 
@@ -87,7 +88,7 @@ def side_effects(effects: SideEffects | None) -> str:
 
 
 def facts(versions: Mapping[str, Change | None]) -> str:
-    """Return a table of concepts, method, weights, rank, strength and digest, a column for each version."""
+    """Return a table with a column for each version: concepts, method, weights, rank, strength and digest."""
     columns = [_facts(change) for change in versions.values()]
     labels = ("concepts", "method", "weights", "rank", "strength", "digest")
     return _render(
@@ -157,6 +158,6 @@ _ENVIRONMENT.tests["in_second_encoder"] = lambda site: str(site).startswith("tex
 
 
 def _render(macro: str, *values: Any) -> str:
-    """Return the output of a macro of the template."""
+    """Call a macro of the template with `values` and return its output."""
     module: Any = _ENVIRONMENT.get_template("fragments.html.jinja").module
     return str(getattr(module, macro)(*values))

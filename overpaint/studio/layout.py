@@ -149,7 +149,7 @@ def _trace_tab() -> Parts:
             elem_classes="op-go",
         )
     trace_map = gr.HTML(
-        html.empty("No map yet. Press Trace."), js_on_load=_CLICKS, elem_id="op-map"
+        html.placeholder("No map yet. Press Trace."), js_on_load=_CLICKS, elem_id="op-map"
     )
     restored = gr.HTML(elem_id="op-restored")
     return {"measure": measure, "trace": button, "map": trace_map, "restored": restored}
@@ -170,7 +170,7 @@ def _edit_tab() -> Parts:
         saved = gr.DownloadButton("Save pictures", interactive=False)
     return {
         "new": new, "method": method, "preserve": preserve, "edit": edit, "draw": draw, "saved": saved,
-        "drawn": gr.HTML(html.empty("No pictures yet. Press Apply edit."), elem_id="op-drawn"),
+        "drawn": gr.HTML(html.placeholder("No pictures yet. Press Apply edit."), elem_id="op-drawn"),
         "side_effects": gr.HTML(elem_id="op-side-effects"),
     }  # fmt: skip
 
@@ -189,7 +189,7 @@ def _compare_tab() -> Parts:
         button = gr.Button("Compare", variant="primary", min_width=120, elem_classes="op-go")
     return {
         "first": first, "second": second, "compare": button,
-        "compared": gr.HTML(html.empty("No pictures yet. Choose two versions."), elem_id="op-compared"),
+        "compared": gr.HTML(html.placeholder("No pictures yet. Choose two versions."), elem_id="op-compared"),
         "facts": gr.HTML(elem_id="op-facts"),
     }  # fmt: skip
 

@@ -1,7 +1,7 @@
-"""The state of one user: the changes that are applied to the model, undo, and what can be compared.
+"""The session of one user: the applied changes, undo, and the versions of the model to compare.
 
-Values are immutable: an edit replaces the `EditState` by a new one and undo restores the old one, so an edit that is
-stopped or fails changes nothing.
+An `EditState` is immutable. An edit stores a new one and undo restores the old one, so an edit that is stopped or fails
+leaves the session as it was.
 """
 
 import threading
@@ -20,14 +20,14 @@ __all__ = ["ORIGINAL", "AppliedChange", "EditState", "Session", "StopEvent", "co
 
 ORIGINAL = "original model"  # name of the unedited model among the versions
 _UNDO_STEPS = 40
-_CACHED_PICTURES = 32  # so that undo shows its pictures at once
-_PATIENCE = 120.0  # seconds; a task to be replaced ends after its present step
-_FILES = 8  # change files to compare; each may be as large as an upload
+_CACHED_PICTURES = 32  # after undo, the page shows pictures from this cache
+_STOP_TIMEOUT = 120.0  # seconds to wait for a stopped task; it ends after its current step
+_MAX_FILES = 8  # change files to compare; each may be as large as an upload
 
 
 @dataclass(frozen=True, eq=False)
 class AppliedChange:
-    """One change that is applied to the model, and the name to show for it."""
+    """A change that is applied to the model, and its name in the page."""
 
     name: str
     change: Change
@@ -38,10 +38,10 @@ class EditState:
     """The changes that are applied to the model.
 
     Attributes:
-        changes: In the order in which they were made.
-        joint: One change of all of them; `None` if there are none.
-        strength: Strength at which they are applied, -1 to 2.
-        joint_strength: Strength at which `joint` was made; not 1 for a file that was saved at another strength.
+        changes: The single changes, oldest first.
+        joint: One change that contains all of `changes`; `None` if there are none.
+        strength: Strength at which `joint` is applied, -1 to 2.
+        joint_strength: Strength that `joint` already contains: 1, or the strength at which a file was saved.
     """
 
     changes: tuple[AppliedChange, ...] = ()
@@ -51,7 +51,7 @@ class EditState:
 
     @property
     def change(self) -> Change | None:
-        """The change to apply, `joint` at `strength`; `None` for the original model."""
+        """`joint` at `strength`, to apply to the model; `None` for the original model."""
         if self.joint is None or self.strength == 0:
             return None
         if self.strength == self.joint_strength:
@@ -73,11 +73,11 @@ def common_strength(change: Change) -> float | None:
 
 
 class StopEvent(threading.Event):
-    """Stops a task when it is set.
+    """Event that stops a task when it is set.
 
     Attributes:
         is_replaceable: True if the next task of the session may stop this one.
-        is_replaced: True if it did.
+        is_replaced: True if the next task has stopped this one.
     """
 
     def __init__(self, is_replaceable: bool) -> None:
@@ -86,15 +86,15 @@ class StopEvent(threading.Event):
 
 
 class Session:
-    """One user's state; it runs one task at a time.
+    """State of one user, whose tasks run one at a time.
 
     Attributes:
         model: Name of the chosen model.
         visitor: Key of the browser that opened the session; empty if it has none.
-        state: The changes that are applied to it.
-        trace_map: The last map; `None` before the first trace.
-        picture_cache: Pictures drawn before, by everything that determines their pixels.
-        files: Changes that were opened from files, by file name, to compare.
+        state: The changes that are applied to the model.
+        trace_map: The last trace map; `None` before the first trace.
+        picture_cache: The latest pictures. The key holds all settings that determine the pixels.
+        files: Changes from opened files, by file name; the page compares them.
         redraw_due: True if the strength changed since the pictures were drawn.
     """
 
@@ -107,11 +107,11 @@ class Session:
         self._history: list[EditState] = []
         self.redraw_due = False
         self._stop: StopEvent | None = None
-        self._ended = threading.Condition()
+        self._task_ended = threading.Condition()
 
     @property
     def changes(self) -> tuple[AppliedChange, ...]:
-        """The changes that are applied to the model, in the order in which they were made."""
+        """The changes that are applied to the model, oldest first."""
         return self.state.changes
 
     @property
@@ -147,11 +147,11 @@ class Session:
         """
         if not -1 <= strength <= 2:
             raise ValueError(
-                f"the strength must be -1 to 2, got {strength}: 1 is the edit as it was made."
+                f"the strength must be from -1 to 2, got {strength}: 1 applies the edit unchanged."
             )
         if not self.changes:
             raise ValueError(
-                "no change is applied yet, so there is no strength: make an edit first."
+                "no change is applied yet, so no strength can be set: make an edit first."
             )
         previous = self._history[-1] if self._history else None
         state = replace(self.state, strength=strength)
@@ -161,9 +161,9 @@ class Session:
             self.set_state(state)
 
     def add_file(self, name: str, change: Change) -> None:
-        """Keep a change under its file's name, to compare; only the files opened last are kept."""
+        """Store a change under its file name, to compare it; when there are too many, drop the oldest."""
         others = {n: c for n, c in self.files.items() if n != name}
-        self.files = dict([*others.items(), (name, change)][-_FILES:])
+        self.files = dict([*others.items(), (name, change)][-_MAX_FILES:])
 
     def versions(self) -> dict[str, Change | None]:
         """Return the versions of the model that can be compared, by name."""
@@ -176,20 +176,20 @@ class Session:
 
     @contextmanager
     def reserved(self, *, replaceable: bool = False) -> Iterator["StopEvent"]:
-        """Reserve the session for one task inside the block; the value is the event that stops the task.
+        """Reserve the session for one task during the `with` block, and return the event that stops the task.
 
         Args:
-            replaceable: Stop this task, instead of refusing the next one, when the next one begins.
+            replaceable: If true, the next task stops this one. If false, the next task raises while this one runs.
 
         Raises:
-            ValueError: Another task runs, or one to be replaced does not end.
+            ValueError: Another task runs and may not be stopped, or was stopped and has not ended in time.
         """
-        end = time.monotonic() + _PATIENCE
-        with self._ended:
+        end = time.monotonic() + _STOP_TIMEOUT
+        with self._task_ended:
             while self._stop is not None and self._stop.is_replaceable and time.monotonic() < end:
                 self._stop.is_replaced = True
                 self._stop.set()
-                self._ended.wait(0.1)
+                self._task_ended.wait(0.1)
             if self._stop is not None:
                 raise ValueError(
                     "another task of this page is still running: wait until it ends, or press Stop."
@@ -198,14 +198,14 @@ class Session:
         try:
             yield stop
         finally:
-            with self._ended:
+            with self._task_ended:
                 self._stop = None
-                self._ended.notify_all()
+                self._task_ended.notify_all()
             for key in list(self.picture_cache)[:-_CACHED_PICTURES]:
                 del self.picture_cache[key]
 
     def stop(self) -> bool:
-        """Stop the running task after its present step; return False if none runs."""
+        """Stop the running task after its current step, and return whether a task was running."""
         stop = self._stop
         if stop is None:
             return False
