@@ -116,3 +116,26 @@ def test_the_report_page_shows_the_sentence_of_the_saved_change(quickfix_change,
     text = report.save(tmp_path).read_text().replace("\N{NO-BREAK SPACE}", " ")
     assert f'<p class="verdict">{describe(quickfix_change)}</p>' in text
     assert json.loads(page.with_suffix(".json").read_text())["verdict"] == describe(quickfix_change)
+
+
+def test_aliases_and_unedited_encoders_are_named(quickfix_change):
+    change = reported(
+        quickfix_change,
+        endangered=[],
+        not_kept=[],
+        aliases=["van gogh"],
+        unedited_encoders=["text2"],
+    )
+    text = describe(change)
+    assert "erased with them: van gogh; text encoders that stay as they are: text2" in text
+    assert "no other known concept is endangered" in text
+
+
+def test_an_edit_of_both_encoders_names_both_weights_and_one_of_one_the_other(tiny_xl):
+    pair = {"blob style": "noto style"}
+    assert "moves 2 weights (text.0.self_attn.out_proj, text2.0.self_attn.out_proj)" in describe(
+        edit.quickfix(tiny_xl, pair)
+    )
+    assert "text encoders that stay as they are: text2" in describe(
+        edit.quickfix(tiny_xl, pair, encoder="text")
+    )

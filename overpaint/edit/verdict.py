@@ -16,7 +16,7 @@ __all__ = ["EMPTY_PROMPT_LIMIT", "describe", "warning"]
 EMPTY_PROMPT_LIMIT = (
     0.05  # relative movement of the empty prompt above which `warning` is not empty
 )
-_EMBEDDING = ".token_embedding"
+_EMBEDDING = ".token_embedding"  # end of the name of a token embedding, of either text encoder
 _LISTED = 5  # names in a list; the others are counted
 
 
@@ -36,13 +36,15 @@ def describe(change: Change) -> str:
         for key, words in (
             ("endangered", "endangered, and preserved for that reason:"),
             ("not_kept", "not preserved, likely to change too:"),
+            ("aliases", "erased with them:"),
+            ("unedited_encoders", "text encoders that stay as they are:"),
             ("carried", "changed with the token rows that they hold:"),
         )
         if (names := _names(report.get(key)))
     ]
     if not any(isinstance(report.get(key), list) for key in ("endangered", "not_kept")):
         clauses.append("effects on other concepts were not measured")
-    elif len(clauses) == 2:
+    elif not any(_names(report.get(key)) for key in ("endangered", "not_kept")):
         clauses.append("no other known concept is endangered")
     sentence = "; ".join(clauses) + "."
     return " ".join(part for part in (sentence, warning(change)) if part)
