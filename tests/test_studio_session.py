@@ -9,7 +9,7 @@ def test_undo_restores_the_last_state_and_several_strengths_are_one_step(quickfi
     change, session = quickfix_change, Session("icons")
     with pytest.raises(ValueError, match="nothing to undo"):
         session.undo()
-    with pytest.raises(ValueError, match="no change is applied yet, so there is no strength"):
+    with pytest.raises(ValueError, match="no change is applied yet, so no strength can be set"):
         session.set_strength(0.5)
     session.set_state(EditState((AppliedChange("blob → noto", change),), change))
     for strength in (0.2, 0.4, 0.5):

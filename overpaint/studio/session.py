@@ -147,7 +147,7 @@ class Session:
         """
         if not -1 <= strength <= 2:
             raise ValueError(
-                f"the strength must be from -1 to 2, got {strength}: 1 applies the edit unchanged."
+                f"the strength must be -1 to 2, got {strength}: 1 applies the edit unchanged."
             )
         if not self.changes:
             raise ValueError(
