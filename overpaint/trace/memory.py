@@ -1,8 +1,8 @@
-"""Batch size for a memory budget, from the peak bytes of live tensors that one more row of a batch takes.
+"""Compute the largest batch size that fits a memory budget.
 
-A forward pass of one row and one of two rows are counted operation by operation: a tensor's storage counts from its
-allocation until it is freed. The difference is the memory of a row, so no run has to fail to measure it. Scratch space
-inside a kernel is not counted; `HEADROOM` allows for it.
+Two forward passes are measured, with one row and with two rows. A torch dispatch mode counts the bytes of each storage
+from its allocation until it is freed. The difference between the two peaks is the memory of one row. Temporary memory
+inside a kernel is not counted, so the result is multiplied by `HEADROOM`.
 """
 
 import weakref
@@ -21,33 +21,33 @@ _MIB = 2**20
 
 
 def rows_that_fit(call: Callable[[int], object], memory: float, *, least: int, label: str) -> int:
-    """Return the largest batch of `call` that stays within `memory`.
+    """Return the largest number of rows for which `call` needs at most `memory`.
 
     Args:
-        call: Runs a batch once; called with its number of rows.
-        memory: Positive budget for activations in MiB; the weights are loaded already and do not count.
-        least: Rows of the smallest useful batch.
-        label: Name of the batch in the error.
+        call: Runs one batch; called with its number of rows.
+        memory: Budget for activations in MiB, positive. The weights are already in memory and are not included.
+        least: Number of rows of the smallest useful batch.
+        label: Name of the model part, for the error message.
 
     Raises:
         ValueError: The smallest batch does not fit.
     """
-    call(1)  # allocates once what belongs to no row, such as a kernel's cache
+    call(1)  # the first call also allocates buffers that later calls reuse; they are not counted
     one, two = (peak_bytes(lambda n=n: call(n)) for n in (1, 2))
     row = max(two - one, 1) * HEADROOM
     fixed = max(one * HEADROOM - row, 0.0)
-    fitting = int((memory * _MIB - fixed) / row)
-    if fitting < least:
+    rows = int((memory * _MIB - fixed) / row)
+    if rows < least:
         needed = (fixed + least * row) / _MIB
         raise ValueError(
-            f"`memory` of {memory:g} MiB is too little: the smallest batch of {label}, {least} rows, takes "
-            f"{needed:.0f} MiB. Give at least that, or load the model in half precision."
+            f"`memory` of {memory:g} MiB is too little: the smallest batch of {label}, {least} rows, needs "
+            f"{needed:.0f} MiB. Pass at least that, or load the model in half precision."
         )
-    return fitting
+    return rows
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """Return the largest number of bytes of new tensors that were alive at once while `call` ran."""
+    """Return the peak memory, in bytes, of the tensors that `call` allocates."""
     counter = _StorageCounter()
     with torch.no_grad(), counter:
         call()
@@ -55,12 +55,12 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 class _StorageCounter(TorchDispatchMode):
-    """Counts the bytes of the storages that operations allocate, until they are freed."""
+    """Counts the bytes of all storages that operations have allocated and not yet freed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive = self.peak = 0
-        self._known: set[int] = set()
+        self.live_bytes = self.peak = 0
+        self._counted: set[int] = set()
 
     def __torch_dispatch__(
         self,
@@ -83,14 +83,14 @@ class _StorageCounter(TorchDispatchMode):
     def _add(self, tensor: Tensor, inputs: set[int]) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in inputs or key in self._known:
-            return  # a view, or written in place
-        self._known.add(key)
+        if key in inputs or key in self._counted:
+            return  # a view, or the output of an in-place operation
+        self._counted.add(key)
         size = storage.nbytes()
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._drop, key, size)
+        self.live_bytes += size
+        self.peak = max(self.peak, self.live_bytes)
+        weakref.finalize(storage, self._remove, key, size)
 
-    def _drop(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.alive -= size
+    def _remove(self, key: int, size: int) -> None:
+        self._counted.discard(key)
+        self.live_bytes -= size

@@ -1,4 +1,6 @@
-"""The small trained models that ship with the package, and builders of tiny models with random weights.
+"""Folders of the small trained models that ship with the package.
+
+The module `builders` builds tiny models with random weights.
 
 >>> from overpaint import zoo
 >>> zoo.folder("icons").name
@@ -18,5 +20,5 @@ def names() -> tuple[str, ...]:
 
 
 def folder(name: str) -> Path:
-    """Return the folder of the shipped model `name`; it may not exist."""
+    """Return the folder of the shipped model `name`, which does not exist if there is no such model."""
     return _WEIGHTS / name
