@@ -40,7 +40,9 @@ def test_load_lists_components_and_parameter_counts(run, tiny_folder):
     assert f"model                    {tiny_folder}" in run("load", tiny_folder)[1]
 
 
-def test_an_applied_folder_draws_the_same_pictures_as_generate_with_the_change(run, tiny_folder, tmp_path):
+def test_an_applied_folder_draws_the_same_pictures_as_generate_with_the_change(
+    run, tiny_folder, tmp_path
+):
     change, edited = tmp_path / "no-blob.safetensors", tmp_path / "edited"
     code, out, _ = run(
         "edit", tiny_folder, "--erase", "blob style", "--replace", "noto style", "--preserve", "",
@@ -195,7 +197,7 @@ def test_trace_prints_why_no_state_can_be_causal(run, tmp_path):
         (("trace", "icons", "--screen", "0.2", "--direction", "corrupt"), "what restoring a state does, not what"),
         (("trace", "icons", "--scorer", "{tmp}", "--out", "{tmp}"), "cannot load a CLIP from"),
         (("trace", "icons", "--windows", "--memory", "-3", "--json", "--part", "unet", "--out", "{tmp}"),
-         "`memory` must be a positive number of MiB, got -3"),
+         "Invalid value for '--memory': -3.0 is out of range: give 1 to 1000000000.0"),
         (("trace", "icons", "--kind", "smell", "--out", "{tmp}"), "unknown kind of probe 'smell'"),
         (("load", "{model}", "--device", "toaster"), "cannot use device 'toaster'"),
         (("edit", "{model}", "--erase", "a", "--erase", "b", "--replace", "c"), "2 --erase for 1"),
@@ -205,15 +207,39 @@ def test_trace_prints_why_no_state_can_be_causal(run, tmp_path):
         (("edit", "{model}", "--erase", "cat", "--replace", "dog", "--encoder", "text2", "--out",
           "{tmp}/c.safetensors"), "unknown text encoder 'text2'"),
         (("edit", "{model}", "--erase", "cat", "--replace", "dog", "--strength", "nan", "--out",
-          "{tmp}/c.safetensors"), "can be scaled by a finite number only"),
+          "{tmp}/c.safetensors"), "nan is out of range: give -100 to 100"),
         (("edit", "{model}", "--erase", "cat", "--replace", "dog", "--rank", "0", "--out",
-          "{tmp}/c.safetensors"), "`rank` must be 1 or more"),
-        (("edit", "{model}", "--erase", "cat", "--replace", "", "--out", "{tmp}/c.safetensors"), "empty"),
+          "{tmp}/c.safetensors"), "Invalid value for '--rank': 0 is out of range: give 1 to 100000"),
         (("edit", "{model}", "--erase", "cat", "--replace", "dog", "--ridge", "-1", "--out",
           "{tmp}/c.safetensors"), "ridge"),
         (("edit", "{model}", "--erase", "cat", "--replace", "dog", "--out", "{tmp}/c.pt"), "safetensors"),
         (("apply", "{model}", "{tmp}/none.safetensors", "--out", "{tmp}/e"), "no such change"),
         (("apply", "{model}", "{tmp}/none.safetensors", "--out", "{tmp}"), "exists already"),
+        (("edit", "nonesuch", "--erase", "a", "--replace", "b", "--out", "{tmp}/x.bin"), "end the name in '.safetens"),
+        (("export", "nonesuch", "{tmp}/c", "--out", "{tmp}/x.bin"), "end the name in '.safetensors'"),
+        (("export", "nonesuch", "{tmp}/c", "--format", "ldm", "--out", "{tmp}/x.ckpt"), "end the name in"),
+        (("edit", "nonesuch", "--erase", "a", "--replace", "b", "--strength", "1e300"), "give -100 to 100"),
+        (("edit", "nonesuch", "--erase", "a", "--replace", "b", "--preserve-weight", "nan"), "nan is out of range"),
+        (("generate", "nonesuch", "a", "--guidance-scale", "nan"), "nan is out of range: give 0 to 1000"),
+        (("generate", "nonesuch", "a", "--guidance-scale", "inf"), "inf is out of range"),
+        (("generate", "nonesuch", "a", "--steps", "0"), "0 is out of range: give 1 to 1000"),
+        (("trace", "nonesuch", "--limit", "-1"), "-1 is out of range"),
+        (("trace", "nonesuch", "--screen", "nan"), "nan is out of range"),
+        (("trace", "nonesuch", "--noise-samples", "0"), "0 is out of range"),
+        (("trace", "nonesuch", "--sigma", "nan", "--out", "{tmp}"), "`sigma` must be a number from 0 on"),
+        (("evaluate", "nonesuch", "x", "--size", "0"), "0 is out of range"),
+        (("train", "icons", "--minutes", "inf"), "inf is out of range"),
+        (("train", "matcher", "--steps", "0"), "0 is out of range"),
+        (("train", "icons", "--threads", "0"), "0 is out of range"),
+        (("apply", "nonesuch", "x", "--out", "{tmp}/e", "--strength", "nan"), "nan is out of range"),
+        *(
+            ((*verb, "--seed", seed), "is out of range: give 0 to 1000000000000000000")
+            for verb in (
+                ("generate", "nonesuch", "a"), ("trace", "nonesuch"), ("evaluate", "nonesuch", "x"),
+                ("demo", "--out", "{tmp}/d"), ("match", "a.png", "b.png"), ("train", "icons"),
+            )
+            for seed in ("-1", "100000000000000000000")
+        ),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(run, tiny_folder, tmp_path, arguments, message):
@@ -285,3 +311,37 @@ def test_ctrl_c_exits_with_130_and_leaves_no_partial_file(tiny_folder, tmp_path)
     )  # the bar erases its line when it has begun one
     assert plain.splitlines()[-1] == "overpaint: stopped by Ctrl-C"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "moments",
+    [(0.15, 0.9), pytest.param((0.1, 0.3, 0.6, 1, 1.5, 2, 2.5, 3, 4, 5), marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize("program", ["module", "script"])
+def test_ctrl_c_during_the_start_is_one_line_and_code_130(program, moments):
+    script = [os.path.join(os.path.dirname(sys.executable), "overpaint")]
+    command = [sys.executable, "-m", "overpaint"] if program == "module" else script
+    stopped = 0
+    for moment in moments:
+        process = subprocess.Popen([*command, "load", "icons"], stderr=-1, stdout=-1, text=True)
+        time.sleep(moment)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        if process.returncode == 0:  # the verb had ended
+            continue
+        if "overpaint/" in err or "stopped" in err:  # else the interpreter had not begun our code
+            assert (process.returncode, out, err) == (130, "", "overpaint: stopped by Ctrl-C\n")
+            stopped += 1
+    assert stopped >= len(moments) // 2
+
+
+def test_ctrl_c_stays_ignored_where_the_shell_ignores_it():
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "import sys; sys.argv = ['overpaint', '--version']\n"
+        "from overpaint import cli\n"
+        "try: cli.main()\n"
+        "finally: assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (0, "")

@@ -125,13 +125,13 @@ def trace(
     _check(options)
     check_writable(options.out)
     chosen = _probes(options)
-    sigma = _sigma(options.sigma)
+    noise = trace.Noise(options.noise_samples, _sigma(options.sigma))
     drawing = trace.Drawing(
         steps=options.steps, solver=options.solver, seeds=(options.seed,), memory=options.memory
     )
     loaded = load_model(model, device, dtype, clip_skip)
     run = _Run(
-        loaded, chosen, drawing, trace.Noise(options.noise_samples, sigma),
+        loaded, chosen, drawing, noise,
         None if options.scorer is None else Clip(options.scorer, device=device).score, options,
     )  # fmt: skip
     with progress(as_json) as on_progress:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from overpaint.cli.options import Device, Json, with_options
+from overpaint.cli.options import LARGEST_SEED, Device, Json, with_options, within
 from overpaint.cli.terminal import check_writable, print_facts, progress
 
 __all__ = ["train"]
@@ -17,20 +17,29 @@ __all__ = ["train"]
 class TrainOptions:
     """Options of `overpaint train`."""
 
-    minutes: Annotated[float, typer.Option(help="Wall time, that of earlier runs included.")] = (
-        150.0
-    )
+    minutes: Annotated[
+        float,
+        typer.Option(help="Wall time, that of earlier runs included.", callback=within(0, 1e6)),
+    ] = 150.0
     out: Annotated[Path | None, typer.Option(help="Default: runs/MODEL/model.")] = None
     resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint.")] = True
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2
+    threads: Annotated[int, typer.Option(help="CPU threads.", callback=within(1, 1024))] = 2
     device: Device = "cpu"
-    seed: Annotated[int, typer.Option(help="Seed of weights and draws (icons, matcher).")] = 0
+    seed: Annotated[
+        int,
+        typer.Option(
+            help="Seed of weights and draws (icons, matcher).", callback=within(0, LARGEST_SEED)
+        ),
+    ] = 0
     diffusion: Annotated[bool, typer.Option(help="Off: train the one-shot control (matcher).")] = (
         True
     )
     steps: Annotated[
         list[int] | None,
-        typer.Option(help="Coarse and fine steps, instead of minutes; given twice (matcher)."),
+        typer.Option(
+            help="Coarse and fine steps, instead of minutes; given twice (matcher).",
+            callback=within(1, 10**9),
+        ),
     ] = None
     work: Annotated[Path | None, typer.Option(help="Checkpoints. Default: runs/MODEL.")] = None
 
