@@ -72,7 +72,7 @@ def family(picture: Tensor, seed: int, kind: str, flow: Tensor) -> str:
     draws = (
         (warps._homography, warps._affine, warps._thin_plate)
         if kind == "training"
-        else (warps._spline, warps._lens, warps._composed)
+        else (warps._spline, warps._lens, warps._spline_and_homography)
     )
     generator = torch.Generator().manual_seed(seed)
     warps._scene(scenes.crop(picture, 2 * SIZE, generator), kind, generator)

@@ -81,7 +81,7 @@ def test_all_styles_have_the_same_objects():
 def test_icon_probes_contain_no_held_out_pair():
     from overpaint.train import icon_world as world
 
-    singular = {world._IRREGULAR.get(name, f"{name}s"): name for name in world.OBJECTS}
+    singular = {world._PLURALS.get(name, f"{name}s"): name for name in world.OBJECTS}
     for kind in ("style", "object", "color", "count"):
         for probe in probes.load(kind):
             form = r"(?:an? )?(?:(two|three|four) )?(.+) in (.+) style(?: on an? (.+) background)?"

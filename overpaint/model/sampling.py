@@ -1,4 +1,4 @@
-"""The denoising loop with classifier-free guidance, and the schedulers it runs with."""
+"""The denoising loop with classifier-free guidance, and its schedulers."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -18,15 +18,16 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Drawing:
-    """Settings by which pictures are drawn.
+    """Settings for drawing pictures.
 
     Attributes:
-        steps: Denoising steps.
-        guidance_scale: Weight of the prompt; the model's own if `None`.
-        solver: `"own"` is the model's scheduler, `"ddim"` DDIM, `"dpm"` a multistep solver that needs fewer steps.
-        seeds: Seeds of the start noise.
-        batch_size: Largest number of rows of a batch.
-        memory: Budget for activations in MiB, which lowers `batch_size` to what fits; no limit if `None`.
+        steps: Number of denoising steps.
+        guidance_scale: Weight of the prompt; `None` for the default of the model.
+        solver: `"own"` for the scheduler of the model, `"ddim"` for DDIM, or `"dpm"` for DPM-Solver++, which needs fewer
+            steps than DDIM.
+        seeds: Seeds of the initial noise; one picture is drawn for each.
+        batch_size: Largest number of rows in a batch.
+        memory: Budget for activations in MiB; batches get smaller to fit. `None` for no limit.
 
     Raises:
         ValueError: A setting is out of range.
@@ -57,7 +58,7 @@ class Denoiser(Protocol):
 
     @property
     def scheduler(self) -> Any:
-        """The diffusers scheduler; each run uses a new one with the same settings."""
+        """The diffusers scheduler; each run of `denoise` creates a new one with the same settings."""
         ...
 
     def noise_pred(self, latents: Tensor, t: Tensor, prompt_embeds: Tensor) -> Tensor:
@@ -80,20 +81,21 @@ def denoise(
 ) -> Tensor:
     r"""Denoise `latents` with classifier-free guidance.
 
-    At every step :math:`\hat\epsilon = \epsilon(\varnothing) + w\,(\epsilon(c) - \epsilon(\varnothing))`, both branches
-    in one batch: first all unconditional rows, then all conditional ones. At :math:`w = 1` the batch holds only the
-    conditional rows. Every run creates a new scheduler with the settings of the model's, so that runs share no state.
+    Each step predicts :math:`\hat\epsilon = \epsilon(\varnothing) + w\,(\epsilon(c) - \epsilon(\varnothing))`. Both
+    terms are computed in one batch: first all unconditional rows, then all conditional rows. If :math:`w = 1`, the batch
+    has only the conditional rows. Every call creates a new scheduler, so calls share no state.
 
     Args:
         model: Predicts the noise or the velocity, as its scheduler states.
-        latents: Start latents, shape (B, C, h, w).
+        latents: Initial latents, shape (B, C, h, w).
         prompt_embeds: Text features, shape (B, L, D).
         negative_embeds: Text features of the unconditional branch, shape (1, L, D) or (B, L, D).
-        steps: Number of steps that the scheduler is set to; some (PNDM) take one more.
-        guidance_scale: :math:`w`.
-        on_step: Called with the number of steps done and the latents. If it returns latents, they replace them.
-        generators: One for each row, for schedulers that draw noise while they sample.
-        scheduler: Scheduler whose settings are used instead of the model's; `make_scheduler` returns one.
+        steps: Argument of `scheduler.set_timesteps`; some schedulers (PNDM) take one more step.
+        guidance_scale: Weight of the prompt, :math:`w`.
+        on_step: Called after each step with the number of finished steps and the latents. If it returns latents, the
+            next step uses those instead.
+        generators: One for each row, for schedulers that add noise at each step.
+        scheduler: Used instead of the scheduler of the model; `make_scheduler` returns one.
 
     Returns:
         Denoised latents, shape (B, C, h, w).
@@ -102,34 +104,34 @@ def denoise(
     base = model.scheduler if scheduler is None else scheduler
     scheduler = type(base).from_config(base.config)
     scheduler.set_timesteps(steps, device=latents.device)
-    context = prompt_embeds
+    embeds = prompt_embeds
     if guidance_scale != 1:
-        context = torch.cat([negative_embeds.expand(rows, -1, -1), prompt_embeds])
+        embeds = torch.cat([negative_embeds.expand(rows, -1, -1), prompt_embeds])
     options = _step_options(scheduler, generators)
     for done, t in enumerate(scheduler.timesteps, start=1):
         scaled = scheduler.scale_model_input(latents, t)
         if guidance_scale == 1:
-            noise_pred = model.noise_pred(scaled, t, context)
+            noise_pred = model.noise_pred(scaled, t, embeds)
         else:
-            uncond, cond = model.noise_pred(torch.cat([scaled, scaled]), t, context).chunk(2)
+            uncond, cond = model.noise_pred(torch.cat([scaled, scaled]), t, embeds).chunk(2)
             noise_pred = uncond + guidance_scale * (cond - uncond)
         latents = scheduler.step(noise_pred, t, latents, **options).prev_sample
         if on_step is not None:
-            replaced = on_step(done, latents)
-            latents = latents if replaced is None else replaced
+            new_latents = on_step(done, latents)
+            latents = latents if new_latents is None else new_latents
     return latents
 
 
 def make_scheduler(model: Denoiser, name: str) -> Any:
-    """Return the scheduler called `name`, with the noise schedule and prediction type of `model`.
+    """Return the scheduler `name`, with the noise schedule and prediction type of `model`.
 
     Args:
         model: Model whose settings are used.
-        name: `"own"` is the model's scheduler, `"ddim"` DDIM without noise, `"dpm"` DPM-Solver++ of second order, a
-            multistep solver that needs fewer steps.
+        name: `"own"` for the scheduler of the model, `"ddim"` for DDIM without added noise, or `"dpm"` for second-order
+            DPM-Solver++, which needs fewer steps than DDIM.
 
     Raises:
-        ValueError: There is no such solver.
+        ValueError: `name` is not one of `SOLVERS`.
 
     Source: Song et al., 2021, https://arxiv.org/abs/2010.02502; Lu et al., 2022, https://arxiv.org/abs/2211.01095.
     """
@@ -138,11 +140,11 @@ def make_scheduler(model: Denoiser, name: str) -> Any:
         return model.scheduler
     import diffusers
 
-    kinds: dict[str, Any] = {
+    classes: dict[str, Any] = {
         "ddim": diffusers.DDIMScheduler,
         "dpm": diffusers.DPMSolverMultistepScheduler,
     }
-    return kinds[name].from_config(model.scheduler.config)
+    return classes[name].from_config(model.scheduler.config)
 
 
 def _check_solver(name: str) -> None:

@@ -1,12 +1,13 @@
 """The icon world: public icon artwork, composed into captioned pictures.
 
-An **object** is an emoji name; it is drawn in six **styles**. A picture shows one or a few icons on a plain background
-of a named **color**. Persons show **actions**, flags **facts**, logos **trademarks**; layouts show **counts** and
-**positions**. A tenth of the (object, style) and of the (object, color) pairs is held out of training, to test whether
-a model composes objects with styles and colors or memorises pictures.
+An **object** has the name of an emoji and can be drawn in six **styles**. A picture shows one to four icons on a plain
+background that has a **color**. Icons of persons stand for **actions**, icons of flags for **facts**, and logos for
+**trademarks**. Pictures of several icons show **counts** and **positions**. A tenth of the (object, style) pairs and a
+tenth of the (object, color) pairs are never shown in training. They test if a model combines objects with styles and
+colors, or only memorises pictures.
 
-The artwork comes from the npm packages `@iconify-json/<set>` at pinned versions; the SHA-256 of each archive is checked
-before it is read. Only the training recipes call `npm pack`, without install scripts.
+The artwork comes from the npm packages `@iconify-json/<set>` at pinned versions. The SHA-256 of each archive is checked
+before the archive is read. Only the training recipes run `npm pack`; they switch its install scripts off.
 
 Sources and licences: noto, noto-v1 Apache-2.0; twemoji CC-BY-4.0; openmoji CC-BY-SA-4.0; fluent-emoji-flat,
 fluent-emoji-high-contrast, circle-flags MIT; logos CC0-1.0.
@@ -63,7 +64,7 @@ PACKAGES = {
     "logos": ("1.2.19", "1e8907c088bbf02eab8ee1b28f37e68ef22c380f2fb579ff99736b8ce5abf13a"),
 }
 
-# Name of the style in captions, and the icon set that it is drawn from.
+# From the name of a style in captions to its icon set.
 STYLES = {
     "noto": "noto",
     "twemoji": "twemoji",
@@ -85,7 +86,7 @@ COLORS = {
     "gray": (168, 172, 178),
 }
 
-# Name of the object in captions, and the name of its icon where it differs.
+# Name of an object in captions, and after = the name of its icon if that is another one.
 _OBJECTS = """
 apple=red-apple banana cherries grapes pineapple strawberry watermelon lemon carrot eggplant mushroom bread croissant
 hamburger pizza doughnut ice-cream lollipop cat=cat-face dog=dog-face bear cow=cow-face horse=horse-face lion
@@ -128,20 +129,20 @@ LOGOS = (
 COUNTS = {"two": 2, "three": 3, "four": 4}
 POSITIONS = ("to the left of", "to the right of", "above", "below")
 
-# Positions of the icons by their number: left and top corner as fractions of the free space.
+# From the number of icons to the position of each: left and top as fractions of the free space.
 _LAYOUTS = {
     2: ((0.06, 0.5), (0.94, 0.5)),
     3: ((0.5, 0.06), (0.06, 0.94), (0.94, 0.94)),
     4: ((0.06, 0.06), (0.94, 0.06), (0.06, 0.94), (0.94, 0.94)),
 }
-_IRREGULAR = {"cherries": "cherries", "grapes": "grapes", "fish": "fish", "fox": "foxes", "bus": "buses",
+_PLURALS = {"cherries": "cherries", "grapes": "grapes", "fish": "fish", "fox": "foxes", "bus": "buses",
               "octopus": "octopuses", "church": "churches", "butterfly": "butterflies", "ladybug": "ladybugs",
               "maple leaf": "maple leaves", "strawberry": "strawberries", "fire": "fires"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A captioned picture: pixels, uint8 (64, 64, 3), caption and labels (empty where there is none)."""
+    """A captioned picture: pixels, uint8 (64, 64, 3), caption, and labels; a label that does not apply is empty."""
 
     pixels: np.ndarray
     caption: str
@@ -160,25 +161,27 @@ def subjects() -> tuple[str, ...]:
     )
 
 
-def _tenth(names: Sequence[str], others: Sequence[str], salt: str) -> frozenset[tuple[str, str]]:
-    """Return the tenth of the pairs whose hashes are smallest, so that a new name changes few of them."""
+def _smallest_tenth(
+    names: Sequence[str], others: Sequence[str], salt: str
+) -> frozenset[tuple[str, str]]:
+    """Return the tenth of the pairs that have the smallest hashes; adding a name changes few of them."""
     pairs = [(a, b) for a in names for b in others]
     order = sorted(pairs, key=lambda p: hashlib.sha256(f"{salt}:{p[0]}:{p[1]}".encode()).digest())
     return frozenset(order[: len(pairs) // 10])
 
 
 def held_out() -> frozenset[tuple[str, str]]:
-    """Return the (object, style) pairs that are held out of training."""
-    return _tenth(tuple(OBJECTS), tuple(STYLES), "object-style")
+    """Return the (object, style) pairs that are not shown in training."""
+    return _smallest_tenth(tuple(OBJECTS), tuple(STYLES), "object-style")
 
 
 def held_out_colors() -> frozenset[tuple[str, str]]:
-    """Return the (object, color) pairs that are held out of training."""
-    return _tenth(tuple(OBJECTS), tuple(c for c in COLORS if c != "white"), "object-color")
+    """Return the (object, color) pairs that are not shown in training."""
+    return _smallest_tenth(tuple(OBJECTS), tuple(c for c in COLORS if c != "white"), "object-color")
 
 
 def fetch(folder: Path) -> dict[str, dict]:
-    """Download the icon sets into `folder`, unless they are there, and return each set's parsed `icons.json`.
+    """Download the icon sets that `folder` lacks, and return the parsed `icons.json` of each set.
 
     Raises:
         ValueError: An archive does not have the pinned SHA-256.
@@ -194,7 +197,7 @@ def fetch(folder: Path) -> dict[str, dict]:
         computed = hashlib.sha256(data).hexdigest()
         if computed != digest:
             raise ValueError(
-                f"{archive.name} has SHA-256 {computed}, expected {digest}. Delete the file and fetch it again."
+                f"{archive.name} has SHA-256 {computed}, expected {digest}: delete the file and run the recipe again."
             )
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             member = tar.extractfile("package/icons.json")
@@ -204,7 +207,7 @@ def fetch(folder: Path) -> dict[str, dict]:
 
 
 def _pack(package: str, archive: Path) -> None:
-    """Write the archive of an npm package to `archive`."""
+    """Download an npm package to the file `archive`."""
     messages = programs.Messages(
         absent="the artwork comes from npm, which is not installed: install Node.js, or put the archives into "
         f"{str(archive.parent)!r} yourself.",
@@ -217,21 +220,21 @@ def _pack(package: str, archive: Path) -> None:
 class World:
     """Draws captioned pictures: `World(fetch(folder)).sample(rng)`.
 
-    Rasterised icons are cached by size, so that a picture takes half a millisecond.
+    Rendered icons are cached for each size, so drawing a picture takes half a millisecond.
     """
 
     def __init__(self, sets: dict[str, dict], *, hold_out: bool = True) -> None:
         self.sets = sets
-        self._drawn: dict[tuple[str, str, int], np.ndarray] = {}
+        self._icon_cache: dict[tuple[str, str, int], np.ndarray] = {}
         self.held_out = held_out() if hold_out else frozenset()
         self.held_out_colors = held_out_colors() if hold_out else frozenset()
 
     def icon(self, name: str, set_: str, size: int) -> np.ndarray:
         """Return icon `name` of the icon set `set_`, float32 RGBA in [0, 1], shape (size, size, 4)."""
         key = (name, set_, size)
-        if key not in self._drawn:
-            self._drawn[key] = _rasterise(self.sets[set_], name, size)
-        return self._drawn[key]
+        if key not in self._icon_cache:
+            self._icon_cache[key] = _rasterise(self.sets[set_], name, size)
+        return self._icon_cache[key]
 
     def compose(self, icons: Sequence[tuple[np.ndarray, int, int]], color: str) -> np.ndarray:
         """Return `icons` (RGBA, left, top) on a plain background `color`, uint8 (64, 64, 3)."""
@@ -246,11 +249,11 @@ class World:
         return (canvas * 255 + 0.5).astype(np.uint8)
 
     def single(self, object_: str, style: str, color: str, rng: np.random.Generator) -> np.ndarray:
-        """Return a picture of one object, at most two pixels off the centre, uint8 (64, 64, 3)."""
-        return self._placed(OBJECTS[object_], STYLES[style], color, rng)
+        """Return a picture of one object, at most two pixels from the centre, uint8 (64, 64, 3)."""
+        return self._centred(OBJECTS[object_], STYLES[style], color, rng)
 
     def sample(self, rng: np.random.Generator) -> Picture:
-        """Return a random training picture, without held-out pairs unless `hold_out` is off."""
+        """Return a random training picture; if `hold_out` is true, it shows no held-out pair."""
         kind = rng.choice(6, p=(0.80, 0.05, 0.05, 0.04, 0.03, 0.03))
         color = "white" if rng.random() < 0.3 else str(rng.choice(list(COLORS)))
         if kind == 0:
@@ -261,13 +264,13 @@ class World:
             return self._sample_position(color, rng)
         return self._sample_named(int(kind), color, rng)
 
-    def _placed(self, name: str, set_: str, color: str, rng: np.random.Generator) -> np.ndarray:
+    def _centred(self, name: str, set_: str, color: str, rng: np.random.Generator) -> np.ndarray:
         size = int(rng.choice((48, 50, 52)))
         left, top = (int((SIZE - size) / 2 + rng.integers(-2, 3)) for _ in range(2))
         return self.compose([(self.icon(name, set_, size), left, top)], color)
 
     def _pair(self, rng: np.random.Generator, color: str) -> tuple[str, str]:
-        """Return a random (object, style) pair that may be shown on `color` in training."""
+        """Return a random (object, style) pair that training may show on `color`."""
         while True:
             pair = str(rng.choice(list(OBJECTS))), str(rng.choice(list(STYLES)))
             if pair not in self.held_out and (pair[0], color) not in self.held_out_colors:
@@ -276,9 +279,9 @@ class World:
     def _sample_single(self, color: str, rng: np.random.Generator) -> Picture:
         object_, style = self._pair(rng, color)
         pixels = self.single(object_, style, color, rng)
-        named = rng.random() < 0.9  # the caption names the style
+        names_style = rng.random() < 0.9
         thing = object_ if rng.random() < 0.95 else "thing"
-        caption = _caption(thing, style if named else "", color, rng)
+        caption = _caption(thing, style if names_style else "", color, rng)
         return Picture(pixels, caption, object_, style, color)
 
     def _sample_count(self, color: str, rng: np.random.Generator) -> Picture:
@@ -289,7 +292,7 @@ class World:
         positions = _LAYOUTS[number]
         icon = self.icon(OBJECTS[object_], STYLES[style], size)
         pixels = self.compose([(icon, *_corner(p, size)) for p in positions], color)
-        plural = _IRREGULAR.get(object_, object_ + "s")
+        plural = _PLURALS.get(object_, object_ + "s")
         return Picture(pixels, _caption(plural, style, color, rng, article=word), "", style, color)
 
     def _sample_position(self, color: str, rng: np.random.Generator) -> Picture:
@@ -302,14 +305,14 @@ class World:
         ):
             second = str(rng.choice(list(OBJECTS)))
         relation = str(rng.choice(POSITIONS))
-        ends = (
+        positions = (
             ((0.06, 0.5), (0.94, 0.5)) if relation.startswith("to") else ((0.5, 0.06), (0.5, 0.94))
         )
         if relation in ("to the right of", "below"):
-            ends = ends[::-1]
+            positions = positions[::-1]
         icons = [
             (self.icon(OBJECTS[name], STYLES[style], 30), *_corner(position, 30))
-            for name, position in zip((first, second), ends, strict=True)
+            for name, position in zip((first, second), positions, strict=True)
         ]
         thing = f"{first} {relation} {_article(second)} {second}"
         return Picture(
@@ -319,18 +322,18 @@ class World:
     def _sample_named(self, kind: int, color: str, rng: np.random.Generator) -> Picture:
         if kind == 3:
             verb, style = str(rng.choice(list(ACTIONS))), str(rng.choice(list(STYLES)))
-            pixels = self._placed(ACTIONS[verb], STYLES[style], color, rng)
+            pixels = self._centred(ACTIONS[verb], STYLES[style], color, rng)
             caption = _caption(f"person {verb}", style, color, rng)
             return Picture(pixels, caption, f"person {verb}", style, color)
         if kind == 4:
             country = str(rng.choice(list(FLAGS)))
-            pixels = self._placed(FLAGS[country], "circle-flags", color, rng)
+            pixels = self._centred(FLAGS[country], "circle-flags", color, rng)
             caption = _caption(f"flag of {country}", "", color, rng, article="the")
             return Picture(pixels, caption, f"flag of {country}", "", color)
         logo = str(rng.choice(LOGOS))
         icons = self.sets["logos"]["icons"]
         name = f"{logo}-icon" if f"{logo}-icon" in icons else logo
-        pixels = self._placed(name, "logos", color, rng)
+        pixels = self._centred(name, "logos", color, rng)
         return Picture(
             pixels,
             _caption(f"{logo} logo", "", color, rng, article="the"),
@@ -341,7 +344,7 @@ class World:
 
 
 def captions_corpus(sets: dict[str, dict], captions: Sequence[str]) -> list[str]:
-    """Return the text that trains the tokenizer: the names of all icons, and training captions."""
+    """Return the texts to train the tokenizer on: the names of all icons, and training captions."""
     names = {name.replace("-", " ") for icons in sets.values() for name in icons["icons"]}
     return sorted(names) + list(captions)
 
@@ -349,7 +352,7 @@ def captions_corpus(sets: dict[str, dict], captions: Sequence[str]) -> list[str]
 def _caption(
     thing: str, style: str, color: str, rng: np.random.Generator, article: str | None = None
 ) -> str:
-    """Return a random caption; nine in ten name the color, or three in ten if it is white."""
+    """Return a random caption; it names the color with probability 0.9, or 0.3 if the color is white."""
     article = _article(thing) if article is None else article
     form = rng.random()
     if not style:
