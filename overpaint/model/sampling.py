@@ -23,8 +23,8 @@ class Drawing:
     Attributes:
         steps: Number of denoising steps.
         guidance_scale: Weight of the prompt; `None` for the default of the model.
-        solver: `"own"` for the scheduler of the model, `"ddim"` for DDIM, or `"dpm"` for DPM-Solver++, which needs fewer
-            steps than DDIM.
+        solver: `"own"` for the scheduler of the model, `"ddim"` for DDIM, or `"dpm"` for DPM-Solver++, which needs
+            fewer steps than DDIM.
         seeds: Seeds of the initial noise; one picture is drawn for each.
         batch_size: Largest number of rows in a batch.
         memory: Budget for activations in MiB; batches get smaller to fit. `None` for no limit.
@@ -82,8 +82,8 @@ def denoise(
     r"""Denoise `latents` with classifier-free guidance.
 
     Each step predicts :math:`\hat\epsilon = \epsilon(\varnothing) + w\,(\epsilon(c) - \epsilon(\varnothing))`. Both
-    terms are computed in one batch: first all unconditional rows, then all conditional rows. If :math:`w = 1`, the batch
-    has only the conditional rows. Every call creates a new scheduler, so calls share no state.
+    terms are computed in one batch: first all unconditional rows, then all conditional rows. If :math:`w = 1`, only the
+    conditional rows are computed. Every call creates a new scheduler, so calls share no state.
 
     Args:
         model: Predicts the noise or the velocity, as its scheduler states.
