@@ -4,13 +4,13 @@ Coordinates are (x, y) from -1 to 1, float64: :math:`u = (2 x + 1) / W - 1`. Eac
 :math:`m` from points of the target to points of the source. The target is the photograph sampled at :math:`m`, and the
 flow is :math:`m(p) - p`. This ground truth is exact, because no mapping has to be inverted.
 
-Training pairs use homographies, affine maps and thin-plate splines with equal probability. In a quarter of them, regions
-of the picture also move independently. Test pairs use other families: cubic B-spline fields, lens distortions, and a
-spline before a homography. Patches that are pasted into test pictures have other shapes and fills than in training.
+Training pairs use homographies, affine maps and thin-plate splines with equal probability. In a quarter of the pairs,
+regions of the picture also move independently. Test pairs use other families: cubic B-spline fields, lens distortions,
+and a spline before a homography. Patches in test pictures have other shapes and fills than in training.
 
 Source: Bookstein, 1989 (thin-plate splines), https://doi.org/10.1109/34.24792; Nam et al., 2024 (DiffMatch),
 https://arxiv.org/abs/2305.19094.
-Deviations: DiffMatch trains on the same three families and adds moving objects; here regions of one picture move instead.
+Deviations: DiffMatch uses the same three families and adds moving objects; here regions of one picture move instead.
 """
 
 import math
@@ -47,8 +47,8 @@ def pair(photo: Tensor, seed: int, kind: str = "training", *, size: int = 256) -
     Args:
         photo: RGB uint8 (3, H, W), or float in [0, 1].
         seed: Seed of all random draws; the same photo, seed and kind give the same pair.
-        kind: `"training"`, or a kind of test pair: `"plain"`, `"textureless"`, `"repetitive"`, `"large"` (mean flow above
-            a fifth of the side) or `"layered"` (patches that move independently).
+        kind: `"training"`, or a kind of test pair: `"plain"`, `"textureless"`, `"repetitive"`, `"large"` (mean flow
+            above a fifth of the side) or `"layered"` (patches that move independently).
         size: Height and width of both pictures.
 
     Returns:
@@ -161,7 +161,7 @@ def _one_of(families: tuple[Family, ...], grid: Tensor, generator: torch.Generat
 
 
 def _strength(generator: torch.Generator) -> float:
-    """Return the random strength of a training warp: below 0.5 in three of ten cases, because small motions are common."""
+    """Return the random strength of a training warp: 1, or below 0.5 in three of ten cases."""
     small, share = uniform(generator, 0, 1, 2)
     return float(0.5 * share) if small < 0.3 else 1.0
 
