@@ -54,7 +54,7 @@ def test_the_background_has_the_named_color(world: icon_world.World) -> None:
 def test_an_archive_with_another_hash_raises(tmp_path: Path) -> None:
     name, (version, _) = next(iter(icon_world.PACKAGES.items()))
     (tmp_path / f"iconify-json-{name}-{version}.tgz").write_bytes(b"something else")
-    with pytest.raises(ValueError, match=r"has SHA-256 .* expected .* Delete the file"):
+    with pytest.raises(ValueError, match=r"has SHA-256 .* expected .*: delete the file and run"):
         icon_world.fetch(tmp_path)
 
 
