@@ -1,6 +1,7 @@
 """Fixtures for all tests. Session fixtures are read only: a test that edits a model must revert the edit."""
 
 import copy
+import functools
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported; no test uses the network
@@ -67,6 +68,18 @@ def tiny_shallow():
     from overpaint.zoo import builders
 
     return overpaint.load(builders.tiny(text_layers=4).to(torch.float64))
+
+
+@pytest.fixture(scope="session")
+def real_vocabulary(tmp_path_factory):
+    """Return a function: the folder of a layout of `layouts` with CLIP's vocabulary, float32, written once."""
+    import layouts
+
+    @functools.cache
+    def write(layout):
+        return layouts.folder(tmp_path_factory.mktemp("layouts") / f"tiny-{layout}", layout)
+
+    return write
 
 
 @pytest.fixture

@@ -140,6 +140,16 @@ def test_a_factor_that_is_not_finite_is_refused(gogh, factor):
         factor * gogh
 
 
+@pytest.mark.parametrize("factor", [1e300, -100.5, 101])
+def test_a_factor_that_is_too_large_is_refused(gogh, factor):
+    with pytest.raises(
+        ValueError, match="can be scaled from -100 to 100, got .*1 is the change as"
+    ):
+        factor * gogh
+    with pytest.raises(ValueError, match="can be scaled from -100 to 100, got"):
+        50 * (50 * gogh)
+
+
 @pytest.mark.parametrize("other", ["0.5", None, True, 2j, [1]])
 def test_other_types_do_not_multiply_or_add(gogh, other):
     with pytest.raises(TypeError, match="unsupported operand|multiply sequence by non-int"):

@@ -154,7 +154,12 @@ def test_frames_depend_on_the_seed_and_have_one_slot(tiny_shallow):
     ("pairs", "options", "message"),
     [
         ({}, {}, "name at least one concept"),
-        ({"van gogh": " "}, {}, "name it in words"),
+        ({" ": "van gogh"}, {}, "name it in words"),
+        ({"van gogh": "<|endoftext|>"}, {}, "holds the special token"),
+        (PAIR, {"preserve": ["a cat <|endoftext|>"]}, "holds the special token"),
+        (PAIR, {"aliases": [""]}, "an alias is empty"),
+        (PAIR, {"aliases": ["dog"], "preserve": ["dog"]}, "the alias 'dog' is also preserved"),
+        ({**PAIR, "cat": "owl"}, {"aliases": ["dog"]}, "belongs to 0 of the erased concepts"),
         ({"van gogh": "van gogh"}, {}, "equals its target"),
         (PAIR, {"preserve": ["a van gogh picture"]}, "take it off the list"),
         (PAIR, {"contexts": 1}, "at least 8 captions"),

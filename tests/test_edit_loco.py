@@ -84,8 +84,8 @@ def test_a_concept_can_be_removed_and_added(tiny_sd1):
 
 
 def test_bad_arguments_are_refused(tiny_sd1):
-    with pytest.raises(ValueError, match="the new concept of the pair 'apple' → '' is empty"):
-        edit.loco(tiny_sd1, {"apple": ""})
+    with pytest.raises(ValueError, match="the old concept of the pair ' ' → 'apple' is empty"):
+        edit.loco(tiny_sd1, {" ": "apple"})
     with pytest.raises(ValueError, match="`window` must be from 1 to 16, .* got 17. 2 is usual"):
         edit.loco(tiny_sd1, GOGH, window=17)
     with pytest.raises(UnknownSite, match="unknown layer -1"):

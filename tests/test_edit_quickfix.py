@@ -267,7 +267,9 @@ def test_an_encoder_that_does_not_call_the_projection_is_refused(copied, monkeyp
     [
         ({}, {}, "`pairs` is empty: name at least one concept"),
         ({"": "dog"}, {}, "the old concept of the pair '' → 'dog' is empty: name it"),
-        ({"dog": " "}, {}, "the new concept of the pair 'dog' → ' ' is empty: name it"),
+        ({"a <|endoftext|> dog": "cat"}, {}, "holds the special token '<|endoftext|>', which begins or ends"),
+        ({"dog": "<|StartOfText|>"}, {}, "holds the special token '<|startoftext|>'.* name the concept in words"),
+        (MONET, {"preserve": ["a cat <|endoftext|>"]}, "holds the special token '<|endoftext|>'"),
         ({"van gogh": "Van  Gogh"}, {}, "the concept 'van gogh' equals its target: name another"),
         (MONET, {"ridge": -0.1}, r"`ridge` must be positive and finite, got -0\.1"),
         (MONET, {"ridge": math.nan}, "`ridge` must be positive and finite, got nan"),
@@ -344,7 +346,10 @@ def test_changes_with_different_settings_cannot_be_stacked(tiny_sd1):
 def test_an_edit_of_sdxls_first_encoder_does_not_change_the_second(tiny_xl):
     prompt = ["a house in van gogh style"]
     before, weights = tiny_xl.encode(prompt), bytes_of(tiny_xl)
-    with edit.quickfix(tiny_xl, MONET).applied(tiny_xl):
+    change = edit.quickfix(tiny_xl, MONET, encoder="text")
+    assert change.protocol["encoder"] == "text"
+    assert change.report["unedited_encoders"] == ["text2"]
+    with change.applied(tiny_xl):
         after = tiny_xl.encode(prompt)
     moved = (after - before)[0]
     assert moved[:, :32].abs().max() > 0.1

@@ -81,8 +81,8 @@ def test_the_value_projections_of_all_layers_move_and_are_restored(request, name
 
 
 def test_bad_arguments_are_refused(tiny_sd1):
-    with pytest.raises(ValueError, match="the new concept .* is empty: name it in words"):
-        edit.time(tiny_sd1, {"apple": ""})
+    with pytest.raises(ValueError, match="the old concept .* is empty: name it in words"):
+        edit.time(tiny_sd1, {"": "apple"})
     with pytest.raises(ValueError, match="moves 'k', 'v' or both"):
         edit.time(tiny_sd1, APPLE, matrices=())
     with pytest.raises(TypeError, match=r"`frames` is a list of captions, got .* write \[''\]"):

@@ -17,19 +17,22 @@ from torch import Tensor
 
 from overpaint.edit.least_squares import Factors, compress, contradiction, factorise
 from overpaint.edit.movement import Contents, Movement, digest
-from overpaint.edit.weights import EMBEDDING
+from overpaint.edit.weights import is_embedding
+from overpaint.errors import listed
 
 __all__ = [
     "add",
     "check_solved",
+    "check_strength",
     "order",
     "preserve_settings",
     "refuse_difference",
-    "remove_pair",
+    "remove_concept",
     "scale",
     "without",
 ]
 
+STRENGTH_LIMIT = 100.0  # of the factor of `scale`, and of the product of all factors
 _EQUAL = ("ridge", "positions", "subtract_bias")  # settings that added changes must share
 
 
@@ -60,7 +63,9 @@ def add(first: Contents, second: Contents) -> Contents:
         parts = [(first, a, frozenset[str]()), (second, b, shared)]
         keys, residuals, owners = _sorted_keys(parts, names)
         gram = _joint_gram(first, second, a, b, once=once)
-        movement, report = _solved(a, residuals, owners, cache.factorised(keys, gram))
+        movement, report = _solved(
+            _wider_base(a, b), residuals, owners, cache.factorised(keys, gram)
+        )
         movements.append(movement)
         reports.append(report)
     _check_contradictions(movements, pairs)
@@ -72,12 +77,9 @@ def scale(change: Contents, factor: float) -> Contents:
     """Return `change` with `factor` times its movement; its residuals are scaled too.
 
     Raises:
-        ValueError: `factor` is not finite.
+        ValueError: `factor`, or the strength of a concept that results, is not finite or beyond 100.
     """
-    if not math.isfinite(factor):
-        raise ValueError(
-            f"a change can be scaled by a finite number only, got {factor!r}: 1 is the change as it was made."
-        )
+    check_strength(factor)
     left = float(factor != 0)  # at 0 the left factor is zero, so that no row moves
     movements = [
         dataclasses.replace(m, left=m.left * left, right=m.right * factor, residual_data=m.residuals * factor)
@@ -85,6 +87,8 @@ def scale(change: Contents, factor: float) -> Contents:
     ]  # fmt: skip
     before = change.protocol.get("strength", {})
     strength = {old: before.get(old, 1.0) * factor for old in change.pairs}
+    for total in strength.values():
+        check_strength(total)
     strength = {old: value for old, value in strength.items() if value != 1.0}
     protocol = {k: v for k, v in change.protocol.items() if k != "strength"}
     if strength:
@@ -92,48 +96,76 @@ def scale(change: Contents, factor: float) -> Contents:
     return Contents(tuple(movements), protocol, change.report)
 
 
+def check_strength(factor: float) -> None:
+    """Raise unless a change may be scaled by `factor`.
+
+    Raises:
+        ValueError: It is not finite, or beyond `STRENGTH_LIMIT` in either direction.
+    """
+    if not math.isfinite(factor):
+        raise ValueError(
+            f"a change can be scaled by a finite number only, got {factor!r}: 1 is the change as it was made."
+        )
+    if abs(factor) > STRENGTH_LIMIT:
+        raise ValueError(
+            f"a change can be scaled from -{STRENGTH_LIMIT:g} to {STRENGTH_LIMIT:g}, got {factor!r}: 1 is the change "
+            "as it was made, and beyond 2 few models draw anything useful."
+        )
+
+
 def without(change: Contents, concept: str) -> Contents:
-    """Return `change` without `concept`, solved again for the others; preserved prompts stay preserved.
+    """Return `change` without `concept` and its aliases, solved again for the others; preserved prompts stay so.
 
     Raises:
         ValueError: The change has no such concept or no other, contains nothing that was solved, or lacks its preserve
             terms.
     """
-    pairs = change.pairs
-    remove_pair(pairs, concept)
+    pairs, aliases = remove_concept(change.pairs, change.protocol.get("aliases", {}), concept)
+    removed = frozenset(change.pairs) - frozenset(pairs)
     _check_complete(change)
     names = sorted(pairs)
     cache = _FactorCache(_ridge(change))
     movements: list[Movement] = []
     reports: list[dict[str, Any]] = []
     for m in change.movements:
-        keys, residuals, owners = _sorted_keys([(change, m, frozenset({concept}))], names)
+        keys, residuals, owners = _sorted_keys([(change, m, removed)], names)
         movement, report = _solved(m, residuals, owners, cache.factorised(keys, m.gram))
         movements.append(movement)
         reports.append(report)
     protocol = {**change.protocol, "pairs": {name: pairs[name] for name in names}}
+    if "aliases" in protocol:
+        protocol["aliases"] = aliases
     strength = protocol.pop("strength", {})
-    if others := {old: value for old, value in strength.items() if old != concept}:
+    if others := {old: value for old, value in strength.items() if old not in removed}:
         protocol["strength"] = others
     return Contents(tuple(movements), protocol, _summary(reports))
 
 
-def remove_pair(pairs: dict[str, str], concept: str) -> None:
-    """Remove `concept` from `pairs`, in place.
+def remove_concept(
+    pairs: Mapping[str, str], aliases: Mapping[str, str], concept: str
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return `pairs` and `aliases` without `concept` and without the aliases that are erased because of it.
+
+    Args:
+        pairs: Old concept to new, with the aliases.
+        aliases: Alias to the concept that it is erased with.
+        concept: The concept, or one alias.
 
     Raises:
         ValueError: The concept is not among them, or no other would be left.
     """
     if concept not in pairs:
-        known = ", ".join(map(repr, pairs)) or "none"
+        known = listed(map(repr, pairs))
         raise ValueError(
             f"this change has no concept {concept!r}: it has {known}. Name one of them."
         )
-    if len(pairs) == 1:
+    removed = {concept, *(alias for alias, of in aliases.items() if of == concept)}
+    rest = {old: new for old, new in pairs.items() if old not in removed}
+    if not rest:
         raise ValueError(
             f"{concept!r} is the only concept of this change, nothing would be left of it: use the unedited model."
         )
-    del pairs[concept]
+    return rest, {alias: of for alias, of in aliases.items() if alias not in removed}
 
 
 def order(change: Contents) -> tuple[str, str]:
@@ -178,8 +210,9 @@ def _ridge(change: Contents) -> float:
 
 
 def _check_separable(change: Contents) -> None:
-    rows = "terms" in change.protocol and EMBEDDING in change.sites
-    if rows or change.protocol.get("repair"):
+    rows = "terms" in change.protocol and any(map(is_embedding, change.sites))
+    several = "encoders" in change.protocol  # each encoder has its own settings
+    if rows or several or change.protocol.get("repair"):
         raise ValueError(
             "the movements of a change by `auto` depend on all its concepts: add it with `edit.stack(model, [a, b])`, "
             "remove a concept with `edit.stack(model, [a], without=['...'])`."
@@ -203,8 +236,8 @@ def _check_alike(first: Contents, second: Contents) -> None:
             f"these changes move different weights, {', '.join(first.sites[:3])} and {', '.join(second.sites[:3])}: "
             "apply one after the other."
         )
-    bases = {m.site: m.base_hash for m in first.movements}
-    if any(bases[m.site] != m.base_hash for m in second.movements):
+    bases = {m.site: m for m in first.movements}
+    if not all(_have_same_base(bases[m.site], m) for m in second.movements):
         raise ValueError(
             "these changes were made for different weights (other base hashes): make both on the same unedited model."
         )
@@ -216,6 +249,16 @@ def _check_alike(first: Contents, second: Contents) -> None:
         names.append("preserve_weight")
     if names:
         refuse_difference(", ".join(names))
+
+
+def _have_same_base(a: Movement, b: Movement) -> bool:
+    """Return whether two movements start from one weight, or one from a cast of the other's."""
+    return a.base_hash in (b.base_hash, *b.casts) or b.base_hash in a.casts
+
+
+def _wider_base(a: Movement, b: Movement) -> Movement:
+    """Return `a` or `b`, the one whose base is not a cast of the other's."""
+    return b if a.base_hash != b.base_hash and a.base_hash in b.casts else a
 
 
 def _shared_concepts(first: Contents, second: Contents) -> frozenset[str]:
@@ -352,6 +395,9 @@ def _joint_protocol(first: Contents, second: Contents, pairs: Mapping[str, str])
     frames = [change.protocol.get("frames") for change in (first, second)]
     if frames[0] != frames[1]:
         protocol["frames"] = sorted({frame for part in frames for frame in part or []})
+    aliases = {**second.protocol.get("aliases", {}), **first.protocol.get("aliases", {})}
+    if aliases:
+        protocol["aliases"] = dict(sorted(aliases.items()))
     strength = {**first.protocol.get("strength", {}), **second.protocol.get("strength", {})}
     if strength:
         protocol["strength"] = dict(sorted(strength.items()))

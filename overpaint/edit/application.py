@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from overpaint.edit.least_squares import one_thread
 from overpaint.edit.movement import Movement
-from overpaint.edit.weights import find_weights, fingerprint
+from overpaint.edit.weights import find_weights, fingerprint, is_base
 from overpaint.model import TextToImage
 
 __all__ = ["applied", "apply", "is_applied", "revert"]
@@ -113,16 +113,15 @@ def _prepare(model: TextToImage, movements: Sequence[Movement], digest: str) -> 
 
 
 def _check_base(movement: Movement, parameter: nn.Parameter, name: str) -> None:
-    base = fingerprint(parameter)
-    if base == movement.base_hash:
+    if is_base(parameter, movement.base_hash, movement.casts):
         return
-    advice = "apply it to the model it was made for, unedited and in the same dtype"
+    advice = "apply it to the model it was made for, unedited, in the dtype it was made in or a cast of it"
     if _stack(parameter):
         advice = (
             "revert the change applied there first, or make one change of both with `edit.stack`"
         )
     raise ValueError(
-        f"wrong base hash: {movement.site} of {name!r} is {base[:12]}, the change was made for "
+        f"wrong base hash: {movement.site} of {name!r} is {fingerprint(parameter)[:12]}, the change was made for "
         f"{movement.base_hash[:12]}. To use it, {advice}."
     )
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from overpaint.edit import vocabulary as vocabularies
 from overpaint.edit.captions import Pair, align_captions, gather, layer_inputs
-from overpaint.edit.weights import find_weight
+from overpaint.edit.concept_words import contains, words
+from overpaint.edit.weights import encoder_index, find_weight
 from overpaint.model import TextToImage
 
 __all__ = [
@@ -59,7 +60,7 @@ class Sums:
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """Sums over the inputs of one weight of a model's first text encoder.
+    """Sums over the inputs of one weight of a text encoder.
 
     Attributes:
         model: The model.
@@ -72,17 +73,23 @@ class Reader:
     weight: Tensor
 
     @classmethod
-    def at_layer(cls, model: TextToImage, layer: int) -> "Reader":
-        """Return the reader of the `out_proj` of a text layer."""
-        site = f"text.{layer}.self_attn.out_proj"
+    def at_layer(cls, model: TextToImage, layer: int, part: str = "text") -> "Reader":
+        """Return the reader of the `out_proj` of a layer of the text encoder `part`."""
+        site = f"{part}.{layer}.self_attn.out_proj"
         weight = find_weight(model, site).parameter
         return cls(model, site, weight.detach().to("cpu", torch.float64))
+
+    @property
+    def part(self) -> str:
+        """The text encoder, `"text"` or `"text2"`."""
+        return self.site.partition(".")[0]
 
     def gram(self, captions: Sequence[str]) -> Tensor:
         """Return the mean of H^T H over captions, float64, where H (L, D_in) are the inputs of the weight."""
         total = self.weight.new_zeros(self.weight.shape[1], self.weight.shape[1])
         for start in range(0, len(captions), _CHUNK):
-            ids = self.model.tokenize(captions[start : start + _CHUNK])
+            index = encoder_index(self.model, self.part)
+            ids = self.model.tokenize(captions[start : start + _CHUNK], encoder=index)
             rows = layer_inputs(self.model, self.site, ids).flatten(0, 1).double()
             total += rows.T @ rows
         return total / len(captions)
@@ -116,19 +123,22 @@ def known_concepts(model: TextToImage, vocabulary: str | Sequence[str] | None) -
 
 def other_concepts(known: Sequence[str], pairs: Mapping[str, str]) -> list[str]:
     """Return the known concepts and the targets, without those that contain an edited concept."""
-    olds = [f" {old.lower().strip()} " for old in pairs]
     concepts = dict.fromkeys((*known, *pairs.values()))
-    return sorted(c for c in concepts if not any(old in f" {c.lower()} " for old in olds))
+    return sorted(c for c in concepts if c.strip() and not any(contains(c, old) for old in pairs))
 
 
 def extended_pairs(
-    model: TextToImage, pairs: Mapping[str, str], frames: Sequence[str], known: Sequence[str]
+    model: TextToImage,
+    pairs: Mapping[str, str],
+    frames: Sequence[str],
+    known: Sequence[str],
+    part: str = "text",
 ) -> list[list[Pair]]:
     """Return, for each concept, its captions paired with those of its replacement, as `extended_pair` aligns them."""
     return [
         [
             extended_pair(pair, old, known)
-            for pair in align_captions(model, {old: new}, frames, "subject_to_end")
+            for pair in align_captions(model, {old: new}, frames, "subject_to_end", encoder=part)
         ]
         for old, new in pairs.items()
     ]
@@ -137,21 +147,20 @@ def extended_pairs(
 def extended_pair(pair: Pair, old: str, known: Sequence[str]) -> Pair:
     """Return the pair with positions from the first token that differs to the last pad; pads keep their positions.
 
-    Where the old concept begins with a known one ("apple" of "apple logo"), the positions start at the last token of
+    Where the old concept begins with one of `known` ("apple" of "apple logo"), the positions start at the last token of
     the old concept: up to there a causal encoder gives both the same states.
     """
     first, second = pair.old, pair.new
     start, end = first.first, len(first.ids) - 1
-    if any(
-        f"{old.lower()} ".startswith(f"{c.lower()} ") and c.lower() != old.lower() for c in known
-    ):
+    whole, parts = words(old), [words(c) for c in known]
+    if any(part and whole != part and whole[: len(part)] == part for part in parts):
         start = first.last
     else:
         while start < first.last and start <= second.last and first.ids[start] == second.ids[start]:
             start += 1
-    words = [(p, q) for p, q in pair.positions if start <= p < first.eos]
+    inside = [(p, q) for p, q in pair.positions if start <= p < first.eos]
     pads = [(p, min(max(p, second.eos + 1), end)) for p in range(first.eos + 1, end + 1)]
-    return dataclasses.replace(pair, positions=[*words, (first.eos, second.eos), *pads])
+    return dataclasses.replace(pair, positions=[*inside, (first.eos, second.eos), *pads])
 
 
 def background_gram(reader: Reader, term: Term) -> Tensor:
@@ -162,14 +171,14 @@ def background_gram(reader: Reader, term: Term) -> Tensor:
 
 def background_captions(model: TextToImage, term: Term) -> list[str]:
     """Return captions that should not move; three in four contain a concept."""
-    words = vocabularies.fillers(model.tokenizer, without=term["without"])
+    fillers = vocabularies.fillers(model.tokenizer, without=term["without"])
     rng = random.Random(term["seed"])
     slots = [
-        rng.choice(term["concepts"] or words) if i % 4 else rng.choice(words)
+        rng.choice(term["concepts"] or fillers) if i % 4 else rng.choice(fillers)
         for i in range(term["background"])
     ]
     frames = vocabularies.frames(
-        words, size=term["background"], seed=term["seed"] + 2, among=term["concepts"]
+        fillers, size=term["background"], seed=term["seed"] + 2, among=term["concepts"]
     )
     return [frame.replace("{}", slot) for frame, slot in zip(frames, slots, strict=True)]
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn.functional import linear as project
 from torch.overrides import TorchFunctionMode
 
+from overpaint.edit.concept_words import check_special, words
 from overpaint.edit.weights import encoder_index, find_weight
 from overpaint.errors import UnsupportedModel
-from overpaint.model import TextToImage
+from overpaint.model import TextToImage, text_features
 from overpaint.model.hooks import record_inputs
 from overpaint.model.token_spans import Span, end_of_text, span_at
 
@@ -32,6 +33,7 @@ __all__ = [
     "captions",
     "check_frames",
     "check_pairs",
+    "encoder_features",
     "gather",
     "layer_inputs",
     "read_layer",
@@ -57,8 +59,8 @@ class Caption:
     Attributes:
         text: The caption.
         ids: Its padded token ids, shape (L,).
-        first: Position of the concept's first token.
-        last: Position of the concept's last token.
+        first: Position of the concept's first token; for an empty concept that of the token before its place.
+        last: Position of the concept's last token; for an empty concept the same as `first`.
         eos: Position of the end-of-text token.
     """
 
@@ -86,12 +88,11 @@ class Pair:
     positions: list[tuple[int, int]]
 
 
-def check_pairs(pairs: Mapping[str, str], *, erase: bool = False) -> None:
-    """Raise unless there are pairs and each has two different concepts.
+def check_pairs(pairs: Mapping[str, str]) -> None:
+    """Raise unless there are pairs and each has two different concepts; the new one may be empty.
 
     Args:
         pairs: Old concept to new.
-        erase: The new concept may be empty.
 
     Raises:
         ValueError: There are no pairs, a concept is empty, or a concept equals its target.
@@ -101,12 +102,11 @@ def check_pairs(pairs: Mapping[str, str], *, erase: bool = False) -> None:
             "`pairs` is empty: name at least one concept and its replacement, {'van gogh': 'painting'}."
         )
     for old, new in pairs.items():
-        if not old.strip() or not (erase or new.strip()):
-            role = "new" if old.strip() else "old"
+        if not old.strip():
             raise ValueError(
-                f"the {role} concept of the pair {old!r} → {new!r} is empty: name it in words."
+                f"the old concept of the pair {old!r} → {new!r} is empty: name it in words."
             )
-        if old.lower().split() == new.lower().split():
+        if words(old) == words(new):
             raise ValueError(
                 f"the concept {old!r} equals its target: name another one to replace it."
             )
@@ -177,7 +177,7 @@ def caption(model: TextToImage, concept: str, frame: str, *, encoder: str = "tex
 def captions(
     model: TextToImage, concepts: Sequence[tuple[str, str]], *, encoder: str = "text"
 ) -> list[Caption]:
-    """Return the caption of each concept in its frame.
+    """Return the caption of each concept in its frame. For an empty concept it is the frame alone.
 
     Args:
         model: Its tokenizer locates the concepts.
@@ -185,7 +185,7 @@ def captions(
         encoder: Its tokenizer is used: `"text"` or `"text2"`.
 
     Raises:
-        ValueError: A concept is empty or cut off by the token limit.
+        ValueError: A concept is cut off by the token limit, or a caption holds a special token.
         UnsupportedModel: The tokenizer does not return the characters of its tokens.
     """
     if not concepts:
@@ -198,6 +198,7 @@ def captions(
         before, _, after = frame.partition("{}")
         texts.append(f"{before}{concept.strip()}{after}")
         characters.append((len(before), len(before) + len(concept.strip())))
+    check_special(tokenizer, texts)
     spans = _spans(tokenizer, texts, characters)
     rows = model.tokenize(texts, encoder=index)
     return [
@@ -209,8 +210,11 @@ def captions(
 def _spans(
     tokenizer: Any, texts: Sequence[str], characters: Sequence[tuple[int, int]]
 ) -> list[Span]:
-    """Return `span_at` of the characters of each text, from one call of the tokenizer; `span_at` raises the errors."""
-    if len(texts) == 1 or not getattr(tokenizer, "is_fast", False):
+    """Return `span_at` of the characters of each text, from one call of the tokenizer; `span_at` raises the errors.
+
+    For no characters it is the position of the token before them.
+    """
+    if not getattr(tokenizer, "is_fast", False):
         return [span_at(tokenizer, t, *part) for t, part in zip(texts, characters, strict=True)]
     encoded = tokenizer(
         list(texts), return_offsets_mapping=True, truncation=False, padding=False, verbose=False
@@ -218,6 +222,10 @@ def _spans(
     spans: list[Span] = []
     rows = zip(texts, characters, encoded["offset_mapping"], strict=True)
     for text, (start, end), offsets in rows:
+        if start == end:
+            before = sum(a < b <= start for a, b in offsets)
+            spans.append(Span(before, before + 1))
+            continue
         tokens = [i for i, (a, b) in enumerate(offsets) if a < b and a < end and b > start]
         fits = tokens and tokens[-1] < int(tokenizer.model_max_length) - 1
         spans.append(
@@ -242,6 +250,15 @@ def layer_inputs(model: TextToImage, site: str, ids: Tensor) -> Tensor:
     """
     features, rows = read_layer(model, site, ids)
     return features[rows]
+
+
+def encoder_features(model: TextToImage, index: int, ids: Tensor) -> Tensor:
+    """Return the state of one text encoder that the UNet reads, for token ids (B, L) on its device, shape (B, L, D)."""
+    encoder = model.text_encoders[index]
+    if len(model.text_encoders) == 1:
+        return text_features([encoder], [ids], clip_skip=model.clip_skip)
+    states = encoder(ids, output_hidden_states=True).hidden_states
+    return states[-2 - model.clip_skip]
 
 
 def read_layer(model: TextToImage, site: str, ids: Tensor) -> tuple[Tensor, Tensor]:

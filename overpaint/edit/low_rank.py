@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from overpaint.edit.movement import Contents, Movement
-from overpaint.edit.weights import EMBEDDING
+from overpaint.edit.weights import is_embedding
 
 __all__ = ["compact"]
 
@@ -56,13 +56,13 @@ def compact(change: Contents, *, rank: int = 16, dtype: torch.dtype = torch.floa
         )
     named = change.protocol.get("preserve") and change.protocol.get("preserve_weight")
     preserves, repaired = named or change.protocol.get("terms"), change.protocol.get("repair")
-    solved = [m for m in change.movements if m.site != EMBEDDING]
+    solved = [m for m in change.movements if not is_embedding(m.site)]
     if preserves and any(m.gram is None and (repaired or len(m.keys)) for m in solved):
         raise ValueError(
             "this change preserves prompts but lacks their terms, which are saved only with `gram=True`: use "
             "`edit.complete(model, change)` first."
         )
-    movements = tuple(_cut(m, rank, dtype, change.ridge) for m in change.movements)
+    movements = tuple(_cut(m, rank, dtype, change.ridge_at(m.site)) for m in change.movements)
     return Contents(movements, change.protocol, {**change.report, **_losses(change, movements)})
 
 
@@ -91,7 +91,7 @@ def _missed(whole: Movement, cut: Movement) -> float:
 
 def _cut(movement: Movement, rank: int, dtype: torch.dtype, ridge: float | None) -> Movement:
     """Return one movement, cut and rounded, with keys and residuals whose solution it is."""
-    if movement.site == EMBEDDING:  # one row for each token: none can be left out
+    if is_embedding(movement.site):  # one row for each token: none can be left out
         left, right = movement.left.to(dtype), movement.right.to(dtype)
         _check_range(movement, left, right, dtype)
         return dataclasses.replace(movement, left=left, right=right)

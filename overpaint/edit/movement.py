@@ -5,6 +5,7 @@ solved from, so that it can be solved again together with others.
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from overpaint.edit.least_squares import Solution, compress, one_thread
-from overpaint.edit.weights import fingerprint
+from overpaint.edit.weights import cast_hashes, fingerprint
 
 __all__ = ["Contents", "Movement", "Targets", "digest"]
 
@@ -70,6 +71,7 @@ class Movement:
         owners: For each key, the index of its concept among the pairs of the change.
         gram: :math:`a P^\top P` of the preserved keys, shape (D_in, D_in); `None` if there are none, or if the change
             was loaded from a file without them.
+        casts: `cast_hashes` of the weight that the movement starts from; empty in old files.
     """
 
     site: str
@@ -80,6 +82,24 @@ class Movement:
     residual_data: Tensor | Targets = field(repr=False)
     owners: tuple[int, ...] = field(repr=False)
     gram: Tensor | None = field(repr=False)
+    casts: tuple[str, ...] = field(default=(), repr=False)
+
+    @classmethod
+    def of_weight(
+        cls, site: str, parameter: Tensor, left: Tensor, right: Tensor, gram: Tensor | None = None
+    ) -> "Movement":
+        """Return the movement of `parameter` by `left @ right`, which was not solved from keys.
+
+        Args:
+            site: Name of the weight.
+            parameter: The weight; its present numbers are the base of the movement.
+            left: As in `Movement`.
+            right: As in `Movement`.
+            gram: As in `Movement`.
+        """
+        no_keys = torch.zeros(0, right.shape[1]), torch.zeros(0, len(left))
+        hashes = cast_hashes(parameter)
+        return cls(site, fingerprint(parameter), left, right, *no_keys, (), gram, hashes)
 
     @classmethod
     def from_solution(
@@ -106,8 +126,8 @@ class Movement:
         left, right = compress(solution.left, solution.right, orthonormal=solution.orthonormal)
         if isinstance(residual_data, Tensor):
             residual_data = residual_data.detach().cpu()
-        base, keys = fingerprint(parameter), keys.detach().cpu()
-        return cls(site, base, left, right, keys, residual_data, tuple(owners), gram)
+        base, keys, casts = fingerprint(parameter), keys.detach().cpu(), cast_hashes(parameter)
+        return cls(site, base, left, right, keys, residual_data, tuple(owners), gram, casts)
 
     @cached_property
     def residuals(self) -> Tensor:
@@ -121,7 +141,10 @@ class Movement:
         return self.left.double() @ self.right.double()
 
     def added_to(self, weight: Tensor) -> Tensor:
-        """Return `weight` plus the movement, on the CPU, in its dtype. Rows that do not move keep their bytes."""
+        """Return `weight` plus the movement, on the CPU, in its dtype. Rows that do not move keep their bytes.
+
+        The sum is computed in float64 and rounded once.
+        """
         with one_thread():
             result = weight.detach().cpu().clone()
         if not self.left.numel():
@@ -130,15 +153,33 @@ class Movement:
             rows = self.left.abs().amax(1) > 0
         if not bool(rows.all()):
             shift = self.left[rows].double() @ self.right.double()
-            result[rows] = (result[rows].double() + shift).to(result.dtype)
+            result[rows] = _rounded(result[rows].double() + shift, result.dtype)
             return result
         # A cached `delta` is used, but none is cached here: it would stay in memory with the change.
         shift = self.delta if "delta" in vars(self) else self.left.double() @ self.right.double()
         # In blocks, since allocating the whole weight in double takes longer than the sum.
         with one_thread():
             for old, by in zip(result.split(_BLOCK), shift.split(_BLOCK), strict=True):
-                old.copy_(by + old)
+                old.copy_(_rounded(by + old, result.dtype))
         return result
+
+
+def _rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return float64 numbers rounded once to `dtype`, to the nearest, ties to even.
+
+    torch converts float64 to half precision by way of float32, which rounds twice. Here the float32 numbers are rounded
+    to odd: of two neighbours the one whose last bit is 1, so that the second rounding sees on which side of a tie the
+    exact number was.
+
+    Source: Boldo and Melquiond, 2008, https://doi.org/10.1109/TC.2007.70819.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        return exact.to(dtype)
+    near = exact.float()
+    even = (near.view(torch.int32) & 1) == 0
+    inexact = (near.double() != exact) & even & near.isfinite()
+    ends = torch.where(near.double() < exact, math.inf, -math.inf)
+    return torch.where(inexact, torch.nextafter(near, ends.float()), near).to(dtype)
 
 
 def digest(movements: Iterable[Movement]) -> str:
@@ -176,3 +217,8 @@ class Contents(NamedTuple):
     def ridge(self) -> float | None:
         """The pull towards the old weight, or `None` where nothing was solved."""
         return self.protocol.get("ridge")
+
+    def ridge_at(self, site: str) -> float | None:
+        """Return the ridge of one weight; in a change by `auto` each text encoder has its own."""
+        chosen = self.protocol.get("encoders", {}).get(site.partition(".")[0], {})
+        return chosen.get("ridge", self.ridge)

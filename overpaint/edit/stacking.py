@@ -12,11 +12,12 @@ from torch import Tensor
 
 from overpaint.edit import algebra
 from overpaint.edit.change import Change
+from overpaint.edit.encoders import Encoder, joined, separated
 from overpaint.edit.methods.automatic import auto, preserve_terms
 from overpaint.edit.methods.cross_attention import preserved_keys
 from overpaint.edit.methods.quickfix import preserve_gram
 from overpaint.edit.movement import Movement
-from overpaint.edit.weights import EMBEDDING, find_weights, fingerprint
+from overpaint.edit.weights import find_weights, fingerprint, is_base, is_embedding
 from overpaint.model import TextToImage
 from overpaint.model.sampling import Progress
 
@@ -102,9 +103,8 @@ def complete(
     grams: dict[str, Tensor | None] = {}
     movements: list[Movement] = []
     for m in change.movements:
-        source = (
-            m.site if m.site.startswith("text") else "unet"
-        )  # all weights of the UNet share their keys
+        # all weights of the UNet share their keys
+        source = m.site if m.site.startswith("text") else "unet"
         if source not in grams:
             keys = preserved_keys(model, change.protocol.get("method"), m.site, prompts)
             grams[source] = preserve_gram(keys, change.protocol["preserve_weight"])
@@ -115,17 +115,29 @@ def complete(
 
 def _complete_auto(model: TextToImage, change: Change) -> Change:
     _check_bases(model, change)
-    solved = [m for m in change.movements if m.site != EMBEDDING]
-    if all(m.gram is not None for m in solved):
+    if all(m.gram is not None for m in change.movements if not is_embedding(m.site)):
         return change
+    parts = separated(change)
+    complete = {part: _with_terms(model, part, of_part) for part, of_part in parts.items()}
+    grams = {m.site: m.gram for of_part in complete.values() for m in of_part.movements}
+    movements = [dataclasses.replace(m, gram=grams[m.site]) for m in change.movements]
+    return dataclasses.replace(change, movements=tuple(movements))
+
+
+def _with_terms(model: TextToImage, part: str, change: Change) -> Change:
+    """Return the change of one text encoder by `auto` with its preserve terms."""
     if change.protocol.get("repair"):  # its inputs depend on the first movement: compute both again
         settings = {
             name: change.protocol.get(name, False)
             for name in (*_AUTOMATIC, "preserve", "preserve_weight", "without")
         }
-        grams = {m.site: m.gram for m in auto(model, change.pairs, **settings).movements}
+        aliases = change.protocol.get("aliases", {})
+        pairs = {old: new for old, new in change.pairs.items() if old not in aliases}
+        again = auto(model, pairs, **settings, encoder=_named(part), aliases=aliases)
+        grams = {m.site: m.gram for m in again.movements}
     else:
-        grams = {m.site: preserve_terms(model, change) for m in solved}
+        solved = [m.site for m in change.movements if not is_embedding(m.site)]
+        grams = {site: preserve_terms(model, change, part) for site in solved}
     movements = [dataclasses.replace(m, gram=grams.get(m.site)) for m in change.movements]
     return dataclasses.replace(change, movements=tuple(movements))
 
@@ -138,11 +150,38 @@ def _stacked_auto(
 ) -> Change:
     """Return one change by `auto` of all concepts, made anew: which captions move depends on all of them."""
     pairs: dict[str, str] = {}
+    aliases: dict[str, str] = {}
+    explicit: set[str] = set()
     for change in sorted(changes, key=_order):
+        aliases |= change.protocol.get("aliases", {})
+        explicit |= change.pairs.keys() - change.protocol.get("aliases", {}).keys()
         for old, new in change.pairs.items():
             if pairs.setdefault(old, new) != new:
                 targets = " and ".join(f"{old!r} → {t!r}" for t in sorted((pairs[old], new)))
                 raise ValueError(f"contradictory pairs: {targets}. Keep one of them.")
+    aliases = {alias: of for alias, of in aliases.items() if alias not in explicit}
+    by_encoder = [separated(change) for change in changes]
+    if any(parts.keys() != by_encoder[0].keys() for parts in by_encoder):
+        algebra.refuse_difference("encoder")
+    for concept in without:
+        pairs, aliases = algebra.remove_concept(pairs, aliases, concept)
+    pairs = {old: new for old, new in sorted(pairs.items()) if old not in aliases}
+    stacked = {
+        part: _stacked_part(model, [p[part] for p in by_encoder], pairs, aliases, part, on_progress)
+        for part in by_encoder[0]
+    }
+    return joined(model, stacked)
+
+
+def _stacked_part(
+    model: TextToImage,
+    changes: Sequence[Change],
+    pairs: dict[str, str],
+    aliases: dict[str, str],
+    part: str,
+    on_progress: Progress | None,
+) -> Change:
+    """Return the change of one text encoder by `auto` of all `pairs` and `aliases`, with the settings of `changes`."""
     solved = [change for change in changes if change.protocol["terms"]] or list(changes)
     settings = [{n: change.protocol.get(n, False) for n in _AUTOMATIC} for change in solved]
     if unlike := [n for n in _AUTOMATIC if any(s[n] != settings[0][n] for s in settings)]:
@@ -151,10 +190,20 @@ def _stacked_auto(
         raise ValueError(
             "a change by `auto` that was scaled cannot be stacked: stack the changes as they were made, then scale."
         )
-    for concept in without:
-        algebra.remove_pair(pairs, concept)
     both = {n: sorted({t for c in changes for t in c.protocol[n]}) for n in ("preserve", "without")}
-    return auto(model, dict(sorted(pairs.items())), **both, **settings[0], on_progress=on_progress)
+    return auto(
+        model,
+        pairs,
+        **both,
+        **settings[0],
+        encoder=_named(part),
+        aliases=aliases,
+        on_progress=on_progress,
+    )
+
+
+def _named(part: str) -> Encoder:
+    return "text" if part == "text" else "text2"
 
 
 def _order(change: Change) -> tuple[str, str]:
@@ -163,8 +212,8 @@ def _order(change: Change) -> tuple[str, str]:
 
 def _check_bases(model: TextToImage, change: Change) -> None:
     for m, weight in zip(change.movements, find_weights(model, change.sites), strict=True):
-        base = fingerprint(weight.parameter)
-        if base != m.base_hash:
+        if not is_base(weight.parameter, m.base_hash, m.casts):
+            base = fingerprint(weight.parameter)
             raise ValueError(
                 f"wrong base hash: {m.site} of {model.name!r} is {base[:12]}, not the weight that the change was made "
                 "for. Revert what is applied, or use the model it was made for."

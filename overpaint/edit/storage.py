@@ -2,7 +2,8 @@
 
 Files are written atomically, and nothing is unpickled. A checksum over the record and all tensors is part of the file,
 so that one wrong bit anywhere is detected. Sizes and types that do not fit one another are refused before a change is
-built. Tensors that several movements share are written once, and of the token embedding only the rows that move.
+built, and every count is bounded by the bytes of the file, so that a small file takes little memory. Tensors that
+several movements share are written once, and of the token embedding only the rows that move.
 """
 
 import errno
@@ -20,8 +21,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from overpaint.edit.movement import Contents, Movement
-from overpaint.edit.weights import EMBEDDING, fingerprint, is_site
-from overpaint.files import atomic
+from overpaint.edit.weights import fingerprint, is_embedding, is_site
+from overpaint.files import atomic, from_json
 
 __all__ = ["FORMAT", "checksum", "pack", "read", "unpack", "write"]
 
@@ -30,6 +31,10 @@ _OLD = ("overpaint.change/1", "overpaint.change/2")
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _DTYPES = ("F16", "F32", "F64")
 _ROWS = 2**18  # of a token embedding: five times those of CLIP
+_ENTRIES = 2**28  # of a weight: four times those of the largest token embedding of a CLIP
+_UNPACKED = (
+    2**23
+)  # numbers that any change may have in memory; a larger file may have 16 for each of its own
 _FIELDS = {"site": str, "base_hash": str, "keys": int, "gram": int | None}
 
 
@@ -50,9 +55,8 @@ def pack(change: Contents, *, gram: bool) -> tuple[dict[str, Tensor], dict[str, 
             count = sum(name.startswith("gram.") for name in tensors)
             gram_place = places.setdefault(fingerprint(m.gram), count)
             tensors[f"gram.{gram_place}"] = m.gram
-        movements.append(
-            {"site": m.site, "base_hash": m.base_hash, "keys": place, "gram": gram_place}
-        )
+        entry = {"site": m.site, "base_hash": m.base_hash, "keys": place, "gram": gram_place}
+        movements.append({**entry, "casts": list(m.casts)})
     record = {"movements": movements, "owners": owners}
     return tensors, {**record, "protocol": change.protocol, "report": change.report}
 
@@ -60,7 +64,7 @@ def pack(change: Contents, *, gram: bool) -> tuple[dict[str, Tensor], dict[str, 
 def _left(place: int, movement: Movement) -> dict[str, Tensor]:
     """Return the left factor; for the token embedding its N nonzero rows and their indices, shape (1, N)."""
     left = movement.left
-    if movement.site != EMBEDDING:
+    if not is_embedding(movement.site):
         return {f"{place}.left": left}
     rows = (left != 0).any(1).nonzero().flatten()
     return {f"{place}.left": left[rows], f"{place}.rows": rows[None].double()}
@@ -86,11 +90,19 @@ def unpack(path: str | Path, tensors: Mapping[str, Tensor], record: Any) -> Cont
     fault = _record_fault(record) or _tensor_fault(tensors, record)
     if fault:
         _refuse(path, fault)
-    movements = tuple(_movement(i, tensors, record) for i in range(len(record["movements"])))
+    owners = [tuple(o for o, count in runs for _ in range(count)) for runs in record["owners"]]
+    movements = tuple(
+        _movement(i, tensors, record, owners) for i in range(len(record["movements"]))
+    )
     return Contents(movements, record["protocol"], record["report"])
 
 
-def _movement(place: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Movement:
+def _movement(
+    place: int,
+    tensors: Mapping[str, Tensor],
+    record: Mapping[str, Any],
+    owners: Sequence[tuple[int, ...]],
+) -> Movement:
     entry = record["movements"][place]
     left, right = (tensors[f"{place}.{name}"] for name in ("left", "right"))
     if f"{place}.rows" in tensors:
@@ -108,8 +120,9 @@ def _movement(place: int, tensors: Mapping[str, Tensor], record: Mapping[str, An
         right=right,
         keys=tensors[f"keys.{entry['keys']}"],
         residual_data=residuals,
-        owners=tuple(o for o, count in record["owners"][entry["keys"]] for _ in range(count)),
+        owners=owners[entry["keys"]],  # one tuple for all movements of these keys
         gram=None if entry["gram"] is None else tensors[f"gram.{entry['gram']}"],
+        casts=tuple(entry.get("casts", ())),
     )
 
 
@@ -170,8 +183,9 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if metadata.get("sha256") != checksum(text, tensors):
         _refuse(path, "its content and its checksum differ")
     try:
-        record = json.loads(text, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
+        record = from_json(text)
+        json.dumps(record, allow_nan=False)
+    except ValueError as error:
         raise ValueError(
             f"{str(path)!r} is damaged: its record is not JSON. Copy it again, or remake it."
         ) from error
@@ -205,10 +219,6 @@ def _is_matrix(tensor: Any) -> bool:
     return tensor.get_dtype() in _DTYPES and len(shape) == 2 and max(shape) < 2**31
 
 
-def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not a number of JSON")
-
-
 def _refuse(path: str | Path, fault: str) -> NoReturn:
     raise ValueError(f"{str(path)!r} is damaged: {fault}. Copy it again, or remake it.")
 
@@ -222,13 +232,16 @@ def _record_fault(record: Any) -> str:
     if wrong:
         return f"its `{wrong[0]}` is of the wrong type"
     movements = record["movements"]
-    if not movements or not all(isinstance(m, dict) and set(m) == set(_FIELDS) for m in movements):
+    fields = (set(_FIELDS), {*_FIELDS, "casts"})  # older files have no hashes of casts
+    if not movements or not all(isinstance(m, dict) and set(m) in fields for m in movements):
         return "its movements have other fields than a change's"
     for m in movements:
         wrong = [name for name, kind in _FIELDS.items() if not _is(m[name], kind)]
         if wrong:
             return f"its `{wrong[0]}` is of the wrong type"
-        if not is_site(m["site"]) or not re.fullmatch(r"[0-9a-f]{64}", m["base_hash"]):
+        casts = m.get("casts", [])
+        hashes = [m["base_hash"], *casts] if isinstance(casts, list) else [""]
+        if not is_site(m["site"]) or len(hashes) > 4 or not all(map(_is_hash, hashes)):
             return "its site or hash is not one that overpaint writes"
         if not 0 <= m["keys"] < len(record["owners"]):
             return "a movement names keys that are not in the file"
@@ -237,17 +250,26 @@ def _record_fault(record: Any) -> str:
     return _protocol_fault(record["protocol"]) or _owner_fault(record)
 
 
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+
+
 def _protocol_fault(protocol: Mapping[str, Any]) -> str:
     """Return what is wrong with the settings that `algebra.add` reads, or an empty string."""
     pairs, strength = protocol.get("pairs", {}), protocol.get("strength", {})
+    aliases, encoders = protocol.get("aliases", {}), protocol.get("encoders", {})
     texts = [protocol.get("preserve", []), protocol.get("frames", [])]
     numbers = [protocol[n] for n in ("ridge", "preserve_weight") if protocol.get(n) is not None]
     sound = (
         isinstance(pairs, dict)
         and all(isinstance(new, str) for new in pairs.values())
         and isinstance(strength, dict)
+        and isinstance(aliases, dict)
+        and all(isinstance(old, str) for old in aliases.values())
+        and isinstance(encoders, dict)
+        and all(isinstance(chosen, dict) for chosen in encoders.values())
         and all(isinstance(t, list) and all(isinstance(x, str) for x in t) for t in texts)
-        and all(_is(n, int | float) for n in (*numbers, *strength.values()))
+        and all(_is(n, int | float) and abs(n) < 1e30 for n in (*numbers, *strength.values()))
     )
     return "" if sound else "its protocol is of the wrong type"
 
@@ -269,14 +291,18 @@ def _tensor_fault(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> s
     movements: Sequence[Any] = record["movements"]
     forms = [_residual_form(i, tensors) for i in range(len(movements))]
     names = {f"{i}.{part}" for i in range(len(movements)) for part in ("left", "right", forms[i])}
-    names |= {f"{i}.rows" for i, m in enumerate(movements) if m["site"] == EMBEDDING}
+    names |= {f"{i}.rows" for i, m in enumerate(movements) if is_embedding(m["site"])}
     names |= {f"keys.{i}" for i in range(len(record["owners"]))}
     names |= {f"gram.{m['gram']}" for m in movements if m["gram"] is not None}
     if set(tensors) != names:
         return "its tensors are not those of a change"
+    used = {m["keys"] for m in movements}
+    if used != set(range(len(record["owners"]))):
+        return "it holds keys that no movement uses"
+    unpacked = 0
     for i, m in enumerate(movements):
         (out, rank), (inner, width) = tensors[f"{i}.left"].shape, tensors[f"{i}.right"].shape
-        if m["site"] == EMBEDDING:
+        if is_embedding(m["site"]):
             whole = tensors[f"{i}.{forms[i]}"].shape[1]
             sound = forms[i] == "residuals" and whole <= _ROWS and rank <= out
             if not sound or not _are_rows(tensors[f"{i}.rows"], out, whole):
@@ -292,6 +318,12 @@ def _tensor_fault(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> s
             or square not in (None, (width, width))
         ):
             return "its tensors do not fit one another"
+        if not width or not out or out * width > _ENTRIES:
+            return "its matrices have no columns, or are larger than any weight"
+        unpacked += out * rank if is_embedding(m["site"]) else 0
+        unpacked += n * out if forms[i] == "combinations" else 0
+    if unpacked > max(_UNPACKED, 16 * sum(t.numel() for t in tensors.values())):
+        return "it would take far more memory than the file"
     if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
         return "it contains NaN or infinity"
     return ""

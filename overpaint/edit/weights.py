@@ -1,9 +1,9 @@
 """The weights that an edit can move, found by name and by the structure of the model.
 
 A weight is named by its site and matrix: `text.0.self_attn.out_proj`, `text.0.mlp.fc2`, `text2.3.self_attn.q_proj` in
-a second text encoder, `text.token_embedding`, or `unet.cross_attn.7.to_k`, where 7 counts in execution order. A weight
-that is not a plain matrix in memory (quantised, fused, wrapped by an adapter, left on disk) is refused by name: values
-written to it would be lost, or would have another meaning.
+a second text encoder, `text.token_embedding`, `text2.token_embedding`, or `unet.cross_attn.7.to_k`, where 7 counts in
+execution order. A weight that is not a plain matrix in memory (quantised, fused, wrapped by an adapter, left on disk)
+is refused by name: values written to it would be lost, or would have another meaning.
 """
 
 import hashlib
@@ -23,19 +23,29 @@ __all__ = [
     "EMBEDDING",
     "PROJECTIONS",
     "Weight",
+    "cast_hashes",
     "encoder_index",
     "find_weight",
     "find_weights",
     "fingerprint",
+    "is_base",
+    "is_embedding",
     "is_site",
     "text_layers",
 ]
 
 PROJECTIONS = ("q", "k", "v", "out")
 EMBEDDING = "text.token_embedding"
+_EMBEDDINGS = tuple(f"{part}.token_embedding" for part in TEXT_PARTS)
 _TEXT = re.compile(r"(text2?)\.(\d{1,3})\.(self_attn\.(?:q|k|v|out)_proj|mlp\.fc2)")
 _UNET = re.compile(r"unet\.cross_attn\.(\d{1,3})\.(to_q|to_k|to_v|to_out)")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_EXACT_IN = {  # for each dtype, those that hold all its numbers
+    torch.float16: (torch.float16, torch.float32, torch.float64),
+    torch.bfloat16: (torch.bfloat16, torch.float32, torch.float64),
+    torch.float32: (torch.float32, torch.float64),
+    torch.float64: (torch.float64,),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +70,12 @@ class Weight:
 
 def is_site(name: str) -> bool:
     """Return whether `name` has the form of a weight's name; a model may still lack that weight."""
-    return name == EMBEDDING or bool(_TEXT.fullmatch(name) or _UNET.fullmatch(name))
+    return is_embedding(name) or bool(_TEXT.fullmatch(name) or _UNET.fullmatch(name))
+
+
+def is_embedding(site: str) -> bool:
+    """Return whether `site` is the token embedding of a text encoder."""
+    return site in _EMBEDDINGS
 
 
 def find_weight(model: TextToImage, site: str) -> Weight:
@@ -79,8 +94,10 @@ def find_weights(model: TextToImage, sites: Sequence[str]) -> list[Weight]:
     weights: list[Weight] = []
     for site in sites:
         text, unet = _TEXT.fullmatch(site), _UNET.fullmatch(site)
-        if site == EMBEDDING:
-            weights.append(_weight(site, model.text_encoder.get_input_embeddings(), 0))
+        if is_embedding(site):
+            index = encoder_index(model, site.partition(".")[0])
+            embedding = model.text_encoders[index].get_input_embeddings()
+            weights.append(_weight(site, embedding, index))
         elif text:
             block = _item(text_layers(model, text[1]), int(text[2]), site, f"{text[1]} layers")
             weights.append(
@@ -94,7 +111,7 @@ def find_weights(model: TextToImage, sites: Sequence[str]) -> list[Weight]:
         else:
             raise UnknownSite(
                 f"unknown weight {site!r}: an edit can move 'text.<layer>.self_attn.<q, k, v or out>_proj' and "
-                f"'text.<layer>.mlp.fc2' ('text2' for a second encoder), {EMBEDDING!r} and "
+                f"'text.<layer>.mlp.fc2', {EMBEDDING!r} ('text2' for a second encoder) and "
                 "'unet.cross_attn.<index>.<to_q, to_k, to_v or to_out>'."
             )
     return weights
@@ -142,6 +159,30 @@ def fingerprint(tensor: Tensor) -> str:
     digest = hashlib.sha256(head.encode())
     digest.update(content.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def cast_hashes(tensor: Tensor) -> tuple[str, ...]:
+    """Return `fingerprint` of `tensor` in each other dtype of a model in which its numbers may be rounded."""
+    exact = _EXACT_IN[tensor.dtype]
+    return tuple(fingerprint(tensor.detach().to(d)) for d in _DTYPES if d not in exact)
+
+
+def is_base(tensor: Tensor, base_hash: str, casts: Sequence[str] = ()) -> bool:
+    """Return whether `tensor` holds the numbers that `base_hash` is of, up to one cast between dtypes.
+
+    Accepted are the same numbers in any dtype; a cast of the base to a dtype of `casts`; and numbers whose cast to the
+    dtype of the base is the base. Two different roundings of the same numbers are not compared with one another.
+
+    Args:
+        tensor: A weight of a model.
+        base_hash: `fingerprint` of the weight that a change was made for.
+        casts: `cast_hashes` of that weight; empty in old files.
+    """
+    present = fingerprint(tensor)
+    if present == base_hash or present in casts:
+        return True
+    others = (d for d in _DTYPES if d != tensor.dtype)
+    return any(fingerprint(tensor.detach().to(d)) == base_hash for d in others)
 
 
 def _weight(site: str, module: Any, encoder: int | None) -> Weight:

@@ -24,7 +24,6 @@ Deviations: this is neither paper's method. Diff-QuickFix has four captions, no 
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import Literal, Unpack
 
 from torch import Tensor
@@ -34,8 +33,11 @@ from overpaint.edit import vocabulary as vocabularies
 from overpaint.edit.caption_sums import FRESH, Reader
 from overpaint.edit.captions import align_captions, check_pairs
 from overpaint.edit.change import Change
+from overpaint.edit.concept_words import alias_target, check_special, contains, find_aliases
+from overpaint.edit.encoders import Encoder, edited_parts, joined, unread_layer
 from overpaint.edit.methods import layer_edit, token_rows
-from overpaint.edit.weights import find_weight
+from overpaint.edit.provenance import notes, protocol
+from overpaint.edit.weights import encoder_index, find_weight, is_embedding, text_layers
 from overpaint.model import TextToImage
 from overpaint.model.sampling import Progress
 
@@ -51,6 +53,8 @@ def auto(
     without: Sequence[str] = (),
     tokens: bool = True,
     layer: int | Literal["auto"] = 0,
+    encoder: Encoder = "all",
+    aliases: Literal["auto"] | Sequence[str] | Mapping[str, str] = "auto",
     seed: int = 0,
     on_progress: Progress | None = None,
     **settings: Unpack[layer_edit.FitSettings],
@@ -58,8 +62,9 @@ def auto(
     """Return a change of token rows or one text layer with a chosen preserve list; the model is not modified.
 
     Args:
-        model: Its first text encoder is edited.
-        pairs: Old concept to new; several are solved jointly.
+        model: Its text encoders are edited.
+        pairs: Old concept to new; several are solved jointly. `""` erases a concept: its captions are read as the
+            frames alone, its exclusive tokens as the end of text.
         vocabulary: Concepts that should not drift: `"icons"`, `"natural"`, or a list; by default the model's own.
         preserve: Further prompts that should not drift, treated like concepts of the vocabulary.
         without: Texts whose words are not used to fill captions, as those of a test.
@@ -70,6 +75,11 @@ def auto(
         layer: Text layer, from 0; or `"auto"`: each layer is edited with a quarter of the captions and without repair,
             and the one with the best result at the encoder's output is used (`layer_scan.scan`). The weights move
             meanwhile, and are restored bit for bit.
+        encoder: `"all"` edits each text encoder with its own keys, captions and preserve weight; `"text"` and `"text2"`
+            are the first and the second one of SDXL.
+        aliases: Known concepts contained in an erased one that are erased with it: `"auto"` for those that mean the
+            same ("van gogh" of "van gogh style", see `concept_words.find_aliases`), a list, or `()` for none. They get
+            the same replacement, without "style" and the like, and become pairs of the change.
         seed: Seed of the captions.
         on_progress: Called with (done, total, label).
         **settings: `contexts`, `background`, `bound`, `preserve_weight`, `allowance`, `ridge` and `repair`, as in
@@ -81,7 +91,8 @@ def auto(
         projection alone; `layer_missed` and `layer_drift` are measured with the repair. Where the layer was chosen,
         `layers` holds the result of each. `tokens` names the replaced tokens for each concept, `in_layer` the concepts
         that the layer is edited for, and `carried` known concepts that hold a replaced token (as "apple logo" holds
-        "apple") and change with it.
+        "apple") and change with it. `aliases` holds known concepts that are erased with another one, `contained_kept`
+        those that stay although an erased one contains them; both map to that concept.
 
     Raises:
         ValueError: A concept is empty, equals its target or is to be preserved too; a number is out of range.
@@ -90,18 +101,60 @@ def auto(
     """
     _check_texts(pairs, preserve)
     fit = layer_edit.Fit(**settings)
-    if layer != "auto":
-        # Raises for an unknown layer, also if all tokens are replaced and no layer is edited.
-        find_weight(model, f"text.{layer}.self_attn.out_proj")
-    align_captions(model, dict(pairs), ["{}"], "subject_to_end")
-    started = time.perf_counter()
-    report_progress = on_progress or layer_edit.ignore_progress
     known = texts.known_concepts(model, vocabulary)
-    request = layer_edit.Request(model, dict(pairs), known, tuple(preserve), tuple(without), seed)
-    exclusive = token_rows.exclusive_rows(model, pairs, [*request.others, *preserve]) if tokens else {}  # fmt: skip
+    erased, remaining = find_aliases(pairs, known, preserve=preserve, aliases=aliases)
+    all_pairs = {**pairs, **{alias: alias_target(pairs[old]) for alias, old in erased.items()}}
+    parts = edited_parts(model, encoder)
+    for part in parts:
+        check_special(model.tokenizers[encoder_index(model, part)], preserve)
+        if layer != "auto":
+            # Raises for an unknown layer, also if all tokens are replaced and no layer is edited.
+            find_weight(model, f"{part}.{layer}.self_attn.out_proj")
+        align_captions(model, all_pairs, ["{}"], "subject_to_end", encoder=part)
+    head = protocol("auto", model, all_pairs) | {
+        "aliases": erased, "preserve": list(preserve), "positions": "auto", "tokens": tokens,
+        "without": sorted(without), "seed": seed,
+        "vocabulary": vocabulary if isinstance(vocabulary, str | None) else list(vocabulary),
+    }  # fmt: skip
+    questions = [
+        f"{c!r} is part of {old!r} and stays: to erase it too, pass `aliases=[{c!r}]`."
+        for c, old in remaining.items()
+    ]
+    shared = {"aliases": erased, "contained_kept": remaining}
+    changes: dict[str, Change] = {}
+    for part in parts:
+        request = layer_edit.Request(
+            model, all_pairs, known, tuple(preserve), tuple(without), seed, part, erased
+        )
+        change = _edit(request, fit, layer, tokens, on_progress or layer_edit.ignore_progress)
+        at = change.protocol["layer"]
+        remark = ""
+        if not all(is_embedding(m.site) for m in change.movements):
+            remark = unread_layer(model, part, at, len(text_layers(model, part)))
+        remarks = notes(model, [*all_pairs, *all_pairs.values()], *questions, remark)
+        changes[part] = Change(
+            change.movements, {**head, **change.protocol}, {**change.report, **shared, **remarks}
+        )
+    return joined(model, changes)
+
+
+def _edit(
+    request: layer_edit.Request,
+    fit: layer_edit.Fit,
+    layer: int | Literal["auto"],
+    tokens: bool,
+    report_progress: Progress,
+) -> Change:
+    """Return the change of one text encoder, with the entries of its protocol that depend on it."""
+    started = time.perf_counter()
+    model, pairs, part, known = request.model, request.pairs, request.part, request.known
+    others = [*request.others, *request.preserve]
+    exclusive: dict[str, token_rows.ExclusiveRows] = {}
+    if tokens:
+        exclusive = token_rows.exclusive_rows(model, pairs, others, part, aliases=request.aliases)
     rest = {o: new for o, new in pairs.items() if o not in exclusive or not exclusive[o].complete}
     rows = {token: row for concept in exclusive.values() for token, row in concept.rows.items()}
-    with token_rows.rows_replaced(model, rows):
+    with token_rows.rows_replaced(model, rows, part):
         if not rest:
             edited = layer_edit.no_layer(fit, layer)
         elif layer == "auto":
@@ -109,30 +162,32 @@ def auto(
         else:
             edited = layer_edit.edit_layer(request, rest, fit, layer, report_progress)
     report_progress(4, 4, "done")
-    protocol = {
-        "method": "auto", "model": model.name, "pairs": dict(pairs), "preserve": list(preserve), "positions": "auto",
-        **dataclasses.asdict(fit), **edited.protocol, "tokens": tokens, "without": sorted(without), "seed": seed,
-        "vocabulary": vocabulary if isinstance(vocabulary, str | None) else list(vocabulary),
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-    }  # fmt: skip
+    settings = dataclasses.asdict(fit) | edited.protocol
     movements, report = list(edited.movements), dict(edited.report)
     if rows:
-        movements.append(token_rows.movement(model, rows))
-        report["tokens"] = {old: token_rows.token_names(model, e.rows) for old, e in exclusive.items()}  # fmt: skip
+        movements.append(token_rows.movement(model, rows, part))
+        report["tokens"] = {
+            old: token_rows.token_names(model, e.rows, part) for old, e in exclusive.items()
+        }
         report["in_layer"] = list(rest)
         others = [concept for concept in known if concept not in pairs]
-        report["carried"] = token_rows.texts_with_tokens(model, rows, others)
+        report["carried"] = token_rows.texts_with_tokens(model, rows, others, part)
     seconds = {"seconds": {"all": round(time.perf_counter() - started, 3)}}
-    return Change(tuple(movements), protocol, report | seconds)
+    return Change(tuple(movements), settings, report | seconds)
 
 
-def preserve_terms(model: TextToImage, change: Change) -> Tensor:
+def preserve_terms(model: TextToImage, change: Change, part: str = "text") -> Tensor:
     """Return the Gram matrix of all preserve terms of a change by `auto`, read again from `model`; (D_in, D_in).
+
+    Args:
+        model: The unedited model.
+        change: The change of one text encoder.
+        part: That encoder.
 
     Raises:
         UnknownSite: The model has no such layer.
     """
-    reader = Reader.at_layer(model, change.protocol["layer"])
+    reader = Reader.at_layer(model, change.protocol["layer"], part)
     width = reader.weight.shape[1]
     total, frames = reader.weight.new_zeros(width, width), ()
     for term in change.protocol["terms"]:
@@ -152,7 +207,7 @@ def _check_texts(pairs: Mapping[str, str], preserve: Sequence[str]) -> None:
         raise TypeError("`preserve` is a list of texts: write ['...'] around a single one.")
     check_pairs(pairs)
     for old in pairs:
-        edited = [p for p in preserve if f" {old.lower().strip()} " in f" {p.lower()} "]
+        edited = [p for p in preserve if contains(p, old)]
         if edited:
             raise ValueError(
                 f"the preserved prompt {edited[0]!r} holds {old!r}, which is edited: take it off the list."

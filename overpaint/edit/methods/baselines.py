@@ -13,26 +13,31 @@ from torch import Tensor
 
 from overpaint.edit.captions import Positions
 from overpaint.edit.change import Change
+from overpaint.edit.encoders import Encoder, edited_parts, joined
 from overpaint.edit.methods import token_rows
 from overpaint.edit.methods.quickfix import FRAMES, quickfix
+from overpaint.edit.provenance import notes, protocol
 from overpaint.edit.weights import PROJECTIONS, text_layers
 from overpaint.model import TextToImage
 
 __all__ = ["random_site", "swap_embedding"]
 
 
-def swap_embedding(model: TextToImage, pairs: Mapping[str, str]) -> Change:
+def swap_embedding(
+    model: TextToImage, pairs: Mapping[str, str], *, encoder: Encoder = "all"
+) -> Change:
     """Return the change that copies the new concept's token embeddings over those of the old concept.
 
     Tokens are matched as in `token_rows.target_rows`. All other prompts with one of the old tokens change too, which is
     the weakness of this baseline.
 
     Args:
-        model: Its text encoder must be a CLIP; it is not modified.
-        pairs: Old concept to new.
+        model: Its text encoders must be CLIPs; it is not modified.
+        pairs: Old concept to new; for `""` each token of the old one gets the embedding of the end of text.
+        encoder: As in `quickfix`.
 
     Returns:
-        The change of the token embedding.
+        The change of the token embedding of each encoder.
 
     Raises:
         ValueError: A concept is empty, or one token would get two embeddings.
@@ -41,20 +46,27 @@ def swap_embedding(model: TextToImage, pairs: Mapping[str, str]) -> Change:
         raise ValueError(
             "`pairs` is empty: name at least one concept and its replacement, {'van gogh': 'painting'}."
         )
+    return joined(
+        model, {part: _swapped(model, pairs, part) for part in edited_parts(model, encoder)}
+    )
+
+
+def _swapped(model: TextToImage, pairs: Mapping[str, str], part: str) -> Change:
+    """Return the change of the token embedding of one encoder."""
     rows: dict[int, Tensor] = {}
-    for old, targets in token_rows.target_rows(model, pairs).items():
+    for old, targets in token_rows.target_rows(model, pairs, part).items():
         for token, row in targets.items():
             if not torch.equal(rows.setdefault(token, row), row):
-                (name,) = token_rows.token_names(model, {token: row})
+                (name,) = token_rows.token_names(model, {token: row}, part)
                 raise ValueError(
                     f"contradictory pairs: the token {name!r} would get two embeddings, one of them from {old!r} → "
                     f"{pairs[old]!r}. Swap these concepts one at a time, or use `quickfix`."
                 )
-    movement = token_rows.movement(model, rows)
-    protocol = {"method": "swap_embedding", "model": model.name, "pairs": dict(pairs)}
+    movement = token_rows.movement(model, rows, part)
     rank = movement.left.shape[1]
     report = {"tokens": rank, "rank": rank, "delta_norm": float(movement.right.norm())}
-    return Change((movement,), protocol, report)
+    report |= notes(model, [*pairs, *pairs.values()])
+    return Change((movement,), protocol("swap_embedding", model, pairs), report)
 
 
 def random_site(
@@ -67,6 +79,7 @@ def random_site(
     ridge: float = 0.01,
     positions: Positions = "from_subject_to_end",
     frames: Sequence[str] = FRAMES,
+    encoder: Encoder = "all",
 ) -> Change:
     """Return `quickfix` at a layer after the first and at a projection, both drawn by `seed`; a control.
 
@@ -82,16 +95,17 @@ def random_site(
         ridge: As in `quickfix`.
         positions: As in `quickfix`.
         frames: As in `quickfix`.
+        encoder: As in `quickfix`; in all encoders it is the same layer and projection.
 
     Returns:
-        The change of that weight.
+        The change of that weight of each encoder.
 
     Raises:
         ValueError: The model has one text layer only, or as `quickfix`.
         TypeError: As `quickfix`.
         UnsupportedModel: As `quickfix`.
     """
-    last = len(text_layers(model)) - 1
+    last = min(len(text_layers(model, part)) for part in edited_parts(model, encoder)) - 1
     if last < 1:
         raise ValueError(
             "a random site needs a second text layer: this model has one. Compare with `swap_embedding`."
@@ -109,6 +123,7 @@ def random_site(
         frames=frames,
         layer=layer,
         projection=projection,
+        encoder=encoder,
     )
     return dataclasses.replace(
         change, protocol={**change.protocol, "method": "random_site", "seed": seed}

@@ -10,7 +10,6 @@ Source: the objective is that of `least_squares`; the methods cite their papers.
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
@@ -22,11 +21,12 @@ from overpaint.edit.drift import weight_drift
 from overpaint.edit.least_squares import Factors, Solution, contradiction, factorise
 from overpaint.edit.methods.quickfix import preserve_gram
 from overpaint.edit.movement import Movement
+from overpaint.edit.provenance import notes
+from overpaint.edit.provenance import protocol as shared_protocol
 from overpaint.edit.weights import encoder_index, find_weights
 from overpaint.errors import UnknownSite, UnsupportedModel
 from overpaint.model import TextToImage, text_features
 from overpaint.model.sites import Site, find_unet
-from overpaint.model.token_spans import end_of_text
 
 __all__ = [
     "FeatureEdit",
@@ -35,8 +35,10 @@ __all__ = [
     "last_tokens",
     "preserved_keys",
     "projection_sites",
+    "pooled_remark",
     "read_features",
     "solve_projections",
+    "unconditional_features",
 ]
 
 _ALL_POSITIONS = ("quickfix", "random_site")  # methods that preserve every token of a prompt
@@ -58,7 +60,7 @@ class FeatureEdit:
         labels: For each key, the pair as text, for error messages.
         preserve: Features whose outputs should not change, shape (M, D), float32.
         preserve_prompts: For each preserved key, its prompt.
-        empty: Features of the empty prompt, shape (L, D), to measure its drift.
+        empty: Features of the unconditional branch of the guidance, shape (L, D), to measure its drift.
         started: `time.perf_counter()` before the first caption was read.
     """
 
@@ -108,23 +110,13 @@ def last_tokens(model: TextToImage, concepts: Sequence[tuple[str, str]]) -> list
 
     Args:
         model: Its tokenizer is called once.
-        concepts: Pairs of a concept and a frame. For an empty concept the position is that of the frame's last token,
-            or of begin-of-text where the frame is empty too.
+        concepts: Pairs of a concept and a frame. For an empty concept the position is that of the token before its
+            place in the frame, or of begin-of-text.
 
     Raises:
-        ValueError: The token limit cuts a concept off.
+        ValueError: The token limit cuts a concept off, or a caption holds a special token.
     """
-    named = iter(captions(model, [(c, frame) for c, frame in concepts if c.strip()]))
-    places: list[tuple[str, int]] = []
-    for concept, frame in concepts:
-        if concept.strip():
-            caption = next(named)
-            places.append((caption.text, caption.last))
-        else:
-            text = frame.replace("{}", "").strip()
-            ids = model.tokenize([text])[0]
-            places.append((text, end_of_text(model.tokenizer, ids) - 1))
-    return places
+    return [(c.text.strip(), c.last) for c in captions(model, concepts)]
 
 
 @torch.no_grad()
@@ -148,10 +140,27 @@ def read_features(
     features = torch.cat(parts)
     if len(ids) == 2:
         features = features[:, :-1]  # the last row is the pooled one, which no layer reads
-    if "" in distinct and (len(ids) == 2 or model.clip_skip):  # the unconditional branch
-        row = model.encode([""])[0].cpu().float()
-        features[distinct.index("")] = row[: features.shape[1]]
     return dict(zip(distinct, features, strict=True))
+
+
+def unconditional_features(model: TextToImage) -> Tensor:
+    """Return the text features of the unconditional branch of the guidance, zero in SDXL, float32 on the CPU, (L, D).
+
+    They are those of the empty prompt that `model.encode` returns. A concept that is erased is mapped to features of
+    the empty prompt as the encoders compute them, which `read_features` returns.
+    """
+    features = model.encode([""])[0].cpu().float()
+    return features[:-1] if len(model.text_encoders) == 2 else features
+
+
+def pooled_remark(model: TextToImage) -> str:
+    """Return a remark that an edit of cross-attention leaves SDXL's pooled vector; empty for other models."""
+    if len(model.text_encoders) == 1:
+        return ""
+    return (
+        "the UNet also reads the pooled vector of the second text encoder, which an edit of cross-attention leaves: "
+        "add an edit of the text encoders if the concept stays."
+    )
 
 
 def solve_projections(
@@ -206,13 +215,11 @@ def solve_projections(
         },
         **_report(factors, edit, movements, squares),
     }
+    method, pairs = protocol["method"], protocol["pairs"]
     full = {
-        **protocol,
-        "model": model.name,
-        "ridge": ridge,
-        "sites": list(sites),
-        "versions": {name: version(name) for name in ("torch", "transformers", "diffusers")},
-    }
+        **shared_protocol(method, model, pairs, unet=True), **protocol, "ridge": ridge, "sites": list(sites)
+    }  # fmt: skip
+    report |= notes(model, [*pairs, *pairs.values()], pooled_remark(model))
     return Change(tuple(movements), full, report)
 
 

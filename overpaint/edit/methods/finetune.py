@@ -17,7 +17,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, Literal, TypedDict, Unpack
 
 import torch
@@ -25,10 +24,17 @@ from torch import Generator, Tensor, nn
 
 from overpaint.edit.captions import caption, check_pairs
 from overpaint.edit.change import Change
-from overpaint.edit.methods.cross_attention import Layer, Projection, projection_sites
+from overpaint.edit.concept_words import check_special
+from overpaint.edit.methods.cross_attention import (
+    Layer,
+    Projection,
+    pooled_remark,
+    projection_sites,
+)
 from overpaint.edit.methods.quickfix import FRAMES
 from overpaint.edit.movement import Movement
-from overpaint.edit.weights import find_weights, fingerprint
+from overpaint.edit.provenance import notes, protocol
+from overpaint.edit.weights import find_weights
 from overpaint.errors import UnsupportedModel
 from overpaint.model import TextToImage
 from overpaint.model.sampling import Progress, denoise
@@ -122,7 +128,7 @@ def finetune(
 
     Args:
         model: The model to edit; it is not modified.
-        pairs: Old concept to new.
+        pairs: Old concept to new; `""` erases a concept: its captions are denoised like the frames alone.
         preserve: Prompts that should be denoised as before; each update on a pair is followed by one on such a prompt.
         frames: Captions around the concept: a prefix, or a text in which `{}` is replaced.
         layers: Cross-attention layers, all if `None`.
@@ -148,6 +154,7 @@ def finetune(
         raise TypeError(
             "`preserve` and `frames` are lists of texts, and `frames` is not empty: write ['...'] around a single one."
         )
+    check_special(model.tokenizer, preserve)
     started = time.perf_counter()
     sites = projection_sites(model, layers, matrices)
     parameters = [weight.parameter for weight in find_weights(model, sites)]
@@ -169,13 +176,12 @@ def finetune(
             "train": round(time.perf_counter() - drawn, 6),
         },
     }
-    protocol = {
-        "method": "finetune", "model": model.name, "pairs": dict(pairs), "preserve": list(preserve),
-        **dataclasses.asdict(settings), "frames": list(frames), "matrices": list(matrices), "sites": sites,
-        "pictures": pictures, "picture_steps": picture_steps,
-        "versions": {name: version(name) for name in ("torch", "transformers", "diffusers")},
+    report |= notes(model, [*pairs, *pairs.values()], pooled_remark(model))
+    head = protocol("finetune", model, pairs, unet=True) | {
+        "preserve": list(preserve), **dataclasses.asdict(settings), "frames": list(frames), "matrices": list(matrices),
+        "sites": sites, "pictures": pictures, "picture_steps": picture_steps,
     }  # fmt: skip
-    return Change(movements, protocol, report)
+    return Change(movements, head, report)
 
 
 def _examples(
@@ -285,8 +291,7 @@ def _movement(site: str, parameter: nn.Parameter, tuned: Tensor) -> Movement:
     delta = (tuned.detach().cpu().double() - weight.double()).float()
     out, width = delta.shape
     left, right = (torch.eye(out), delta) if out <= width else (delta, torch.eye(width))
-    no_keys = torch.zeros(0, width), torch.zeros(0, out)
-    return Movement(site, fingerprint(parameter), left, right, *no_keys, (), None)
+    return Movement.of_weight(site, parameter, left, right)
 
 
 def _check_positive(numbers: Mapping[str, float]) -> None:

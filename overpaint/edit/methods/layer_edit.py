@@ -7,7 +7,7 @@ Deviations: none, the method is ours.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -17,6 +17,7 @@ from overpaint.edit import caption_sums as texts
 from overpaint.edit import vocabulary as vocabularies
 from overpaint.edit.caption_sums import FRESH, Reader, Sums
 from overpaint.edit.change import Change
+from overpaint.edit.concept_words import words
 from overpaint.edit.drift import weight_drift
 from overpaint.edit.least_squares import factorise
 from overpaint.edit.methods import layer_scan, mlp_repair, preserve_search
@@ -109,6 +110,16 @@ class Request:
     preserve: tuple[str, ...]
     without: tuple[str, ...]
     seed: int
+    part: str = "text"  # the text encoder
+    aliases: Mapping[str, str] = field(
+        default_factory=dict
+    )  # alias to its concept; part of `pairs`
+
+    @property
+    def heads(self) -> list[str]:
+        """Known concepts that are not erased: where an erased one begins with one of them, its beginning stays."""
+        erased = {words(old) for old in self.pairs}
+        return [c for c in self.known if words(c) not in erased]
 
     @property
     def banned(self) -> list[str]:
@@ -122,8 +133,8 @@ class Request:
 
     def frames(self, size: int, seed: int) -> tuple[str, ...]:
         """Return `size` frames whose words are drawn by `seed`, counted from that of the request."""
-        words = vocabularies.fillers(self.model.tokenizer, without=self.banned)
-        return vocabularies.frames(words, size=size, seed=self.seed + seed, among=self.others)
+        fillers = vocabularies.fillers(self.model.tokenizer, without=self.banned)
+        return vocabularies.frames(fillers, size=size, seed=self.seed + seed, among=self.others)
 
     def term(self, background: int, seed: int) -> Term:
         """Return the preserve term of `background` captions, without its weight."""
@@ -161,11 +172,12 @@ def edit_layer(
 ) -> LayerEdit:
     """Return the edit of one layer for some of the pairs."""
     model = request.model
-    reader = Reader.at_layer(model, layer)
+    reader = Reader.at_layer(model, layer, request.part)
     frames, fresh_frames = request.frames(fit.contexts, 0), request.frames(FRESH, 1)
     on_progress(0, 4, "reading captions of the concepts")
     captions, fresh_captions = (
-        texts.extended_pairs(model, pairs, f, request.known) for f in (frames, fresh_frames)
+        texts.extended_pairs(model, pairs, f, request.heads, request.part)
+        for f in (frames, fresh_frames)
     )
     fitted, fresh = ([reader.sums(c) for c in group] for group in (captions, fresh_captions))
     on_progress(1, 4, "reading background captions")
@@ -209,7 +221,8 @@ def edit_best_layer(
     quick = dataclasses.replace(
         fit, repair=False, contexts=max(8, fit.contexts // 4), background=max(8, fit.background // 4)
     )  # fmt: skip
-    captions = texts.extended_pairs(model, pairs, request.frames(FRESH, 1), request.known)
+    frames = request.frames(FRESH, 1)
+    captions = texts.extended_pairs(model, pairs, frames, request.heads, request.part)
 
     def quick_change(layer: int) -> Change:
         edited = edit_layer(request, pairs, quick, layer, ignore_progress)
@@ -220,6 +233,7 @@ def edit_best_layer(
         quick_change,
         pairs=[pair for concept in captions for pair in concept],
         unseen=texts.background_captions(model, request.term(2 * FRESH, 1)),
+        part=request.part,
         on_progress=on_progress,
     )
     best = max(rows, key=preserve_search.merit)

@@ -1,4 +1,4 @@
-"""Choose the text layer to edit: measure an edit of each layer at the encoder's output, which the UNet reads.
+"""Choose the text layer to edit: measure an edit of each layer at the state of the encoder that the UNet reads.
 
 Source: ours; Basu et al., 2024, https://arxiv.org/abs/2310.13730, edit layer 0, where their tracing finds the causal
 state.
@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from overpaint.edit.captions import Pair, aligned_rows
+from overpaint.edit.captions import Pair, aligned_rows, encoder_features
 from overpaint.edit.change import Change
 from overpaint.edit.drift import feature_drift
-from overpaint.edit.weights import text_layers
+from overpaint.edit.weights import encoder_index, text_layers
 from overpaint.model import TextToImage
 from overpaint.model.sampling import Progress
 
@@ -28,15 +28,17 @@ def scan(
     *,
     pairs: Sequence[Pair],
     unseen: Sequence[str],
+    part: str = "text",
     on_progress: Progress | None = None,
 ) -> list[dict[str, float]]:
-    """Return, for an edit of each layer of the first text encoder, the missed target movement and the drift.
+    """Return, for an edit of each layer that the UNet reads, the missed target movement and the drift.
 
     Args:
         model: Each change is applied to it and reverted, bit for bit.
         edit_layer: Returns the change of a layer, numbered from 0.
         pairs: Captions of the edited concepts beside those of their replacements; no edit may be fitted to them.
         unseen: Captions that should not move.
+        part: The text encoder.
         on_progress: Called with (done, total, label).
 
     Returns:
@@ -44,11 +46,12 @@ def scan(
         that of the unedited old one) and `drift` (mean squared movement of an unseen caption, over the mean target
         movement of an old one).
     """
-    count = len(text_layers(model))
+    index = encoder_index(model, part)
+    count = len(text_layers(model, part)) - model.clip_skip - (len(model.text_encoders) == 2)
     ids = torch.cat([torch.stack([p.old.ids, p.new.ids]) for p in pairs])
-    old_ids, unseen_ids = ids[::2], model.tokenize(list(unseen))
+    old_ids, unseen_ids = ids[::2], model.tokenize(list(unseen), encoder=index)
     key_rows, source_rows = aligned_rows(pairs, torch.arange(len(ids)), ids.shape[1])
-    before, unseen_before = _outputs(model, ids), _outputs(model, unseen_ids)
+    before, unseen_before = _outputs(model, ids, index), _outputs(model, unseen_ids, index)
     old, new = before.flatten(0, 1)[key_rows], before.flatten(0, 1)[source_rows]
     energy = float((new - old).square().sum())
     reference = (energy / len(pairs)) ** 0.5
@@ -57,7 +60,8 @@ def scan(
         if on_progress is not None:
             on_progress(layer, count, "editing each layer")
         with edit_layer(layer).applied(model):
-            after, unseen_after = _outputs(model, old_ids), _outputs(model, unseen_ids)
+            after = _outputs(model, old_ids, index)
+            unseen_after = _outputs(model, unseen_ids, index)
         edited = before.clone()
         edited[::2] = after
         missed = float((new - edited.flatten(0, 1)[key_rows]).square().sum()) / energy
@@ -66,9 +70,13 @@ def scan(
     return rows
 
 
-def _outputs(model: TextToImage, ids: Tensor) -> Tensor:
-    """Return the first text encoder's last states for token ids (B, L), shape (B, L, D), on the CPU in float32."""
-    device = next(model.text_encoder.parameters()).device
+def _outputs(model: TextToImage, ids: Tensor, index: int) -> Tensor:
+    """Return the state of a text encoder that the UNet reads, for token ids (B, L), shape (B, L, D), CPU, float32."""
+    encoder = model.text_encoders[index]
+    device = next(encoder.parameters()).device
     with torch.no_grad():
-        parts = [model.text_encoder(part.to(device))[0].float().cpu() for part in ids.split(_CHUNK)]
+        parts = [
+            encoder_features(model, index, part.to(device)).float().cpu()
+            for part in ids.split(_CHUNK)
+        ]
     return torch.cat(parts)

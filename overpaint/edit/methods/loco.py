@@ -22,6 +22,7 @@ from overpaint.edit.methods.cross_attention import (
     projection_sites,
     read_features,
     solve_projections,
+    unconditional_features,
 )
 from overpaint.edit.methods.quickfix import FRAMES
 from overpaint.model import TextToImage
@@ -43,7 +44,7 @@ def loco(
 
     Args:
         model: The model to edit.
-        pairs: Old concept to new.
+        pairs: Old concept to new; `""` erases a concept: it is mapped to the token before it.
         layers: Cross-attention layers, best those of `trace.pick_window(trace.prompt_swap(...))`. `None` takes the
             layers that the paper found in Stable Diffusion 1 for styles: `window` layers from the middle on, 8 and 9 of
             16.
@@ -69,16 +70,16 @@ def loco(
     planned = align_captions(model, pairs, frames, "last_subject")
     concepts = list(pairs)
     length = max(max(p.old.last, p.new.last) for p in planned) + 2  # with the end of text
-    texts = ["", *(c.text for p in planned for c in (p.old, p.new))]
+    texts = [c.text for p in planned for c in (p.old, p.new)]
     features = read_features(model, texts, length=length)
     edit = FeatureEdit(
         keys=torch.stack([features[p.old.text][p.old.last] for p in planned]),
         sources=torch.stack([features[p.new.text][p.new.last] for p in planned]),
         owners=tuple(concepts.index(p.names[0]) for p in planned),
         labels=tuple(f"{p.names[0]!r} → {p.names[1]!r}" for p in planned),
-        preserve=features[""][:0],
+        preserve=torch.zeros(0, features[planned[0].old.text].shape[1]),
         preserve_prompts=(),
-        empty=features[""],
+        empty=unconditional_features(model),
         started=started,
     )
     protocol = {"method": "loco", "pairs": dict(pairs), "frames": list(frames)}

@@ -28,7 +28,7 @@ from torch.nn.functional import layer_norm, linear
 
 from overpaint.edit.captions import Pair, aligned_rows
 from overpaint.edit.movement import Movement
-from overpaint.edit.weights import find_weight, fingerprint, text_layers
+from overpaint.edit.weights import encoder_index, find_weight, text_layers
 from overpaint.errors import UnsupportedModel
 from overpaint.model import TextToImage
 from overpaint.model.hooks import record_inputs
@@ -65,19 +65,20 @@ class _Layer:
     """One text layer after its attention, with and without a movement of `out_proj`."""
 
     model: TextToImage
+    encoder: int
     block: Any
     delta: Tensor
 
     @classmethod
-    def find(cls, model: TextToImage, layer: int, delta: Tensor) -> "_Layer":
-        block = text_layers(model)[layer]
+    def find(cls, model: TextToImage, part: str, layer: int, delta: Tensor) -> "_Layer":
+        block = text_layers(model, part)[layer]
         parts = ("layer_norm2", "mlp.activation_fn", "mlp.fc1", "mlp.fc2")
         modules = dict(block.named_modules())
         if missing := [name for name in parts if name not in modules]:
             raise UnsupportedModel(
-                f"text layer {layer} has no {missing[0]}, so its MLP cannot be edited: pass `repair=False`."
+                f"{part} layer {layer} has no {missing[0]}, so its MLP cannot be edited: pass `repair=False`."
             )
-        return cls(model, block, delta.float())
+        return cls(model, encoder_index(model, part), block, delta.float())
 
     def read(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return, for token ids (B, L): the old output of the layer, the new input of its `fc2`, and its new output."""
@@ -88,7 +89,7 @@ class _Layer:
             record_inputs(norm, stop=True) as after,
             record_inputs(attention) as before,
         ):
-            self.model.text_encoder(ids.to(device))
+            self.model.text_encoders[self.encoder](ids.to(device))
         if len(before) != 1 or len(after) != 1:
             raise UnsupportedModel(
                 "the text encoder did not call its attention and norm once each: use a plain `CLIPTextModel`, neither "
@@ -125,8 +126,8 @@ def repair(
 
     Args:
         model: The unedited model.
-        movement: Movement of `text.<layer>.self_attn.out_proj`.
-        layer: Layer of the first text encoder, from 0.
+        movement: Movement of `<part>.<layer>.self_attn.out_proj`, where the part is `text` or `text2`.
+        layer: Layer of that text encoder, from 0.
         pairs: For each concept, its captions paired with those of the replacement; a concept has weight 1.
         preserve: Groups of captions whose output should not change, each with its weight.
         fresh: As `pairs`, to measure with; not fitted.
@@ -141,8 +142,9 @@ def repair(
     Raises:
         UnsupportedModel: The layer has no such MLP, or the encoder is compiled or fused.
     """
-    block = _Layer.find(model, layer, movement.delta)
-    site = f"text.{layer}.mlp.fc2"
+    part = movement.site.partition(".")[0]
+    block = _Layer.find(model, part, layer, movement.delta)
+    site = f"{part}.{layer}.mlp.fc2"
     parameter = find_weight(model, site).parameter
     parts = [_pair_sums(block, group) for group in pairs]
     parts += [_caption_sums(block, captions, weight) for captions, weight in preserve if weight]
@@ -151,8 +153,7 @@ def repair(
     system = gram + ridge * torch.eye(len(gram), dtype=torch.float64)
     delta = torch.linalg.solve(system, cross.T).T
     factors = torch.eye(len(delta), dtype=torch.float64), delta
-    no_keys = torch.zeros(0, delta.shape[1]), torch.zeros(0, len(delta))
-    repaired = Movement(site, fingerprint(parameter), *factors, *no_keys, (), gram)
+    repaired = Movement.of_weight(site, parameter, *factors, gram)
     return repaired, _report(block, delta, fresh, unseen)
 
 
@@ -185,7 +186,8 @@ def _caption_sums(block: _Layer, captions: Sequence[str], weight: float) -> _Sum
     """Return the sums over captions whose output should not change, as a mean times `weight`."""
     parts: list[_Sums] = []
     for start in range(0, len(captions), _CHUNK):
-        before, hidden, after = block.read(block.model.tokenize(captions[start : start + _CHUNK]))
+        ids = block.model.tokenize(captions[start : start + _CHUNK], encoder=block.encoder)
+        before, hidden, after = block.read(ids)
         rows = hidden.flatten(0, 1), (before - after).flatten(0, 1)
         parts.append(_weighted(*rows, weight / len(captions)))
     return _total(parts)

@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
@@ -30,7 +29,9 @@ from overpaint.edit.captions import (
     read_layer,
 )
 from overpaint.edit.change import Change
+from overpaint.edit.concept_words import check_special
 from overpaint.edit.drift import weight_drift
+from overpaint.edit.encoders import Encoder, edited_parts, joined, unread_layer
 from overpaint.edit.least_squares import (
     Factors,
     Method,
@@ -40,6 +41,7 @@ from overpaint.edit.least_squares import (
     product,
 )
 from overpaint.edit.movement import Movement, Targets
+from overpaint.edit.provenance import notes, protocol
 from overpaint.edit.weights import PROJECTIONS, Weight, find_weight, text_layers
 from overpaint.errors import UnknownSite
 from overpaint.model import TextToImage
@@ -63,14 +65,15 @@ def quickfix(
     subtract_bias: bool = True,
     layer: int = 0,
     projection: Projection = "out",
-    encoder: Literal["text", "text2"] = "text",
+    encoder: Encoder = "all",
     solver: Method = "auto",
 ) -> Change:
-    """Return the change by which the text encoder reads each old concept as its new one; the model is not modified.
+    """Return the change by which the text encoders read each old concept as its new one; the model is not modified.
 
     Args:
-        model: Its text encoder must be a CLIP.
-        pairs: Old concept to new, as `{"van gogh": "painting"}`; several are solved jointly.
+        model: Its text encoders must be CLIPs.
+        pairs: Old concept to new, as `{"van gogh": "painting"}`; several are solved jointly. `""` erases a concept: its
+            captions are read as the frames alone.
         preserve: Whole prompts whose outputs should not change, at every position from begin-of-text to the last pad:
             SD-1.x reads pads too, and begin-of-text is the same in every prompt. `""` is allowed; guidance reads it.
         preserve_weight: Weight of one preserved key against one edited key; 0 leaves the preserve term out.
@@ -84,11 +87,13 @@ def quickfix(
         subtract_bias: `False` reproduces the release, whose targets include the bias.
         layer: Text layer, from 0.
         projection: Which matrix of its self-attention; `q`, `k` and `v` read the layer's own inputs.
-        encoder: `"text2"` is the second text encoder of SDXL; an edit of one encoder does not change the other.
+        encoder: `"all"` edits each text encoder, solved on its own keys; `"text"` and `"text2"` are the first and the
+            second one of SDXL. An edit of one encoder does not change the other.
         solver: `"dual"`, `"primal"` (the paper's inverse), or `"auto"`, whichever solves the smaller system.
 
     Returns:
-        The change of one weight, not rounded, with condition number, effective rank and residuals in its report.
+        The change of one weight in each encoder, not rounded, with condition number, effective rank and residuals in
+        its report. `unedited_encoders` names the encoders that stay, `notes` holds remarks, such as on unknown words.
 
     Raises:
         ValueError: A concept is empty, cut off or its own target, two targets claim one key, a number is out of range
@@ -100,23 +105,53 @@ def quickfix(
     """
     _check_texts(pairs, preserve, frames)
     _check_choices(positions, projection)
+    for tokenizer in model.tokenizers:
+        check_special(tokenizer, preserve)
+    request = _Request(
+        model, pairs, tuple(preserve), preserve_weight, ridge, positions, tuple(frames), subtract_bias, layer,
+        projection, solver,
+    )  # fmt: skip
+    return joined(model, {part: _edit(request, part) for part in edited_parts(model, encoder)})
+
+
+@dataclass(frozen=True)
+class _Request:
+    """Arguments of `quickfix`, checked."""
+
+    model: TextToImage
+    pairs: Mapping[str, str]
+    preserve: tuple[str, ...]
+    preserve_weight: float
+    ridge: float
+    positions: Positions
+    frames: tuple[str, ...]
+    subtract_bias: bool
+    layer: int
+    projection: Projection
+    solver: Method
+
+
+def _edit(request: _Request, encoder: str) -> Change:
+    """Return the change of one text encoder."""
+    model, pairs, preserve = request.model, request.pairs, request.preserve
     clock = _Clock()
-    site = f"{encoder}.{layer}.self_attn.{projection}_proj"
+    layer = request.layer
+    site = f"{encoder}.{layer}.self_attn.{request.projection}_proj"
     weight = _finite_weight(model, encoder, layer, site)
-    planned = align_captions(model, pairs, frames, positions, encoder=encoder)
+    planned = align_captions(model, pairs, request.frames, request.positions, encoder=encoder)
     ids = torch.cat([torch.stack([p.old.ids, p.new.ids]) for p in planned])
     others = model.tokenize(["", *preserve], encoder=weight.encoder or 0)
     _check_preserve(planned, preserve, others[1:])
     features, rows = read_layer(model, site, torch.cat([ids, others]))
     key_rows, source_rows = aligned_rows(planned, rows, ids.shape[1])
-    targets = _targets(weight, features, key_rows, source_rows, bias=not subtract_bias)
+    targets = _targets(weight, features, key_rows, source_rows, bias=not request.subtract_bias)
     empty = features[rows[len(ids)]]
     preserved = features[rows[len(ids) + 1 :]].flatten(0, 1)
     clock.record("keys")
     _check_targets(planned, targets)
     clock.record("values")
-    gram = preserve_gram(preserved, preserve_weight)
-    factors = factorise(targets.keys, ridge=ridge, gram=gram, method=solver)
+    gram = preserve_gram(preserved, request.preserve_weight)
+    factors = factorise(targets.keys, ridge=request.ridge, gram=gram, method=request.solver)
     fit = _fit(targets, factors)
     movement = Movement.from_solution(
         site, weight.parameter, fit.solution, targets.keys, fit.residual_data, _owners(pairs, planned), gram
@@ -127,14 +162,16 @@ def quickfix(
         "condition_number": fit.solution.condition_number,
         "effective_rank": fit.solution.effective_rank,
     }
-    protocol = {
-        "method": "quickfix", "model": model.name, "pairs": dict(pairs), "preserve": list(preserve),
-        "preserve_weight": preserve_weight, "ridge": ridge, "positions": positions, "frames": list(frames),
-        "subtract_bias": subtract_bias, "encoder": encoder, "layer": layer, "projection": projection, "solver": solver,
-        "versions": {name: version(name) for name in ("torch", "transformers")},
+    remark = unread_layer(model, encoder, layer, len(text_layers(model, encoder)))
+    report |= notes(model, [*pairs, *pairs.values()], remark)
+    settings = {
+        "preserve": list(preserve), "preserve_weight": request.preserve_weight, "ridge": request.ridge,
+        "positions": request.positions, "frames": list(request.frames), "subtract_bias": request.subtract_bias,
+        "encoder": encoder, "layer": layer, "projection": request.projection, "solver": request.solver,
     }  # fmt: skip
     clock.record("report")
-    return Change((movement,), protocol, report | {"seconds": clock.seconds})
+    head = protocol("quickfix", model, pairs)
+    return Change((movement,), head | settings, report | {"seconds": clock.seconds})
 
 
 def preserve_gram(keys: Tensor, preserve_weight: float) -> Tensor | None:
@@ -251,7 +288,9 @@ class _Clock:
 def _finite_weight(model: TextToImage, encoder: str, layer: int, site: str) -> Weight:
     layers = len(text_layers(model, encoder))
     if not 0 <= layer < layers:
-        raise UnknownSite(f"`layer` must be 0 to {layers - 1}, got {layer}. Name one of those.")
+        raise UnknownSite(
+            f"`layer` must be 0 to {layers - 1} in {encoder!r}, got {layer}. Name one of those."
+        )
     weight = find_weight(model, site)
     if not bool(torch.isfinite(weight.parameter).all()):
         raise ValueError(f"the weight at {site} holds NaN or infinity: load an undamaged model.")

@@ -23,6 +23,7 @@ from overpaint.edit.methods.cross_attention import (
     projection_sites,
     read_features,
     solve_projections,
+    unconditional_features,
 )
 from overpaint.edit.methods.quickfix import FRAMES
 from overpaint.model import TextToImage
@@ -43,7 +44,7 @@ def time(
 
     Args:
         model: The model to edit.
-        pairs: Old prompt to new, as `{"a pack of roses": "a pack of blue roses"}`.
+        pairs: Old prompt to new, as `{"a pack of roses": "a pack of blue roses"}`; `""` erases the old one.
         ridge: Pull towards the old weights, in units of a key's squared norm. Positive.
         matrices: Which projections move: `("v",)` or `("k", "v")`.
         frames: Captions around the concept: a prefix, or a text in which `{}` is replaced.
@@ -65,7 +66,7 @@ def time(
     framed = [(i, old, new, f) for i, (old, new) in enumerate(pairs.items()) for f in frames]
     olds = [caption(model, old, frame) for _, old, _, frame in framed]
     news = [caption(model, new, frame) for _, _, new, frame in framed]
-    features = read_features(model, ["", *(c.text for c in [*olds, *news])])
+    features = read_features(model, [c.text for c in [*olds, *news]])
     articles = _articles(model)
     aligned = [align(old, new, same=articles) for old, new in zip(olds, news, strict=True)]
     rows = [row for row, places in zip(framed, aligned, strict=True) for _ in places]
@@ -74,9 +75,9 @@ def time(
         sources=torch.cat([features[c.text][p] for c, p in zip(news, aligned, strict=True)]),
         owners=tuple(row[0] for row in rows),
         labels=tuple(f"{row[1]!r} → {row[2]!r}" for row in rows),
-        preserve=features[""][:0],
+        preserve=torch.zeros(0, features[olds[0].text].shape[1]),
         preserve_prompts=(),
-        empty=features[""],
+        empty=unconditional_features(model),
         started=started,
     )
     protocol = {

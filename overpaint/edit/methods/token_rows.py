@@ -11,7 +11,7 @@ https://openreview.net/forum?id=Qmw9ne6SOQ.
 Deviations: none, the method is ours.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from overpaint.edit import vocabulary
+from overpaint.edit.concept_words import check_special
 from overpaint.edit.movement import Movement
-from overpaint.edit.weights import EMBEDDING, find_weight, fingerprint
+from overpaint.edit.weights import encoder_index, find_weight
 from overpaint.model import TextToImage, hooks
 
 __all__ = [
@@ -51,18 +52,22 @@ class ExclusiveRows:
     complete: bool
 
 
-def target_rows(model: TextToImage, pairs: Mapping[str, str]) -> dict[str, Rows]:
-    """Return, for each old concept, its tokens and their target rows, float64.
+def target_rows(
+    model: TextToImage, pairs: Mapping[str, str], part: str = "text"
+) -> dict[str, Rows]:
+    """Return, for each old concept, its tokens and their target rows in the embedding of the encoder `part`, float64.
 
     Tokens that both concepts begin or end with ("style") are left out; the others are matched in order. Where the old
     concept has more tokens, the last new one is repeated; where it has fewer, its last token gets the mean of the
-    remaining new ones.
+    remaining new ones. The target of an
+    empty new concept is the row of the end of text, which stands for no word.
 
     Raises:
-        ValueError: A concept is empty, a token would get two rows, or the weight holds NaN.
+        ValueError: An old concept is empty, a concept holds a special token, a token would get two rows, or the
+            weight holds NaN.
     """
-    weight = _embedding(model)
-    targets = {old: _rows(model, weight, old, new) for old, new in pairs.items()}
+    table = _Table.of(model, part)
+    targets = {old: table.rows(old, new) for old, new in pairs.items()}
     for old, rows in targets.items():
         if rows is None:
             raise ValueError(
@@ -73,28 +78,43 @@ def target_rows(model: TextToImage, pairs: Mapping[str, str]) -> dict[str, Rows]
 
 
 def exclusive_rows(
-    model: TextToImage, pairs: Mapping[str, str], preserve: Sequence[str]
+    model: TextToImage,
+    pairs: Mapping[str, str],
+    preserve: Sequence[str],
+    part: str = "text",
+    *,
+    aliases: Mapping[str, str] | None = None,
 ) -> dict[str, ExclusiveRows]:
     """Return the target rows of tokens that occur in no other text; a concept without such tokens is left out.
 
     Other texts are those of `preserve`, the function words of the captions that edits are fitted on, the other concepts
     of `pairs`, and all replacements. A concept is also left out if it or its replacement holds a token that is not a
     word (punctuation, end of text, padding, a single byte), or if another pair edits a token of its replacement.
+
+    Args:
+        model: Not changed.
+        pairs: Old concept to new, with the aliases.
+        preserve: Texts whose tokens stay.
+        part: The text encoder.
+        aliases: Alias to its concept. A token that both have is exclusive if both give it the same row.
     """
-    weight = _embedding(model)
+    origin = {old: (aliases or {}).get(old, old) for old in pairs}
+    table = _Table.of(model, part)
     function_words = " ".join(vocabulary.PLAIN)
     shared = {
-        token
-        for text in (*preserve, *pairs.values(), function_words)
-        for token in _read(model, text)
+        token for text in (*preserve, *pairs.values(), function_words) for token in table.read(text)
     }
-    tokens = {old: set(_read(model, old)) for old in pairs}
+    tokens = {old: set(table.read(old)) for old in pairs}
+    moving = {old: _moving(table.weight, table.rows(old, new) or {}) for old, new in pairs.items()}
     exclusive: dict[str, ExclusiveRows] = {}
     for old, new in pairs.items():
-        rows = _moving(weight, _rows(model, weight, old, new) or {})
-        others = set[int]().union(*(tokens[name] for name in pairs if name != old))
-        sources = _without_common(_read(model, old), _read(model, new))[1]
-        if others & set(sources) or not all(_is_word(model, t) for t in (*rows, *sources)):
+        rows = moving[old]
+        others = set[int]().union(
+            *(tokens[name] for name in pairs if origin[name] != origin[old]),
+            *(_unlike(rows, moving[n], tokens[n]) for n in pairs if origin[n] == origin[old]),
+        )
+        sources = _without_common(table.read(old), table.read(new))[1]
+        if others & set(sources) or not all(table.is_word(t) for t in (*rows, *sources)):
             continue
         alone = {token: row for token, row in rows.items() if token not in shared | others}
         if alone:
@@ -103,27 +123,30 @@ def exclusive_rows(
 
 
 def texts_with_tokens(
-    model: TextToImage, rows: Mapping[int, Tensor], texts: Sequence[str]
+    model: TextToImage, rows: Mapping[int, Tensor], texts: Sequence[str], part: str = "text"
 ) -> list[str]:
     """Return the texts that hold a token of `rows`; their features change too."""
-    return [text for text in texts if not rows.keys().isdisjoint(_read(model, text))]
+    tokenizer = model.tokenizers[encoder_index(model, part)]
+    return [text for text in texts if not rows.keys().isdisjoint(_read(tokenizer, text))]
 
 
-def movement(model: TextToImage, rows: Mapping[int, Tensor]) -> Movement:
-    """Return the movement of the embedding that sets the rows of tokens; the model is not modified."""
-    parameter = find_weight(model, EMBEDDING).parameter
+def movement(model: TextToImage, rows: Mapping[int, Tensor], part: str = "text") -> Movement:
+    """Return the movement of the encoder's embedding that sets the rows of tokens; the model is not modified."""
+    site = f"{part}.token_embedding"
+    parameter = find_weight(model, site).parameter
     weight = parameter.detach().to("cpu", torch.float64)
     tokens = sorted(_moving(weight, rows))
     left = torch.zeros(len(weight), len(tokens), dtype=torch.float64)
     left[tokens, range(len(tokens))] = 1.0
     moved = [rows[token] - weight[token] for token in tokens]
     right = torch.stack(moved) if moved else weight.new_zeros(0, weight.shape[1])
-    keys, residuals = torch.zeros(0, weight.shape[1]), torch.zeros(0, len(weight))
-    return Movement(EMBEDDING, fingerprint(parameter), left, right, keys, residuals, (), None)
+    return Movement.of_weight(site, parameter, left, right)
 
 
 @contextmanager
-def rows_replaced(model: TextToImage, rows: Mapping[int, Tensor]) -> Iterator[None]:
+def rows_replaced(
+    model: TextToImage, rows: Mapping[int, Tensor], part: str = "text"
+) -> Iterator[None]:
     """Replace the embedding's outputs at the tokens of `rows` while the block runs.
 
     The output of the module is patched and no weight is written: another model that shares the weight is not affected,
@@ -132,7 +155,7 @@ def rows_replaced(model: TextToImage, rows: Mapping[int, Tensor]) -> Iterator[No
     if not rows:
         yield
         return
-    module = model.text_encoder.get_input_embeddings()
+    module = model.text_encoders[encoder_index(model, part)].get_input_embeddings()
     tokens = torch.tensor(sorted(rows))
     table = torch.stack([rows[token] for token in sorted(rows)])
     current: list[Tensor] = []  # token ids of the current call
@@ -151,9 +174,10 @@ def rows_replaced(model: TextToImage, rows: Mapping[int, Tensor]) -> Iterator[No
         yield
 
 
-def token_names(model: TextToImage, rows: Mapping[int, Tensor]) -> list[str]:
+def token_names(model: TextToImage, rows: Mapping[int, Tensor], part: str = "text") -> list[str]:
     """Return the tokens of `rows` as the tokenizer spells them, with `</w>` at the end of a word."""
-    return [str(name) for name in model.tokenizer.convert_ids_to_tokens(list(rows))]
+    tokenizer = model.tokenizers[encoder_index(model, part)]
+    return [str(name) for name in tokenizer.convert_ids_to_tokens(list(rows))]
 
 
 def edited_words(report: Mapping[str, Any]) -> list[str]:
@@ -169,45 +193,62 @@ def edited_words(report: Mapping[str, Any]) -> list[str]:
     return [name.removesuffix("</w>") for name in names if isinstance(name, str)]
 
 
+def _unlike(rows: Rows, others: Rows, tokens: Collection[int]) -> set[int]:
+    """Return those of `tokens` that `others` does not move to the same row as `rows`."""
+    return {t for t in tokens if t in rows and not (t in others and others[t].equal(rows[t]))}
+
+
 def _moving(weight: Tensor, rows: Mapping[int, Tensor]) -> Rows:
     return {token: row for token, row in rows.items() if not torch.equal(row, weight[token])}
 
 
-def _embedding(model: TextToImage) -> Tensor:
-    weight = find_weight(model, EMBEDDING).parameter.detach().to("cpu", torch.float64)
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError(
-            f"the weight at {EMBEDDING} holds NaN or infinity: load an undamaged model."
-        )
-    return weight
+@dataclass(frozen=True, eq=False)
+class _Table:
+    """The token embedding of one text encoder, and the tokenizer that numbers its rows."""
+
+    weight: Tensor
+    tokenizer: Any
+
+    @classmethod
+    def of(cls, model: TextToImage, part: str) -> "_Table":
+        """Return the table of the encoder `part`.
+
+        Raises:
+            ValueError: The weight holds NaN.
+        """
+        site = f"{part}.token_embedding"
+        weight = find_weight(model, site).parameter.detach().to("cpu", torch.float64)
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError(
+                f"the weight at {site} holds NaN or infinity: load an undamaged model."
+            )
+        return cls(weight, model.tokenizers[encoder_index(model, part)])
+
+    def read(self, text: str) -> list[int]:
+        return _read(self.tokenizer, text)
+
+    def rows(self, old: str, new: str) -> Rows | None:
+        """Return the tokens of a concept and their target rows; `None` if one token would get two rows."""
+        check_special(self.tokenizer, [old, new])
+        tokens = self.read(old)
+        if not tokens:
+            raise ValueError(f"the concept {old!r} is empty: name it in words.")
+        targets = self.read(new) or [int(self.tokenizer.eos_token_id)]
+        rows: Rows = {}
+        for token, row in _matched(self.weight, tokens, targets):
+            if not torch.equal(rows.setdefault(token, row), row):
+                return None
+        return rows
+
+    def is_word(self, token: int) -> bool:
+        if token in {*self.tokenizer.all_special_ids, self.tokenizer.pad_token_id}:
+            return False
+        # One byte of a letter, which many letters share, is decoded as U+FFFD, which is not alphanumeric.
+        return any(c.isalnum() for c in self.tokenizer.decode([token]))
 
 
-def _rows(model: TextToImage, weight: Tensor, old: str, new: str) -> Rows | None:
-    """Return the tokens of a concept and their target rows; `None` if one token would get two rows."""
-    rows: Rows = {}
-    for token, row in _matched(weight, _tokens(model, old), _tokens(model, new)):
-        if not torch.equal(rows.setdefault(token, row), row):
-            return None
-    return rows
-
-
-def _is_word(model: TextToImage, token: int) -> bool:
-    special = {*model.tokenizer.all_special_ids, model.tokenizer.pad_token_id}
-    if token in special:
-        return False
-    # One byte of a letter, which many letters share, is decoded as U+FFFD, which is not alphanumeric.
-    return any(c.isalnum() for c in model.tokenizer.decode([token]))
-
-
-def _read(model: TextToImage, text: str) -> list[int]:
-    return model.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-
-
-def _tokens(model: TextToImage, concept: str) -> list[int]:
-    tokens = _read(model, concept)
-    if not tokens:
-        raise ValueError(f"the concept {concept!r} is empty: name it in words.")
-    return tokens
+def _read(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
 def _matched(weight: Tensor, old: Sequence[int], new: Sequence[int]) -> list[tuple[int, Tensor]]:

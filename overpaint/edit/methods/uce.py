@@ -33,6 +33,7 @@ from overpaint.edit.methods.cross_attention import (
     projection_sites,
     read_features,
     solve_projections,
+    unconditional_features,
 )
 from overpaint.model import TextToImage
 from overpaint.model.sampling import Progress
@@ -57,8 +58,8 @@ def uce(
 
     Args:
         model: The model to edit.
-        pairs: Old concept to new, as `{"van gogh": "painting"}`; `""` erases a concept: it is mapped to the first token
-            of the empty prompt.
+        pairs: Old concept to new, as `{"van gogh": "painting"}`; `""` erases a concept: it is mapped to the token
+            before its place, begin-of-text where the frame is empty.
         preserve: Concepts whose outputs should not change, at their last token.
         preserve_weight: Weight of one preserved key against one edited key.
         ridge: Pull towards the old weights, in units of a key's squared norm. Positive.
@@ -75,7 +76,7 @@ def uce(
         TypeError: A list of texts is one text.
         UnknownSite: The UNet has no such layer.
     """
-    check_pairs(pairs, erase=True)
+    check_pairs(pairs)
     _check_lists(preserve, frames)
     sites = projection_sites(model, layers, ("k", "v"))
     edit = _feature_edit(model, pairs, preserve, frames)
@@ -200,11 +201,11 @@ def _feature_edit(
     preserved = last_tokens(model, [(prompt, "") for prompt in preserve])
     places = [*olds, *news, *preserved]
     length = max(place for _, place in places) + 2  # with the end of text
-    features = read_features(model, ["", *(text for text, _ in places)], length=length)
+    features = read_features(model, [text for text, _ in places], length=length)
 
     def rows(places: Sequence[tuple[str, int]]) -> Tensor:
         if not places:
-            return torch.zeros(0, features[""].shape[1])
+            return torch.zeros(0, features[olds[0][0]].shape[1])
         return torch.stack([features[text][place] for text, place in places])
 
     return FeatureEdit(
@@ -214,7 +215,7 @@ def _feature_edit(
         labels=tuple(f"{old!r} → {new!r}" for _, old, new, _ in framed),
         preserve=rows(preserved),
         preserve_prompts=tuple(preserve),
-        empty=features[""],
+        empty=unconditional_features(model),
         started=started,
     )
 

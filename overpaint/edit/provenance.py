@@ -1,0 +1,62 @@
+"""Entries of every change about its making: the model's name, versions of libraries, and notes for the user."""
+
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from overpaint.edit.concept_words import unknown_words
+from overpaint.model import TextToImage
+
+__all__ = ["model_name", "notes", "protocol"]
+
+_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def model_name(model: TextToImage) -> str:
+    """Return the zoo name or hub id of `model`, or the name of its folder without the path."""
+    name = str(model.name)
+    folder = Path(name)
+    if _HUB.fullmatch(name) and not folder.exists():
+        return name
+    return folder.name or folder.resolve().name or name
+
+
+def protocol(
+    method: str, model: TextToImage, pairs: Mapping[str, str], *, unet: bool = False
+) -> dict[str, Any]:
+    """Return the entries of a change's protocol that all methods share.
+
+    Args:
+        method: Name of the method.
+        model: The model that the change is made for.
+        pairs: Old concept to new.
+        unet: The UNet is edited: add the version of diffusers.
+    """
+    libraries = ("torch", "transformers", "diffusers") if unet else ("torch", "transformers")
+    skip = {"clip_skip": model.clip_skip} if model.clip_skip else {}
+    return {
+        "method": method,
+        "model": model_name(model),
+        "pairs": dict(pairs),
+        **skip,
+        "versions": {name: version(name) for name in libraries},
+    }
+
+
+def notes(model: TextToImage, concepts: Sequence[str], *more: str) -> dict[str, list[str]]:
+    """Return the entry `notes` of a report: remarks on words that the model cannot know, and `more`; or nothing.
+
+    Args:
+        model: Its first tokenizer splits the words.
+        concepts: Texts that are edited, and their replacements.
+        more: Further remarks.
+    """
+    remarks = [
+        f"the tokenizer splits {word!r} almost into single letters: the model has hardly seen this word, so the edit "
+        "may do nothing. Check the spelling."
+        for word in unknown_words(model.tokenizer, concepts)
+    ]
+    remarks += [remark for remark in more if remark]
+    return {"notes": remarks} if remarks else {}

@@ -1,0 +1,53 @@
+"""Entries of a change about its making: names instead of local paths."""
+
+import shutil
+
+import pytest
+
+import overpaint
+from overpaint import edit
+from overpaint.edit.provenance import model_name
+from overpaint.model import TextToImage
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("icons", "icons"),
+        ("stabilityai/sdxl-base-1.0", "stabilityai/sdxl-base-1.0"),
+        ("/home/someone/private/sd15", "sd15"),
+        ("/home/someone/private/sd15/", "sd15"),
+        ("../models/sd15", "sd15"),
+        ("live pipeline", "live pipeline"),
+    ],
+)
+def test_a_local_path_is_cut_to_its_last_part(tiny_sd1, name, short):
+    assert model_name(TextToImage(tiny_sd1.pipe, name=name)) == short
+
+
+def test_a_relative_folder_that_looks_like_a_hub_id_is_cut(tiny_sd1, tmp_path, monkeypatch):
+    (tmp_path / "private" / "sd15").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert model_name(TextToImage(tiny_sd1.pipe, name="private/sd15")) == "sd15"
+    monkeypatch.chdir(tmp_path / "private" / "sd15")
+    assert model_name(TextToImage(tiny_sd1.pipe, name=".")) == "sd15"
+
+
+@pytest.mark.parametrize("method", ["quickfix", "auto", "swap_embedding", "uce", "time", "loco"])
+def test_no_change_holds_a_local_path(real_vocabulary, tmp_path, method):
+    folder = shutil.copytree(real_vocabulary("sd1"), tmp_path / "secret" / "sd15")
+    model = overpaint.load(folder)
+    settings = {"contexts": 8, "background": 8, "vocabulary": ["monet"]} if method == "auto" else {}
+    change = getattr(edit, method)(model, {"van gogh": "dog"}, **settings)
+    assert change.protocol["model"] == "sd15"
+    change.save(tmp_path / "c.safetensors")
+    assert b"secret" not in (tmp_path / "c.safetensors").read_bytes()
+
+
+def test_the_setting_of_clip_skip_is_stored(real_vocabulary):
+    model = overpaint.load(real_vocabulary("sd1"), clip_skip=1)
+    assert edit.quickfix(model, {"van gogh": "dog"}).protocol["clip_skip"] == 1
+    assert (
+        "clip_skip"
+        not in edit.quickfix(overpaint.load(real_vocabulary("sd1")), {"van gogh": "dog"}).protocol
+    )
