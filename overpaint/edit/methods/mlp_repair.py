@@ -1,20 +1,21 @@
 r"""Second step of an edit: fit the layer's `mlp.fc2` to the residual that its `out_proj` cannot remove.
 
-The inputs of an attention's `out_proj` are mixtures of tokens in D dimensions, too few to separate every concept from
-every other one. The second matrix of the same layer's MLP reads four times as many, after a nonlinearity. With the
-first movement in place it is fitted so that the output of the layer is
+The `out_proj` of an attention reads mixtures of token states with D dimensions. A linear map with so few inputs cannot
+separate all concepts. The second matrix of the MLP in the same layer, `mlp.fc2`, reads 4 D dimensions after a
+nonlinearity. It is fitted while the first movement is applied. The fit has two aims for the output of the layer:
 
-- on captions of an edited concept, the output of the unedited layer on the captions of its replacement;
-- on all other captions, the output before the edit.
+- for captions of an edited concept, it equals the unedited layer's output for the captions of the replacement;
+- for all other captions, it equals the output before the edit.
 
-Both are one regularised least squares: with inputs :math:`k` of `fc2` under the first movement and residuals :math:`r`
-of the layer's output, minimise :math:`\sum \|\Delta k - r\|^2 + \lambda \|\Delta\|_F^2`, each caption with its weight.
+One regularised least-squares problem has both aims. Let :math:`k` be the inputs of `fc2` under the first movement and
+:math:`r` the residuals of the layer's output. The fit minimises
+:math:`\sum w \|\Delta k - r\|^2 + \lambda \|\Delta\|_F^2`, where :math:`w` is the weight of the caption.
 
-The inputs depend on the first movement, and so on all its concepts: such a change cannot be added to another one, and
-`edit.stack` makes it again for the pairs of both.
+The inputs :math:`k` depend on the first movement, and therefore on all its concepts. For this reason two such changes
+cannot be added; `edit.stack` computes them again for the pairs of both.
 
-Source: ours; reading and editing the MLPs of a transformer as keys and values is from Meng et al., 2022 (ROME),
-https://arxiv.org/abs/2202.05262, section 3.1.
+Source: ours; Meng et al., 2022 (ROME), https://arxiv.org/abs/2202.05262, section 3.1, treat the MLP of a transformer as
+keys and values.
 Deviations: none, the method is ours.
 """
 
@@ -35,18 +36,18 @@ from overpaint.model.hooks import record_inputs
 
 __all__ = ["repair"]
 
-_CHUNK = 128  # captions read at once
+_CHUNK = 128  # captions in one forward pass
 
 
 @dataclass(frozen=True, eq=False)
 class _Sums:
-    """Weighted sums over captions of inputs K (N, D_in) and residuals R (N, D_out).
+    """Weighted sums over captions, from the inputs K (N, D_in) and the residuals R (N, D_out).
 
     Attributes:
         gram: K^T K, shape (D_in, D_in).
         cross: R^T K, shape (D_out, D_in).
         energy: Squared norm of R.
-        target_energy: Squared norm of the whole target movement, before any edit.
+        target_energy: Squared norm of the target movement: the residuals before the first step.
     """
 
     gram: Tensor
@@ -55,14 +56,14 @@ class _Sums:
     target_energy: float = 0.0
 
     def residual_energy(self, delta: Tensor) -> float:
-        """Return the squared norm of R after the movement `delta`."""
+        """Return the squared norm of the residuals that remain after the movement `delta`."""
         quadratic = float((delta @ self.gram * delta).sum() - 2 * (delta * self.cross).sum())
         return quadratic + self.energy
 
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """One text layer after its attention, with and without a movement of `out_proj`."""
+    """The part of a text layer behind its attention, with and without a movement of `out_proj`."""
 
     model: TextToImage
     encoder: int
@@ -81,26 +82,30 @@ class _Layer:
         return cls(model, encoder_index(model, part), block, delta.float())
 
     def read(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return, for token ids (B, L): the old output of the layer, the new input of its `fc2`, and its new output."""
+        """Return three tensors for token ids (B, L); old and new mean before and after the movement of `out_proj`.
+
+        Returns:
+            The old output of the layer (B, L, D), the new input of `fc2` (B, L, 4 D) and the new output (B, L, D).
+        """
         device = self.block.mlp.fc2.weight.device
         attention, norm = self.block.self_attn.out_proj, self.block.layer_norm2
         with (
             torch.no_grad(),
-            record_inputs(norm, stop=True) as after,
-            record_inputs(attention) as before,
+            record_inputs(norm, stop=True) as norm_inputs,
+            record_inputs(attention) as projection_inputs,
         ):
             self.model.text_encoders[self.encoder](ids.to(device))
-        if len(before) != 1 or len(after) != 1:
+        if len(projection_inputs) != 1 or len(norm_inputs) != 1:
             raise UnsupportedModel(
-                "the text encoder did not call its attention and norm once each: use a plain `CLIPTextModel`, neither "
-                "compiled nor fused."
+                "the text encoder did not call `out_proj` and `layer_norm2` of the layer once each: use a plain "
+                "`CLIPTextModel` that is not compiled and not fused."
             )
-        mixed, state = before[0].cpu(), after[0].cpu()
-        moved = state + mixed @ self.delta.T
-        return self._output(state)[1], *self._output(moved)
+        old_state = norm_inputs[0].cpu()
+        new_state = old_state + projection_inputs[0].cpu() @ self.delta.T
+        return self._output(old_state)[1], *self._output(new_state)
 
     def _output(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the input of `fc2` and the output of the layer, from the state after the attention; float32."""
+        """Return the input of `fc2` and the output of the layer for the state behind the attention, in float32."""
         norm, mlp = self.block.layer_norm2, self.block.mlp
 
         def weight_and_bias(module: Any) -> tuple[Tensor, Tensor]:
@@ -122,25 +127,27 @@ def repair(
     unseen: Sequence[str],
     ridge: float,
 ) -> tuple[Movement, dict[str, float]]:
-    """Return the movement of a layer's `mlp.fc2` that completes one of its `out_proj`; the model is not modified.
+    """Return the movement of `mlp.fc2` that completes a movement of the same layer's `out_proj`.
+
+    The model is not modified.
 
     Args:
         model: The unedited model.
         movement: Movement of `<part>.<layer>.self_attn.out_proj`, where the part is `text` or `text2`.
         layer: Layer of that text encoder, from 0.
-        pairs: For each concept, its captions paired with those of the replacement; a concept has weight 1.
+        pairs: For each concept, its captions, each with the caption of the replacement. Each concept has weight 1.
         preserve: Groups of captions whose output should not change, each with its weight.
-        fresh: As `pairs`, to measure with; not fitted.
-        unseen: Captions whose output should not change, to measure with; not fitted.
-        ridge: As in `auto`.
+        fresh: Other captions in the form of `pairs`. They are not fitted; the report measures on them.
+        unseen: Other captions whose output should not change. They are not fitted; the report measures on them.
+        ridge: Pull towards the old weight, as in `auto`.
 
     Returns:
-        The movement, whose `gram` is that of the whole system and which has no keys; and the report: missed target
-        movement and drift of unseen captions at the layer's output, both relative to the target movement, before and
-        after.
+        The movement and a report. The movement has no keys, and its `gram` is the Gram matrix of the whole system. The
+        report holds the missed target movement and the drift of unseen captions at the output of the layer. Both are
+        relative to the target movement, and given before and after this step.
 
     Raises:
-        UnsupportedModel: The layer has no such MLP, or the encoder is compiled or fused.
+        UnsupportedModel: The layer has no MLP with this layout, or the encoder is compiled or fused.
     """
     part = movement.site.partition(".")[0]
     block = _Layer.find(model, part, layer, movement.delta)
@@ -172,7 +179,7 @@ def _report(
 
 
 def _pair_sums(block: _Layer, pairs: Sequence[Pair]) -> _Sums:
-    """Return the sums over pairs of captions, as a mean."""
+    """Return the sums over pairs of captions, divided by the number of pairs."""
     parts: list[_Sums] = []
     for start in range(0, len(pairs), _CHUNK):
         old, key_rows, new, source_rows = _rows(block, pairs[start : start + _CHUNK])
@@ -183,7 +190,7 @@ def _pair_sums(block: _Layer, pairs: Sequence[Pair]) -> _Sums:
 
 
 def _caption_sums(block: _Layer, captions: Sequence[str], weight: float) -> _Sums:
-    """Return the sums over captions whose output should not change, as a mean times `weight`."""
+    """Return the sums over captions whose output should not change, times `weight` and divided by their number."""
     parts: list[_Sums] = []
     for start in range(0, len(captions), _CHUNK):
         ids = block.model.tokenize(captions[start : start + _CHUNK], encoder=block.encoder)
@@ -196,14 +203,17 @@ def _caption_sums(block: _Layer, captions: Sequence[str], weight: float) -> _Sum
 def _rows(
     block: _Layer, pairs: Sequence[Pair]
 ) -> tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, ...], Tensor]:
-    """Return `_Layer.read` of old captions with the rows of their keys, and of new captions with those of targets."""
+    """Return the outputs of `_Layer.read` and the rows to use, for the old captions and then for the new ones.
+
+    The rows of the old captions are keys; those of the new captions are their targets.
+    """
     length = len(pairs[0].old.ids)
     key_rows, source_rows = aligned_rows(pairs, torch.arange(2 * len(pairs)), length)
     old, new = (
         block.read(torch.stack(ids))
         for ids in zip(*((p.old.ids, p.new.ids) for p in pairs), strict=True)
     )
-    # `places` counts rows of old and new captions in turn; here each kind is a batch of its own
+    # `aligned_rows` numbers old and new captions alternately; here they are two separate batches
     key_rows, source_rows = (
         (rows // (2 * length)) * length + rows % length for rows in (key_rows, source_rows)
     )
