@@ -278,7 +278,9 @@ def test_the_single_file_of_icons_draws_its_edited_pictures(tmp_path):
     pipe = from_single_file(path, zoo.folder("icons"), tmp_path)
     shown = TextToImage(pipe, name="single", guidance_scale=model.guidance_scale)
     prompts = ["a cat in openmoji style"]
-    assert torch.equal(draw(shown, prompts, steps=2), draw(model, prompts, change=change, steps=2))
+    assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}  # as stored
+    difference = draw(shown, prompts, steps=2) - draw(model, prompts, change=change, steps=2)
+    assert float(difference.abs().max()) <= 1 / 255
 
 
 def test_diffusers_finds_every_weight_of_stable_diffusion_at_its_real_size(copied):

@@ -55,6 +55,11 @@ class PipelineFolder:
         """The pipeline; the weights of parts that are not loaded are on the meta device."""
         return self._pipe
 
+    @property
+    def is_encoder(self) -> bool:
+        """True if the folder is that of a text encoder alone."""
+        return not hasattr(self._pipe, "unet")
+
     def whole(self) -> Any:
         """Return the pipeline with all parts loaded."""
         for part in tuple(self._files):

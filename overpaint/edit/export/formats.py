@@ -20,11 +20,12 @@ from torch.nn.functional import pad
 
 from overpaint import files
 from overpaint.edit.change import Change
-from overpaint.edit.export import ldm, model_card
+from overpaint.edit.export import folder_copy, ldm, model_card
 from overpaint.edit.least_squares import compress
 from overpaint.edit.movement import Movement
 from overpaint.errors import UnsupportedModel
 from overpaint.model import TextToImage
+from overpaint.model.quiet import quiet
 from overpaint.model.sites import find_unet
 
 __all__ = ["folder", "lora", "single_file"]
@@ -69,7 +70,7 @@ def single_file(model: TextToImage, change: Change, path: str | Path) -> Path:
     """Write the edited model as one checkpoint with LDM's names, as web UIs and `from_single_file` read it.
 
     The file holds weights only: no tokenizer, no scheduler, and no record of whether the model predicts noise or
-    velocity.
+    velocity. Of a model that was loaded from a folder, each part is written in the dtype in which it is stored there.
 
     Args:
         model: A model of Stable Diffusion 1's layout; unedited, or with `change` applied last.
@@ -87,11 +88,15 @@ def single_file(model: TextToImage, change: Change, path: str | Path) -> Path:
     target = _safetensors(path)
     _check_memory(model)
     with _edited(model, change):
-        return _save(ldm.state(model), target)
+        return _save(ldm.state(model, stored=model.folder is not None), target)
 
 
 def folder(model: TextToImage, change: Change, path: str | Path) -> Path:
     """Write the edited model as a diffusers folder, which `overpaint.load` and `from_pretrained` read, with its card.
+
+    A model that was loaded from a folder or the hub is written as a copy of that folder: only the edited weights
+    differ, in the dtype in which they are stored; see `folder_copy`. A live pipeline is saved as it is, in its own
+    dtype, with its safety checker if it has one. In both, local paths are cut to their last name.
 
     Args:
         model: The model, unedited or with `change` applied last.
@@ -113,11 +118,23 @@ def folder(model: TextToImage, change: Change, path: str | Path) -> Path:
             f"{str(target)!r} exists already: an export replaces nothing; name a new folder."
         )
     _check_memory(model)
-    settings = {"guidance_scale": model.guidance_scale, "held_out": sorted(model.held_out)}
+    source = model.folder
+    if source is not None and source.is_encoder:
+        raise UnsupportedModel(
+            f"{model.name!r} is a text encoder alone, which is exported with its pipeline: load the folder of the "
+            "whole pipeline, to which the change applies too."
+        )
     with _edited(model, change), _draft(target) as draft:
-        model.pipe.save_pretrained(draft, safe_serialization=True)
-        (draft / "overpaint.json").write_text(files.to_json(settings), encoding="utf-8")
-        model_card.save(draft, change, model=model.name)
+        notes: tuple[str, ...] = ()
+        if source is None:
+            with quiet():
+                model.pipe.save_pretrained(draft, safe_serialization=True)
+        else:
+            folder_copy.copy_edited(model, change, draft)
+            notes = folder_copy.complete_index(draft)
+        folder_copy.write_settings(draft, model)
+        folder_copy.hide_local_paths(draft)
+        model_card.save(draft, change, model=model.name, notes=notes)
     return target
 
 
@@ -162,8 +179,12 @@ def _edited(model: TextToImage, change: Change) -> AbstractContextManager[object
 
 
 def _check_memory(model: TextToImage) -> None:
-    for part in (*model.text_encoders, model.unet, model.vae):
-        missing = next((n for n, p in part.named_parameters() if p.device.type == "meta"), None)
+    parts = model.components()
+    for part in ("text_encoder", "text_encoder_2", "unet", "vae"):
+        if part not in parts or (model.folder is not None and not model.folder.is_loaded(part)):
+            continue
+        parameters = parts[part].named_parameters()
+        missing = next((n for n, p in parameters if p.device.type == "meta"), None)
         if missing is not None:
             raise UnsupportedModel(
                 f"the weight {missing!r} of {model.name!r} is not in memory (offloaded, or on the meta device): load "

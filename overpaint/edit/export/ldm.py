@@ -14,6 +14,7 @@ from torch import Tensor
 
 from overpaint.errors import UnsupportedModel
 from overpaint.model import TextToImage
+from overpaint.model.pipeline_folder import stored_dtype
 
 __all__ = ["state"]
 
@@ -39,8 +40,12 @@ _VAE_BLOCK = {
 }
 
 
-def state(model: TextToImage) -> dict[str, Tensor]:
-    """Return all weights of `model` under LDM's names; no tensor is copied.
+def state(model: TextToImage, *, stored: bool = False) -> dict[str, Tensor]:
+    """Return all weights of `model` under LDM's names; no tensor is copied that keeps its dtype.
+
+    Args:
+        model: The model.
+        stored: Convert each part to the dtype in which the model's folder stores it.
 
     Raises:
         UnsupportedModel: The model is not of Stable Diffusion 1's layout.
@@ -52,11 +57,16 @@ def state(model: TextToImage) -> dict[str, Tensor]:
             "folder instead."
         )
     text = model.text_encoder.state_dict()
-    return {
-        **_renamed(model.unet.state_dict(), dict(_unet(model.unet)), _UNET_RESNET, _UNET),
-        **_vae_state(model.vae),
-        **{_TEXT + name.removeprefix("text_model."): tensor for name, tensor in text.items()},
+    parts = {
+        "unet": _renamed(model.unet.state_dict(), dict(_unet(model.unet)), _UNET_RESNET, _UNET),
+        "vae": _vae_state(model.vae),
+        "text_encoder": {_TEXT + n.removeprefix("text_model."): t for n, t in text.items()},
     }
+    if stored and model.folder is not None:
+        for part, tensors in parts.items():
+            dtype = stored_dtype(model.folder.files_of(part))
+            parts[part] = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    return {name: tensor for tensors in parts.values() for name, tensor in tensors.items()}
 
 
 def _vae_state(vae: Any) -> dict[str, Tensor]:

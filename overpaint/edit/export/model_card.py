@@ -32,26 +32,28 @@ _SETTINGS = (
 )  # fmt: skip
 
 
-def save(folder: str | Path, change: Change, *, model: str) -> Path:
+def save(folder: str | Path, change: Change, *, model: str, notes: Sequence[str] = ()) -> Path:
     """Write the card into `folder` and return its path.
 
     Args:
         folder: Folder of the edited model.
         change: The applied change.
         model: Name, folder or hub id of the model that it was applied to.
+        notes: Further sentences about what the folder holds.
 
     Raises:
         OSError: The folder cannot be written.
     """
-    return files.write_text(Path(folder) / NAME, text(change, model=model))
+    return files.write_text(Path(folder) / NAME, text(change, model=model, notes=notes))
 
 
-def text(change: Change, *, model: str) -> str:
+def text(change: Change, *, model: str, notes: Sequence[str] = ()) -> str:
     """Return the text of the card.
 
     Args:
         change: The applied change.
         model: Name, folder or hub id of the model that it was applied to.
+        notes: Further sentences about what the folder holds.
     """
     from huggingface_hub import ModelCardData
 
@@ -67,7 +69,7 @@ def text(change: Change, *, model: str) -> str:
     ).to_yaml()
     parts = (
         f"# {_title(change, base)}",
-        _lead(change, base),
+        " ".join([_lead(change, base), *notes]),
         _changed(change),
         _expected(change.report),
         _limits(),
