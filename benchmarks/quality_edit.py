@@ -1,21 +1,23 @@
-"""Does an edit erase, redirect and spare the rest, on thirty concepts of six kinds, and how many fit at once?
+"""Does an edit erase, redirect and preserve, on thirty concepts of six kinds, and for how many concepts at once?
 
     python benchmarks/quality_edit.py [--quick] [--json] [--size N] [--steps S] [--threads N]
 
 Five concepts of each kind (styles, objects, trademarks, colors, actions, facts) are edited one at a time by every
-method on `icons`, and judged by `icons-judge` on the same prompts and start noise. Asked of each method, with 95 %
-intervals over concepts (see `metrics.share`):
+method on `icons`. `icons-judge` classifies the pictures of the same prompts and start noise. The figures of each method
+are shares of pictures, with 95 % intervals over concepts (see `metrics.share`):
 
-  - target: pictures of the concept still seen as it, where the unedited model's are (`before`);
-  - redirection: seen as its replacement, beside what the unedited model reaches when asked for the replacement;
-  - others: other concepts of the kind that are no longer seen as themselves; objects, styles, colors besides;
-  - harmonic: harmonic mean of efficacy (1 - target) and specificity (share of all other labels kept).
+  - target: pictures of the concept that are still recognised as it; `before` is the share in the unedited model;
+  - redirection: pictures of the concept recognised as its replacement; `replacement, unedited` is the share for the
+    unedited model's pictures of the replacement, an upper bound;
+  - others_drop, rest_drop: labels that are no longer recognised, of other concepts of the kind and of other kinds;
+  - harmonic: harmonic mean of efficacy (1 - target) and specificity (share of all other labels still recognised).
 
-Then 1, 5, 10, 25 and 50 concepts in one solve, and the kernel distance (KID) of pictures of unrelated prompts, edited
-against unedited from other seeds, beside that of two sets of seeds, with a permutation test.
+Then the same for 1, 5, 10, 25 and 50 concepts in one solve. Then the kernel distance (KID) between pictures of
+unrelated prompts after an edit and pictures of the unedited model from other seeds, with a permutation test; the KID of
+two sets of seeds of the unedited model is shown for comparison.
 
-What the judge asks about, and what edits are fitted to or preserve, are different objects; `auto` fills its captions
-without the words asked about. Finished concepts are kept in `runs/quality_edit`: stop it, start it again.
+The objects in the evaluated prompts are not used to fit edits or in preserve lists, and `auto` fills its captions
+without their names. Finished concepts are stored in `runs/quality_edit`, so that a stopped run can continue.
 Writes `benchmarks/results/quality_edit.json`.
 """
 
@@ -75,13 +77,16 @@ LAYER = "auto, layer only"  # the same without the token embedding
 
 
 def methods(
-    model: op.TextToImage, known: Sequence[str], judged: Sequence[str]
+    model: op.TextToImage, known: Sequence[str], evaluated: Sequence[str]
 ) -> dict[str, Callable[[dict[str, str]], Change]]:
-    """Return what makes a change of some pairs, by name."""
+    """Return a function for each method, by name, that returns its change for some pairs.
+
+    `evaluated` are the objects of the evaluated prompts.
+    """
     return {
-        OURS: lambda pairs: op.edit.auto(model, pairs, vocabulary=known, without=judged),
+        OURS: lambda pairs: op.edit.auto(model, pairs, vocabulary=known, without=evaluated),
         LAYER: lambda pairs: op.edit.auto(
-            model, pairs, vocabulary=known, without=judged, tokens=False
+            model, pairs, vocabulary=known, without=evaluated, tokens=False
         ),
         "quickfix": lambda pairs: op.edit.quickfix(model, pairs),
         "uce": lambda pairs: op.edit.uce(model, pairs),
@@ -91,59 +96,57 @@ def methods(
     }
 
 
-def judged(
+def concept_scores(
     model: op.TextToImage, judge: features.Judge, kind: str, old: str, new: str, plan: Any
 ) -> tuple[dict[str, Scores], bool]:
-    """Return every method's scores on one concept, from disk where they are there.
+    """Return the scores of every method for one concept, and whether `auto` moves the token embedding alone.
 
-    And whether ours moves it in the token embedding alone.
-
-    Rivals and `auto` are kept apart, since an `auto` with other settings is another change; the pictures before are the
-    same ones, drawn twice.
+    Stored scores are read from disk. The scores of `auto` are stored under the digest of its change, because other
+    settings give another change; the scores of the other methods are stored separately.
     """
-    makers = methods(model, *questions.split_concepts(judge.labels))
+    edits = methods(model, *questions.split_concepts(judge.labels))
     options: dict[str, Any] = {
         "scorer": judge, "size": plan.size, "steps": plan.steps, "seed": plan.seed, "gallery": 1,
     }  # fmt: skip
     name = hashlib.sha256(f"{kind} {old} {new}".encode()).hexdigest()[:12]
-    ours = {n: makers.pop(n)({old: new}) for n in (OURS, LAYER)}
+    ours = {n: edits.pop(n)({old: new}) for n in (OURS, LAYER)}
     digests = "-".join(change.digest[:12] for change in ours.values())
-    found = compared(plan.folder / f"{name}-{digests}", model, lambda: ours, options)
-    rivals = compared(
+    automatic = stored_scores(plan.folder / f"{name}-{digests}", model, lambda: ours, options)
+    rivals = stored_scores(
         plan.folder / name,
         model,
-        lambda: {n: make({old: new}) for n, make in makers.items()},
+        lambda: {n: edit({old: new}) for n, edit in edits.items()},
         options,
     )
-    return {**rivals, **found}, ours[OURS].sites == ("text.token_embedding",)
+    return {**rivals, **automatic}, ours[OURS].sites == ("text.token_embedding",)
 
 
-def compared(
+def stored_scores(
     folder: Path,
     model: op.TextToImage,
     changes: Callable[[], Mapping[str, Change]],
     options: dict[str, Any],
 ) -> Mapping[str, Scores]:
-    """Return the scores of changes, from disk where they are there; the changes are made where they are not."""
+    """Return the scores stored in `folder`; if there are none, compute the changes, score them and store the scores."""
     if not (folder / "comparison.json").exists():
         evaluate.compare(model, changes(), **options).save(folder)
     return Comparison.load(folder).scores
 
 
-def reached(model: op.TextToImage, judge: features.Judge, new: str, plan: Any) -> float:
-    """Return how often the unedited model's pictures of the replacement are seen as it."""
+def replacement_share(model: op.TextToImage, judge: features.Judge, new: str, plan: Any) -> float:
+    """Return the share of the unedited model's pictures of the replacement that are recognised as it."""
     kind, label = questions.parse_concept(new, judge.labels)
-    asked = questions.build(
+    prompts = questions.build(
         kind, label, labels=judge.labels, held_out=model.held_out, size=plan.size, seed=plan.seed
     )
-    asked = tuple(q for q in asked if q.role == "target")
-    verdicts = judge.predict(
-        drawn(model, [q.prompt for q in asked], [q.seed for q in asked], plan), kind
+    prompts = tuple(q for q in prompts if q.role == "target")
+    labels = judge.predict(
+        draw(model, [q.prompt for q in prompts], [q.seed for q in prompts], plan), kind
     )
-    return sum(v == label for v in verdicts) / len(asked)
+    return sum(v == label for v in labels) / len(prompts)
 
 
-def drawn(model: op.TextToImage, prompts: Sequence[str], seeds: Sequence[int], plan: Any) -> Tensor:
+def draw(model: op.TextToImage, prompts: Sequence[str], seeds: Sequence[int], plan: Any) -> Tensor:
     return (
         model.generate(list(prompts), seed=list(seeds), steps=plan.steps, batch_size=64)
         .images.float()
@@ -151,8 +154,8 @@ def drawn(model: op.TextToImage, prompts: Sequence[str], seeds: Sequence[int], p
     )
 
 
-def kept(score: Scores) -> float:
-    """Return the share of labels right before that are right after, over all that the edit should leave alone."""
+def specificity(score: Scores) -> float:
+    """Return the share of the correct labels before the edit that are correct after it, without the erased concept."""
     pairs = list(score.specificity.values())
     before = sum(p.before.mean * p.before.n for p in pairs if p.before.n)
     after = sum(p.after.mean * p.after.n for p in pairs if p.after.n)
@@ -161,12 +164,15 @@ def kept(score: Scores) -> float:
 
 def harmonic(score: Scores) -> float:
     """Return the harmonic mean of efficacy and specificity."""
-    efficacy, specificity = 1 - score.efficacy.after.mean, kept(score)
-    return 2 * efficacy * specificity / max(efficacy + specificity, 1e-9)
+    a, b = 1 - score.efficacy.after.mean, specificity(score)
+    return 2 * a * b / max(a + b, 1e-9)
 
 
 def summary(scores: Sequence[Scores], ceilings: Sequence[float]) -> dict[str, Interval]:
-    """Return one method's figures over concepts."""
+    """Return the figures of one method, as means over concepts.
+
+    `ceilings` are the results of `replacement_share`.
+    """
     others = [s.specificity[s.kind].drop for s in scores]
     rest = [
         (s.erase, p.drop)
@@ -184,7 +190,7 @@ def summary(scores: Sequence[Scores], ceilings: Sequence[float]) -> dict[str, In
         "rest_drop": paired_share(
             [0.0] * len(rest), [drop for _, drop in rest], groups=[erase for erase, _ in rest]
         ),
-        "kept": share([kept(s) for s in scores]),
+        "kept": share([specificity(s) for s in scores]),
         "harmonic": share([harmonic(s) for s in scores]),
     }
 
@@ -204,7 +210,7 @@ def many_pairs(labels: Mapping[str, Sequence[str]], count: int) -> dict[str, str
 
 
 def many_rows(model: op.TextToImage, judge: features.Judge, plan: Any) -> list[dict[str, Any]]:
-    """Return efficacy and kept neighbours of 1 to 50 concepts in one solve."""
+    """Return the figures of 1 to 50 concepts in one solve: target, redirection, unedited objects still recognised."""
     all_pairs = many_pairs(judge.labels, MANY[-1])
     untouched = [n for n in judge.labels["object"] if n not in all_pairs]
     styles = judge.labels["style"]
@@ -212,39 +218,40 @@ def many_rows(model: op.TextToImage, judge: features.Judge, plan: Any) -> list[d
         questions.caption(n, "" if questions.is_sign(n) else styles[i % len(styles)], "")
         for i, n in enumerate(untouched)
     ]
-    asked = {n: [questions.caption(n, "", "", frame=f) for f in range(2)] for n in all_pairs}
+    captions = {n: [questions.caption(n, "", "", frame=f) for f in range(2)] for n in all_pairs}
     rows: list[dict[str, Any]] = []
-    makers = methods(model, *questions.split_concepts(judge.labels))
+    edits = methods(model, *questions.split_concepts(judge.labels))
     seeds = [plan.seed + i for i in range(len(words))]
-    before = judge.predict(drawn(model, words, seeds, plan), "object")
+    before = judge.predict(draw(model, words, seeds, plan), "object")
     right = [v == n for v, n in zip(before, untouched, strict=True)]
     for count in plan.many:
         pairs = dict(list(all_pairs.items())[:count])
-        prompts = [p for n in pairs for p in asked[n]]
-        own = [plan.seed + i for i in range(len(prompts))]
+        prompts = [p for n in pairs for p in captions[n]]
+        prompt_seeds = [plan.seed + i for i in range(len(prompts))]
         for name in (OURS, LAYER, "quickfix", "uce"):
-            began = time.perf_counter()
-            change = makers[name](pairs)
-            seconds = time.perf_counter() - began
+            start = time.perf_counter()
+            change = edits[name](pairs)
+            seconds = time.perf_counter() - start
             with change.applied(model):
-                found = judge.predict(drawn(model, prompts, own, plan), "object")
-                after = judge.predict(drawn(model, words, seeds, plan), "object")
-            words_of = [
-                n for n in pairs for _ in asked[n]
+                labels = judge.predict(draw(model, prompts, prompt_seeds, plan), "object")
+                after = judge.predict(draw(model, words, seeds, plan), "object")
+            concepts = [
+                n for n in pairs for _ in captions[n]
             ]  # two captions of a concept are one unit
-            still = [v == n for v, n in zip(found, words_of, strict=True)]
-            moved = [v == pairs[n] for v, n in zip(found, words_of, strict=True)]
+            still = [v == n for v, n in zip(labels, concepts, strict=True)]
+            moved = [v == pairs[n] for v, n in zip(labels, concepts, strict=True)]
             same = [v == n for v, n, r in zip(after, untouched, right, strict=True) if r]
-            rows.append({"concepts": count, "method": name, "target": share(still, groups=words_of),
-                         "redirection": share(moved, groups=words_of), "kept": share(same),
+            rows.append({"concepts": count, "method": name, "target": share(still, groups=concepts),
+                         "redirection": share(moved, groups=concepts), "kept": share(same),
                          "seconds": round(seconds, 2)})  # fmt: skip
     return rows
 
 
 def kid_rows(model: op.TextToImage, judge: features.Judge, plan: Any) -> list[dict[str, Any]]:
-    """Return KID (x 1,000) of unrelated prompts after one edit a kind against a second set of seeds.
+    """Return the KID (x 1,000) between pictures of unrelated prompts after an edit and unedited ones from other seeds.
 
-    Beside it that of two sets of seeds of the unedited model; `p` is the share of random splits as far apart.
+    There is one edit of each kind. Two more rows have the KID of two sets of seeds of the unedited model. `p` is the
+    share of random splits with a KID that is at least as large.
     """
     objects = [o for o in judge.labels["object"] if not questions.is_sign(o)]
     sets = [[plan.seed + 100_000 * k + i for i in range(plan.unrelated)] for k in range(3)]
@@ -254,8 +261,8 @@ def kid_rows(model: op.TextToImage, judge: features.Judge, plan: Any) -> list[di
     ]
 
     def read(seeds: Sequence[int]) -> Tensor:
-        found = judge.image_features(drawn(model, words, seeds, plan))  # of unit length
-        return found.double() * found.shape[1] ** 0.5
+        unit = judge.image_features(draw(model, words, seeds, plan))
+        return unit.double() * unit.shape[1] ** 0.5
 
     def row(name: str, first: Tensor, second: Tensor) -> dict[str, Any]:
         test = metrics.kid_test(first, second, groups=(words, words))
@@ -266,11 +273,11 @@ def kid_rows(model: op.TextToImage, judge: features.Judge, plan: Any) -> list[di
         row("two sets of seeds", first, second),
         row("two other sets of seeds", third, second),
     ]
-    makers = methods(model, *questions.split_concepts(judge.labels))
+    edits = methods(model, *questions.split_concepts(judge.labels))
     for kind, pairs in plan.concepts.items():
         old, new = next(iter(pairs.items()))
         for name in (OURS, LAYER):
-            with makers[name]({old: new}).applied(model):
+            with edits[name]({old: new}).applied(model):
                 rows.append(
                     row(f"{kind}: {old}, {name}, against other seeds", read(sets[0]), second)
                 )
@@ -318,25 +325,25 @@ def main() -> None:
         plan.concepts = {"style": {"openmoji style": "noto style"}}
     name = f"{fingerprint(model)}-{plan.size}-{plan.steps}-{plan.seed}"
     plan.folder = Path("runs/quality_edit") / (f"quick-{os.getpid()}" if plan.quick else name)
-    found: dict[str, list[Scores]] = {}
+    by_method: dict[str, list[Scores]] = {}
     ceilings: list[float] = []
     kinds: list[str] = []
     plan.rows_alone = 0
     for kind, pairs in plan.concepts.items():
         for old, new in pairs.items():
-            scores, rows_alone = judged(model, judge, kind, old, new, plan)
+            scores, rows_alone = concept_scores(model, judge, kind, old, new, plan)
             plan.rows_alone += rows_alone
-            ceilings.append(reached(model, judge, new, plan))
+            ceilings.append(replacement_share(model, judge, new, plan))
             kinds.append(kind)
             for method, score in scores.items():
-                found.setdefault(method, []).append(score)
+                by_method.setdefault(method, []).append(score)
             ours = scores[OURS]
             print(f"{kind}: {old} → {new}: target {ours.efficacy.after}, redirection {ours.redirection.after}, "
-                  f"kept {kept(ours):.2f}, {time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
+                  f"kept {specificity(ours):.2f}, {time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
     report(
         plan,
         model,
-        found,
+        by_method,
         ceilings,
         kinds,
         many_rows(model, judge, plan),
@@ -348,7 +355,7 @@ def main() -> None:
 def report(
     plan: Any,
     model: op.TextToImage,
-    found: Mapping[str, Sequence[Scores]],
+    by_method: Mapping[str, Sequence[Scores]],
     ceilings: Sequence[float],
     kinds: Sequence[str],
     many: Sequence[dict[str, Any]],
@@ -356,13 +363,13 @@ def report(
     start: float,
 ) -> None:
     """Print and write all tables and the flat figures."""
-    whole = {name: summary(scores, ceilings) for name, scores in found.items()}
+    whole = {name: summary(scores, ceilings) for name, scores in by_method.items()}
     overall = [{"method": name, **figures} for name, figures in whole.items()]
     by_kind = [
         {"kind": kind, "method": name,
          **summary([s for s, k in zip(scores, kinds, strict=True) if k == kind],
                    [c for c, k in zip(ceilings, kinds, strict=True) if k == kind])}
-        for kind in dict.fromkeys(kinds) for name, scores in found.items()
+        for kind in dict.fromkeys(kinds) for name, scores in by_method.items()
     ]  # fmt: skip
     tables = {"overall": overall, "by kind": by_kind, "many": list(many), "kid": list(kids)}
     for title, rows in tables.items():
@@ -389,14 +396,14 @@ def report(
                 "concepts": plan.concepts, "size": plan.size, "seed": plan.seed, "quick": plan.quick,
                 "judge": "icons-judge",
                 "interval": "95 % bootstrap over concepts; Clopper-Pearson where all agree"}  # fmt: skip
-    told = {
+    content = {
         name: [{k: plain(v) for k, v in row.items()} for row in rows]
         for name, rows in tables.items()
     }
     out = Path("runs/benchmarks") if plan.quick else RESULTS
     out.mkdir(parents=True, exist_ok=True)
     files.write_json(
-        out / "quality_edit.json", {"result": result, "tables": told, "protocol": protocol}
+        out / "quality_edit.json", {"result": result, "tables": content, "protocol": protocol}
     )
     if plan.json:
         print(files.to_json(result))

@@ -1,18 +1,19 @@
-"""How long does an edit take, to make, apply and take back, and what do other methods take for the same?
+"""Time to compute, apply and revert an edit, compared with other methods.
 
     python benchmarks/speed_edit.py [--quick] [--json]
 
-The model is random and of SD-1.4's size: the whole text encoder, and of the UNet the cross-attention's keys and values
-(the rest has no memory at all: no edit reads it). One edit is `quickfix` as a user calls it, from prompts to a change;
-a hundred are one joint solve. Beside them, in turn so that a busy neighbour slows all:
+The model has random weights in the sizes of SD 1.4: the whole text encoder, and the keys and values of the UNet's
+cross-attention. The other weights of the UNet are not allocated, because no edit reads them. One edit is a call of
+`quickfix`, from prompts to a change; a hundred edits are one joint solve. The other methods are:
 
-naive      the same edit done plainly: a whole forward pass a caption, the paper's 768 x 768 inverse
-uce        the formula of UCE as released: two captions, then 32 matrices one by one, each with its inverse
-finetune   cross-attention tuned by gradient until `icons-judge` sees as little of the erased style as after the edit;
-           on `icons`, since it needs pictures. If the longest budget does not get there the ratio is a lower bound,
-           and `finetune_reached` is 0.
+naive      the same edit with a whole forward pass for each caption and the paper's 768 x 768 inverse
+uce        the formula of UCE as its release computes it: two captions, then 32 matrices, each with its own inverse
+finetune   cross-attention trained by gradient descent until `icons-judge` recognises the erased style as rarely as
+           after the edit; on `icons`, since it needs pictures. If the largest number of steps is not enough, the ratio
+           is a lower bound and `finetune_reached` is 0.
 
-Medians over the repeats. `--quick` repeats less and tunes shorter. On a shared machine only the ratios count.
+The methods run alternately, so that other load on the machine slows all of them. Figures are medians over the repeats.
+`--quick` repeats less often and trains for fewer steps. On a shared machine only the ratios are comparable.
 Writes `benchmarks/results/speed_edit.json`; with `--quick`, into `runs/benchmarks`.
 """
 
@@ -47,7 +48,7 @@ OLD, NEW, RIDGE, SITE = "van gogh", "painting", 0.01, "text.0.self_attn.out_proj
 FIRST = ("red", "green", "blue", "yellow", "purple", "orange", "white", "gray", "pink", "high")
 SECOND = ("dog", "cat", "robot", "rocket", "house", "fish", "tree", "bird", "apple", "flag")
 ICONS = {"openmoji style": "noto style"}
-BUDGETS = (25, 50, 100, 200, 400)  # steps of fine-tuning, tried in turn
+BUDGETS = (25, 50, 100, 200, 400)  # numbers of fine-tuning steps, tried in this order
 
 
 def sd14(*, seed: int = 0) -> op.TextToImage:
@@ -71,7 +72,7 @@ def sd14(*, seed: int = 0) -> op.TextToImage:
     text_encoder = CLIPTextModel(config).eval()
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    unet.conv_in.to_empty(device="cpu")  # says to the model where its UNet is
+    unet.conv_in.to_empty(device="cpu")  # the device of this weight is the device of the model
     for module in projections(unet):
         module.to_empty(device="cpu")
         module.reset_parameters()
@@ -88,7 +89,7 @@ def projections(unet: torch.nn.Module) -> list[Any]:
 
 
 def naive(model: op.TextToImage) -> Tensor:
-    """Return the delta of the edit, done plainly."""
+    """Return the movement of the same edit, computed in the direct way."""
     keys, sources = [], []
     linear = text_layers(model)[0].self_attn.out_proj
     for frame in FRAMES:
@@ -111,7 +112,7 @@ def naive(model: op.TextToImage) -> Tensor:
 
 @torch.no_grad()
 def uce_formula(model: op.TextToImage, *, ridge: float = 0.5) -> list[Tensor]:
-    """Return the 32 new weights by UCE's formula as its release computes it: in float32, one inverse a matrix."""
+    """Return the 32 new weights by UCE's formula as its release computes it: in float32, one inverse for each."""
     rows = []
     for concept in (OLD, NEW):
         ids = model.tokenize([concept])
@@ -128,45 +129,45 @@ def uce_formula(model: op.TextToImage, *, ridge: float = 0.5) -> list[Tensor]:
 
 
 def hundred(model: op.TextToImage) -> op.Change:
-    """Return one change of a hundred concepts."""
+    """Return one change that edits a hundred concepts."""
     return op.edit.quickfix(model, {f"{a} {b}": NEW for a in FIRST for b in SECOND}, ridge=RIDGE)
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Return the seconds that `work` takes, and what it gives."""
+    """Return the seconds that `work` takes, and its result."""
     start = time.perf_counter()
-    found = work()
-    return time.perf_counter() - start, found
+    result = work()
+    return time.perf_counter() - start, result
 
 
 def measure(*, repeats: int) -> dict[str, float]:
     """Return the figures of the SD-1.4-size model."""
     model = sd14()
     edit = lambda: op.edit.quickfix(model, {OLD: NEW}, ridge=RIDGE)  # noqa: E731
-    ways: dict[str, Callable[[], Any]] = {
+    methods: dict[str, Callable[[], Any]] = {
         "one_edit": edit,
         "naive": lambda: naive(model),
         "uce_formula": lambda: uce_formula(model),
         "uce": lambda: op.edit.uce(model, {OLD: NEW}, ridge=0.5, frames=("",)),
     }
-    found = {name: work() for name, work in ways.items()}  # and a warm-up
-    seconds: dict[str, list[float]] = {name: [] for name in (*ways, "apply", "revert", "hundred_edits")}  # fmt: skip
+    results = {name: work() for name, work in methods.items()}  # also the warm-up
+    seconds: dict[str, list[float]] = {name: [] for name in (*methods, "apply", "revert", "hundred_edits")}  # fmt: skip
     stages: dict[str, list[float]] = {}
     for turn in range(repeats):
-        for name, work in ways.items():
-            took, made = timed(work)
-            seconds[name].append(took)
+        for name, work in methods.items():
+            duration, result = timed(work)
+            seconds[name].append(duration)
             if name == "one_edit":
-                for stage, part in made.report["seconds"].items():
+                for stage, part in result.report["seconds"].items():
                     stages.setdefault(stage, []).append(part)
         for _ in range(5):
-            seconds["apply"].append(timed(lambda: found["one_edit"].apply(model))[0])
-            seconds["revert"].append(timed(lambda: found["one_edit"].revert(model))[0])
+            seconds["apply"].append(timed(lambda: results["one_edit"].apply(model))[0])
+            seconds["revert"].append(timed(lambda: results["one_edit"].revert(model))[0])
         if turn < max(1, repeats // 3):
             seconds["hundred_edits"].append(timed(lambda: hundred(model))[0])
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    delta, plain = found["one_edit"].delta, found["naive"]
-    compact = found["one_edit"].compact()
+    delta, naive_delta = results["one_edit"].delta, results["naive"]
+    compact = results["one_edit"].compact()
     return {
         "one_edit_seconds": round(median["one_edit"], 4),
         **{
@@ -182,8 +183,8 @@ def measure(*, repeats: int) -> dict[str, float]:
         "ratio_uce": round(median["uce_formula"] / median["one_edit"], 2),
         "uce_seconds": round(median["uce"], 4),
         "ratio_uce_same": round(median["uce_formula"] / median["uce"], 2),
-        "difference_naive": float((delta - plain).norm() / plain.norm()),
-        "difference_uce": _difference_uce(model, found["uce"], found["uce_formula"]),
+        "difference_naive": float((delta - naive_delta).norm() / naive_delta.norm()),
+        "difference_uce": _difference_uce(model, results["uce"], results["uce_formula"]),
         "repeats": repeats,
     }
 
@@ -197,55 +198,55 @@ def saved_size(change: op.Change) -> int:
 
 
 def _difference_uce(model: op.TextToImage, change: op.Change, weights: list[Tensor]) -> float:
-    """Return how far the applied change is from the formula's weights, relative to the movement."""
+    """Return the distance of the applied change from the weights of the formula, relative to the movement."""
     old = [module.weight.detach().clone() for module in projections(model.unet)]
     with change.applied(model):
         new = [module.weight.detach().clone() for module in projections(model.unet)]
-    far = sum(float((a - b).square().sum()) for a, b in zip(new, weights, strict=True))
+    difference = sum(float((a - b).square().sum()) for a, b in zip(new, weights, strict=True))
     moved = sum(float((a - b).square().sum()) for a, b in zip(old, weights, strict=True))
-    return (far / moved) ** 0.5
+    return (difference / moved) ** 0.5
 
 
 def against_finetune(*, pictures: int, budgets: tuple[int, ...]) -> dict[str, float]:
-    """Return how much longer fine-tuning takes than the edit for as little of the erased style, on `icons`."""
+    """Return the time of fine-tuning that erases a style of `icons` as well as the edit does, and the ratio of both."""
     model, judge = op.load("icons"), features.load()
-    asked = [
+    targets = [
         q
         for q in questions.build(
             "style", "openmoji", labels=judge.labels, held_out=model.held_out, size=pictures
         )
         if q.role == "target"
     ]
-    op.edit.quickfix(model, ICONS)  # a warm-up
-    took, change = timed(lambda: op.edit.quickfix(model, ICONS))
-    aim = _seen(model, change, asked, judge)
+    op.edit.quickfix(model, ICONS)  # warm-up
+    edit_seconds, change = timed(lambda: op.edit.quickfix(model, ICONS))
+    aim = _still_recognised(model, change, targets, judge)
     for steps in budgets:
-        tuning, tuned = timed(lambda n=steps: op.edit.finetune(model, ICONS, steps=n))
-        left = _seen(model, tuned, asked, judge)
-        if left <= aim:
+        tuning_seconds, tuned = timed(lambda n=steps: op.edit.finetune(model, ICONS, steps=n))
+        remaining = _still_recognised(model, tuned, targets, judge)
+        if remaining <= aim:
             break
     return {
-        "ratio_finetune": round(tuning / took, 1),
-        "finetune_seconds": round(tuning, 2),
+        "ratio_finetune": round(tuning_seconds / edit_seconds, 1),
+        "finetune_seconds": round(tuning_seconds, 2),
         "finetune_steps": steps,
-        "finetune_reached": int(left <= aim),
-        "finetune_target_after": round(left, 4),
+        "finetune_reached": int(remaining <= aim),
+        "finetune_target_after": round(remaining, 4),
         "edit_target_after": round(aim, 4),
-        "edit_seconds_icons": round(took, 4),
+        "edit_seconds_icons": round(edit_seconds, 4),
     }
 
 
-def _seen(
+def _still_recognised(
     model: op.TextToImage,
     change: op.Change,
-    asked: list[questions.Question],
+    targets: list[questions.Question],
     judge: features.Judge,
 ) -> float:
-    """Return the share of pictures that the judge still takes for the erased style."""
-    prompts, seeds = [q.prompt for q in asked], [q.seed for q in asked]
+    """Return the share of pictures that the judge still recognises as the erased style."""
+    prompts, seeds = [q.prompt for q in targets], [q.seed for q in targets]
     with change.applied(model):
         images = model.generate(prompts, seed=seeds, steps=8).images
-    return sum(said == "openmoji" for said in judge.predict(images, "style")) / len(asked)
+    return sum(label == "openmoji" for label in judge.predict(images, "style")) / len(targets)
 
 
 def write(name: str, result: Mapping[str, Any], protocol: Mapping[str, Any], folder: Path) -> None:
