@@ -13,7 +13,8 @@ import base64
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from shlex import join
 from typing import Any
@@ -61,6 +62,17 @@ def save(folder: str | Path, *, out: str | Path | None = None) -> Path:
     page = source / "report.html" if out is None else Path(out)
     if source.is_dir():
         _check_out(source, page)
+    json_path = page.with_suffix(".json")
+    with _damage_named(source):
+        values, figures = _content(source)
+        text = _render(values, json_path.name)
+    write_text(page, text)
+    write_json(json_path, figures)
+    return page
+
+
+def _content(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the values of the page's template, and the content of the JSON file."""
     run, summary = _read_json(source / "run.json"), _read_json(source / "summary.json")
     parts = _parts(source, run, summary)
     best_scores: Scores | None = parts.pop("best_scores")
@@ -79,10 +91,19 @@ def save(folder: str | Path, *, out: str | Path | None = None) -> Path:
         "tiles": tables.tiles(best_scores, float(seconds) if _is_number(seconds) else None),
         **parts,
     }
-    json_path = page.with_suffix(".json")
-    write_text(page, _render(values, json_path.name))
-    write_json(json_path, as_json.content(values, summary, source))
-    return page
+    return values, as_json.content(values, summary, source)
+
+
+@contextmanager
+def _damage_named(source: Path) -> Iterator[None]:
+    """Raise a `ValueError` that names the folder if its files hold values of other types than overpaint writes."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"the results in {str(source)!r} are damaged ({type(error).__name__}: {error}): make them again with "
+            "`overpaint evaluate` or `overpaint demo`."
+        ) from error
 
 
 def save_card(folder: str | Path, model: str | Path) -> Path:

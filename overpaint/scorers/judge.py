@@ -46,6 +46,7 @@ class Judge:
         try:
             self.labels = _parse_labels(from_json((folder / "labels.json").read_bytes()))
             self.card: dict[str, Any] = dict(from_json(card.read_bytes())) if card.is_file() else {}
+            _check_shapes(folder)
             model: Any = CLIPModel.from_pretrained(
                 folder, local_files_only=True, dtype=torch.float32, use_safetensors=True
             )
@@ -166,6 +167,24 @@ def _parse_labels(content: Any) -> dict[str, tuple[str, ...]]:
     if not all(names and all(isinstance(n, str) for n in names) for names in labels.values()):
         raise TypeError("labels.json holds other values than lists of texts")
     return labels
+
+
+def _check_shapes(folder: Path) -> None:
+    """Raise unless the weights have the shapes of the configuration, before memory is taken for them."""
+    from safetensors import safe_open
+    from transformers import CLIPConfig, CLIPModel
+
+    config: Any = CLIPConfig.from_pretrained(folder, local_files_only=True)
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    for part in (config.text_config, config.vision_config):
+        if not 1 <= part.num_hidden_layers <= len(shapes):
+            raise ValueError(f"config.json names {part.num_hidden_layers} layers")
+    with torch.device("meta"):
+        expected = {n: list(p.shape) for n, p in CLIPModel(config).named_parameters()}
+    wrong = [name for name, shape in expected.items() if shapes.get(name) != shape]
+    if wrong:
+        raise ValueError(f"the weight {wrong[0]!r} is missing or has another shape")
 
 
 def _check_heads(heads: Any, labels: dict[str, tuple[str, ...]], width: int) -> None:
