@@ -1,14 +1,17 @@
 """Who may use the studio: Host, Origin, routes, the form of queue posts, uploads, and what is left on disk."""
 
+import gc
 import http.client
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -80,13 +83,14 @@ class Client:
 
 @pytest.fixture(scope="module")
 def served(tiny_folder):
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with open_studio([str(tiny_folder)], port=port, allowed_hosts=["proxy.example.org"]) as pair:
         yield pair
+    with warnings.catch_warnings():  # and not during a test of another file
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture
@@ -260,6 +264,28 @@ def test_an_uploaded_file_is_deleted_after_it_was_read(served, client):
         assert client.post(upload["id"], ["a", "a", 0, 1, 1, key])[0] == 200
         assert message in client.send("GET", "/gradio_api/queue/data?session_hash=page")[1]
         assert len(studio.uploads) == 0
+
+
+def test_an_upload_that_is_broken_off_leaves_nothing(served, client):
+    studio, _ = served
+    client.open_page()
+    head = (
+        f"POST /gradio_api/upload HTTP/1.1\r\nHost: {client.host}\r\nCookie: {client.cookie}\r\n"
+        "Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 1000000\r\n\r\n"
+        '--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\nabc'
+    )
+    with socket.create_connection(("127.0.0.1", int(client.host.rpartition(":")[2]))) as line:
+        line.sendall(head.encode())
+        wait_until(lambda: studio.uploads.size == 1_000_000)
+    wait_until(lambda: len(studio.uploads) == 0)
+    assert client.upload(b"abc")[0] == 200
+
+
+def wait_until(condition):
+    end = time.monotonic() + browser.HANG
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert condition()
 
 
 def test_the_cookie_is_read_from_among_others():

@@ -37,6 +37,21 @@ def test_handlers_show_errors_in_the_page(studio):
     assert studio.session(key).changes == ()
 
 
+@pytest.mark.parametrize("method", ["auto", "quickfix"])
+def test_special_tokens_are_refused_as_concepts(studio, method):
+    key = studio.open_session()
+    token = "<|endoftext|>"
+    controls = Controls(f"a {token}", token, 0, 1, 1)
+    for updates in (
+        handlers.edit(studio, key, controls, "noto style", method, ""),
+        handlers.edit(studio, key, CONTROLS, token, method, ""),
+        handlers.trace(studio, key, controls, False),
+    ):
+        *_, final = updates
+        assert "holds the special token &#x27;&lt;|endoftext|&gt;&#x27;" in final["status"]
+    assert studio.session(key).changes == ()
+
+
 def test_every_control_reports_a_closed_session(studio):
     some = Controls("a cat", "cat", 0, 1, 1)
     updates = [

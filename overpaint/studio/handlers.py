@@ -167,14 +167,17 @@ def set_strength(studio: Studio, key: str, strength: float | None) -> Iterator[U
         if value == session.state.strength and session.changes:
             yield _strength_update(studio, key)
             return
+        session.check_strength(value)  # before a drawing is replaced
         with session.reserved():
             session.set_strength(value)
             session.redraw_due = True
             update = _strength_update(studio, key)
         yield {**update, "status": ""}
     except (ValueError, OSError) as error:
-        shown = applied_changes(studio, key) if studio.has_session(key) else {}
-        yield {**shown, "status": html.alert(str(error))}
+        alert = html.alert(str(error))
+        update = applied_changes(studio, key) if studio.has_session(key) else {"changes": ""}
+        # also beside the control: the status may be that of a drawing
+        yield {**update, "changes": update["changes"] + alert, "status": alert}
 
 
 def _strength_update(studio: Studio, key: str) -> Update:

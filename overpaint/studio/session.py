@@ -139,8 +139,8 @@ class Session:
             raise ValueError("nothing to undo: make an edit first.")
         self.state = self._history.pop()
 
-    def set_strength(self, strength: float) -> None:
-        """Set the strength of all applied changes; several calls in a row are one step for `undo`.
+    def check_strength(self, strength: float) -> None:
+        """Raise if the strength cannot be set.
 
         Raises:
             ValueError: The strength is not in -1 to 2, or no change is applied.
@@ -153,6 +153,14 @@ class Session:
             raise ValueError(
                 "no change is applied yet, so no strength can be set: make an edit first."
             )
+
+    def set_strength(self, strength: float) -> None:
+        """Set the strength of all applied changes; several calls in a row are one step for `undo`.
+
+        Raises:
+            ValueError: As `check_strength`.
+        """
+        self.check_strength(strength)
         previous = self._history[-1] if self._history else None
         state = replace(self.state, strength=strength)
         if previous is not None and previous.joint is self.state.joint:

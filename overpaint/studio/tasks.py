@@ -12,6 +12,7 @@ from PIL import Image
 
 from overpaint import edit, trace
 from overpaint.edit import Change
+from overpaint.edit.concept_words import check_special
 from overpaint.images.pictures import Pictures
 from overpaint.model import TextToImage, sites
 from overpaint.model.sampling import Drawing, Progress
@@ -164,9 +165,11 @@ def trace_text_encoder(
         scorer: Scores a picture of each state; text features are measured if `None`.
 
     Raises:
-        ValueError: The concept does not occur exactly once in the prompt, or is cut off by the token limit.
+        ValueError: The concept does not occur exactly once in the prompt, or is cut off by the token limit, or the
+            prompt holds a special token.
         UnsupportedModel: The model cannot be traced, or a value became NaN.
     """
+    check_special(model.tokenizer, [settings.prompt])
     model_copy = copy_model(model, all_parts=True)
     probe = _probe(settings, scorer)
     pictures = scorer is not None

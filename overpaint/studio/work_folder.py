@@ -6,9 +6,11 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+from overpaint import files
 
 __all__ = ["remove_left_overs", "work_folder"]
 
@@ -27,9 +29,9 @@ def work_folder() -> Iterator[Path]:
     remove_left_overs()
     with tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        with (folder / f"{_LOCK}.new").open("wb") as file:
-            _lock(file)
-            os.replace(file.name, folder / _LOCK)  # so that no other studio sees it unlocked
+        with ExitStack() as stack:
+            with files.atomic(folder / _LOCK) as draft:  # so that no other studio sees it unlocked
+                _lock(stack.enter_context(draft.open("wb")))
             yield folder
 
 
