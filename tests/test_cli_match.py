@@ -44,6 +44,7 @@ def test_match_writes_the_result_of_the_function(run, inputs, tmp_path):
     assert flow.read_flo(tmp_path / "flow.flo")[0].equal(result.flow)
     assert (np.load(tmp_path / "std.npy") == result.std.numpy()).all()
     facts = json.loads(out)
+    assert (facts["verdict"], facts["sure"]) == (result.verdict, result.sure)
     assert facts["size"] == "100x80"
     assert facts["flo"] == str(tmp_path / "flow.flo")
     assert facts["moved_median"] == pytest.approx(result.flow.norm(dim=0).median().item())
@@ -58,8 +59,32 @@ def test_match_prints_one_line_a_fact_and_draws_dark_views(run, inputs, tmp_path
     lines = dict(line.split(maxsplit=1) for line in out.splitlines())
     assert lines["wheel"] == str(tmp_path / "wheel.png")
     assert "std_median" not in lines  # of one hypothesis there is none
+    assert lines["verdict"] == "unknown: a single hypothesis has no spread"
     with Image.open(tmp_path / "wheel.png") as view:
         assert view.convert("RGB").getpixel((view.width - 2, view.height - 2)) == (24, 27, 34)
+
+
+def test_a_failed_match_is_named_on_the_first_line_and_the_exit_code_is_0(run, inputs, tmp_path):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")  # nothing to match
+    command = ("match", inputs / "a.png", tmp_path / "red.png", "--matcher", inputs / "matcher")
+    code, out, _ = run(*command, "--samples", 2, "--out", tmp_path / "text")
+    assert code == 0
+    assert out.splitlines()[0].split(maxsplit=1) == [
+        "verdict", "not matched: sure at 0 % of the picture",
+    ]  # fmt: skip
+    code, out, _ = run(*command, "--samples", 1, "--json", "--out", tmp_path / "json")
+    assert code == 0
+    assert (json.loads(out)["verdict"], json.loads(out)["sure"]) == ("not matched", 0)
+
+
+def test_a_single_hypothesis_has_no_verdict_unless_matched_both_ways(run, inputs, tmp_path):
+    pair = (inputs / "a.png", inputs / "a.png")
+    command = ("match", *pair, "--matcher", inputs / "matcher", "--samples", 1, "--json")
+    _, out, _ = run(*command, "--out", tmp_path / "forth")
+    assert (json.loads(out)["verdict"], json.loads(out)["sure"]) == ("unknown", None)
+    _, out, _ = run(*command, "--cycle", "--out", tmp_path / "back")
+    assert json.loads(out)["verdict"] != "unknown"
+    assert 0 <= json.loads(out)["sure"] <= 1
 
 
 @pytest.mark.parametrize(
@@ -67,7 +92,7 @@ def test_match_prints_one_line_a_fact_and_draws_dark_views(run, inputs, tmp_path
     [
         (("{a}", "{tmp}/none.png"), "`image_b`: there is no file"),
         (("{tmp}", "{a}"), "`image_a`: cannot read"),
-        (("{a}", "{a}", "--samples", "0"), "`samples` must be at least 1, got 0"),
+        (("{a}", "{a}", "--samples", "0"), "'--samples': 0 is out of range: give 1 to 10000"),
         (("{a}", "{a}", "--steps", "9"), "`steps` must be 1 to 5, got 9"),
         (("{a}", "{a}", "--matcher", "{tmp}/none"), "unknown matcher"),
         (("{a}",), "Missing argument 'image_b'"),

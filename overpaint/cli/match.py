@@ -5,14 +5,19 @@ from typing import Annotated, Any
 
 import typer
 
-from overpaint.cli.options import Json, Seed
+from overpaint.cli.options import Force, Json, Seed, within
 from overpaint.cli.terminal import (
+    check_absent,
     check_writable,
     print_facts,
     progress,
 )
 
 __all__ = ["match"]
+
+_FILES = (
+    "flow.flo", "flow.npy", "std.npy", "warped.png", "wheel.png", "arrows.png", "confidence.png",
+)  # fmt: skip
 
 
 def match(
@@ -24,8 +29,15 @@ def match(
     matcher: Annotated[str, typer.Option(help="A matcher's folder, or the shipped one.")] = (
         "matcher"
     ),
-    samples: Annotated[int, typer.Option(help="Hypotheses; from 2 on, their spread is told.")] = 8,
-    steps: Annotated[int, typer.Option(help="Of denoising, for each hypothesis.")] = 5,
+    samples: Annotated[
+        int,
+        typer.Option(
+            help="Hypotheses; from 2 on, their spread is told.", callback=within(1, 10_000)
+        ),
+    ] = 8,
+    steps: Annotated[
+        int, typer.Option(help="Of denoising, for each hypothesis.", callback=within(1, 1000))
+    ] = 5,
     refine: Annotated[
         bool, typer.Option(help="Add what the matcher's cells are too coarse for, by optical flow.")
     ] = True,
@@ -33,6 +45,7 @@ def match(
         bool, typer.Option("--cycle", help="Match both ways, and tell by how much that misses.")
     ] = False,
     dark: Annotated[bool, typer.Option("--dark", help="Views on dark paper.")] = False,
+    force: Force = False,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -44,8 +57,9 @@ def match(
     overpaint match a.png b.png -o fast --samples 1 --steps 1 --seed 3
     """  # noqa: D301
     from overpaint.images.charts import DARK, LIGHT
-    from overpaint.match import dense
+    from overpaint.match import dense, verdict
 
+    check_absent(*(out / name for name in _FILES), force=force)
     check_writable(out)
     with progress(as_json) as on_progress:
         result = dense(
@@ -55,7 +69,12 @@ def match(
     paths = result.save(out, image_b, theme=DARK if dark else LIGHT)
     lengths = result.flow.norm(dim=0)
     height, width = result.std.shape
-    facts: dict[str, Any] = {
+    facts: dict[str, Any] = (
+        {"verdict": result.verdict, "sure": result.sure}
+        if as_json
+        else {"verdict": verdict.describe(result.sure)}
+    )
+    facts |= {
         "size": f"{width}x{height}",
         "moved_median": lengths.median().item(),
         "moved_most": lengths.max().item(),

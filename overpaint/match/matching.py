@@ -21,6 +21,7 @@ from overpaint import files
 from overpaint.images.charts import LIGHT, Chart, Theme
 from overpaint.images.read import load_picture
 from overpaint.match import flow as flows
+from overpaint.match import verdict as verdicts
 from overpaint.match import views
 from overpaint.match.conditioning import (
     Conditions,
@@ -75,6 +76,31 @@ class Match:
     consistency: Tensor | None = None
     protocol: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        height, width = self.std.shape
+        spread = float(self.std.median())
+        return f"<Match of {width}x{height} pixels: {self.verdict}, median uncertainty {spread:.2g} pixels>"
+
+    @property
+    def sure(self) -> float | None:
+        """Share of the pixels of `image_b` whose `std` is at most 1 % of `image_a`'s longer side.
+
+        If `std` is 0 everywhere, as for a single hypothesis, `consistency` takes its place; `None` without both.
+        """
+        has_spread = bool((self.std > 0).any())
+        uncertainty = self.std if has_spread else self.consistency
+        if uncertainty is None:
+            return None
+        return verdicts.sure_share(uncertainty, max(self.protocol.get("source", self.std.shape)))
+
+    @property
+    def verdict(self) -> str:
+        """The verdict: "matched" if `sure` is at least 0.6, "partly matched" from 0.25 on, else "not matched".
+
+        It is "unknown" if `sure` is `None`. `overpaint.match.verdict` states how the bounds were chosen.
+        """
+        return verdicts.verdict(self.sure)
+
     def wheel(self, *, theme: Theme = LIGHT) -> Chart:
         """Return the flow as colors, above a color wheel that explains them."""
         return views.wheel(self.flow.numpy(), self.inside.numpy(), theme=theme)
@@ -94,7 +120,7 @@ class Match:
         return views.arrows(*arrays, pixels, theme=theme)
 
     def confidence(self, target: Any, *, theme: Theme = LIGHT) -> Chart:
-        """Return the uncertainty as colors: bright where it is small, dark where it is large.
+        """Return the uncertainty as colors: bright where it is small, dark where it is large; below it, the verdict.
 
         Args:
             target: The `image_b` of the match, anything that `dense` takes.
@@ -103,7 +129,8 @@ class Match:
         Raises:
             ValueError: The target cannot be read, or has another size than the flow.
         """
-        return views.confidence(self.std.numpy(), self._pixels(target), theme=theme)
+        summary = verdicts.describe(self.sure)
+        return views.confidence(self.std.numpy(), self._pixels(target), summary, theme=theme)
 
     def save(self, folder: str | Path, target: Any, *, theme: Theme = LIGHT) -> dict[str, Path]:
         """Write `flow.flo`, `flow.npy`, `std.npy`, `warped.png` and the three views.

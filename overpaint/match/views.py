@@ -134,7 +134,7 @@ def arrows(
     return Chart(figure)
 
 
-def confidence(std: Floats, target: Floats, *, theme: Theme = LIGHT) -> Chart:
+def confidence(std: Floats, target: Floats, summary: str = "", *, theme: Theme = LIGHT) -> Chart:
     """Return the uncertainty as colors: bright where it is small, dark where it is large.
 
     The target's outlines are visible, for orientation; its brightness is not, since it would change the colors.
@@ -143,6 +143,7 @@ def confidence(std: Floats, target: Floats, *, theme: Theme = LIGHT) -> Chart:
         std: Uncertainty in pixels, shape (H, W). If it is 0 everywhere, as for a single hypothesis, the view is grey
             and says why.
         target: The picture whose grid `std` is on, RGB in [0, 1], shape (H, W, 3).
+        summary: First line of the legend, such as the verdict; its first letter becomes a capital.
         theme: Colors of the legend.
     """
     norm = scale(std)
@@ -153,7 +154,7 @@ def confidence(std: Floats, target: Floats, *, theme: Theme = LIGHT) -> Chart:
         lines = ["A single hypothesis has no spread:", "match with two samples or more"]
     else:
         lines = ["Uncertainty of each pixel's match:", "distance of the hypotheses from the flow"]
-    _write(legend, lines, 0, theme)
+    _write(legend, [summary[:1].upper() + summary[1:]] * bool(summary) + lines, 0, theme)
     _add_bar(legend, norm, theme)
     return Chart(figure)
 
