@@ -1,13 +1,14 @@
-"""Does the weight that `edit.auto` chooses from text alone lie on the front that pictures draw?
+"""Is the preserve weight that `edit.auto` chooses from text alone on the Pareto front measured in pictures?
 
     python benchmarks/quality_front.py [--quick] [--json] [--threads N]
 
-Two concepts that no other table asks about are edited in the text layer with every weight of what should stay that
-`auto` tries. Text tells what each misses and how far other captions drift, as in `report["scan"]`; `icons-judge` tells
-what is left of the concept in pictures and what else is no longer recognised. A weight is on the front if no other is
-as good at erasing and sparing and better at one. That is asked of these two aims, and of three: a weight that is too
-large erases and puts nothing in its place, so that pictures seen as the replacement are the third. Spearman's rank
-correlation says how well text foretells pictures.
+Two concepts that no other benchmark uses are edited in one text layer, with each preserve weight that `auto` tries. Two
+figures of each edit are computed from text: the missed target movement and the drift of other captions, as in
+`report["scan"]`. `icons-judge` measures three in pictures: the share still recognised as the concept (`target`), the
+share recognised as the replacement (`redirection`), and the share of other labels that are lost (`lost`). A weight is
+on the front if no other weight is at least as good in all aims and better in one. There are two fronts. The first has
+the aims `target` and `lost`. The second also has `redirection`, because a weight can erase the concept without drawing
+the replacement. Spearman's rank correlation shows how well the drift from text predicts the lost labels.
 Writes `benchmarks/results/quality_front.json`; with `--quick`, into `runs/benchmarks`.
 """
 
@@ -41,20 +42,22 @@ def rows(
     size: int,
     steps: int,
 ) -> list[dict[str, Any]]:
-    """Return for each weight what text foretold and what the judge saw."""
-    known, asked = questions.split_concepts(judge.labels)
-    options: dict[str, Any] = {"vocabulary": known, "without": asked, "tokens": False}
+    """Return one row for each weight: figures computed from text, and figures that the judge measured in pictures."""
+    known, evaluated = questions.split_concepts(judge.labels)
+    options: dict[str, Any] = {"vocabulary": known, "without": evaluated, "tokens": False}
     changes = {f"{w:g}": op.edit.auto(model, pair, preserve_weight=w, **options) for w in weights}
     (chosen,) = (
         row["preserve_weight"]
         for row in op.edit.auto(model, pair, repair=False, **options).report["scan"]
         if row["chosen"]
     )
-    found = evaluate.compare(model, changes, scorer=judge, size=size, steps=steps, gallery=1).scores
-    told: list[dict[str, Any]] = []
+    scores = evaluate.compare(
+        model, changes, scorer=judge, size=size, steps=steps, gallery=1
+    ).scores
+    results: list[dict[str, Any]] = []
     for weight, (name, change) in zip(weights, changes.items(), strict=True):
-        score = found[name]
-        told.append(
+        score = scores[name]
+        results.append(
             {
                 "concept": next(iter(pair)),
                 "weight": weight,
@@ -74,10 +77,10 @@ def rows(
     return [
         {
             **row,
-            "on_front": on_front(row, told, ("target", "lost")),
-            "on_front_of_three": on_front(row, told, ("target", "lost", "missing")),
+            "on_front": on_front(row, results, ("target", "lost")),
+            "on_front_of_three": on_front(row, results, ("target", "lost", "missing")),
         }
-        for row in told
+        for row in results
     ]
 
 
@@ -87,19 +90,21 @@ def bounds(interval: metrics.Interval) -> list[float]:
 
 
 def lost(score: Scores) -> float:
-    """Return the share of labels right before that are wrong after."""
+    """Return the share of the correct labels before the edit that are wrong after it."""
     pairs = [p for p in score.specificity.values() if p.before.n]
     before = sum(p.before.mean * p.before.n for p in pairs)
     return 1 - sum(p.after.mean * p.after.n for p in pairs) / before if before else 0.0
 
 
 def on_front(
-    row: Mapping[str, Any], among: Sequence[Mapping[str, Any]], aims: Sequence[str]
+    row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], aims: Sequence[str]
 ) -> bool:
-    """Whether no other row is as small in all aims and smaller in one."""
-    own = [row[aim] for aim in aims]
-    rivals = [[other[aim] for aim in aims] for other in among]
-    return not any(r != own and all(a <= b for a, b in zip(r, own, strict=True)) for r in rivals)
+    """Return True if no row is at most as large as `row` in all aims and smaller in one."""
+    values = [row[aim] for aim in aims]
+    others = [[other[aim] for aim in aims] for other in rows]
+    return not any(
+        o != values and all(a <= b for a, b in zip(o, values, strict=True)) for o in others
+    )
 
 
 def main() -> None:
@@ -118,12 +123,12 @@ def main() -> None:
     concepts, weights, size, steps = CONCEPTS, WEIGHTS, 4, 8
     if plan.quick:
         concepts, weights, size, steps = {"dog": "bear"}, (5.0, 15.0), 1, 4
-    found = [
+    results = [
         row
         for old, new in concepts.items()
         for row in rows(model, judge, {old: new}, weights, size=size, steps=steps)
     ]
-    for row in found:
+    for row in results:
         fronts = "".join(
             f"  {key.removeprefix('on_').replace('_', ' ')}"
             for key in ("on_front", "on_front_of_three")
@@ -135,8 +140,8 @@ def main() -> None:
             f"target {row['target']:.2f} {row['intervals']['target']}  "
             f"redirection {row['redirection']:.2f} {row['intervals']['redirection']}  lost {row['lost']:.3f}{fronts}"
         )
-    drifts = [(row["drift"], row["lost"]) for row in found]
-    chosen = [row for row in found if row["chosen"]]
+    drifts = [(row["drift"], row["lost"]) for row in results]
+    chosen = [row for row in results if row["chosen"]]
     result = {
         "chosen_on_front": sum(row["on_front"] for row in chosen) / max(len(chosen), 1),
         "chosen_on_front_of_three": sum(row["on_front_of_three"] for row in chosen)
@@ -151,8 +156,8 @@ def main() -> None:
         **model.protocol(steps=steps, guidance_scale=model.guidance_scale),
         "concepts": concepts, "weights": weights, "size": size, "quick": plan.quick,
     }  # fmt: skip
-    told = {"result": result, "rows": found, "protocol": protocol, "commit": card.commit()}
-    files.write_json(out / "quality_front.json", told)
+    content = {"result": result, "rows": results, "protocol": protocol, "commit": card.commit()}
+    files.write_json(out / "quality_front.json", content)
     if plan.json:
         print(files.to_json(result))
 
