@@ -176,7 +176,7 @@ def from_json(text: str | bytes) -> Any:
     except RecursionError as error:
         raise ValueError(_too_deep()) from error
     level: list[Any] = [value]
-    for _ in range(_NESTING + 1):
+    for _ in range(_NESTING):
         level = [child for parent in level for child in _children(parent)]
         if not level:
             return value

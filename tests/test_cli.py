@@ -345,3 +345,66 @@ def test_ctrl_c_stays_ignored_where_the_shell_ignores_it():
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (process.returncode, process.stderr) == (0, "")
+
+
+@pytest.fixture
+def outputs(tiny_folder, tmp_path):
+    """Verbs that write files, as their arguments, and a file that each writes."""
+    change, out = tmp_path / "c.safetensors", tmp_path / "out"
+    return {
+        "edit": (("edit", tiny_folder, "--erase", "cat", "--replace", "dog", "--out", change), change),
+        "lora": (("export", tiny_folder, change, "--out", out / "l.safetensors"), out / "l.safetensors"),
+        "ldm": (
+            ("export", tiny_folder, change, "--format", "ldm", "--out", out / "m.safetensors"),
+            out / "m.safetensors",
+        ),
+        "generate": (("generate", tiny_folder, "a cat", "--steps", 1, "--out", out), out / "0000.png"),
+    }  # fmt: skip
+
+
+def test_files_that_exist_are_replaced_with_force_only(run, outputs, tmp_path):
+    (tmp_path / "out").mkdir()
+    for command, path in outputs.values():
+        assert run(*command)[0] == 0
+        path.write_bytes(b"mine")
+        error = refused(run(command[0], "nonesuch", *command[2:]))  # before a model is loaded
+        assert (
+            "exists already: choose another place with --out, or replace it with --force" in error
+        )
+        assert path.read_bytes() == b"mine"
+        assert run(*command, "--force")[0] == 0
+        assert path.read_bytes() != b"mine"
+        if path.name == "c.safetensors":
+            continue
+        path.unlink()
+    folder = tmp_path / "d.safetensors"
+    folder.mkdir()
+    command = ("edit", "nonesuch", "--erase", "a", "--replace", "b", "--force", "--out", folder)
+    assert "is a folder: name a file" in refused(run(*command))
+
+
+def test_every_file_has_the_permissions_of_the_umask(run, outputs, tiny_folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    trace = ("trace", tiny_folder, "--features-only", "--limit", 1, "--out", tmp_path / "out" / "t")
+    folder = ("export", tiny_folder, tmp_path / "c.safetensors", "--format", "folder", "--out")
+    before = os.umask(0o027)
+    try:
+        for command in (
+            *(c for c, _ in outputs.values()),
+            trace,
+            (*folder, tmp_path / "out" / "m"),
+        ):
+            assert run(*command)[0] == 0
+    finally:
+        os.umask(before)
+    written = [p for p in tmp_path.rglob("*") if p.name != "lock"]
+    assert {p.suffix for p in written} >= {".safetensors", ".png", ".json", ".parquet", ".md"}
+    for path in written:
+        if path != tmp_path / "out":
+            assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
+
+
+def test_a_verb_removes_the_drafts_of_killed_processes_in_its_folder(run, tiny_folder, tmp_path):
+    (tmp_path / f".other.png.{2**22 + 1}.part").write_bytes(b"half")
+    run("generate", tiny_folder, "a cat", "--steps", 1, "--out", tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"0000.png", "pictures.json"}

@@ -1,9 +1,11 @@
 """Damaged and random change files: each is refused with a message that names the file."""
 
+import contextlib
 import json
 import random
 import resource
 import struct
+import tracemalloc
 
 import pytest
 import torch
@@ -168,3 +170,91 @@ def test_random_records_with_a_matching_checksum_are_refused_or_sound(load, seed
         except ValueError as error:
             assert "is damaged" in str(error)
     assert sound < 60
+
+
+def peak(function, *arguments):
+    """Return the largest number of bytes that Python and torch hold while the function runs; a refusal is no error."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(ValueError):
+            function(*arguments)
+        held = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    return max(held, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+
+
+def change_file(tensors, record):
+    from safetensors.torch import save
+
+    text = json.dumps(record)
+    return save(
+        tensors, metadata={"format": FORMAT, "change": text, "sha256": checksum(text, tensors)}
+    )
+
+
+def record_of(count, *, sites=("text.0.self_attn.q_proj",), protocol=None):
+    movements = [{"site": s, "base_hash": "0" * 64, "keys": 0, "gram": None} for s in sites]
+    pairs = {"pairs": {"a": "b"}} if protocol is None else protocol
+    return {"movements": movements, "owners": [[[0, count]]], "protocol": pairs, "report": {}}
+
+
+def zeros(*shape):
+    return torch.zeros(shape, dtype=torch.float16)
+
+
+MANY = 20_000_000
+BOMBS = {
+    "owners of keys without columns": (
+        {"0.left": zeros(4, 1), "0.right": zeros(1, 0), "0.combinations": zeros(MANY, 0), "keys.0": zeros(MANY, 0)},
+        record_of(MANY),
+    ),
+    "owners of keys that no movement uses": (
+        {"0.left": zeros(4, 1), "0.right": zeros(1, 3), "0.residuals": zeros(1, 4), "keys.0": zeros(1, 3),
+         "keys.1": zeros(MANY, 0)},
+        {**record_of(1), "owners": [[[0, 1]], [[0, MANY]]]},
+    ),
+    "residuals of rank zero": (
+        {"0.left": zeros(MANY, 0), "0.right": zeros(0, 3), "0.combinations": zeros(9, 0), "keys.0": zeros(9, 3)},
+        record_of(9),
+    ),
+    "rows of a token embedding": (
+        {"0.left": zeros(200, 200), "0.rows": torch.arange(200.0, dtype=torch.float64)[None],
+         "0.right": zeros(200, 1), "0.residuals": zeros(0, 2**18), "keys.0": zeros(0, 1)},
+        record_of(0, sites=("text.token_embedding",)),
+    ),
+    "one set of keys for many movements": (
+        {"keys.0": zeros(50_000, 1)}
+        | {f"{i}.left": zeros(4, 0) for i in range(300)} | {f"{i}.right": zeros(0, 1) for i in range(300)}
+        | {f"{i}.combinations": zeros(50_000, 0) for i in range(300)},
+        record_of(50_000, sites=[f"text.{i}.self_attn.q_proj" for i in range(300)]),
+    ),
+    "a weight larger than any": (
+        {"0.left": zeros(2**30, 0), "0.right": zeros(0, 2**30), "0.residuals": zeros(0, 2**30),
+         "keys.0": zeros(0, 2**30)},
+        record_of(0),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_file_takes_little_memory(load, name):
+    content = change_file(*BOMBS[name])
+    refused(load, content)
+    assert peak(load, content) < 50e6 + 40 * len(content)
+
+
+@pytest.mark.parametrize(
+    "protocol",
+    [
+        json.loads('{"a":' * 70 + "1" + "}" * 70),
+        {"pairs": {"a": "b"}, "strength": {"a": 1e300}},
+        {"pairs": {"a": "b"}, "ridge": 10**400},
+    ],
+)
+def test_nested_records_and_numbers_without_bounds_are_refused(load, protocol):
+    shapes = {"0.left": (4, 1), "0.right": (1, 3), "0.residuals": (1, 4), "keys.0": (1, 3)}
+    tensors = {name: zeros(*shape) for name, shape in shapes.items()}
+    load(change_file(tensors, record_of(1)))  # the same file without the fault
+    refused(load, change_file(tensors, record_of(1, protocol=protocol)))

@@ -133,3 +133,53 @@ def test_a_folder_that_a_killed_replacement_moved_aside_is_restored(tmp_path):
     with files.atomic_folder(place) as draft:
         (draft / "card.json").write_text("new")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_json_nested_deeper_than_64_is_refused():
+    assert files.from_json("[" * 64 + "]" * 64)[0] is not None
+    assert files.from_json(b'{"a": [1, NaN]}')["a"][0] == 1
+    for deep in (65, 5_000, 500_000):
+        with pytest.raises(ValueError, match="nested more than 64 deep"):
+            files.from_json("[" * deep + "]" * deep)
+        with pytest.raises(ValueError, match="nested more than 64 deep"):
+            files.from_json('{"a":' * deep + "1" + "}" * deep)
+    with pytest.raises(ValueError, match="Expecting"):
+        files.from_json("{")
+
+
+def test_drafts_of_every_name_in_a_folder_are_removed(tmp_path):
+    dead = 2**22 + 1  # a number that no process has
+    names = (f".a.txt.{dead}.part", f".b.{dead}.part.mode", f".c.{10**30}.part", f".d.{dead}.part")
+    for name in names[:3]:
+        (tmp_path / name).write_text("half")
+    (tmp_path / names[3]).mkdir()
+    (tmp_path / names[3] / "config.json").write_text("half")
+    others = {".hidden", "c.part", f".e.{os.getpid()}.part", f".f.{os.getppid()}.part"}
+    for name in others:
+        (tmp_path / name).write_text("not of a killed process")
+    files.remove_drafts_in(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == others
+
+
+def test_a_draft_of_a_killed_process_with_the_number_of_this_one_is_replaced(tmp_path):
+    draft = tmp_path / f".model.{os.getpid()}.part"
+    draft.mkdir()
+    (draft / "old.bin").write_text("half")
+    with files.atomic(tmp_path / "model") as place:
+        place.mkdir()
+        (place / "new.bin").write_text("whole")
+    assert [p.name for p in (tmp_path / "model").iterdir()] == ["new.bin"]
+
+
+def test_a_temporary_folder_is_removed_also_by_the_next_process(tmp_path):
+    code = (
+        "import os, signal, sys; from overpaint import files\n"
+        "with files.temporary_folder(sys.argv[1]) as folder:\n"
+        "    (folder / 'a').write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    place = tmp_path / "fetch"
+    subprocess.run([sys.executable, "-c", code, str(place)], check=False)
+    assert len(list(tmp_path.iterdir())) == 1
+    with files.temporary_folder(place) as folder:
+        assert list(folder.iterdir()) == [] and list(tmp_path.iterdir()) == [folder]
+    assert list(tmp_path.iterdir()) == []

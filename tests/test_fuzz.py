@@ -308,7 +308,7 @@ def change_value(draw, value):
         elif kind == "repeat":
             holder[last] = [holder[last]] * draw(st.sampled_from([0, 2, 300]))
         elif kind == "nest":
-            for _ in range(draw(st.sampled_from([1, 60, 400]))):
+            for _ in range(draw(st.sampled_from([1, 60, 150]))):
                 holder[last] = [holder[last]]
         value = root["top"]
         value = json.loads(json.dumps(value))  # so that no two places hold one object
@@ -357,7 +357,7 @@ def damage(draw, data, suffix):
 # ---------------------------------------------------------------- tests
 
 
-@pytest.fixture(scope="module", params=READERS)
+@pytest.fixture(scope="module")
 def sound(request, tmp_path_factory):
     """A reader, its folder of sound files, and the files of it that are changed."""
     reader = READERS[request.param]
@@ -409,13 +409,25 @@ COMMON = {
 CASES = int(os.environ.get("OVERPAINT_FUZZ_CASES", "10000"))  # of the slow tests
 
 
+SLOW = ("judge", "page")  # readers that take a second
+
+
+@pytest.mark.parametrize("sound", [name for name in READERS if name not in SLOW], indirect=True)
 @settings(max_examples=60, derandomize=True, **COMMON)
 @given(data=st.data())
 def test_a_damaged_file_raises_a_named_error(sound, data):
     check(sound, data)
 
 
+@pytest.mark.parametrize("sound", SLOW, indirect=True)
+@settings(max_examples=8, derandomize=True, **COMMON)
+@given(data=st.data())
+def test_a_damaged_folder_raises_a_named_error(sound, data):
+    check(sound, data)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("sound", READERS, indirect=True)
 @settings(max_examples=CASES, **COMMON)
 @given(data=st.data())
 def test_many_damaged_files_raise_named_errors(sound, data):
