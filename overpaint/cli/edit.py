@@ -279,7 +279,7 @@ def moved_and_endangered(report: Mapping[str, Any]) -> dict[str, list[str]]:
     tokens = edited_words(report)
     lists: dict[str, list[str]] = {"tokens": tokens} if tokens else {}
     for name in ("endangered", "not_kept"):
-        rows: Sequence[Any] = report.get(name, [])
+        rows: Sequence[Any] = report.get(name) or []
         lists[name] = [row["concept"] if isinstance(row, dict) else row for row in rows]
     for name in ("aliases", "contained_kept", "unedited_encoders", "notes"):
         if entries := report.get(name):

@@ -247,7 +247,11 @@ def _record_fault(record: Any) -> str:
             return "a movement names keys that are not in the file"
     if len({m["site"] for m in movements}) < len(movements):
         return "it moves one weight twice"
-    return _protocol_fault(record["protocol"]) or _owner_fault(record)
+    return (
+        _protocol_fault(record["protocol"])
+        or _report_fault(record["report"])
+        or _owner_fault(record)
+    )
 
 
 def _is_hash(value: Any) -> bool:
@@ -259,6 +263,7 @@ def _protocol_fault(protocol: Mapping[str, Any]) -> str:
     pairs, strength = protocol.get("pairs", {}), protocol.get("strength", {})
     aliases, encoders = protocol.get("aliases", {}), protocol.get("encoders", {})
     texts = [protocol.get("preserve", []), protocol.get("frames", [])]
+    names = [protocol.get(n, "") for n in ("model", "method")]
     numbers = [protocol[n] for n in ("ridge", "preserve_weight") if protocol.get(n) is not None]
     sound = (
         isinstance(pairs, dict)
@@ -267,11 +272,27 @@ def _protocol_fault(protocol: Mapping[str, Any]) -> str:
         and isinstance(aliases, dict)
         and all(isinstance(old, str) for old in aliases.values())
         and isinstance(encoders, dict)
+        and isinstance(protocol.get("versions", {}), dict)
+        and all(isinstance(name, str) for name in names)
         and all(isinstance(chosen, dict) for chosen in encoders.values())
         and all(isinstance(t, list) and all(isinstance(x, str) for x in t) for t in texts)
         and all(_is(n, int | float) and abs(n) < 1e30 for n in (*numbers, *strength.values()))
     )
     return "" if sound else "its protocol is of the wrong type"
+
+
+def _report_fault(report: Mapping[str, Any]) -> str:
+    """Return what is wrong with the lists of concepts in a report, or an empty string."""
+    for name in ("endangered", "not_kept"):
+        rows = report.get(name) or []
+        if not isinstance(rows, list) or not all(
+            isinstance(row.get("concept") if isinstance(row, dict) else row, str) for row in rows
+        ):
+            return f"its `{name}` is no list of concepts"
+    for name in ("aliases", "contained_kept", "unedited_encoders", "notes"):
+        if not isinstance(report.get(name) or [], list | dict):
+            return f"its `{name}` is of the wrong type"
+    return ""
 
 
 def _owner_fault(record: Mapping[str, Any]) -> str:

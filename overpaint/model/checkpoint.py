@@ -211,7 +211,7 @@ def _kind(index: Path, *, source: str) -> str:
         raise UnsupportedModel(
             f"{str(index)!r} is not valid JSON: {error}. Get the folder again."
         ) from error
-    if kind not in PARTS:
+    if not isinstance(kind, str) or kind not in PARTS:
         raise UnsupportedModel(
             f"{source!r} holds a {kind}: only {SUPPORTED} are supported. Name another model."
         )
