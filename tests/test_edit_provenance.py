@@ -6,8 +6,12 @@ import pytest
 
 import overpaint
 from overpaint import edit
-from overpaint.edit.provenance import model_name
+from overpaint.edit.provenance import protocol
 from overpaint.model import TextToImage
+
+
+def named(model, name):
+    return protocol("quickfix", TextToImage(model.pipe, name=name), {})["model"]
 
 
 @pytest.mark.parametrize(
@@ -22,15 +26,15 @@ from overpaint.model import TextToImage
     ],
 )
 def test_a_local_path_is_cut_to_its_last_part(tiny_sd1, name, short):
-    assert model_name(TextToImage(tiny_sd1.pipe, name=name)) == short
+    assert named(tiny_sd1, name) == short
 
 
 def test_a_relative_folder_that_looks_like_a_hub_id_is_cut(tiny_sd1, tmp_path, monkeypatch):
     (tmp_path / "private" / "sd15").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert model_name(TextToImage(tiny_sd1.pipe, name="private/sd15")) == "sd15"
+    assert named(tiny_sd1, "private/sd15") == "sd15"
     monkeypatch.chdir(tmp_path / "private" / "sd15")
-    assert model_name(TextToImage(tiny_sd1.pipe, name=".")) == "sd15"
+    assert named(tiny_sd1, ".") == "sd15"
 
 
 @pytest.mark.parametrize("method", ["quickfix", "auto", "swap_embedding", "uce", "time", "loco"])

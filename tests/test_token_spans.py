@@ -1,7 +1,9 @@
 """Token spans, compared with the token counts of CLIP's vocabulary."""
 
+import unicodedata
 from types import SimpleNamespace
 
+import layouts
 import pytest
 import torch
 
@@ -46,6 +48,22 @@ def test_a_full_stop_is_not_part_of_the_span(words):
 
 def test_case_and_white_space_are_ignored(words):
     assert find_span(words, "A photo of Van   GOGH", "van gogh") == Span(4, 6)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("concept_form", ["NFC", "NFD"])
+def test_the_unicode_form_is_ignored_as_the_tokenizer_ignores_it(form, concept_form):
+    tokenizer = layouts.tokenizer()
+    prompt = unicodedata.normalize(form, "a naïve  Salvador DALÍ in a café")
+    concept = unicodedata.normalize(concept_form, "salvador dalí")
+    span = find_span(tokenizer, prompt, concept)
+    ids = tokenizer(prompt).input_ids[span.start : span.end]
+    assert ids == tokenizer(concept, add_special_tokens=False).input_ids
+
+
+def test_a_form_that_the_tokenizer_reads_differently_does_not_match():
+    with pytest.raises(ValueError, match="concept 'cat' is not in the prompt"):
+        find_span(layouts.tokenizer(), "a ＣＡＴ", "cat")
 
 
 def test_an_accent_before_the_concept_does_not_shift_the_span(words):

@@ -1,26 +1,14 @@
 """Entries of every change about its making: the model's name, versions of libraries, and notes for the user."""
 
-import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from overpaint.edit.concept_words import unknown_words
+from overpaint.files import public_name
 from overpaint.model import TextToImage
 
-__all__ = ["model_name", "notes", "protocol"]
-
-_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
-def model_name(model: TextToImage) -> str:
-    """Return the zoo name or hub id of `model`, or the name of its folder without the path."""
-    name = str(model.name)
-    folder = Path(name)
-    if _HUB.fullmatch(name) and not folder.exists():
-        return name
-    return folder.name or folder.resolve().name or name
+__all__ = ["notes", "protocol"]
 
 
 def protocol(
@@ -38,7 +26,7 @@ def protocol(
     skip = {"clip_skip": model.clip_skip} if model.clip_skip else {}
     return {
         "method": method,
-        "model": model_name(model),
+        "model": public_name(model.name),  # no local path
         "pairs": dict(pairs),
         **skip,
         "versions": {name: version(name) for name in libraries},

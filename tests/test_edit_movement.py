@@ -1,0 +1,200 @@
+"""Movements in several dtypes: one change for all casts of a model, sums that are rounded once."""
+
+import copy
+import itertools
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import overpaint
+from overpaint import edit
+from overpaint.edit import storage
+from overpaint.edit.movement import Movement
+from overpaint.edit.weights import cast_hashes, find_weight, fingerprint, is_base
+from overpaint.model import TextToImage
+
+GOGH = {"van gogh": "monet"}
+SITE = "text.0.self_attn.out_proj"
+HALF = (torch.float16, torch.bfloat16)
+DTYPES = (*HALF, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """Folders with the same tiny model, stored in float16 and in float32 that no half precision can hold."""
+    from overpaint.zoo import builders
+
+    folder = tmp_path_factory.mktemp("stored")
+    builders.tiny(text_layers=2).save_pretrained(folder / "float32")
+    builders.tiny(text_layers=2).to(torch.float16).save_pretrained(folder / "float16")
+    return folder
+
+
+def weight(model, site=SITE):
+    return find_weight(model, site).parameter
+
+
+def check(change, model):
+    """Apply and revert: every weight is the exact sum rounded once, and then the old bytes."""
+    for movement in change.movements:
+        before = weight(model, movement.site).detach().clone()
+        exact = before.double() + movement.left.double() @ movement.right.double()
+        with change.applied(model):
+            after = weight(model, movement.site).detach().clone()
+        assert after.dtype == before.dtype and not after.equal(before)
+        # no other number of this dtype is nearer to the exact sum
+        up, down = (next_number(after, towards) for towards in (1, -1))
+        error = (after.double() - exact).abs()
+        assert bool((error <= (up.double() - exact).abs()).all())
+        assert bool((error <= (down.double() - exact).abs()).all())
+        assert weight(model, movement.site).equal(before)
+
+
+def next_number(tensor, direction):
+    """Return the neighbours of float16, bfloat16 or float32 numbers, upwards or downwards."""
+    kind = torch.int32 if tensor.dtype == torch.float32 else torch.int16
+    bits = tensor.view(kind)
+    step = torch.where(bits >= 0, direction, -direction).to(kind)
+    return torch.where(tensor == 0, tensor, (bits + step).view(tensor.dtype))
+
+
+METHODS = {
+    "quickfix": edit.quickfix,
+    "swap_embedding": edit.swap_embedding,
+    "uce": edit.uce,
+    "auto": lambda model, pairs: edit.auto(
+        model, pairs, contexts=8, background=8, vocabulary=["monet", "a dog"]
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("made", "used"), [p for p in itertools.product(DTYPES, DTYPES) if p[0] != p[1]]
+)
+def test_a_change_fits_every_cast_of_float16_weights(stored, made, used):
+    change = edit.quickfix(overpaint.load(stored / "float16", dtype=made), GOGH)
+    check(change, overpaint.load(stored / "float16", dtype=used))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("used", HALF)
+def test_a_change_of_float32_weights_fits_their_casts(stored, method, used):
+    change = METHODS[method](overpaint.load(stored / "float32"), GOGH)
+    check(change, overpaint.load(stored / "float32", dtype=used))
+
+
+@pytest.mark.parametrize("made", HALF)
+def test_a_change_of_a_cast_fits_the_float32_weights(stored, made):
+    change = edit.quickfix(overpaint.load(stored / "float32", dtype=made), GOGH)
+    check(change, overpaint.load(stored / "float32"))
+
+
+@pytest.mark.parametrize(("made", "used"), list(itertools.product(DTYPES, DTYPES)))
+def test_other_weights_are_refused_in_every_dtype(stored, made, used):
+    change = edit.quickfix(overpaint.load(stored / "float32", dtype=made), GOGH)
+    model = overpaint.load(stored / "float32", dtype=used)
+    with torch.no_grad():
+        weight(model)[3, 4] *= 1.02  # more than one step of bfloat16
+    with pytest.raises(ValueError, match=f"wrong base hash: {SITE}"):
+        change.apply(model)
+
+
+def test_two_roundings_of_the_same_numbers_are_not_compared(stored):
+    change = edit.quickfix(overpaint.load(stored / "float32", dtype=torch.float16), GOGH)
+    model = overpaint.load(stored / "float32", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="wrong base hash: .* unedited, in the dtype it was made"):
+        change.apply(model)
+
+
+def test_hashes_of_casts_are_saved_and_old_files_load(stored, tmp_path):
+    model = overpaint.load(stored / "float16")
+    change = edit.quickfix(model, GOGH)
+    (movement,) = change.movements
+    assert movement.casts == cast_hashes(weight(model)) and len(movement.casts) == 2
+    change.save(tmp_path / "c.safetensors")
+    assert overpaint.Change.load(tmp_path / "c.safetensors").movements[0].casts == movement.casts
+    tensors, record = storage.pack(change.contents, gram=False)
+    del record["movements"][0]["casts"]  # as files were before
+    storage.write(tmp_path / "old.safetensors", tensors, record)
+    old = overpaint.Change.load(tmp_path / "old.safetensors")
+    assert old.movements[0].casts == () and old.digest == change.digest
+    check(old, overpaint.load(stored / "float16", dtype=torch.float16))
+    assert edit.stack(model, [old, edit.quickfix(model, {"a cat": "a dog"})]).pairs.keys() == {
+        "van gogh",
+        "a cat",
+    }
+
+
+@pytest.mark.parametrize("casts", [None, "x", ["0" * 63], [1], ["0" * 64] * 4])
+def test_hashes_of_casts_that_are_none_are_refused(tiny_sd1, tmp_path, casts):
+    change = edit.quickfix(tiny_sd1, GOGH)
+    tensors, record = storage.pack(change.contents, gram=False)
+    record["movements"][0]["casts"] = casts
+    storage.write(tmp_path / "c.safetensors", tensors, record)
+    with pytest.raises(ValueError, match=r"is damaged: .*hash"):
+        overpaint.Change.load(tmp_path / "c.safetensors")
+
+
+def test_changes_made_in_two_dtypes_are_stacked(stored):
+    single = overpaint.load(stored / "float32")
+    half = overpaint.load(stored / "float32", dtype=torch.float16)
+    a = edit.quickfix(single, GOGH)
+    b = edit.quickfix(half, {"a cat": "a dog"})
+    for joint in (a + b, edit.stack(single, [b, a]), edit.stack(half, [a, b])):
+        assert joint.base_hash == a.base_hash and joint.movements[0].casts == a.movements[0].casts
+        check(joint, single)
+        check(joint, half)
+
+
+def test_half_precision_is_rounded_once_where_float32_would_round_twice():
+    """1 + 2^-11 is half a step of float16 above 1; a little more must round up, although float32 drops the little."""
+    tie = torch.tensor([[2.0**-11 + 2.0**-40, 2.0**-11 - 2.0**-40, 2.0**-11]], dtype=torch.float64)
+    ones, none = torch.ones(1, 3, dtype=torch.float16), torch.zeros(0, 3)
+    movement = Movement(
+        "text.0.mlp.fc2", "", torch.ones(1, 1), tie, none, torch.zeros(0, 1), (), None
+    )
+    assert movement.added_to(ones).tolist() == [[1 + 2.0**-10, 1.0, 1.0]]
+    tie = torch.tensor([[2.0**-8 + 2.0**-40, 2.0**-8 - 2.0**-40, 3 * 2.0**-8]], dtype=torch.float64)
+    movement = Movement(
+        "text.0.mlp.fc2", "", torch.ones(1, 1), tie, none, torch.zeros(0, 1), (), None
+    )
+    assert movement.added_to(ones.bfloat16()).tolist() == [[1 + 2.0**-7, 1.0, 1 + 2 * 2.0**-7]]
+
+
+def test_numbers_count_and_not_their_dtype():
+    numbers = torch.randn(5, 7).half()
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        assert is_base(numbers.to(dtype), fingerprint(numbers))
+        assert is_base(numbers, fingerprint(numbers.to(dtype)), cast_hashes(numbers.to(dtype)))
+    assert not is_base(numbers.t(), fingerprint(numbers))
+    assert not is_base(numbers + 0.1, fingerprint(numbers), cast_hashes(numbers))
+
+
+def test_a_deep_copy_in_half_precision_is_restored(stored):
+    model = overpaint.load(stored / "float32")
+    change = edit.uce(model, GOGH)
+    clone = TextToImage(copy.deepcopy(model.pipe), name="clone")
+    clone.pipe.to(torch.float16)
+    check(change, clone)
+
+
+def test_a_file_of_the_release_before_loads(stored, tmp_path):
+    """A file without hashes of casts whose protocol holds a path, written by hand."""
+    model = overpaint.load(stored / "float32")
+    change = edit.quickfix(model, GOGH)
+    change.save(tmp_path / "new.safetensors")
+    with safe_open(tmp_path / "new.safetensors", "pt") as file:
+        metadata = file.metadata()
+    record = json.loads(metadata["change"])
+    del record["movements"][0]["casts"]
+    record["protocol"]["model"] = "/home/someone/models/sd15"
+    text = json.dumps(record)
+    tensors = load_file(tmp_path / "new.safetensors")
+    metadata = {**metadata, "change": text, "sha256": storage.checksum(text, tensors)}
+    save_file(tensors, tmp_path / "old.safetensors", metadata)
+    old = overpaint.Change.load(tmp_path / "old.safetensors")
+    check(old, model)
+    assert edit.complete(model, old).digest == old.digest
