@@ -12,6 +12,9 @@ finetune   cross-attention trained by gradient descent until `icons-judge` recog
            after the edit; on `icons`, since it needs pictures. If the largest number of steps is not enough, the ratio
            is a lower bound and `finetune_reached` is 0.
 
+`peak_gib` is the peak memory of a new process that loads a text encoder of SD 1.4's size, stored in float16,
+from a pipeline folder and makes one edit.
+
 The methods run alternately, so that other load on the machine slows all of them. Figures are medians over the repeats.
 `--quick` repeats less often and trains for fewer steps. On a shared machine only the ratios are comparable.
 Writes `benchmarks/results/speed_edit.json`; with `--quick`, into `runs/benchmarks`.
@@ -21,6 +24,8 @@ import argparse
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -189,6 +194,36 @@ def measure(*, repeats: int) -> dict[str, float]:
     }
 
 
+_ONE_EDIT = """
+import resource, sys
+from pathlib import Path
+import overpaint as op
+op.edit.quickfix(op.load(sys.argv[1]), {"van gogh": "painting"})
+status = Path("/proc/self/status")  # ru_maxrss may be that of the process that started this one
+lines = status.read_text().splitlines() if status.exists() else []
+peaks = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
+print(peaks[0] if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def peak_gib() -> float:
+    """Return the peak memory of a new process that makes one edit of a text encoder of SD 1.4's size, in GiB."""
+    from diffusers import UNet2DConditionModel
+
+    pipe = builders.tiny(text_layers=1)
+    pipe.text_encoder = sd14().text_encoder
+    pipe.unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 32), layers_per_block=1, cross_attention_dim=768,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), attention_head_dim=4, norm_num_groups=8,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        pipe.to(torch.float16).save_pretrained(folder)
+        command = [sys.executable, "-c", _ONE_EDIT, folder]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return round(int(done.stdout) / 2**20, 3)
+
+
 def saved_size(change: op.Change) -> int:
     """Return the bytes of the change's file."""
     with tempfile.TemporaryDirectory() as folder:
@@ -269,6 +304,7 @@ def main() -> None:
     result |= against_finetune(
         pictures=8 if arguments.quick else 24, budgets=BUDGETS[:1] if arguments.quick else BUDGETS
     )
+    result["peak_gib"] = peak_gib()
     result["seconds"] = round(time.perf_counter() - start, 1)
     for name, value in result.items():
         print(f"{name:>24} {value:12.4g}")

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import layouts
 import pytest
@@ -160,13 +161,15 @@ def test_dtypes_have_names(folders):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="cuda is there")
 @pytest.mark.parametrize("device", ["cuda", "cuda:7", "mps", "meta", "gpu", "", "cpu:cpu"])
-def test_devices_that_are_not_there_raise(folders, run, device):
+def test_devices_that_are_not_there_raise(folders, run, tmp_path, device):
     with pytest.raises(ValueError, match=f"cannot use device '{device}': .*Use 'cpu', or a device"):
         op.load(folders("sd1"), device=device)
     code, _, error = run("load", folders("sd1"), "--device", device)
     assert code == 2
     assert error.startswith(f"overpaint: cannot use device '{device}'")
     assert "fault of overpaint" not in error
+    code, _, other = run("train", "icons", "--device", device, "--out", tmp_path / "icons")
+    assert (code, other) == (2, error)
 
 
 def test_the_command_line_lists_a_model_without_reading_weights(folders, run, monkeypatch):
@@ -274,3 +277,11 @@ def test_python_calls_print_nothing(folders):
             check=True,
         )
         assert (done.stdout, done.stderr) == ("", "")
+
+
+@pytest.mark.slow
+def test_an_edit_of_sd14s_encoder_takes_less_than_1_2_gib(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import speed_edit
+
+    assert speed_edit.peak_gib() < 1.2

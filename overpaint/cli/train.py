@@ -57,10 +57,13 @@ def train(
     overpaint train icons-judge --minutes 30 --no-resume
     overpaint train matcher --minutes 100 --threads 1
     """  # noqa: D301
+    from overpaint.model.loading import check_device
+
     name = "icons-judge" if model == "judge" else model
     recipe = _recipe(name, options)
     work = options.work or Path("runs") / name
     out = options.out or work / "model"
+    check_device(options.device)
     check_writable(out.parent)
     with progress(as_json) as on_progress:
         weights = recipe(
