@@ -114,6 +114,7 @@ def train(
     torch.manual_seed(seed)
     recipe = CUDA if device.startswith("cuda") else CPU
     work.mkdir(parents=True, exist_ok=True)
+    files.remove_drafts_in(work)
     world = icon_world.World(icon_world.fetch(artwork))
     shares = _shares(recipe, work, out, resume=resume)
     if not resume:

@@ -85,6 +85,7 @@ def train(
     torch.set_num_threads(threads)
     torch.manual_seed(SEED)
     work.mkdir(parents=True, exist_ok=True)
+    files.remove_drafts_in(work)
     world = icon_world.World(icon_world.fetch(artwork), hold_out=False)
     if not resume:
         remove_checkpoints(work, ["judge"])

@@ -162,6 +162,8 @@ def train(
     recipe = recipe or (CUDA if device.startswith("cuda") else CPU)
     recipe = replace(recipe, config=replace(recipe.config, diffusion=diffusion))
     work.mkdir(parents=True, exist_ok=True)
+    for folder in (work, work / "zoo"):
+        files.remove_drafts_in(folder)
     photographs.fetch(photos)
     if not resume:
         remove_checkpoints(work, STAGES)
