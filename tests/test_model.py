@@ -560,7 +560,7 @@ def test_bad_sizes_and_negative_prompts_raise(tiny_sd1, change, error, message):
 
 
 def test_the_command_line_draws_with_the_same_options(run, tiny_folder, tmp_path):
-    words = "--seed 3 --steps 2 --width 24 --clip-skip 2 --json".split()
+    words = ["--seed", "3", "--steps", "2", "--width", "24", "--clip-skip", "2", "--json"]
     options = (*words, "--negative-prompt", "a dog")
     code, _, error = run("generate", tiny_folder, "a cat", "--out", tmp_path / "out", *options)
     assert (code, error) == (0, "")

@@ -285,3 +285,11 @@ def test_an_edit_of_sd14s_encoder_takes_less_than_1_2_gib(monkeypatch):
     import speed_edit
 
     assert speed_edit.peak_gib() < 1.2
+
+
+@pytest.mark.parametrize("layout", ["sd1", "sd2", "sdxl"])
+def test_each_layout_draws_with_clips_vocabulary(real_vocabulary, layout):
+    model = op.load(real_vocabulary(layout))
+    assert model.tokenize(["a cat"])[0, :4].tolist() == [49406, 320, 2368, 49407]
+    pictures = model.generate("a cat", steps=1, negative_prompt="a dog", height=24, width=16)
+    assert pictures.images.shape == (1, 3, 24, 16)
