@@ -8,6 +8,7 @@ import overpaint
 from overpaint import edit
 from overpaint.edit import concept_words, vocabulary
 from overpaint.edit.concept_words import check_special, find_aliases, unknown_words
+from overpaint.edit.methods.token_rows import edited_words
 
 ALIASES = [  # an erased concept and a known one that is erased with it
     ("van gogh style", "van gogh"),
@@ -166,3 +167,16 @@ def test_concepts_in_another_unicode_form_or_case_are_the_same(real_vocabulary):
         edit.auto(model, {composed: "bar"}, preserve=[f"a {split}"], **AUTO)
     a, b = (edit.quickfix(model, {text: "bar"}).delta for text in (composed, split))
     assert a.equal(b)
+
+
+@pytest.mark.parametrize("new", ["", "monet", "watercolor"])
+def test_words_for_styles_keep_their_rows(real_vocabulary, new):
+    """Erasing "van gogh style" must not change every prompt with the word "style"."""
+    model = overpaint.load(real_vocabulary("sd1"))
+    known = ["van gogh", "monet", "snoopy"]
+    change = edit.auto(model, {"van gogh style": new}, vocabulary=known, **AUTO)
+    rows = change.movements[-1]
+    assert rows.site == "text.token_embedding"
+    van, gogh, style = model.tokenizer("van gogh style", add_special_tokens=False).input_ids
+    assert (rows.left.abs().amax(1) > 0).nonzero().flatten().tolist() == sorted([van, gogh])
+    assert edited_words(change.report) == ["van", "gogh"]

@@ -45,7 +45,8 @@ def _facts(change: "Change") -> dict[str, Any]:
     protocol: Mapping[str, Any] = change.protocol
     strength = protocol.get("strength", {})
     concepts = [
-        f"{old} → {new}" + (f", strength {strength[old]:g}" if old in strength else "")
+        f"{old} → {new or '(nothing)'}"
+        + (f", strength {strength[old]:g}" if old in strength else "")
         for old, new in change.pairs.items()
     ]
     weights = [

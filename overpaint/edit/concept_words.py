@@ -13,6 +13,7 @@ from typing import Any
 from overpaint import probes
 
 __all__ = [
+    "GENERIC",
     "alias_target",
     "check_special",
     "contains",
@@ -60,6 +61,7 @@ _MANNER = frozenset(
         ),
     ]
 )
+GENERIC = tuple(sorted(_LINKS | _MANNER))  # words that say how a concept is shown, not which
 _NAMES = ("style", "trademark")  # kinds of probes whose concepts a style can be named after
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from overpaint.edit import vocabulary
-from overpaint.edit.concept_words import check_special
+from overpaint.edit.concept_words import GENERIC, check_special
 from overpaint.edit.movement import Movement
 from overpaint.edit.weights import encoder_index, find_weight
 from overpaint.model import TextToImage, hooks
@@ -87,9 +87,10 @@ def exclusive_rows(
 ) -> dict[str, ExclusiveRows]:
     """Return the target rows of tokens that occur in no other text; a concept without such tokens is left out.
 
-    Other texts are those of `preserve`, the function words of the captions that edits are fitted on, the other concepts
-    of `pairs`, and all replacements. A concept is also left out if it or its replacement holds a token that is not a
-    word (punctuation, end of text, padding, a single byte), or if another pair edits a token of its replacement.
+    Other texts are those of `preserve`, the function words of the captions that edits are fitted on, words for styles
+    and pictures ("style"), the other concepts of `pairs`, and all replacements. A concept is also left out if it or its
+    replacement holds a token that is not a word (punctuation, end of text, padding, a single byte), or if another pair
+    edits a token of its replacement.
 
     Args:
         model: Not changed.
@@ -100,7 +101,7 @@ def exclusive_rows(
     """
     origin = {old: (aliases or {}).get(old, old) for old in pairs}
     table = _Table.of(model, part)
-    function_words = " ".join(vocabulary.PLAIN)
+    function_words = " ".join((*vocabulary.PLAIN, *GENERIC))
     shared = {
         token for text in (*preserve, *pairs.values(), function_words) for token in table.read(text)
     }
@@ -190,7 +191,7 @@ def edited_words(report: Mapping[str, Any]) -> list[str]:
     tokens = report.get("tokens")
     rows = tokens.values() if isinstance(tokens, Mapping) else ()
     names = [name for row in rows if isinstance(row, list) for name in row]
-    return [name.removesuffix("</w>") for name in names if isinstance(name, str)]
+    return list(dict.fromkeys(n.removesuffix("</w>") for n in names if isinstance(n, str)))
 
 
 def _unlike(rows: Rows, others: Rows, tokens: Collection[int]) -> set[int]:
