@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from overpaint.trace.parquet_footer import codecs
 from overpaint.trace.states import SCHEMA
 
 __all__ = ["read_table"]
@@ -19,7 +20,7 @@ _BATCH = 1024  # rows
 _LEAST = (
     2**24
 )  # bytes that the columns of any file may take; a larger file may take 64 for each of its own
-_CODECS = ("SNAPPY", "UNCOMPRESSED")  # that cannot hold gigabytes in a few kilobytes
+_CODECS = {0, 1}  # none and Snappy, which cannot hold gigabytes in a few kilobytes
 
 
 def read_table(path: str | Path) -> pa.Table:
@@ -37,6 +38,8 @@ def read_table(path: str | Path) -> pa.Table:
 
 
 def _read(content: bytes) -> pa.Table:
+    if not codecs(content) <= _CODECS:
+        raise ValueError("it is compressed in another way than effects are saved")
     stored = set(pq.read_metadata(pa.BufferReader(content)).schema.names)
     texts = [f.name for f in SCHEMA if f.type == pa.string() and f.name in stored]
     file = pq.ParquetFile(pa.BufferReader(content), read_dictionary=texts)
@@ -48,7 +51,6 @@ def _read(content: bytes) -> pa.Table:
         _is_of(schema.field(n).type, t) for n, t in zip(names, types, strict=True)
     ):
         raise ValueError("its columns are not those of effects")
-    _check_codecs(file.metadata)
     if file.metadata.num_rows > limit:
         raise ValueError("it claims far more rows than it has bytes")
     batches: list[pa.RecordBatch] = []
@@ -67,14 +69,6 @@ def _is_of(actual: pa.DataType, expected: pa.DataType) -> bool:
     return actual == expected or (
         pa.types.is_dictionary(actual) and actual.value_type == expected == pa.string()
     )
-
-
-def _check_codecs(metadata: pq.FileMetaData) -> None:
-    for group in range(metadata.num_row_groups):
-        row_group = metadata.row_group(group)
-        for column in range(row_group.num_columns):
-            if row_group.column(column).compression not in _CODECS:
-                raise ValueError("it is compressed in another way than effects are saved")
 
 
 def _size(column: pa.Array) -> int:
