@@ -1,5 +1,6 @@
 import re
 import tomllib
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -236,3 +237,34 @@ def test_unreadable_files_raise(tmp_path):
     (tmp_path / "old.csv").write_bytes("prompt\ncaf\u00e9\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"old.csv' is not UTF-8 text: save it as UTF-8"):
         probes.load_file(tmp_path / "old.csv", kind="style", concept="caf")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a" + ".a" * 5000 + " = 1\n", "a key has more than 16 parts"),
+        ("[" + '"x" . ' * 5000 + "x]\n", "a key has more than 16 parts"),
+        ("a = " + "[" * 5000, "nested too deeply"),
+        ('[m]\n[[m.prompts]]\ntemplate = "{a:>99999999}"\nconcept = "a"\na = ["b"]\n', "no words, or a format"),
+        ('[m]\n[[m.prompts]]\ntemplate = "{a.__class__}"\nconcept = "a"\na = ["b"]\n', "no words, or a format"),
+        ("[m]\n[[m.prompts]]\ntemplate = ''\nconcept = ''\n" + "".join(f"s{i} = {['w'] * 9}\n" for i in range(9)),
+         "more than 100000 combinations"),
+    ],
+)  # fmt: skip
+def test_a_small_table_takes_little_memory(tmp_path, text, message):
+    path = tmp_path / "a.toml"
+    path.write_text(text)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=message):
+            probes.load_file(path, kind="style")
+        assert tracemalloc.get_traced_memory()[1] < 5e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_seed_that_no_generator_takes_is_refused(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(f"prompt,concept,evaluation_seed\na cat,cat,{10**20}\n")
+    with pytest.raises(ValueError, match=r"is not a non-negative integer below 10\^18"):
+        probes.load_file(path, kind="object")

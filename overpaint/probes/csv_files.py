@@ -10,12 +10,15 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from overpaint.errors import listed
 from overpaint.probes.probe import Probe, fill_table
 from overpaint.probes.text import word_pattern
 
-__all__ = ["csv_columns", "csv_rows", "load_file", "parse_seed", "read_utf8"]
+__all__ = ["csv_columns", "csv_rows", "load_file", "parse_seed", "parse_toml", "read_utf8"]
+
+_LONG_KEY = re.compile(r"""(?:\.[ \t]*(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*){16}""")
 
 
 def load_file(path: str | Path, *, kind: str, concept: str | None = None) -> tuple[Probe, ...]:
@@ -53,6 +56,21 @@ def read_utf8(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{str(path)!r} is not UTF-8 text: save it as UTF-8.") from error
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Return the tables of a TOML text.
+
+    Raises:
+        ValueError: The text is not TOML, or nested too deeply. `tomllib` takes memory that grows with the square of the
+            parts of a dotted key: gigabytes for a key of 40 kilobytes.
+    """
+    if _LONG_KEY.search(text):
+        raise ValueError("a key has more than 16 parts")
+    try:
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise ValueError("its lists and tables are nested too deeply") from error
 
 
 def csv_columns(path: Path, text: str) -> list[str]:
@@ -126,9 +144,9 @@ def _parse_toml(path: Path, text: str, kind: str, concept: str | None) -> tuple[
     if concept is not None:
         raise ValueError("`concept` is for CSV files: a table states it in each entry. Omit it.")
     try:
-        tables = tomllib.loads(text)
+        tables = parse_toml(text)
         return tuple(p for name, table in tables.items() for p in fill_table(table, kind, name))
-    except (RecursionError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{str(path)!r} is not a table of probes ({error}): write `source`, `licence` and `prompts` with "
             "`template` and `concept` as `overpaint/probes/style.toml` does."

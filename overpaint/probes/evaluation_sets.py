@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from overpaint.errors import listed
-from overpaint.probes.csv_files import csv_columns, csv_rows, parse_seed, read_utf8
+from overpaint.probes.csv_files import csv_columns, csv_rows, parse_seed, parse_toml, read_utf8
 from overpaint.probes.text import MOST, combinations, fill_articles, fill_slots, word_pattern
 
 __all__ = ["FORMS", "ROLES", "Case", "EvaluationSet", "load_set", "load_shipped_set"]
@@ -201,10 +201,8 @@ def _parse(path: Path, text: str, form: str, erase: str, replace: str, kind: str
         return EvaluationSet(path.name, form, erase, replace, cases)
     if form == "table":
         try:
-            return _fill_table(path.name, tomllib.loads(text), erase, replace)
+            return _fill_table(path.name, parse_toml(text), erase, replace)
         except (
-            tomllib.TOMLDecodeError,
-            RecursionError,
             LookupError,
             TypeError,
             AttributeError,
