@@ -211,7 +211,8 @@ def _run_facts(
         "title": f"{erase} → {replace}",
         "method": PREFERRED,
         "lead": f"“{erase}” in the text-to-image model {files.public_name(model.name)}, before and after one "
-        f"closed-form edit of its text encoder at {' and '.join(change.sites)}: where the model keeps it, what the edit did, and what else changed.",
+        f"closed-form edit of its text encoder at {' and '.join(change.sites)}: where the model keeps it, what the "
+        "edit did, and what else changed.",
         "commands": [
             shlex.join(["overpaint", "demo", "--model", model.name, *flags, "--out", str(out)]),
             shlex.join(["overpaint", "apply", model.name, change_file, "--out", "runs/edited"]),

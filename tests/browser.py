@@ -29,7 +29,9 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 CACHE = Path(__file__).parent.parent / ".cache"
 AXE = ("4.14.1", "e6b0ce02b84d892e2e33e403485e7f3d6c29e2be6df65daf44d89ba564139745")
 SEVERE = ("serious", "critical")
-HANG = float(os.environ.get("OVERPAINT_TEST_HANG", 300))  # seconds; bounds a hang only, also on a busy machine
+HANG = float(
+    os.environ.get("OVERPAINT_TEST_HANG", 300)
+)  # seconds; bounds a hang only, also on a busy machine
 
 
 @dataclass

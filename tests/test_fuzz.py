@@ -1,9 +1,9 @@
 """Damaged and hostile files of every kind: each reader raises a named error, takes little memory and writes nothing.
 
-Sound files are changed at random: bytes (flipped, cut, inserted, numbers of headers replaced), JSON (values, keys and
-nesting), and texts (delimiters, numbers, nesting). The header of a safetensors file, the size of a PNG and the record of
-a change are also changed with their checksums made right again. `make test` runs few cases of each reader, the slow
-tests 10,000.
+Valid files are changed at random: bytes (flipped, cut, inserted, numbers of headers replaced), JSON (values, keys and
+nesting), and texts (delimiters, numbers, nesting). The header of a safetensors file, the size of a PNG and the record
+of a change are also changed together with their checksums. `make test` runs few cases of each reader, the slow tests
+10,000.
 """
 
 import json
@@ -143,10 +143,12 @@ def write_results(folder):
     row = measures.Measure("target", "psnr", interval(), interval(), interval())
     measures.Measures("mine", "old", "new", (row,), {"seed": 3}).save(folder)
     attempt = attack_results.Attempt("plain", "x", interval(), interval())
-    attack_results.Attack("old", *(interval(),) * 3, (attempt,), {"steps": 5, "score": "share"}).save(folder)  # fmt: skip
+    protocol = {"steps": 5, "score": "share"}
+    attack_results.Attack("old", *(interval(),) * 3, (attempt,), protocol).save(folder)
     predicted_drift.save({"a": {"noto": 0.1}}, folder)
     effects().save(folder / "text.parquet")
-    files.write_json(folder / "run.json", {"title": "t", "method": "a", "commands": ["x"], "protocol": {"Seed": 1}})  # fmt: skip
+    run = {"title": "t", "method": "a", "commands": ["x"], "protocol": {"Seed": 1}}
+    files.write_json(folder / "run.json", run)
     files.write_json(folder / "summary.json", {"target_after": 0.4, "edit_seconds": 1.5})
 
 
@@ -206,7 +208,9 @@ READERS = {
         text("a.txt", "a cat\na dog\n"), lambda f: probes.load_set(f / "a.txt", erase="cat"), "a.txt"
     ),
     "pairs.csv": Reader(
-        text("a.csv", 'erase,replace\n"a cat",a dog\nvan gogh,\n'), lambda f: pairs_file.load_pairs(f / "a.csv"), "a.csv"
+        text("a.csv", 'erase,replace\n"a cat",a dog\nvan gogh,\n'),
+        lambda f: pairs_file.load_pairs(f / "a.csv"),
+        "a.csv",
     ),
     **{
         form: Reader(picture(form), lambda f: load_picture(f / "a", "image"), "a", memory=2048)
@@ -240,6 +244,7 @@ READERS = {
 
 # ---------------------------------------------------------------- changes
 
+FORMS = ("<H", ">H", "<I", ">I", "<Q", ">Q")
 NUMBERS = (0, 1, 127, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
 WORDS = (
     '"', ",", "\n", "\r", "\0", "\ufeff", "\u2028", "[" * 3000, "{" * 3000, "9" * 5000, "1e999", "NaN", "-1", "=", "#",
@@ -265,11 +270,13 @@ def change_bytes(draw, data):
         elif kind == "insert":
             data[place:place] = draw(st.binary(max_size=9))
         elif kind == "number":
-            form, value = draw(st.sampled_from("<H >H <I >I <Q >Q".split())), draw(st.sampled_from(NUMBERS))  # fmt: skip
+            form = draw(st.sampled_from(["<H", ">H", "<I", ">I", "<Q", ">Q"]))
+            value = draw(st.sampled_from(NUMBERS))
             width = struct.calcsize(form)
             data[place : place + width] = struct.pack(form, value % 2 ** (8 * width))
         elif kind == "repeat":
-            data[place:place] = data[place : place + draw(st.integers(1, 40))] * draw(st.sampled_from([1, 100]))  # fmt: skip
+            part = data[place : place + draw(st.integers(1, 40))]
+            data[place:place] = part * draw(st.sampled_from([1, 100]))
         else:
             del data[place : place + draw(st.integers(1, 40))]
     return bytes(data)
@@ -285,7 +292,9 @@ def change_text(draw, content):
 
 def nodes(value, path=()):
     yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()  # fmt: skip
+    items = ()
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
     for key, child in items:
         yield from nodes(child, (*path, key))
 
@@ -336,7 +345,8 @@ def change_header(draw, data):
 
 def change_size(draw, data):
     """Return a PNG with another size in its header and the right checksum of it."""
-    chunk = b"IHDR" + struct.pack(">II", *(draw(st.sampled_from(NUMBERS[:9])) for _ in range(2))) + data[24:29]  # fmt: skip
+    sides = [draw(st.sampled_from(NUMBERS[:9])) for _ in range(2)]
+    chunk = b"IHDR" + struct.pack(">II", *sides) + data[24:29]
     return data[:12] + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
 
 

@@ -69,7 +69,8 @@ def verbs(tiny_folder, tmp_path):
     change = given / "c.safetensors"
     edit = ("edit", tiny_folder, "--erase", "cat", "--replace", "dog", "--force", "--out")
     assert app._run([str(a) for a in (*edit, change)]) == 0
-    pair = (given / "a.png", given / "b.png", "--matcher", given / "matcher", "--samples", "1", "--steps", "1")  # fmt: skip
+    pair = (given / "a.png", given / "b.png", "--matcher", given / "matcher")
+    pair = (*pair, "--samples", "1", "--steps", "1")
     return {
         "edit": (*edit, out / "c.safetensors"),
         "export": ("export", tiny_folder, change, "--format", "folder", "--out", out / "model"),

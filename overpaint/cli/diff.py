@@ -36,7 +36,9 @@ def diff(
 
 def _concepts(a: "Change", b: "Change") -> dict[str, list[str]]:
     """Return the concepts of one change only, and those that both replace by something else."""
-    first, second = a.pairs, b.pairs
+    first, second = (
+        {old: new or "(nothing)" for old, new in change.pairs.items()} for change in (a, b)
+    )
     both = first.keys() & second.keys()
     return {
         "concepts_first_only": [f"{old} → {new}" for old, new in first.items() if old not in both],
@@ -64,7 +66,7 @@ def _weights(a: "Change", b: "Change") -> dict[str, Any]:
             rows.append(f"{site}: moved by the {'first' if site in first else 'second'} only")
             continue
         one, other = first[site], second[site]
-        if one.base_hash != other.base_hash:
+        if not {one.base_hash, *one.casts} & {other.base_hash, *other.casts}:
             rows.append(f"{site}: made for different weights")
         elif one.delta.shape == other.delta.shape:
             size = max(float(one.delta.norm()), float(other.delta.norm()), 1e-300)

@@ -25,7 +25,8 @@ from overpaint.optim import DiffGrad
 from overpaint.train.muon import Muon
 
 __all__ = [
-    "Outer", "Schedule", "damage_named", "fit", "load_tensors", "optimizers", "rate", "remove_checkpoints", "save_tensors"
+    "Outer", "Schedule", "damage_named", "fit", "load_tensors", "optimizers", "rate", "remove_checkpoints",
+    "save_tensors",
 ]  # fmt: skip
 
 CHECKPOINT_SECONDS = 180.0
