@@ -179,7 +179,9 @@ def test_files_that_lack_a_column_are_refused(effects, tmp_path):
     path = effects.save(tmp_path / "old.parquet")
     old = pq.read_table(path).drop_columns(["window", "head"])
     pq.write_table(old, path)
-    with pytest.raises(ValueError, match="lack 'window', for another version wrote them: trace"):
+    with pytest.raises(
+        ValueError, match="lack 'window', because another version wrote them: trace"
+    ):
         Effects.load(path)
 
 

@@ -263,7 +263,7 @@ def test_a_full_disk_raises_a_message_of_one_line_and_finished_shards_stay(tmp_p
     (message,), status = server.finish()
     assert status == 0
     assert message.startswith(f"cannot write the shard of 'probe 2/seed 0' into '{tmp_path}'")
-    assert "(File too large): make room and run the same again" in message
+    assert "(File too large): free some space and run the same command again" in message
     assert not list(tmp_path.glob("*.part"))
     finished = resume.read(tmp_path)
     assert finished.table["probe"].to_pylist() == [UNITS[0]] * 2 + [UNITS[1]] * 2

@@ -4,7 +4,7 @@ The encoder is causal: noise on positions s to e - 1 reaches every later positio
 padding included, and no earlier one.
 
 Source: Basu et al., 2024, https://arxiv.org/abs/2310.13730, section 3; the paper states neither
-sigma nor the place. Both follow ROME (three standard deviations of the subjects' embeddings, added
+sigma nor the position. Both follow ROME (three standard deviations of the subjects' embeddings, added
 at the input). Deviations: noise is drawn for each prompt and sample from a seed of its own, on the CPU;
 with two text encoders (SDXL) the words are corrupted in both.
 """
@@ -58,7 +58,7 @@ class Noise:
     """Settings of the noise on the concept's token embeddings.
 
     Attributes:
-        samples: Noise samples, and so corruptions, of each prompt.
+        samples: Number of noise samples, and therefore of corruptions, for each prompt.
         sigma: Standard deviation, or a factor such as `"3std"`: three times the standard deviation of the concepts'
             embeddings.
 
@@ -99,7 +99,7 @@ class Corruption:
         eos: The first end-of-text position.
         noise: Noise added to their embeddings, float32, shape (len(span), D).
         sample: Number of the noise sample.
-        others: Ids and noise for each further text encoder, whose tokens stand at the same positions.
+        others: Ids and noise for each further text encoder; its tokens have the same positions.
     """
 
     probe: Any
@@ -175,7 +175,7 @@ class _Encoder:
         for probe, span in zip(probes, spans, strict=True):
             if find_span(tokenizer, probe.prompt, probe.concept) != span:
                 raise UnsupportedModel(
-                    f"the model's tokenizers disagree on where {probe.concept!r} stands in {probe.prompt!r}: reword "
+                    f"the model's tokenizers disagree on the position of {probe.concept!r} in {probe.prompt!r}: reword "
                     "the prompt, or use a model whose encoders share a vocabulary."
                 )
         self.ids = tokenizer(

@@ -1,7 +1,7 @@
 """Heat maps and bar charts of a table of effects, by layer, token role, head and window of steps.
 
-Text encoder: a heat map of layers by token roles for each kind of sublayer, with the untrained encoder beside it where
-it was measured. UNet: bars with intervals, one panel a window of steps. Single heads: sites by heads.
+Text encoder: a heat map of layers by token roles for each kind of sublayer, with the untrained encoder beside it if
+it was measured. UNet: bars with intervals, one panel for each window of steps. Single heads: sites by heads.
 """
 
 import math
@@ -22,11 +22,11 @@ __all__ = ["UNITS", "bar_panels", "draw", "head_panels", "map_panels", "unit"]
 UNITS = {
     "indirect_effect": "indirect effect: restored minus corrupted score",
     "direct_effect": "direct effect: change of the score by the target prompt in the window",
-    "recovery": "share of the score's way back that is recovered",
+    "recovery": "recovered share of the gap in the score",
     "score_restored": "score with the state restored",
-    "embed_recovery": "share of the text features' way back that is recovered",
-    "embed_recovery_pads": "share of the way back recovered at end of text and padding",
-    "latent_recovery": "share of the latents' way back that is recovered",
+    "embed_recovery": "recovered share of the gap in the text features",
+    "embed_recovery_pads": "recovered share of the gap in the text features, at end of text and padding",
+    "latent_recovery": "recovered share of the gap in the latents",
     "attribution": "gradient attribution: estimated indirect effect",
 }
 _KINDS = {
@@ -68,7 +68,7 @@ def unit(table: pa.Table, value: str) -> str:
 def map_panels(table: pa.Table, value: str) -> list[Panel]:
     """Return heat maps: text layers by token roles, UNet sites by windows, sites by heads.
 
-    The untrained encoder stands beside the trained one where it has the value.
+    The untrained encoder is shown beside the trained one if it has the value.
     """
     trained, untrained = _means(table, value), _means(table, value, "untrained")
     runs = {", trained": trained, ", untrained": untrained} if untrained else {"": trained}

@@ -1,4 +1,4 @@
-"""Direct effect: how much the picture changes if single cross-attention layers read another prompt.
+"""Direct effect: the change of the picture if a few cross-attention layers read another prompt.
 
 A window of m consecutive cross-attention layers reads a target prompt, the others the original one;
 nothing is corrupted and nothing restored. All M - m + 1 windows of a prompt share a denoising
@@ -72,13 +72,14 @@ def prompt_swap(
             with a seed of its own uses that instead.
         scorer: Returns N scores from pictures (N, 3, H, W) in [0, 1] and N probes; the shipped judge if
             `None`, which reads pictures of 64x64 pixels.
-        minimum_gap: Prompts whose score the target in all layers does not change by this much have no `recovery`.
+        minimum_gap: Smallest change of the score by the target in all layers; prompts with a smaller one have no
+            `recovery`.
         folder: Finished prompts are saved there, so that a stopped run can continue; one process at a time.
         on_progress: Called with (finished runs times 1000, runs times 1000, label); a run is a prompt and seed.
 
     Returns:
-        Effects with a row a window, prompt and seed; `site` is the window's first layer, `direction`
-        is `"corrupt"`, since the clean run is changed. `score_clean` is the score of the original prompt,
+        Effects with one row for each window, prompt and seed; `site` is the window's first layer, `direction`
+        is `"corrupt"`, because the clean run is changed. `score_clean` is the score of the original prompt,
         `score_corrupted` that of the target prompt in all layers, `score_restored` that of the window.
         `direct_effect` is the change of the score by the window in the direction of `pick`, which is
         score_clean - score_restored for `"min"`; `recovery` is its share of the change by the target in all layers, and
@@ -186,7 +187,7 @@ def smallest_window(
     side = "at least" if pick == "min" else "at most"
     raise ValueError(
         f"no window meets the threshold of {threshold}: with the target in all {count} layers the "
-        f"mean score is {best:.3f}. Give {side} that, or another target."
+        f"mean score is {best:.3f}. Give a threshold {side} that, or another target."
     )
 
 
@@ -199,7 +200,7 @@ def draw(
     seed: int,
     on_step: Callable[[float], None] | None = None,
 ) -> Tensor:
-    """Denoise the original prompt, the target prompt, and one row a window in common batches.
+    """Denoise the original prompt, the target prompt, and one row for each window in common batches.
 
     Args:
         renderer: Model, steps, guidance and batch.

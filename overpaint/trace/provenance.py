@@ -1,8 +1,8 @@
 """Digests and fields that detect whether a saved trace used the same model, scorer and prompts.
 
 A digest of weights covers every byte of them, so a change of one number changes the digest. A scorer is identified by
-its name and, if the object that it is a method of holds weights (as a `Judge` does), by their digest. A plain function
-is identified by its name alone: two functions of one name count as the same scorer.
+its name and, if it is a method of an object with weights (such as a `Judge`), by the digest of these weights. A plain
+function is identified by its name alone: two functions with the same name count as the same scorer.
 """
 
 import hashlib

@@ -30,7 +30,7 @@ DIRECTIONS: tuple[Direction, ...] = ("restore", "corrupt")
 
 @dataclass(frozen=True)
 class Renderer:
-    """Checked settings with which rows become pictures and scores; `of` makes one.
+    """Checked settings for drawing and scoring the rows of a trace; `of` creates one.
 
     Attributes:
         model: A `TextToImage`.
@@ -40,7 +40,7 @@ class Renderer:
         scheduler: The diffusers scheduler whose settings each run copies.
         solver: Name of the scheduler in `sampling.SOLVERS`.
         direction: `"restore"` puts clean states into the corrupted run, `"corrupt"` corrupted ones into the clean run.
-        minimum_gap: Runs whose clean score is not this much above the corrupted one have no `recovery`.
+        minimum_gap: Smallest gap between clean and corrupted score; runs with a smaller one have no `recovery`.
         rows: Largest number of rows of a denoising batch.
         decoded: Largest number of pictures decoded at a time.
     """

@@ -111,7 +111,7 @@ def _agreed_protocol(place: Path, protocol: dict[str, Any]) -> dict[str, Any]:
         if name not in saved or name not in current or saved[name] != current[name]:
             raise ValueError(
                 f"{str(place)!r} holds a trace whose protocol differs in {name!r}: {_brief(saved, name)} there, "
-                f"{_brief(current, name)} now. Repeat the settings it was begun with, or name another folder."
+                f"{_brief(current, name)} now. Use the settings of that trace, or name another folder."
             )
     return current
 
@@ -128,10 +128,10 @@ def _protocol(place: Path) -> dict[str, Any] | None:
     try:
         protocol = dict(files.from_json(path.read_text(encoding="utf-8")))
         if not all(isinstance(unit, str) for unit in protocol["units"]):
-            raise TypeError("the names of its units are no texts")
+            raise TypeError("the names of its units are not texts")
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{str(path)!r} is damaged: it is no protocol of a trace. Name another folder and trace again."
+            f"{str(path)!r} is damaged: it is not the protocol of a trace. Name another folder and trace again."
         ) from error
     return protocol
 
@@ -191,6 +191,6 @@ def _writing(place: Path, content: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(
-            f"cannot write {content} into {str(place)!r} ({error.strerror}): make room and run the same again; "
-            "what is finished is kept."
+            f"cannot write {content} into {str(place)!r} ({error.strerror}): free some space and run the same command "
+            "again; finished results are kept."
         ) from error

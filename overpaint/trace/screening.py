@@ -66,7 +66,7 @@ def unet(
         source: Source of the restored activations, as in `trace.unet`.
         branches: Restored in both branches of the guidance, or in the conditional one alone.
         kinds: Kinds of site.
-        noise: Noise samples a prompt and their standard deviation.
+        noise: Number of noise samples for each prompt, and their standard deviation.
         drawing: Steps, guidance, solver and seeds; `batch_size` is the number of runs (prompt, noise, seed) of a
             batch, and `memory` limits activations and the graph of the last steps. A probe with a seed of its own uses
             that instead.
@@ -74,7 +74,7 @@ def unet(
         on_progress: Called with (finished runs, runs, label).
 
     Returns:
-        Effects with a row a site and run, whose column `attribution` is filled.
+        Effects with one row for each site and run; the column `attribution` is filled.
 
     Raises:
         ValueError: A probe or a setting is out of range, or `objective="score"` and the scores have no gradient.
@@ -120,13 +120,13 @@ def text_encoder(
         last: Number of last steps that the gradient passes through.
         objective: `"score"`, `"latents"` or `None`.
         positions: Token roles, as in `trace.TextStates`.
-        noise: Noise samples a prompt and their standard deviation.
+        noise: Number of noise samples for each prompt, and their standard deviation.
         drawing: Steps, guidance, solver, seeds and batch.
         scorer: Returns scores from pictures and probes.
         on_progress: Called with (finished runs, runs, label).
 
     Returns:
-        Effects with a row a state and run, whose column `attribution` is filled.
+        Effects with one row for each state and run; the column `attribution` is filled.
 
     Raises:
         ValueError: As in `unet`.
@@ -166,9 +166,9 @@ def _screen(
     scorer: Scorer | None,
     on_progress: Progress | None,
 ) -> Effects:
-    """Return the attributions of all runs, computed by `attribute` and put into rows by `rows_of`.
+    """Return the attributions of all runs, computed by `attribute` and converted to rows by `rows_of`.
 
-    `trace` is the name of the trace, and its settings for the protocol.
+    `trace` is the name of the trace and its settings, for the protocol.
     """
     if not traced:
         raise ValueError(f"no sites are left: `kinds` must be among {', '.join(KINDS)}.")
@@ -224,8 +224,8 @@ def with_note(exact: Effects, screened: Effects, *, share: float) -> Effects:
 
     Args:
         exact: Effects of the states that `best` chose.
-        screened: The estimates that it chose by.
-        share: The share of the states that it returned.
+        screened: The estimates that `best` used.
+        share: The share of the states that `best` returned.
 
     Returns:
         The same table; `protocol["screen"]` holds the share, the numbers of states estimated and drawn, and their rank
@@ -246,7 +246,7 @@ def with_note(exact: Effects, screened: Effects, *, share: float) -> Effects:
 
 
 def _fitting(attribution: Attribution, run: Run, drawing: Drawing, attribute: Attribute) -> int:
-    """Return the number of runs of a batch that fits into `drawing.memory`.
+    """Return the largest number of runs in a batch that fits into `drawing.memory`.
 
     Memory depends only on the last steps, so only these are run to measure it.
 

@@ -36,9 +36,9 @@ class CausalTest:
     """Result of testing each state of a trace.
 
     Attributes:
-        table: One row a state, in execution order: site, role, head, window; mean of the value
+        table: One row for each state, in execution order: site, role, head, window; mean of the value
             with its 95 % bootstrap interval over prompts (low, high); `p`, one-sided, and `p_holm`,
-            corrected, both of that mean, in which prompts weigh the same; `score`, the mean score with the
+            corrected, both of that mean over equally weighted prompts; `score`, the mean score with the
             state restored; `untrained` and `other_span`, the means of the controls; `trained_minus_untrained`,
             paired over prompts, with its interval; `causal`; the numbers of rows (`n`) and of prompts. A value that
             was not measured is null.
@@ -79,11 +79,13 @@ def causal_test(
     """
     if value == "score_restored":
         raise ValueError(
-            "`score_restored` cannot be tested against zero, for a score without any effect is above it: test "
-            "'indirect_effect', which holds what restoring adds."
+            "`score_restored` cannot be tested against zero, because a score is above zero without any effect: test "
+            "'indirect_effect', the change of the score by restoring."
         )
     if not 0 < alpha <= 1:
-        raise ValueError(f"`alpha` must lie above 0 and be at most 1, got {alpha!r}: say 0.05.")
+        raise ValueError(
+            f"`alpha` must lie above 0 and be at most 1, got {alpha!r}: 0.05 is usual."
+        )
     tested, limit, origin = _threshold(table, threshold)
     protocol = {**protocol, **origin}
     means = intervals(tested, value)

@@ -1,8 +1,8 @@
 """States, and the table of their effects: its columns, and its rows by state and prompt.
 
 A state is a site, the role of a token (text encoder) or the empty role (UNet), one head or the whole output, and a
-window of steps. No function here depends on the order of the table's rows, except that the execution order of the
-sites is the order of their first rows.
+window of steps. The order of the rows in the table matters in one case only: the execution order of the sites is the
+order of their first rows.
 """
 
 import hashlib
@@ -75,7 +75,7 @@ class State(NamedTuple):
 def records(
     table: pa.Table, columns: Sequence[str], control: str | None = None
 ) -> list[tuple[Any, ...]]:
-    """Return the rows' entries in `columns`, of all rows or of those with this `control`."""
+    """Return the values in `columns` of all rows, or of the rows with this `control`."""
     rows = list(zip(*(table[name].to_pylist() for name in columns), strict=True))
     if control is None:
         return rows
@@ -141,13 +141,13 @@ def by_prompt(pairs: Sequence[tuple[str, float]]) -> dict[str, float]:
 
 
 def average(pairs: Sequence[tuple[str, float]]) -> float:
-    """Return the mean over prompts of each prompt's mean: prompts weigh the same, however many rows each has."""
+    """Return the mean over prompts of the mean of each prompt, so that each prompt has the same weight."""
     means = by_prompt(pairs).values()
     return math.fsum(means) / len(means)
 
 
 def half_gap(table: pa.Table) -> float:
-    """Return the score halfway between the mean corrupted and the mean clean score; prompts weigh the same.
+    """Return the score halfway between the mean corrupted and the mean clean score; each prompt has the same weight.
 
     Raises:
         ValueError: No pictures were drawn, so there are no scores.
@@ -160,7 +160,7 @@ def half_gap(table: pa.Table) -> float:
 
 
 def validation_count(prompts: int, validation: int = 10) -> int:
-    """Return how many of `prompts` prompts `split` takes as validation prompts."""
+    """Return the number of validation prompts that `split` selects from `prompts` prompts."""
     return validation if prompts >= 2 * validation else max(1, prompts // 3)
 
 

@@ -30,7 +30,7 @@ _BLOCK = 2048  # sign patterns at a time, to bound memory
 def intervals(table: pa.Table, value: str, control: str = "") -> dict[State, Interval]:
     """Return the mean of `value` for each state, with a 95 % bootstrap interval over prompts.
 
-    Prompts weigh the same, however many rows each has; `n` of an interval counts the rows.
+    Each prompt has the same weight; `n` of an interval counts the rows.
     """
     means: dict[State, Interval] = {}
     for state, pairs in states.cells(table, value, control).items():
@@ -59,7 +59,9 @@ def sign_flip(values: Array, *, draws: int = 10_000, seed: int = 0) -> Array:
     present = np.isfinite(values)
     numbers = np.where(present, values, 0.0)  # a zero is the same under either sign
     prompts = len(numbers)
-    measured = numbers.sum(0) - 1e-9 * np.abs(numbers).sum(0)  # ties count, whatever the rounding
+    measured = numbers.sum(0) - 1e-9 * np.abs(numbers).sum(
+        0
+    )  # ties count, also if they are rounded differently
     exact = 2**prompts <= draws
     total = 2**prompts if exact else draws
     rng = np.random.default_rng(seed)

@@ -97,17 +97,17 @@ def text_encoder(
         controls: `"features"` also measures text features in an untrained encoder and with other words corrupted;
             `"pictures"` also draws pictures for the corrupted other words, which doubles the work; `"none"` does
             neither.
-        noise: Noise samples a prompt and their standard deviation.
+        noise: Number of noise samples for each prompt, and their standard deviation.
         drawing: Steps, guidance, solver, seeds and batch of the pictures. A probe with a seed of its own uses that
             instead.
         scorer: Returns N scores from pictures (N, 3, H, W) in [0, 1] and N probes; the shipped judge if
             `None`, which reads pictures of 64x64 pixels.
-        minimum_gap: Runs whose clean score is not this much above the corrupted one have no `recovery`.
+        minimum_gap: Smallest gap between clean and corrupted score; runs with a smaller one have no `recovery`.
         folder: Finished prompts are saved there, so that a stopped trace can continue; one process at a time.
         on_progress: Called with (finished prompts times 1000, prompts times 1000, label).
 
     Returns:
-        Effects with a row a state, prompt, seed and noise sample.
+        Effects with one row for each state, prompt, seed and noise sample.
 
     Raises:
         ValueError: A probe or a setting is out of range, or no state is left.
@@ -164,7 +164,7 @@ def encode_restored(
         clip_skip: As in `text_features`.
 
     Returns:
-        Text features, shape (2 + R, L, D): clean, corrupted, one a restoration.
+        Text features, shape (2 + R, L, D): clean, corrupted, and one row for each restoration.
 
     Raises:
         UnsupportedModel: They are not finite.
@@ -199,7 +199,7 @@ def untrained(encoder: Any, *, seed: int = 1) -> Any:
 def _copiers(
     restorations: Sequence[Restoration], *, source: int
 ) -> tuple[dict[Module, Any], dict[Module, Any]]:
-    """Return functions by module that copy the source row's states: of modules' outputs, and of heads' inputs."""
+    """Return two dicts from a module to a function that copies states: one for its output, one for inputs of heads."""
     whole: dict[Module, list[tuple[int, list[int], slice]]] = {}
     single: dict[Module, list[tuple[int, list[int], slice]]] = {}
     for row, restoration in enumerate(restorations, start=2):
