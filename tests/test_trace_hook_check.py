@@ -82,7 +82,7 @@ def test_another_execution_order_is_refused(model):
 
     encoder.__class__ = Backwards
     with pytest.raises(
-        UnsupportedModel, match=r"text2.1.self_attn \(heads\) ran where text2.0.self_attn"
+        UnsupportedModel, match=r"text2.1.self_attn \(heads\) ran in the place of text2.0.self_attn"
     ):
         verified_sites(model)
 

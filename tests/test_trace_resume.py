@@ -215,7 +215,7 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path, server):
 )
 def test_another_protocol_is_refused_with_the_first_field_that_differs(tmp_path, other, field):
     resume.sweep(tmp_path, PROTOCOL, UNITS[:2], compute)
-    with pytest.raises(ValueError, match=f"protocol differs in {field}. Repeat the settings"):
+    with pytest.raises(ValueError, match=f"protocol differs in {field}. Use the settings"):
         resume.sweep(tmp_path, other, UNITS[:2], compute)
     with pytest.raises(ValueError, match="protocol differs in 'units'"):
         resume.sweep(tmp_path, PROTOCOL, UNITS, compute)

@@ -58,7 +58,7 @@ def verified_sites(model: Runnable) -> tuple[Site, ...]:
         this order.
 
     Raises:
-        UnsupportedModel: A hook did not, with its name; or `sites.find` refuses the model.
+        UnsupportedModel: A hook did not fire like this; the message names it. Or `sites.find` refuses the model.
     """
     listed = sites.find(model)
     expected: list[str] = []
@@ -99,6 +99,6 @@ def _check(ran: Sequence[str], expected: Sequence[str]) -> None:
     for fired, name in zip(ran, expected, strict=True):
         if fired != name:
             raise UnsupportedModel(
-                f"{fired} ran where {name} was due, so this model's layers run in another order than they are listed. "
+                f"{fired} ran in the place of {name}, so the layers do not run in the order in which they are listed. "
                 "Use the pipeline as diffusers loads it."
             )
