@@ -1,12 +1,12 @@
-"""Effects: the result of a trace, one row a state, prompt, seed and noise sample.
+"""Effects: the result of a trace, one row for each state, prompt, seed and noise sample.
 
 A state is a site, the role of a token (text encoder) or the empty role (UNet), one head or the whole output, and a
 window of steps. The indirect effect of a state is score(restored) - score(corrupted), signed. Its recovery is that
 over score(clean) - score(corrupted), defined only where this gap is wide enough.
 
 Source: Basu et al., 2024, https://arxiv.org/abs/2310.13730, section 3.
-Deviations: the paper takes the absolute effect, which counts damage as success; ours is signed. Its
-threshold was found by people looking at pictures; ours lies halfway from corrupted to clean, on
+Deviations: the paper takes the absolute effect, which counts damage as success; ours is signed. The
+paper's threshold was chosen by people who compared pictures; ours lies halfway from corrupted to clean, on
 prompts that are used for nothing else, and the effect must be significant too.
 """
 
@@ -40,8 +40,8 @@ class Effects:
     """Effects of restored states.
 
     Attributes:
-        table: One row a state, prompt, seed and noise sample, with the columns of `states.SCHEMA`. `control` is
-            empty for the model itself, else `"untrained"` or `"other span"`. A value that was not measured
+        table: One row for each state, prompt, seed and noise sample, with the columns of `states.SCHEMA`. `control`
+            is empty for the model itself, else `"untrained"` or `"other span"`. A value that was not measured
             is null: all scores where no picture was drawn, `recovery` where the gap is too small.
         protocol: Settings that made the numbers: scorer, steps, guidance, noise, versions.
     """
@@ -72,7 +72,7 @@ class Effects:
 
         Args:
             value: One of `VALUES`; if `None` the effect on the score, or `embed_recovery` where no
-                pictures were drawn. Prompts weigh the same, however many rows each has.
+                pictures were drawn. Each prompt has the same weight.
             control: Rows to use: empty for the model itself, `"untrained"` or `"other span"`.
 
         Returns:
@@ -125,7 +125,7 @@ class Effects:
         return causal_test(self.table, self.protocol, name, alpha=alpha, threshold=threshold)
 
     def summary(self, value: str | None = None, *, alpha: float = 0.05) -> pa.Table:
-        """Return the table of `test`, one row a state; `CausalTest` explains its columns."""
+        """Return the table of `test`, one row for each state; `CausalTest` explains its columns."""
         return self.test(value, alpha=alpha).table
 
     def causal(self, threshold: float | None = None, *, alpha: float = 0.05) -> tuple[Site, ...]:
@@ -143,7 +143,7 @@ class Effects:
         return tuple(site for name, site in self.sites().items() if name in chosen)
 
     def half_gap(self) -> float:
-        """Return the score halfway between the mean corrupted and the mean clean score; prompts weigh the same.
+        """Return the score halfway between the mean corrupted and the mean clean score; all prompts weigh the same.
 
         Raises:
             ValueError: No pictures were drawn, so there are no scores.
@@ -260,7 +260,7 @@ class Effects:
         absent = [name for name in SCHEMA.names if name not in table.schema.names]
         if absent:
             raise ValueError(
-                f"the effects in {str(path)!r} lack {absent[0]!r}, for another version wrote them: trace again."
+                f"the effects in {str(path)!r} lack {absent[0]!r}, because another version wrote them: trace again."
             )
         return cls(table.select(SCHEMA.names).replace_schema_metadata(None), protocol)
 
