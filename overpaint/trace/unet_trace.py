@@ -7,7 +7,7 @@ source is
 clean_trajectory  the clean row, with the clean run's latents (the paper)
 same_latent       a twin row: the clean prompt on the restored row's own latents (a control)
 
-Layers that run before the first cross-attention see no text. Under `same_latent` restoring them
+Layers that run before the first cross-attention read no text. Under `same_latent` restoring them
 has exactly no effect; under `clean_trajectory` they act only by leaking the clean latents.
 
 `direction="corrupt"` is the mirror image: the row is clean, and the source the corrupted run.
@@ -70,7 +70,7 @@ class Intervention:
     name: str = ""
 
     def active(self, step: int, steps: int) -> bool:
-        """Return whether it acts at `step`, counted from 0, of `steps`."""
+        """Return whether the row copies activations at `step`, counted from 0, of `steps` steps."""
         low, high = WINDOWS[self.window]  # some schedulers take one step more than `steps`
         return round(low * steps) <= step and (high == 1 or step < round(high * steps))
 
@@ -99,17 +99,17 @@ def unet(
         source: Source of the copied activations: `"clean_trajectory"` or `"same_latent"`, explained above.
         branches: Copy in both branches of the guidance (`"both"`), or in the conditional one alone (`"cond"`).
         direction: `"restore"` clean states in the corrupted run, or `"corrupt"` states of the clean run.
-        noise: Noise samples a prompt and their standard deviation.
+        noise: Number of noise samples for each prompt, and their standard deviation.
         drawing: Steps, guidance, solver, seeds and batch. A probe with a seed of its own uses that instead.
         scorer: Returns N scores from pictures (N, 3, H, W) in [0, 1] and N probes; the shipped judge if
             `None`, which reads pictures of 64x64 pixels.
-        minimum_gap: Runs whose clean score is not this much above the corrupted one have no `recovery`.
+        minimum_gap: Smallest gap between clean and corrupted score; runs with a smaller one have no `recovery`.
         folder: Finished runs are saved there, so that a stopped trace can continue; one process at a time.
         on_progress: Called with (finished runs times 1000, runs times 1000, label); a run is a prompt, noise sample
             and seed.
 
     Returns:
-        Effects with a row a site, prompt, seed and noise sample.
+        Effects with one row for each site, prompt, seed and noise sample.
 
     Raises:
         ValueError: A probe or a setting is out of range, or no site is left.
@@ -184,7 +184,7 @@ def restore(
     branches: Branches = "both",
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Denoise a clean row, a corrupted row and one row an intervention, step by step in common batches.
+    """Denoise a clean row, a corrupted row and one row for each intervention, step by step in common batches.
 
     Args:
         renderer: Model, steps, guidance, direction and batch.
@@ -197,7 +197,7 @@ def restore(
         on_step: Called after each step with the steps done in all batches, and their total.
 
     Returns:
-        Final latents, shape (2 + R, C, h, w): clean, corrupted, one an intervention.
+        Final latents, shape (2 + R, C, h, w): clean, corrupted, and one row for each intervention.
 
     Raises:
         UnsupportedModel: A site's hook does not fire once a step, or batches disagree on the clean
@@ -221,7 +221,7 @@ def restore(
         latents = batch.run(prompt_embeds, negative_embeds, seed=seed, on_step=report)
         if parts and not torch.allclose(parts[0][:2], latents[:2], atol=1e-4):
             raise UnsupportedModel(
-                "two equal runs of this model differ, so effects cannot be told from noise: remove "
+                "two equal runs of this model differ, so effects cannot be separated from noise: remove "
                 "other hooks and use deterministic kernels."
             )
         parts.append(latents[: used + 2] if not parts else latents[2 : used + 2])
@@ -283,7 +283,7 @@ class _Batch:
         return torch.cat([latents[:end], latents[2:end]])
 
     def _copiers(self) -> tuple[dict[Module, Any], dict[Module, Any]]:
-        """Return functions by module that copy source rows: of modules' outputs, and of heads' inputs."""
+        """Return two dicts from a module to a function that copies rows: whole outputs, and inputs of single heads."""
         model = self.renderer.model
         whole: dict[Module, list[tuple[int, Intervention, slice]]] = {}
         single: dict[Module, list[tuple[int, Intervention, slice]]] = {}
