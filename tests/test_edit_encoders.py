@@ -144,6 +144,7 @@ def test_automatic_changes_are_stacked_completed_and_cut_for_each_encoder(xl, tm
     first = edit.auto(xl, GOGH, **settings)
     second = edit.auto(xl, {"snoopy": "dog"}, **settings)
     joint = edit.stack(xl, [second, first])
+    assert "unedited_encoders" not in joint.report  # each encoder was solved alone, both are edited
     again = edit.auto(xl, {"snoopy": "dog", **GOGH}, **settings)
     for a, b in zip(joint.movements, again.movements, strict=True):
         assert a.site == b.site

@@ -36,6 +36,14 @@ def test_one_sentence_names_weights_the_empty_prompt_and_concepts_at_risk(quickf
     )
 
 
+def test_a_concept_that_was_preserved_without_success_stands_in_one_list(quickfix_change):
+    change = reported(
+        quickfix_change, endangered=[{"concept": "a"}, {"concept": "b"}], not_kept=["b", "c"]
+    )
+    text = describe(change)
+    assert "preserved for that reason: a; not preserved, likely to change too: b, c." in text
+
+
 def test_a_measured_edit_reports_its_own_figures(by_auto):
     text = describe(by_auto)
     drift = by_auto.report["empty_prompt_drift"]

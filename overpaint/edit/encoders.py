@@ -47,7 +47,10 @@ def joined(model: TextToImage, changes: Mapping[str, Change]) -> Change:
     protocol = {**first.protocol, "encoder": "all" if len(parts) > 1 else parts[0]}
     if len(parts) == 1:
         return Change(first.movements, protocol, {**first.report, **unedited})
-    reports = {part: change.report for part, change in changes.items()}
+    reports = {  # without what an edit of one encoder reports of the others
+        part: {name: v for name, v in change.report.items() if name != "unedited_encoders"}
+        for part, change in changes.items()
+    }
     if "terms" in first.protocol:
         protocol["encoders"] = {
             part: {name: change.protocol[name] for name in _SETTINGS}

@@ -30,6 +30,7 @@ def describe(change: Change) -> str:
         change: Fresh, or loaded from a file, whose report may hold any type.
     """
     report = change.report
+    lost = set(_names(report.get("not_kept")))  # of them some were preserved, without success
     clauses = [f"This change moves {_moved(change)}", _empty_prompt(change)]
     clauses += [
         f"{words} {_listed(names)}"
@@ -40,7 +41,7 @@ def describe(change: Change) -> str:
             ("unedited_encoders", "text encoders that stay as they are:"),
             ("carried", "changed with the token rows that they hold:"),
         )
-        if (names := _names(report.get(key)))
+        if (names := [n for n in _names(report.get(key)) if key != "endangered" or n not in lost])
     ]
     if not any(isinstance(report.get(key), list) for key in ("endangered", "not_kept")):
         clauses.append("effects on other concepts were not measured")
