@@ -280,7 +280,7 @@ def test_units_named_twice_and_folders_without_a_sweep_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no sweep in .*: name the folder of a trace"):
         resume.read(tmp_path)
     (tmp_path / "protocol.json").write_text("{")
-    with pytest.raises(ValueError, match=r"protocol.json' is damaged: it is no protocol"):
+    with pytest.raises(ValueError, match=r"protocol.json' is damaged: it is not the protocol"):
         resume.read(tmp_path)
 
 

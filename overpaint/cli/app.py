@@ -34,7 +34,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="overpaint",
-    help="Find where an image model keeps what it knows, and paint over it.",
+    help="Find where a text-to-image model stores a concept, and edit it.",
     add_completion=True,
     no_args_is_help=False,
     pretty_exceptions_enable=False,
@@ -51,7 +51,7 @@ def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
-    """Find where an image model keeps what it knows, and paint over it."""
+    """Find where a text-to-image model stores a concept, and edit it."""
     if version:
         sys.stdout.write(f"overpaint {__version__}\n")
         raise typer.Exit

@@ -98,7 +98,7 @@ class EditOptions:
     strength: Annotated[
         float,
         typer.Option(
-            help="Strength of what --erase names; without --erase, of all of --update.",
+            help="Strength of the concepts of --erase; without --erase, of all concepts of --update.",
             callback=within(-100, 100),
         ),
     ] = 1.0
@@ -110,7 +110,7 @@ class EditOptions:
         ),
     ] = None
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would move; write no file.")
+        bool, typer.Option("--dry-run", help="Print the verdict; write no file.")
     ] = False
     out: Annotated[Path, typer.Option(help="The change file.", callback=change_file)] = Path(
         "change.safetensors"
@@ -249,7 +249,7 @@ def _combine(
 
 
 def _facts(change: "Change", report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the verb prints: verdict, file, site, concepts, figures, moved tokens, endangered concepts."""
+    """Return the printed figures: verdict, file, site, concepts, figures, moved tokens, endangered concepts."""
     from overpaint.edit import verdict
 
     sites = change.sites

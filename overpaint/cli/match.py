@@ -1,4 +1,4 @@
-"""`overpaint match`: where each place of one picture lies in another."""
+"""`overpaint match`: find each pixel of one picture in another."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +22,9 @@ _FILES = (
 
 def match(
     image_a: Annotated[Path, typer.Argument(help="The picture that is searched.")],
-    image_b: Annotated[Path, typer.Argument(help="The picture whose places are sought in it.")],
+    image_b: Annotated[
+        Path, typer.Argument(help="The picture to find in IMAGE_A, pixel by pixel.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for flow and views.")] = Path(
         "runs/match"
     ),
@@ -31,20 +33,21 @@ def match(
     ),
     samples: Annotated[
         int,
-        typer.Option(
-            help="Hypotheses; from 2 on, their spread is told.", callback=within(1, 10_000)
-        ),
+        typer.Option(help="Hypotheses; 2 or more give an uncertainty.", callback=within(1, 10_000)),
     ] = 8,
     steps: Annotated[
         int, typer.Option(help="Of denoising, for each hypothesis.", callback=within(1, 1000))
     ] = 5,
-    refine: Annotated[
-        bool, typer.Option(help="Add what the matcher's cells are too coarse for, by optical flow.")
-    ] = True,
+    refine: Annotated[bool, typer.Option(help="Refine the flow by optical flow.")] = True,
     cycle: Annotated[
-        bool, typer.Option("--cycle", help="Match both ways, and tell by how much that misses.")
+        bool,
+        typer.Option(
+            "--cycle", help="Match in both directions, and print the there-and-back error."
+        ),
     ] = False,
-    dark: Annotated[bool, typer.Option("--dark", help="Views on dark paper.")] = False,
+    dark: Annotated[
+        bool, typer.Option("--dark", help="Draw the views on a dark background.")
+    ] = False,
     force: Force = False,
     seed: Seed = 0,
     as_json: Json = False,

@@ -1,4 +1,4 @@
-"""`overpaint show`: print what a change file holds."""
+"""`overpaint show`: print the content of a change file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +20,7 @@ _SETTINGS = ("ridge", "preserve_weight", "positions", "layer", "projection", "en
 def show(
     change: Annotated[Path, typer.Argument(help="The change file.")], as_json: Json = False
 ) -> None:
-    """Print what a change file holds. No model is loaded.
+    """Print the content of a change file. No model is loaded.
 
     \b
     overpaint show change.safetensors
@@ -39,7 +39,7 @@ def show(
 
 
 def _facts(change: "Change") -> dict[str, Any]:
-    """Return what a change says of itself, names to values that print on a line."""
+    """Return the content of a change: names, and values that fit on one line."""
     from overpaint.cli.edit import moved_and_endangered
 
     protocol: Mapping[str, Any] = change.protocol

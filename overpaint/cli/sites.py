@@ -1,4 +1,4 @@
-"""`overpaint sites`: list what can be traced."""
+"""`overpaint sites`: list the sites that can be traced."""
 
 from overpaint.cli.options import Device, Dtype, Json, Model
 from overpaint.cli.terminal import load_model, print_json, print_table
@@ -9,7 +9,7 @@ __all__ = ["sites"]
 def sites(
     model: Model, device: Device = "cpu", dtype: Dtype = "float32", as_json: Json = False
 ) -> None:
-    """List what can be traced. The sites come in execution order.
+    """List the sites that can be traced. They are in execution order.
 
     \b
     overpaint sites icons

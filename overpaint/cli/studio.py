@@ -19,7 +19,7 @@ def studio(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            help="What can be chosen: zoo names, folders, hub ids.", show_default="icons"
+            help="Models to choose from: zoo names, folders, hub ids.", show_default="icons"
         ),
     ] = None,
     host: Annotated[
@@ -34,7 +34,7 @@ def studio(
         ),
     ] = None,
     no_auth: Annotated[
-        bool, typer.Option("--no-auth", help="Let in whoever reaches --host.")
+        bool, typer.Option("--no-auth", help="Allow everybody who can reach --host.")
     ] = False,
     allow_host: Annotated[
         list[str] | None,

@@ -93,7 +93,10 @@ class TraceOptions:
     noise_samples: Annotated[
         int, typer.Option(help="Corruptions a prompt.", callback=within(1, 10_000))
     ] = 1
-    sigma: Annotated[str, typer.Option(help="Their size: a number, or as in 3std.")] = "3std"
+    sigma: Annotated[
+        str,
+        typer.Option(help="Standard deviation of the noise: a number, or a factor such as 3std."),
+    ] = "3std"
     solver: Annotated[str, typer.Option(help="own, ddim or dpm.")] = "dpm"
     memory: Annotated[
         float | None, typer.Option(help="MiB for activations.", callback=within(1, 1e9))
@@ -111,7 +114,7 @@ def trace(
     clip_skip: ClipSkip = None,
     as_json: Json = False,
 ) -> None:
-    """Trace which sites keep a kind of concept. `overpaint report` draws the result.
+    """Trace which sites hold a kind of concept. `overpaint report` draws the result.
 
     \b
     overpaint trace icons --kind color
@@ -144,7 +147,7 @@ def trace(
 
 @dataclass(frozen=True)
 class _Run:
-    """A model, what is traced in it, and the settings of every step."""
+    """A model, its traced part, and the settings of every step."""
 
     model: Any
     probes: Sequence[Any]

@@ -39,7 +39,7 @@ class Studio:
     Attributes:
         models: The names that can be chosen; the first is the default.
         folder: Holds a folder of downloads for each session, which is deleted with the session.
-        uploads: The uploaded files that are not read yet, in another folder beside `folder`.
+        uploads: The uploaded files that are not read yet, in another folder next to `folder`.
         scheduler: The queue in which tasks wait.
     """
 
@@ -381,18 +381,18 @@ def _add_change(
 ) -> EditState:
     """Return the state with one more change.
 
-    A single change from a file keeps the strength that it was saved at. Above it, the strength is that of all changes,
-    so that the file counts as it was at strength 1.
+    If the change is the first one, its strength is the one at which its file was saved. If more changes follow, it is
+    converted to strength 1, because from then on one strength applies to all changes.
 
     Raises:
         ValueError: The change moves nothing, or cannot be solved jointly with the others.
     """
-    own = common_strength(applied.change)
-    if own == 0:
+    saved = common_strength(applied.change)
+    if saved == 0:
         raise ValueError("it was saved at strength 0, so it moves nothing.")
     if not state.changes:
-        shown = own if own is not None and -1 <= own <= 2 else 1.0
-        return EditState((applied,), applied.change, shown, shown)
+        strength = saved if saved is not None and -1 <= saved <= 2 else 1.0
+        return EditState((applied,), applied.change, strength, strength)
     first = state.changes[0]
     if state.joint_strength != 1:
         first = replace(first, change=_at_full_strength(first.change, state.joint_strength))
@@ -402,7 +402,7 @@ def _add_change(
 
 
 def _at_full_strength(change: Change, strength: float) -> Change:
-    """Return a change that was made at `strength` as it is at strength 1."""
+    """Return a change that was made at `strength`, converted to strength 1."""
     full = (1 / strength) * change
     return replace(full, protocol={k: v for k, v in full.protocol.items() if k != "strength"})
 

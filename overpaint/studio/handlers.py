@@ -1,4 +1,4 @@
-"""The handler of each control of the page: values of the controls in, updates of the page out.
+"""The handler of each control: it takes the values of the controls and yields updates of the page.
 
 An update maps names of parts of the page to their new content: HTML, a plain value, `Choices` or `Value`. A handler
 does not raise: an error is shown in the page, in the status line.
@@ -92,7 +92,7 @@ def applied_changes(studio: Studio, key: str) -> Update:
 
 
 def trace(studio: Studio, key: str, controls: Controls, pictures: bool) -> Iterator[Update]:
-    """Draw the trace map; the restored pictures of an older map are removed."""
+    """Draw the trace map, and remove the restored pictures of an older map."""
 
     def show(trace_map: TraceMap) -> Update:
         return {"map": html.heat_map(trace_map), "restored": ""}

@@ -129,7 +129,7 @@ def _weights(change: Change) -> str:
 
 
 def _strengths(change: Change) -> str:
-    """Return the strengths of a change, of which one is not 1, or an empty text."""
+    """Return the strengths of a change as text; an empty text if all of them are 1."""
     strengths = change.protocol.get("strength", {})
     values = [float(strengths.get(old, 1.0)) for old in change.pairs]
     return ", ".join(f"{v:g}" for v in dict.fromkeys(values)) if set(values) - {1.0} else ""

@@ -35,7 +35,7 @@ class Stopped(Exception):
 
 
 class Replaced(Stopped):
-    """Raised instead where the user's next action stopped the task."""
+    """Raised inside a task that the user's next action stopped."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ class Scheduler:
     def slot(self, stop: threading.Event) -> Iterator[Callable[[], None]]:
         """Run the block while no other slot's block runs.
 
-        The value is a function that lets all waiting slots run first; it returns when it is this slot's turn again.
+        The `with` statement returns a function. A call of it lets all waiting slots run, and returns when it is this
+        slot's turn again.
 
         Args:
             stop: Once it is set, waiting ends with `Stopped`, in the block or before it.
@@ -118,7 +119,7 @@ class Scheduler:
 
 
 class Task:
-    """The side of a running task: it reports progress and partial results, and yields its slot between steps."""
+    """Handle of a running task: reports progress and partial results, and yields its slot between steps."""
 
     def __init__(
         self, yield_slot: Callable[[], None], stop: threading.Event, events: "queue.Queue[Any]"

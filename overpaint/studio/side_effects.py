@@ -3,8 +3,8 @@ r"""Prediction of a change's effect on other concepts, from text features alone,
 Captions of each known concept, and of the erased ones, are encoded with and without the change. The drift of a concept
 is :math:`\|E' - E\|^2 / \|E'_{old} - E_{old}\|^2` of the text features :math:`E` at all positions: the squared movement
 of its captions, relative to that of the erased concepts. Concepts with a drift of 5 % or more are called endangered.
-The drift of the empty prompt is :math:`\|E' - E\| / \|E\|`. Of a model with two text encoders both figures are computed
-for each encoder, and the larger one counts: the features of one can be so large that they hide those of the other.
+The drift of the empty prompt is :math:`\|E' - E\| / \|E\|`. If a model has two text encoders, both figures are computed
+for each encoder and the larger one is used, because the features of one can be so large that they hide the other's.
 """
 
 from collections.abc import Sequence
@@ -54,9 +54,9 @@ class SideEffects:
     """The predicted effect of a change.
 
     Attributes:
-        drifts: Of the known concepts, the largest first; empty where text features cannot show it.
+        drifts: Drifts of the known concepts, the largest first; empty if text features cannot show them.
         reached: Share of the target movement that the solve, or its repair, reports; `None` if the change has another
-            strength than 1, because the report is of the edit as it was made.
+            strength than 1, because the report holds for strength 1.
         empty_prompt: Drift of the empty prompt, which guidance uses for every picture; `None` if it is not known.
         rank: Rank of the largest movement.
         size: Norm of the movement relative to that of the weight, if reported.

@@ -331,7 +331,7 @@ def draw_versions(
         versions: Names and changes; `None` is the original model.
         on_progress: Called after each denoising step.
         publish: Called with the pictures so far, after each picture.
-        cache: Pictures drawn before, by everything that determines their pixels; new ones are added.
+        cache: Pictures drawn before; the key holds all settings that determine the pixels. New ones are added.
 
     Raises:
         ValueError: A change was made for another model.

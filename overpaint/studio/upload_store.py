@@ -1,7 +1,7 @@
 """The files that visitors have uploaded and the studio has not read yet, on disk, with limits on their size.
 
-A file belongs to the browser that uploaded it. It is deleted as soon as the studio has read it, and with the browser's
-last page.
+A file belongs to the browser that uploaded it. It is deleted as soon as the studio has read it, or when the last page
+of the browser is closed.
 """
 
 import secrets
@@ -37,7 +37,7 @@ class UploadStore:
     """Uploaded files by random keys.
 
     Args:
-        folder: Holds a folder for each file; it is made at the first upload.
+        folder: Folder for the files, one folder for each; created at the first upload.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -33,7 +33,7 @@ _CHUNK = "overpaint"  # name of the PNG text chunk that holds the settings
 
 @dataclass(frozen=True)
 class PictureOrigin:
-    """The settings that drew a picture of the studio, and the name of the model; empty if the file does not say."""
+    """Settings and model that drew a picture of the studio; the model is empty if the file does not name it."""
 
     settings: PromptSettings
     model: str = ""
@@ -62,7 +62,7 @@ def stored_name(name: str) -> str:
 
 
 def model_name(model: str) -> str:
-    """Return the name of a model for files that others may see: of a folder only the last part of its path."""
+    """Return the name of a model for files that others may see; for a folder, the last part of its path."""
     return shown_name(Path(model).resolve()) if Path(model).is_dir() else model
 
 
