@@ -356,7 +356,7 @@ def match(run: Run) -> str:
         for key, label in (
             ("std", "spread of the refined hypotheses"),
             ("stages", "distance of the coarse answer from the whole one"),
-            ("cycle", "there-and-back error"),
+            ("cycle", "forward-backward error"),
         )
     ]
     pairs = protocol["sets"]["plain"]

@@ -110,7 +110,7 @@ class EditOptions:
         ),
     ] = None
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the verdict; write no file.")
+        bool, typer.Option("--dry-run", help="Compute and print the change; write no file.")
     ] = False
     out: Annotated[Path, typer.Option(help="The change file.", callback=change_file)] = Path(
         "change.safetensors"

@@ -96,7 +96,7 @@ def evaluate(
     clip_skip: ClipSkip = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what a change does. By labels (`overpaint report` draws the result), or by metrics on an evaluation set.
+    """Measure a change. By labels (`overpaint report` draws the result), or by metrics on an evaluation set.
 
     \b
     overpaint evaluate icons change.safetensors
@@ -152,7 +152,7 @@ def _concept(pairs: dict[str, str], options: EvaluateOptions) -> tuple[str, str]
 
 
 def _evaluate(run: _Run, device: str) -> dict[str, Any]:
-    """Run what the options name and return its figures."""
+    """Run the measurements that the options select, and return their figures."""
     options = run.options
     facts: dict[str, Any] = {}
     if not run.uses_set:

@@ -42,7 +42,7 @@ def match(
     cycle: Annotated[
         bool,
         typer.Option(
-            "--cycle", help="Match in both directions, and print the there-and-back error."
+            "--cycle", help="Match in both directions, and print the forward-backward error."
         ),
     ] = False,
     dark: Annotated[

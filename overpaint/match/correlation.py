@@ -59,9 +59,10 @@ def initial_flow(cost: Tensor) -> Tensor:
 
 
 def cycle_error(cost: Tensor) -> Tensor:
-    """Return the distance from each cell to the cell reached by matching forth and back, shape (B, 1, Ht, Wt).
+    """Return the forward-backward error of the most similar cells, in cells, shape (B, 1, Ht, Wt).
 
-    Forth leads to the most similar cell of the source, back to that cell's most similar cell of the target. In cells.
+    It is the distance from a cell of the target to the cell of the target that is most similar to its most similar cell
+    of the source.
     """
     b, ht, wt, hs, ws = cost.shape
     volume = cost.view(b, ht * wt, hs * ws)

@@ -106,7 +106,7 @@ def compose(ab: Tensor, bc: Tensor) -> Tensor:
 
 
 def consistency(forward: Tensor, backward: Tensor) -> Tensor:
-    """Return the distance in pixels between each pixel and where forward and then backward lead, shape (B, 1, H, W).
+    """Return the forward-backward error in pixels: distance from each pixel to its image under both, (B, 1, H, W).
 
     Args:
         forward: On the target's grid, pointing into the source, shape (B, 2, H, W).

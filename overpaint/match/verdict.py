@@ -13,7 +13,7 @@ eight hypotheses:
 - Of 48 pairs that the matcher cannot match (turned by 180 degrees, mirrored, inverted, unrelated), 47 are not matched;
   rows of coins, mirrored, are partly matched.
 
-The there-and-back distance of a single hypothesis has about the same shares. `tests/test_match_verdict.py` measures the
+The forward-backward error of a single hypothesis has about the same shares. `tests/test_match_verdict.py` measures the
 verdicts on other photographs.
 """
 
@@ -30,7 +30,7 @@ def sure_share(uncertainty: Tensor, side: int) -> float:
     """Return the share of the pixels whose uncertainty is at most `SURE` times `side`.
 
     Args:
-        uncertainty: In pixels of the source, shape (H, W): standard deviation, or there-and-back distance.
+        uncertainty: In pixels of the source, shape (H, W): standard deviation, or forward-backward error.
         side: Longer side of the source, in pixels.
     """
     return (uncertainty <= SURE * side).float().mean().item()

@@ -1,8 +1,9 @@
-"""Checks of each request before Gradio sees it: the Host, the Origin, the route, and the form of queue posts.
+"""Checks of each request before Gradio handles it: the Host, the Origin, the route, and the form of queue posts.
 
-A web page from elsewhere can make a visitor's browser send requests to a server on this machine. It can also let its
-own name point to this machine (DNS rebinding), so that the browser takes the studio for a part of that page. The first
-is visible in the Origin of a request, the second in its Host. Both must therefore be on a list.
+A foreign web page can make a visitor's browser send requests to a server on this machine. The Origin of such a request
+names the foreign page. A foreign page can also set the DNS entry of its own name to this machine (DNS rebinding), so
+that the browser treats the studio as a part of that page. The Host of such a request is the foreign name. For this
+reason both headers are compared with a list of allowed values.
 """
 
 import ipaddress
@@ -65,7 +66,7 @@ class AllowedHosts:
             self._pairs |= {(own_name, p) for p in ports}
 
     def has_host(self, value: str) -> bool:
-        """Return True if a Host header is allowed. Of a studio on all addresses, so is each of them as a number."""
+        """Return True if a Host header is allowed; a studio on all addresses also allows every numeric address."""
         parsed = _split(value)
         if parsed is None:
             return False
@@ -75,7 +76,7 @@ class AllowedHosts:
         return parsed in self._pairs or (port in _PORTS.values() and (name, None) in self._pairs)
 
     def has_origin(self, origin: str, host: str) -> bool:
-        """Return True if an Origin header names the same host as the allowed Host header `host`, or an allowed one."""
+        """Return True if an Origin header names an allowed host, or the same host as the Host header `host`."""
         try:
             parts = urlsplit(origin)
             default = _PORTS.get(parts.scheme)
@@ -93,14 +94,14 @@ class AllowedHosts:
 
 
 class AccessCheck:
-    """Middleware that refuses requests from elsewhere and malformed queue posts with a status 4xx and one sentence.
+    """Middleware that refuses foreign requests and malformed queue posts with a status 4xx and one sentence.
 
     It also gives each browser a random cookie when it loads the page, see `visitor_cookie`.
 
     Args:
         app: The application behind it.
         hosts: The allowed values of Host and Origin.
-        address: Where the studio is open, for the sentence.
+        address: Address of the studio, for the sentence.
         inputs: Number of inputs of each function of the page.
         cookie: Name of the cookie.
     """
@@ -112,7 +113,7 @@ class AccessCheck:
         self._hosts, self._address, self._inputs, self._cookie = hosts, address, inputs, cookie
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer a request, or call the application behind."""
+        """Answer a request, or pass it to the application."""
         if scope["type"] == "websocket":  # the page uses none
             await send({"type": "websocket.close", "code": 1008})
             return
@@ -135,7 +136,7 @@ class AccessCheck:
             await self.app(scope, receive, send)
 
     async def _stream(self, scope: Any, receive: Any, send: Any) -> None:
-        """Send the events of a page. Of an unknown page Gradio sends an error event and then fails: end the answer."""
+        """Send the events of a page. For an unknown page, Gradio sends an error and fails; the answer ends there."""
         try:
             await self.app(scope, receive, send)
         except Exception as error:
@@ -144,7 +145,7 @@ class AccessCheck:
             await send({"type": "http.response.body", "body": b""})
 
     def _refusal(self, scope: Any) -> tuple[int, str] | None:
-        """Return status and sentence if the request comes from elsewhere or names an unused route, else `None`."""
+        """Return status and sentence if the request is foreign or names an unused route, else `None`."""
         hosts = _headers(scope, b"host")
         if len(hosts) != 1 or not self._hosts.has_host(hosts[0]):
             shown = ascii(hosts[0][:80]) if hosts else "no name"
@@ -169,7 +170,7 @@ class AccessCheck:
         )
 
     def _fault(self, types: Sequence[str], body: bytes | None) -> tuple[int, str] | None:
-        """Return status and sentence if a queue post has another form than those of the page, else `None`."""
+        """Return status and sentence if a queue post does not have the form of the page's posts, else `None`."""
         if body is None:
             return 413, f"The request is larger than {MAX_POST // 2**10} KiB: shorten its texts."
         if not any(t.partition(";")[0].strip().lower() == "application/json" for t in types):
@@ -183,7 +184,7 @@ class AccessCheck:
         return None
 
     def _is_post(self, post: Any) -> bool:
-        """Return True if a post names a function of the page and has as many plain values as that has inputs."""
+        """Return True if a post names a function of the page and has one plain value for each of its inputs."""
         if not isinstance(post, dict):
             return False
         number, values, page = (post.get(k) for k in ("fn_index", "data", "session_hash"))

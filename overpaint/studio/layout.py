@@ -27,7 +27,7 @@ _CLICKS = """element.addEventListener('click', event => {
 });"""
 # A page sends the key of an upload instead of Gradio's description of a file.
 _UPLOAD_KEY = "(...values) => [...values.slice(0, -1), values.at(-1)?.path ?? null]"
-# While the strength is being changed, the file to download is of another one than the page shows.
+# Download is disabled until the file has the strength that the page shows.
 _DISABLE = "() => ({__type__: 'update', interactive: false})"
 _ENABLE_IF_EQUAL = "(shown, saved) => ({__type__: 'update', interactive: shown === saved})"
 _METHODS = [
@@ -303,7 +303,7 @@ class _PageSessions:
 
 
 def _drop_values(page: gr.Blocks, name: str) -> None:
-    """Delete the values that Gradio stores for a page; else it keeps them until its capacity is reached."""
+    """Delete the values that Gradio stores for a page; without this, they stay until its capacity is reached."""
     page.state_holder.session_data.pop(name, None)
     page.state_holder.time_last_used.pop(name, None)
 
@@ -324,7 +324,7 @@ def _handler(
 
 
 def _all_values(updates: Iterator[Update]) -> Iterator[list[Any]]:
-    """Yield the values of each update; of none, those of an empty one, or Gradio would clear every output."""
+    """Yield the values of each update; an empty update if there is none, because Gradio would clear all outputs."""
     update: Update | None = None
     for update in updates:
         yield _values(update)
