@@ -1,6 +1,6 @@
-"""Run the whole loop: trace, edit, evaluate, report. `overpaint demo` and `make demo` call it.
+"""Run trace, edit, evaluation and report in one call, for `overpaint demo` and `make demo`.
 
-All results are saved as data first. The page is drawn from the saved files, so it shows nothing that is not in them.
+All results are saved as data first. The page is drawn from the saved files only.
 """
 
 import math
@@ -66,7 +66,7 @@ def run(
         erase: The concept to erase.
         replace: The concept to put in its place.
         size: Sample sizes: `FULL`, `QUICK` or others.
-        seed: Seed of everything drawn at random.
+        seed: Seed of all random draws.
         scorer: A judge; by default `icons-judge`.
         on_progress: Called with (done, total, label).
 
@@ -199,7 +199,7 @@ def _run_facts(
     change: Change,
     out: Path,
 ) -> dict[str, Any]:
-    """Return what the page says of the run: title, commands, protocol."""
+    """Return the content of `run.json`: title, commands, protocol."""
     flags = ["--erase", erase, "--replace", replace, "--seed", str(seed)]
     if size == QUICK:
         flags.append("--quick")
@@ -211,8 +211,8 @@ def _run_facts(
         "title": f"{erase} → {replace}",
         "method": PREFERRED,
         "lead": f"“{erase}” in the text-to-image model {files.public_name(model.name)}, before and after one "
-        f"closed-form edit of its text encoder at {' and '.join(change.sites)}: where the model keeps it, what the "
-        "edit did, and what else changed.",
+        f"closed-form edit of its text encoder at {' and '.join(change.sites)}: the states that "
+        "carry it, the effect of the edit, and its side effects.",
         "commands": [
             shlex.join(["overpaint", "demo", "--model", model.name, *flags, "--out", str(out)]),
             shlex.join(["overpaint", "apply", model.name, change_file, "--out", "runs/edited"]),
@@ -234,7 +234,7 @@ def _run_facts(
 
 
 def _edit_facts(change: Change) -> str:
-    """Return one line on what the edit moved and what it preserved."""
+    """Return one line with the moved weights and the preserved concepts."""
     report, protocol = change.report, change.protocol
     words = edited_words(report)
     rows = f"rows of the token embedding that no preserved concept uses: {', '.join(words)}"

@@ -177,9 +177,9 @@ def test_ssim_without_torchmetrics_raises_and_names_the_extra(monkeypatch):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: metrics.psnr(x, x[:1]), r"pair up as \(B, 3, H, W\).*draw both"),
+        (lambda x: metrics.psnr(x, x[:1]), r"same shape \(B, 3, H, W\).*draw both"),
         (lambda x: metrics.ssim(x[..., :8], x[..., :8]), "window of 11x11 pixels, got .* 16x8"),
-        (lambda x: metrics.perceptual([x], [x]), r"pair up as \(B, P, D\)"),
+        (lambda x: metrics.perceptual([x], [x]), r"same shapes \(B, P, D\)"),
         (lambda x: metrics.clip_score(x[:, 0, 0], x[:1, 0, 0]), "one text for each picture"),
         (lambda x: metrics.clip_score(x, x, scale="percent"), "unknown scale 'percent'"),
     ],

@@ -57,7 +57,7 @@ def change_file(path: Path) -> Path:
 Model = Annotated[str, typer.Argument(help="A zoo name (icons), a folder, or a hub id.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[
-    str, typer.Option(help="Of the weights in memory: float32, float16, bfloat16, or stored.")
+    str, typer.Option(help="Dtype of the weights in memory: float32, float16, bfloat16, or stored.")
 ]
 ClipSkip = Annotated[
     int | None,
@@ -70,7 +70,7 @@ ClipSkip = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Seed = Annotated[
     int,
-    typer.Option(help="Seed of everything drawn at random.", callback=within(0, LARGEST_SEED)),
+    typer.Option(help="Seed of all random draws.", callback=within(0, LARGEST_SEED)),
 ]
 Steps = Annotated[int, typer.Option(help="Denoising steps of a picture.", callback=within(1, 1000))]
 Force = Annotated[

@@ -2,7 +2,8 @@
 
 Three families of attempts are tried on the edited model: paraphrases of the concept, tokens with similar embeddings in
 the place of each of its tokens, and a soft token, see `overpaint.evaluate.soft_token`. The best attempt of each family
-is drawn again from other seeds, and only that score is reported: the best score of many tries is too high by selection.
+is drawn again from other seeds, and only that score is reported, because the best score of many attempts is biased
+upwards by the selection.
 
 The search finds weak edits. It does not show that an edit is robust: a longer search, more tokens or other words may
 succeed where this one fails.
@@ -166,7 +167,7 @@ class _Scored:
     def score_name(self) -> str:
         """Description of the score."""
         if self.label is None:
-            return "cosine with the concept's text less the other's"
+            return "cosine with the concept's text minus the other's"
         return f"probability of the {self.label[0]} {self.label[1]}"
 
     def reworded(self, words: str) -> Tensor:

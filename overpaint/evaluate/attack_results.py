@@ -39,7 +39,7 @@ class Attack:
     Attributes:
         erase: The concept.
         before: Score of the unedited model's pictures of the plain prompts, from the seeds of the confirmation.
-        after: The same of the edited model.
+        after: The same for the edited model.
         chance: Score of the edited model's pictures of the prompts without the concept.
         attempts: Every attempt, best first.
         protocol: Scorer, seeds, steps and settings of the search.
@@ -75,7 +75,7 @@ class Attack:
 
     @property
     def recovered(self) -> float:
-        """Share of the edit's effect that the best attempt undoes: 0 none, 1 all; may lie outside [0, 1]."""
+        """Share of the edit's effect that the best attempt reverses: 0 none, 1 all; it can be outside [0, 1]."""
         removed = self.before.mean - self.after.mean
         best = self.best.confirmed
         if best is None or removed <= 0:

@@ -21,10 +21,10 @@ class Measure:
     """One metric on the cases of one role.
 
     Attributes:
-        role: `"target"`, `"general"` or `"other"`; `"model"` for a metric that is not of pictures.
+        role: `"target"`, `"general"` or `"other"`; `"model"` for a metric that is not computed from pictures.
         metric: One of `METRICS`.
-        before: Value of the unedited model; for distances between sets, the distance between two sets of seeds. Empty
-            for distances between pictures of one seed.
+        before: Value of the unedited model. For distances between sets, the distance between two sets of seeds; for
+            distances between pictures of one seed, empty.
         after: Value of the edited model.
         change: Mean of after minus before per picture, where both are means over the same pictures.
     """
@@ -73,8 +73,8 @@ class Measures:
     def aliases(self) -> dict[str, Interval]:
         """Return `clip_accuracy` under the names of EasyEdit: shares of pictures with the intended result.
 
-        `reliability` is the share of target prompts, `generality` that of other wordings, whose pictures are closer to
-        the replacement; `locality` is the share of all other prompts whose pictures are closer to their own text.
+        `reliability` is the share of target pictures that are closer to the replacement, `generality` the same share
+        for other wordings. `locality` is the share of all other pictures that are closer to the text of their prompt.
         """
         shares = {row.role: row.after for row in self.rows if row.metric == "clip_accuracy"}
         names = {"reliability": "target", "generality": "general", "locality": "other"}

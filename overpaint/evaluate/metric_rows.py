@@ -21,7 +21,7 @@ METRICS = (
     *metrics.CLIP_SCALES, "clip_accuracy", "judge_accuracy", "kid", "kid_p", "fid", "psnr", "ssim", "perceptual",
     "empty_drift",
 )  # fmt: skip
-SHARES = ("clip_accuracy", "judge_accuracy")  # means of verdicts, 0 or 1
+SHARES = ("clip_accuracy", "judge_accuracy")  # means of values that are 0 or 1
 SET_METRICS, PAIR_METRICS = ("kid", "kid_p", "fid"), ("psnr", "ssim", "perceptual")
 EMPTY = Interval(float("nan"), float("nan"), float("nan"), 0)
 _MAXIMUM_PSNR = 100.0  # dB, for equal pictures

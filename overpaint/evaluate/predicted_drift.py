@@ -2,8 +2,8 @@ r"""Drift of unrelated concepts, predicted from text features before any picture
 
 A change of a text encoder also moves the features of prompts that it was not made for. The drift of a concept is
 :math:`\|E'(p) - E(p)\| / \|E(p) - E(\text{""})\|` over the prompts `p` of the concept, with the encoder before, `E`,
-and after, `E'`. Guidance follows the difference of a prompt to the empty prompt, so this is the changed share of the
-UNet's condition. The report compares it with the loss that the scorer measures.
+and after, `E'`. Guidance follows the difference of a prompt to the empty prompt, so this is the relative change of
+the UNet's condition. The report compares it with the loss that the scorer measures.
 """
 
 from collections.abc import Mapping, Sequence

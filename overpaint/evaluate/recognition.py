@@ -84,7 +84,7 @@ def compare(
     concept, target = _concepts(changes, erase, replace)
     check_size(
         scorer, model
-    )  # before its labels: they are of no use for pictures that it cannot read
+    )  # first, because labels are useless for pictures that the scorer cannot read
     kind, label = parse_concept(concept, scorer.labels)
     questions = build_questions(
         kind, label, labels=scorer.labels, held_out=model.held_out, size=size, seed=seed

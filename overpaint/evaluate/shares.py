@@ -65,7 +65,7 @@ class Tally:
         }
 
     def _recognised_as(self, after: Labels, label: str, role: str) -> Paired:
-        """Return the share of the pictures with `role` that have the label; of none if `label` is empty."""
+        """Return the share of the pictures with `role` that have the label; without pictures if `label` is empty."""
         rows = [i for i, q in enumerate(self.questions) if q.role == role and label]
         return self._paired(
             rows,
@@ -76,9 +76,9 @@ class Tally:
     def _correct(
         self, after: Labels, kind: str, roles: Collection[str], *, only: str = ""
     ) -> Paired:
-        """Return the share of the pictures with `roles` whose label of `kind` is that in the prompt.
+        """Return the share of the pictures with `roles` that have the label of `kind` in their prompt.
 
-        Prompts that name no label of `kind`, or another than `only`, do not count.
+        Prompts without a label of `kind`, or with another label than `only`, are not counted.
         """
         expected = [q.label(kind) for q in self.questions]
         rows = [i for i, q in enumerate(self.questions) if q.role in roles and expected[i]]

@@ -31,7 +31,7 @@ class NoiseTarget:
 def noise_targets(
     model: TextToImage, prompts: Sequence[str], *, steps: int, guidance_scale: float, seed: int
 ) -> list[NoiseTarget]:
-    """Return what the unedited model predicts at each step of each prompt, step by step.
+    """Return the noise that the unedited model predicts for each prompt at each step, in the order of the steps.
 
     Args:
         model: The unedited model.

@@ -17,7 +17,7 @@ from torch import Tensor
 __all__ = ["LIMIT", "SMALLEST", "load_picture"]
 
 LIMIT = 60_000_000  # pixels
-SMALLEST = 8  # pixels a side
+SMALLEST = 8  # pixels of a side
 
 
 def load_picture(image: Any, name: str) -> Tensor:
@@ -65,7 +65,7 @@ _FORMATS = (
     "BMP",
     "GIF",
     "PPM",
-)  # readers of these start no other program
+)  # Pillow's readers of these formats start no other program
 
 
 def _from_file(path: Path, name: str) -> Tensor:

@@ -1,4 +1,4 @@
-r"""Inputs of the denoiser: an initial flow, the cost around it, and channels that tell how reliable it is.
+r"""Inputs of the denoiser: an initial flow, the cost around it, and channels with its reliability.
 
 The diffused variable is the flow divided by the side of its grid, so that 1 is the whole picture at any size.
 

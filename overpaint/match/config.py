@@ -16,9 +16,7 @@ _LARGEST = {
 class Config:
     """Sizes and switches of a matcher; the defaults are those of the shipped one."""
 
-    image: int = (
-        256  # side that both pictures are resized to, whatever their aspect; a multiple of 32
-    )
+    image: int = 256  # side of the square that both pictures are resized to; a multiple of 32
     grid: int = 32  # side of the coarse flow; an eighth of `image`
     channels: tuple[int, ...] = (48, 80, 128)  # of the coarse U-Net's levels; multiples of `groups`
     layers: int = 1  # ResNet blocks in a level of the coarse U-Net

@@ -64,7 +64,7 @@ class Match:
             standard deviation of a uniform distribution over `image_a`.
         warped: `image_a` warped onto `image_b`'s grid, RGB in [0, 1], shape (3, H, W); black outside of `image_a`.
         inside: Where the flow points to a point within `image_a`, bool, shape (H, W).
-        consistency: Distance in pixels between each pixel and where both flows lead, forth and back, shape (H, W);
+        consistency: Forward-backward error: distance in pixels from each pixel to its image under both flows, (H, W);
             `None` unless `cycle` was set.
         protocol: Settings: sizes (height, width), samples, steps, seed and so on.
     """
@@ -201,7 +201,7 @@ def dense(
         samples: Hypotheses, whose mean is the flow; from 2 on their spread is the uncertainty.
         steps: Denoising steps, at most the number of noise levels that the matcher was trained with.
         seed: Seed of the noise that the hypotheses start from.
-        reinit: How often to repeat the coarse stage around the mean of its hypotheses.
+        reinit: Number of times that the coarse stage is repeated around the mean of its hypotheses.
         refine: Refine the flow by optical flow on pictures of up to 1,024 pixels a side, and compare the hypotheses
             after refining them too.
         cycle: Match in both directions and return their consistency. Takes twice as long.

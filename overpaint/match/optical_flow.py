@@ -1,7 +1,7 @@
 """Refine a flow by optical flow on the pictures themselves.
 
 The source is warped by the flow, and the optical flow from the target to the warped source is added to the flow. The
-matcher's coarse grid decides which object corresponds to which, the optical flow localises it to less than a cell.
+matcher finds the corresponding object on a coarse grid; the optical flow gives its position to less than a cell.
 
 Source: Kroeger et al., 2016 (DIS optical flow), https://arxiv.org/abs/1603.03590, OpenCV's implementation.
 Deviations: the combination is ours; neither paper refines a matcher by optical flow.

@@ -88,7 +88,7 @@ def paired(
     old, new = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     if old.shape != new.shape:
         raise ValueError(
-            f"`before` and `after` must pair up, got shapes {old.shape} and {new.shape}: "
+            f"`before` and `after` must have the same length, got shapes {old.shape} and {new.shape}: "
             "score both runs on the same prompts and seeds."
         )
     return bootstrap(
@@ -194,7 +194,7 @@ def spearman(first: ArrayLike, second: ArrayLike) -> float:
             f"`first` and `second` must be finite rows of one length, got shapes {a.shape} and "
             f"{b.shape}: leave out values without a partner."
         )
-    if a.size < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:  # scipy would warn
+    if a.size < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:  # scipy would warn about these rows
         return float("nan")
     stats: Any = import_module("scipy.stats")  # late because it is slow, and untyped
     return float(stats.spearmanr(a, b).statistic)

@@ -116,7 +116,7 @@ def _is_encoder(folder: Path) -> bool:
 
 
 def _architecture(folder: Path) -> str | None:
-    """Return the class that the `config.json` of a folder names."""
+    """Return the class that is named in the `config.json` of a folder."""
     try:
         config = files.from_json((folder / "config.json").read_bytes())
         names = config.get("architectures") or [config.get("_class_name")]
@@ -128,7 +128,7 @@ def _architecture(folder: Path) -> str | None:
 def _open_encoder(
     folder: Path, *, dtype: torch.dtype | None, device: torch.device
 ) -> PipelineFolder:
-    """Return a text encoder alone, with the tokenizer in the folder beside it."""
+    """Return a text encoder alone, with the tokenizer in the folder next to it."""
     from transformers import CLIPTokenizer
 
     folder = folder.resolve()

@@ -18,7 +18,7 @@ from overpaint.model.quiet import quiet
 
 __all__ = ["PipelineFolder", "stored_dtype"]
 
-_LOCK = threading.RLock()  # of the module: a lock in an object could not be copied
+_LOCK = threading.RLock()  # one lock for the module, because an object with a lock cannot be copied
 _DTYPES = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
@@ -42,7 +42,7 @@ class PipelineFolder:
         device: torch.device,
         dtype: torch.dtype | None,
     ) -> None:
-        """Keep `pipe`, whose parts are on the meta device, and the weight `files` of each part."""
+        """Store `pipe`, whose parts are on the meta device, and the weight `files` of each part."""
         self._pipe = pipe
         self._files = dict(files)
         self._pending = set(files)

@@ -79,7 +79,7 @@ class Site:
 def find(model: HasParts) -> tuple[Site, ...]:
     """Return all sites of `model` in execution order: those of each text encoder, then the UNet's.
 
-    The parts of a model from a folder are not loaded for it.
+    No weights are loaded for this if the model was opened from a folder.
     """
     parts = getattr(model, "structure", model)
     texts = find_texts(parts.text_encoders)
@@ -143,7 +143,7 @@ def find_unet(unet: Module) -> tuple[Site, ...]:
 
 
 def get(model: HasParts, name: str) -> Site:
-    """Return the site called `name`.
+    """Return the site named `name`.
 
     Raises:
         UnknownSite: `model` has no such site.

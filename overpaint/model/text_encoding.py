@@ -25,7 +25,7 @@ def text_features(
     Args:
         encoders: The text encoders, one or two.
         ids: Token ids for each of them, shape (N, L), on its device.
-        clip_skip: Number of layers before these states that are left out, as in diffusers. With one encoder the final
+        clip_skip: Number of layers before these states that are not used, as in diffusers. With one encoder the final
             layer norm is applied to the earlier state. The pooled output is always that of the last layer.
 
     Source: Podell et al., 2023 (SDXL), https://arxiv.org/abs/2307.01952, section 2.1.

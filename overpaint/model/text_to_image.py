@@ -1,7 +1,7 @@
 """TextToImage: a text-to-image model, its parts, and generation of pictures.
 
-The diffusers pipeline is `model.pipe`; its `__call__`, safety checker and progress bars are not used. Of a pipeline
-that was opened from a folder, each part is loaded when it is first used.
+The diffusers pipeline is `model.pipe`; its `__call__`, safety checker and progress bars are not used. If the model was
+opened from a folder, each part is loaded when it is first used.
 """
 
 import math
@@ -107,7 +107,7 @@ class TextToImage:
         )
 
     def components(self) -> dict[str, Any]:
-        """Return the parts of the pipeline by name, for their classes and settings; no weights are loaded for it."""
+        """Return the parts of the pipeline by name, to read their classes and settings; no weights are loaded."""
         names = (
             "text_encoder", "text_encoder_2", "unet", "vae", "tokenizer", "tokenizer_2", "scheduler",
         )  # fmt: skip
@@ -164,7 +164,7 @@ class TextToImage:
 
     @property
     def device(self) -> torch.device:
-        """Device of the UNet's weights, of the text encoder's if there is no UNet."""
+        """Device of the UNet's weights; if there is no UNet, of the text encoder's."""
         part = "text_encoder" if self.structure.unet is None else "unet"
         if self.folder is not None and not self.folder.is_loaded(part):
             return self.folder.device
@@ -172,7 +172,7 @@ class TextToImage:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the UNet's weights, of the text encoder's if there is no UNet."""
+        """Dtype of the UNet's weights; if there is no UNet, of the text encoder's."""
         part = "text_encoder" if self.structure.unet is None else "unet"
         if self.folder is not None and not self.folder.is_loaded(part):
             return self.folder.dtype_of(part)
@@ -259,7 +259,7 @@ class TextToImage:
         scheduler: Any = None,
         size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Return the start noise of each seed, shape (N, C, h, w), scaled by the scheduler's `init_noise_sigma`.
+        """Return the initial noise of each seed, shape (N, C, h, w), scaled by the scheduler's `init_noise_sigma`.
 
         Each row is drawn with its own CPU generator, so that it depends neither on other rows nor on the device.
 
@@ -341,12 +341,13 @@ class TextToImage:
     ) -> Pictures:
         """Return one picture for each prompt.
 
-        A picture depends only on its prompt and seed: not on the other prompts, and up to 1e-4 not on `batch_size`.
+        A picture depends only on its prompt and seed, not on the other prompts. A change of `batch_size` changes its
+        numbers by up to 1e-4.
 
         Args:
             prompts: N prompts, or one.
-            negative_prompt: One for all prompts, or one for each: its features take the place of the empty prompt's in
-                the guidance. As in diffusers, `clip_skip` does not apply to it.
+            negative_prompt: One for all prompts, or one for each; the guidance uses its features instead of the empty
+                prompt's. As in diffusers, `clip_skip` does not apply to it.
             seed: One for all prompts, or one for each prompt.
             steps: Number of denoising steps.
             guidance_scale: Weight of the prompt against the negative prompt; by default the model's.

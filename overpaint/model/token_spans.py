@@ -84,7 +84,7 @@ def _normalised(tokenizer: Any, text: str) -> str:
 
 
 def _with_places(tokenizer: Any, prompt: str) -> tuple[str, list[int]]:
-    """Return `prompt` normalised, and the place in `prompt` of each of its characters and of its end.
+    """Return `prompt` normalised, and for each character of it and for its end, the index in `prompt`.
 
     Each letter is normalised together with the accents that follow it.
     """

@@ -1,8 +1,8 @@
 """Probes from a user's files: CSV files as erasure benchmarks use them, and TOML tables like the package's.
 
 The CSV files of the erasure benchmarks have the columns `case_number,prompt,evaluation_seed` and one row for each
-picture. They do not say which words carry the attribute, so a column `concept` (or `subject`) or the argument
-`concept` must.
+picture. They do not contain the words that carry the attribute, so a column `concept` (or `subject`) or the
+argument `concept` must give them.
 """
 
 import csv
@@ -32,7 +32,7 @@ def load_file(path: str | Path, *, kind: str, concept: str | None = None) -> tup
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file, or a line whose number is in the message, does not have the expected form.
+        ValueError: The file or a line does not have the expected form; the message gives the line number.
     """
     path = Path(path)
     if not path.is_file():
@@ -99,7 +99,7 @@ def csv_rows(path: Path, text: str, *, need: str = "") -> Iterator[tuple[int, di
         need: A column that must be there.
 
     Raises:
-        ValueError: A column is missing, or a line, whose number is in the message, is malformed.
+        ValueError: A column is missing, or a line is malformed; the message gives the line number.
     """
     head = csv_columns(path, text)
     reader = csv.reader(text.splitlines(keepends=True), strict=True)

@@ -19,7 +19,10 @@ from overpaint.trace import Effects, plot
 
 __all__ = ["SOURCES", "predicted", "text_charts", "unet_charts"]
 
-_JUDGE, _COSINE = "icons-judge", {"count", "viewpoint"}  # the judge, and the kinds without a head
+_JUDGE, _COSINE = (
+    "icons-judge",
+    {"count", "viewpoint"},
+)  # name of the judge, and the kinds of probes for which it has no head
 SOURCES = {"clean_trajectory": "clean trajectory", "same_latent": "same latent (control)"}
 
 

@@ -1,4 +1,4 @@
-"""Predicted drift beside the loss that the scorer measured."""
+"""Predicted drift compared with the loss that the scorer measured."""
 
 from collections.abc import Mapping, Sequence
 

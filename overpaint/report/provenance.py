@@ -1,4 +1,4 @@
-"""The protocol of each part of the page, and a warning if the parts are of different changes."""
+"""The protocol of each part of the page, and a warning if the parts belong to different changes."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ def facts(run: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> lis
 
 
 def differing(parts: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return a warning if the parts are of different changes, else `""`; parts without a digest are ignored."""
+    """Return a warning if the parts belong to different changes, else `""`; parts without a digest are ignored."""
     digests = {name: str(p[DIGEST]) for name, p in parts.items() if p.get(DIGEST)}
     if len(set(digests.values())) < 2:
         return ""

@@ -1,7 +1,7 @@
 """A CLIP with linear classification heads on its image tower.
 
-The judge `icons-judge` ships with the package. It had no part in the training of `icons`, so its labels for the
-pictures of that model are independent evidence.
+The judge `icons-judge` ships with the package. It was not used to train `icons`, so its labels for the pictures of that
+model are independent of it.
 """
 
 from collections.abc import Sequence
@@ -196,7 +196,7 @@ def _check_heads(heads: Any, labels: dict[str, tuple[str, ...]], width: int) -> 
 
 
 def _label(probe: Scorable, kind: str, names: Sequence[str]) -> str | None:
-    """Return the label of the head `kind` for the probe's concept; `None` if it has none."""
+    """Return the label of the head `kind` for the probe's concept; `None` if the head has no such label."""
     if probe.kind != kind and not (
         kind == "object" and probe.kind in ("action", "fact", "trademark")
     ):

@@ -56,7 +56,7 @@ class Classifier(Protocol):
 class FeatureScorer(Protocol):
     """A scorer with image and text features, as `evaluate.measure` and `evaluate.attack` need it.
 
-    Both `Judge` and `Clip` are. One that also has `labels` and `classify` is used as a `Classifier` too.
+    `Judge` and `Clip` are such scorers. A scorer with `labels` and `classify` is also used as a `Classifier`.
     """
 
     name: str
@@ -89,9 +89,9 @@ class Draws(Protocol):
 
 
 def scorer_name(scorer: Any) -> str:
-    """Return the scorer's `name`, of a method that of its object, else the function's name; `"none"` for `None`.
+    """Return the name of a scorer: its `name`, or that of the object of a method, or the name of a function.
 
-    Of a scorer from a folder it is the folder's name without its path.
+    For a scorer from a folder it is the folder's name without its path, and for `None` it is `"none"`.
     """
     if scorer is None:
         return "none"
