@@ -77,7 +77,8 @@ def perceptual(layers_a: Sequence[Tensor], layers_b: Sequence[Tensor]) -> Tensor
     shapes_a, shapes_b = ([tuple(x.shape) for x in layers] for layers in (layers_a, layers_b))
     if not shapes_a or shapes_a != shapes_b or any(len(s) != 3 for s in shapes_a):
         raise ValueError(
-            f"layers must pair up as (B, P, D), got {shapes_a} and {shapes_b}: give both pictures to one network."
+            f"layers must have the same shapes (B, P, D), got {shapes_a} and {shapes_b}: "
+            "pass both pictures through one network."
         )
     total = torch.zeros(shapes_a[0][0], dtype=torch.float64)
     for a, b in zip(layers_a, layers_b, strict=True):
@@ -89,7 +90,7 @@ def perceptual(layers_a: Sequence[Tensor], layers_b: Sequence[Tensor]) -> Tensor
 def _pairs(images_a: Tensor, images_b: Tensor) -> tuple[Tensor, Tensor]:
     if images_a.ndim != 4 or images_a.shape != images_b.shape:
         raise ValueError(
-            f"pictures must pair up as (B, 3, H, W), got {tuple(images_a.shape)} and {tuple(images_b.shape)}: draw "
-            "both from the same prompts and seeds."
+            f"pictures must have the same shape (B, 3, H, W), got {tuple(images_a.shape)} and "
+            f"{tuple(images_b.shape)}: draw both from the same prompts and seeds."
         )
     return images_a.double(), images_b.double()

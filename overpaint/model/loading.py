@@ -36,8 +36,8 @@ def load(
             folder beside it, a hub id (`"owner/name"`), or a live `StableDiffusionPipeline` or
             `StableDiffusionXLPipeline`, which is used as it is: `device` and `dtype` are then ignored.
         device: Device of the weights.
-        dtype: Dtype of the weights in memory, whatever it is on disk: `"float16"`, `torch.float16` and so on; as they
-            are stored if `None` or `"stored"`.
+        dtype: Dtype of the weights in memory: `"float16"`, `torch.float16` and so on. If `None` or `"stored"`, the
+            dtype of the files.
         clip_skip: Number of last layers of the text encoders that are left out, as in diffusers. Encoding, tracing and
             editing then use the layer that the UNet reads. By default that of the folder's settings, or 0.
 
@@ -69,7 +69,7 @@ def load(
 
 
 def check_device(device: str | torch.device) -> torch.device:
-    """Return the torch device called `device`.
+    """Return the torch device named `device`.
 
     Raises:
         ValueError: There is no such device on this machine.

@@ -4,7 +4,7 @@ Every format is read into cases. A case is a prompt, its role, and two texts; a 
 picture of the prompt is closer to.
 
 target   the prompt names the edited concept
-general  the same in other words, or a consequence of the edit
+general  the prompt names the concept in other words, or a consequence of the edit
 other    the picture should not change
 
 A case of the first two roles succeeds if its picture is closer to `new` than to `old`; a case of the last succeeds if
@@ -14,7 +14,7 @@ its picture is closer to `old`.
 |---|---|---|
 | `ablation` | `.txt`, one prompt a line | Concept Ablation's evaluation prompts; the texts are "A photo depicts ..." |
 | `csv` | `.csv` with `prompt`, also `case_number`, `evaluation_seed`, `artist`, `class` | ESD's and UCE's prompts |
-| `timed` | `.csv` with `old,new,positive1,gt1,...,negative1,gn1,...` | TIMED: one edit a row |
+| `timed` | `.csv` with `old,new,positive1,gt1,...,negative1,gn1,...` | TIMED: one edit in each row |
 | `road` | `.csv` with `prompt,old,new,positive1,positive_old1,positive_new1,...,negative1,negative_new1,...` | RoAD |
 | `table` | `.toml` like `overpaint/probes/evaluation.toml` | templates and the words for their slots |
 
@@ -42,7 +42,7 @@ FORMS = ("ablation", "csv", "timed", "road", "table")
 ROLES = ("target", "general", "other")
 _SHIPPED = Path(__file__).parent / "evaluation.toml"
 _CONCEPT_COLUMNS = ("concept", "subject", "artist", "class", "object", "profession")
-_COLUMNS = {  # of the forms with one edit a row, for each role: prompt, text before, text after
+_COLUMNS = {  # of the forms with one edit in each row, for each role: prompt, text before, text after
     "timed": (("old", "old", "new"), ("positive{}", "positive{}", "gt{}"), ("negative{}", "negative{}", "gn{}")),
     "road": (
         ("prompt", "old", "new"),
@@ -149,7 +149,8 @@ def load_set(
 
     Args:
         path: The file.
-        erase: The edited concept. In a file with one edit a row it selects the row: `old` equals it or contains it.
+        erase: The edited concept. In a file with one edit in each row, it selects the row: `old` equals
+            or contains it.
         replace: The concept that replaces it, if the file does not state one.
         kind: Kind of the concept: with `"style"` the texts of the form `ablation` end in "style".
         form: One of `FORMS`; by default derived from the file's suffix and columns.
@@ -233,7 +234,7 @@ def _ablation_cases(prompts: Iterable[str], erase: str, replace: str, kind: str)
 def _csv_cases(
     path: Path, rows: Sequence[tuple[int, Mapping[str, str]]], erase: str, replace: str
 ) -> Iterable[Case]:
-    """Yield the cases of ESD and UCE: one picture a row; a column may state its concept."""
+    """Yield the cases of ESD and UCE: one picture in each row; a column may give its concept."""
     for line, row in rows:
         prompt = row.get("prompt", "")
         if not prompt:

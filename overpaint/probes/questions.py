@@ -38,8 +38,8 @@ __all__ = [
 KINDS = ("style", "object", "color")
 ROLES = ("target", "unseen", "held out", "other", "other held out", "plain")
 
-# Wordings by (names a style, is reserved for generality). None begins with the concept: a causal encoder reads such a
-# prompt, up to there, as the bare concept, which edits are fitted to and preserve lists contain.
+# Wordings by (names a style, is reserved for generality). No wording begins with the concept, because the features of
+# such a prompt at the concept are those of the bare concept, which edits fit and preserve lists contain.
 _WORDINGS = {
     (True, False): (
         "{a} {object} in {style} style",
@@ -133,7 +133,7 @@ def build(
         erase: Its label.
         labels: The classifier's labels, by kind.
         held_out: (object, style) pairs that training never showed.
-        size: Questions for each concept of the kind; half as many are unseen or plain.
+        size: Number of questions for each concept of the kind; the roles unseen and plain have half as many.
         others: Largest number of other concepts of the kind.
         seed: Seed of the objects, colors and latents.
 
@@ -290,5 +290,5 @@ def family(name: str) -> str:
 
 
 def is_sign(name: str) -> bool:
-    """Return whether a label is a person, flag or logo: these are drawn in no style, or in poses."""
+    """Return whether a label is a person, flag or logo, which prompts name without a style."""
     return bool(family(name))

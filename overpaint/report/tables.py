@@ -66,7 +66,7 @@ class Tile:
 
 
 def tiles(scores: Scores | None, edit_seconds: float | None) -> list[Tile]:
-    """Return the headline figures of one method, with intervals, and the duration of the edit; each if known."""
+    """Return the headline figures of one method with intervals, and the duration of the edit if it is known."""
     tiles: list[Tile] = []
     if scores is not None:
         for name, pair in (
@@ -92,7 +92,7 @@ def tiles(scores: Scores | None, edit_seconds: float | None) -> list[Tile]:
 
 
 def endangered(report: Mapping[str, Any]) -> Table | None:
-    """Return the concepts that an automatic edit protected, largest drift first; `None` if there are none.
+    """Return a table of the concepts that an automatic edit preserved, largest drift first; `None` if there are none.
 
     Args:
         report: Report of the change.
@@ -115,8 +115,8 @@ def endangered(report: Mapping[str, Any]) -> Table | None:
         else ""
     )
     caption = (
-        "Concepts that the edit would have moved too far, with their drift without and with protection: the squared "
-        f"movement of a caption, as a share of the movement that the edit asks for.{more}"
+        "Concepts that the edit would have moved too far, with their drift without and with preserving: the squared "
+        f"movement of a caption, as a share of the requested movement.{more}"
     )
     return Table(
         "Protected concepts", caption, ("Concept", "Drift unprotected", "Drift", "Weight"), rows

@@ -1,4 +1,4 @@
-"""Headline of a trace: one sentence, computed from the effects, of what the map can show and what its control shows."""
+"""Headline of a trace: one sentence about significance and the control, computed from the effects."""
 
 import math
 
@@ -7,19 +7,19 @@ from overpaint.trace import Effects, states
 __all__ = ["headline"]
 
 _AS_STRONG = (
-    0.9  # share of the trained encoder's largest value from which a control is called as strong
+    0.9  # a control is as strong if it reaches this share of the trained encoder's largest value
 )
 
 
 def headline(effects: Effects) -> str:
-    """Return one sentence: how many states are causal or how many prompts that takes, and how strong the control is."""
+    """Return one sentence: the number of causal states, or of prompts needed to find one, and the control's effect."""
     clauses = [clause for clause in (_causal(effects), _control(effects)) if clause]
     sentence = "; ".join(clauses)
     return f"{sentence[:1].upper()}{sentence[1:]}." if sentence else ""
 
 
 def prompts_needed(family: int, alpha: float, *, split: bool) -> int:
-    """Return how many prompts a trace needs so that one of `family` states can be called causal.
+    """Return the number of prompts that a trace needs so that one of `family` states can be causal.
 
     A sign-flip test of P prompts has p-values of at least 2^-P, and Holm's correction multiplies the smallest by the
     number of states.
@@ -58,7 +58,7 @@ def _causal(effects: Effects) -> str:
 
 
 def _control(effects: Effects) -> str:
-    """Return how strong the untrained encoder is beside the trained one; empty without that control."""
+    """Return a clause that compares the untrained encoder with the trained one; empty without that control."""
     values = ("embed_recovery", "indirect_effect")
     for value in values:
         means = [effects.mean(value, control=c)["mean"].to_pylist() for c in ("", "untrained")]
