@@ -1,4 +1,4 @@
-"""Add, scale and separate changes of several concepts, each time by one joint solve.
+"""Add changes, scale a change, or remove a concept from it; concepts are solved jointly.
 
 A closed-form edit depends on its keys, residuals and preserve terms alone, and all of them add up. So a change that
 stores them can be solved again together with another one, without the model, and the order does not matter. Applying
@@ -37,7 +37,7 @@ _EQUAL = ("ridge", "positions", "subtract_bias")  # settings that added changes 
 
 
 def add(first: Contents, second: Contents) -> Contents:
-    """Return `first + second`: all their concepts, solved jointly. The order changes no byte.
+    """Return `first + second`: all their concepts, solved jointly. The bytes do not depend on the order.
 
     A concept that both send to the same target counts once. Preserve terms that are equal count once, and those of
     different prompts add up: a prompt on both lists then counts twice, which `stack` avoids.
@@ -80,7 +80,7 @@ def scale(change: Contents, factor: float) -> Contents:
         ValueError: `factor`, or the strength of a concept that results, is not finite or beyond 100.
     """
     check_strength(factor)
-    left = float(factor != 0)  # at 0 the left factor is zero, so that no row moves
+    left = float(factor != 0)  # at 0 the left factor is zero, and no row moves
     movements = [
         dataclasses.replace(m, left=m.left * left, right=m.right * factor, residual_data=m.residuals * factor)
         for m in change.movements
@@ -114,7 +114,7 @@ def check_strength(factor: float) -> None:
 
 
 def without(change: Contents, concept: str) -> Contents:
-    """Return `change` without `concept` and its aliases, solved again for the others; preserved prompts stay so.
+    """Return `change` without `concept` and its aliases, solved again for the others; preserved prompts remain.
 
     Raises:
         ValueError: The change has no such concept or no other, contains nothing that was solved, or lacks its preserve
@@ -257,7 +257,7 @@ def _have_same_base(a: Movement, b: Movement) -> bool:
 
 
 def _wider_base(a: Movement, b: Movement) -> Movement:
-    """Return `a` or `b`, the one whose base is not a cast of the other's."""
+    """Return the movement whose base is not a cast of the other's base."""
     return b if a.base_hash != b.base_hash and a.base_hash in b.casts else a
 
 

@@ -28,8 +28,8 @@ class _Record:
     """One change applied to one weight.
 
     Attributes:
-        digest: Of the change.
-        original: The weight before.
+        digest: Digest of the change.
+        original: The weight before the change.
         result: `fingerprint` of the weight after.
         everywhere: All weights of the change with their records; shared by these records.
     """
@@ -75,7 +75,7 @@ def revert(model: TextToImage, movements: Sequence[Movement], digest: str) -> No
     depths = [len(_stack(parameter)) - 1 for parameter in parameters]
     try:
         _restore(parameters, records, depths)
-    except BaseException:  # Ctrl-C between two weights: finish, so that none stays moved
+    except BaseException:  # after Ctrl-C between two weights, restore the others too
         _restore(parameters, records, depths)
         raise
 
@@ -140,7 +140,7 @@ def _check_last(digest: str, site: str, parameter: nn.Parameter, name: str) -> N
         )
     if fingerprint(parameter) != stack[-1].result:
         raise ValueError(
-            f"{site} of {name!r} is not as this change left it, something else wrote to it: to discard that too, "
+            f"{site} of {name!r} was modified after this change was applied: to discard that modification too, "
             "load the model again."
         )
 
@@ -157,7 +157,9 @@ def _finite(movement: Movement, parameter: nn.Parameter) -> Tensor:
 
 @one_thread()
 def _is_finite(tensor: Tensor) -> bool:
-    ends = torch.stack(tensor.aminmax()) if tensor.numel() else tensor  # NaN is both least and most
+    ends = (
+        torch.stack(tensor.aminmax()) if tensor.numel() else tensor
+    )  # NaN is both the minimum and the maximum
     return bool(torch.isfinite(ends).all())
 
 

@@ -148,7 +148,7 @@ def extended_pair(pair: Pair, old: str, known: Sequence[str]) -> Pair:
     """Return the pair with positions from the first token that differs to the last pad; pads keep their positions.
 
     Where the old concept begins with one of `known` ("apple" of "apple logo"), the positions start at the last token of
-    the old concept: up to there a causal encoder gives both the same states.
+    the old concept, because a causal encoder gives both concepts the same states before it.
     """
     first, second = pair.old, pair.new
     start, end = first.first, len(first.ids) - 1
@@ -188,7 +188,7 @@ def preserved_captions(
 ) -> list[tuple[Sequence[str], float]]:
     """Return groups of preserved captions with their weights.
 
-    Of the background, every second caption is returned, since a repair takes longer for each caption.
+    Only every second caption of the background is returned, because a repair takes time for each caption.
     """
     background, *concepts = terms
     weight = background["weight"]

@@ -1,8 +1,8 @@
 """Captions of concepts, the tokens of a concept in them, and the inputs of a layer at these tokens.
 
 Captions are tokenised in one call, and the text encoder runs no further than the requested layer. Before the first
-attention the state of a token depends on the token and its position alone, so there each distinct pair is projected
-once.
+attention, the state of a token depends only on the token and its position, so each distinct pair of both is projected
+only once there.
 """
 
 from collections.abc import Mapping, Sequence
@@ -59,7 +59,7 @@ class Caption:
     Attributes:
         text: The caption.
         ids: Its padded token ids, shape (L,).
-        first: Position of the concept's first token; for an empty concept that of the token before its place.
+        first: Position of the concept's first token; for an empty concept, of the token before it.
         last: Position of the concept's last token; for an empty concept the same as `first`.
         eos: Position of the end-of-text token.
     """
@@ -120,7 +120,7 @@ def check_frames(frames: Sequence[str]) -> None:
     """
     if isinstance(frames, str) or not frames:
         raise TypeError(
-            "`frames` is a list of captions, got one text or none: write [''] for the bare concept."
+            "`frames` must be a list of captions, got one text or none: write [''] for the bare concept."
         )
 
 
@@ -210,9 +210,9 @@ def captions(
 def _spans(
     tokenizer: Any, texts: Sequence[str], characters: Sequence[tuple[int, int]]
 ) -> list[Span]:
-    """Return `span_at` of the characters of each text, from one call of the tokenizer; `span_at` raises the errors.
+    """Return the token span of the characters of each text, from one call of the tokenizer. Raises as `span_at`.
 
-    For no characters it is the position of the token before them.
+    An empty range of characters has the position of the token before it.
     """
     if not getattr(tokenizer, "is_fast", False):
         return [span_at(tokenizer, t, *part) for t, part in zip(texts, characters, strict=True)]
@@ -238,7 +238,7 @@ def layer_inputs(model: TextToImage, site: str, ids: Tensor) -> Tensor:
     """Return the inputs of the text projection `site` for token ids, on the CPU in float32.
 
     Args:
-        model: Not changed; no hook stays.
+        model: The model; it is not changed, and no hook is left on it.
         site: `text.<layer>.self_attn.<q, k, v or out>_proj`, or of `text2`.
         ids: Padded token ids, shape (B, L); equal rows are encoded once.
 
@@ -265,7 +265,7 @@ def read_layer(model: TextToImage, site: str, ids: Tensor) -> tuple[Tensor, Tens
     """Return `layer_inputs` of the distinct rows of token ids, and the index of each row among them.
 
     Args:
-        model: Not changed; no hook stays.
+        model: The model; it is not changed, and no hook is left on it.
         site: As in `layer_inputs`.
         ids: Padded token ids, shape (B, L).
 
@@ -288,7 +288,7 @@ def read_layer(model: TextToImage, site: str, ids: Tensor) -> tuple[Tensor, Tens
         if len(inputs) != 1 or inputs[0].shape[:2] != batch.shape:
             raise UnsupportedModel(
                 f"the text encoder did not call {site} once on the whole batch, so its inputs are unknown: use a "
-                "plain `CLIPTextModel`, neither compiled nor fused."
+                "plain `CLIPTextModel` that is not compiled and not fused."
             )
         read.append(inputs[0].cpu())
     return torch.cat(read), rows
@@ -317,7 +317,7 @@ class _EachTokenOnce(TorchFunctionMode):
 
 
 def gather(inputs: Tensor, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    """Return the keys and the inputs whose outputs are their targets, both of shape (N, D_in).
+    """Return the keys, and for each key the input that has its target as output, both of shape (N, D_in).
 
     Args:
         inputs: Inputs of the layer for old and new captions in turn, shape (2 P, L, D_in); more rows are ignored.
@@ -329,7 +329,7 @@ def gather(inputs: Tensor, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
 
 
 def aligned_rows(pairs: Sequence[Pair], rows: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Return the rows of the keys and of the inputs of their targets in flattened captions, shapes (N,).
+    """Return the rows of the keys and of their targets' inputs in flattened captions, shapes (N,).
 
     Args:
         pairs: P pairs.

@@ -1,8 +1,8 @@
 """Change: the movement of one weight or several, as data. Apply, revert, save, load, add, scale.
 
 A change stores the hash of each weight that it was made for, and `apply` refuses another weight. `revert` writes back
-the bytes that `apply` stored, see `edit.application`. A new process that loads a model saved in its edited state has no
-stored bytes to restore: load the model that the change was made for.
+the bytes that `apply` stored, see `edit.application`. If a model was saved in its edited state and is
+loaded again, there are no stored bytes to restore: load the model that the change was made for.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ __all__ = ["Change"]
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """Movements of one weight or several, made together, applied and reverted together.
+    """Movements of one or several weights, computed, applied and reverted together.
 
     `a + b` solves both jointly, with the same result in either order; `0.5 * a` moves half as far;
     `a.without("snoopy")` removes one concept. For a change of one weight, `site`, `base_hash`, `left`, `right`, `keys`
@@ -99,7 +99,7 @@ class Change:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of what the change does: equal for a change and its saved copy."""
+        """SHA-256 of the movements: equal for a change and its saved copy."""
         return digest(self.movements)
 
     def is_applied(self, model: TextToImage) -> bool:
@@ -145,7 +145,7 @@ class Change:
         return Change(*algebra.add(self.contents, other.contents))
 
     def __mul__(self, factor: object) -> "Change":
-        """Return the same movement, `factor` times as far: 0 does nothing, 1 is this change."""
+        """Return the movement times `factor`: 0 changes nothing, 1 is this change."""
         if isinstance(factor, bool) or not isinstance(factor, int | float):
             return NotImplemented
         return Change(*algebra.scale(self.contents, float(factor)))
@@ -153,7 +153,7 @@ class Change:
     __rmul__ = __mul__
 
     def without(self, concept: str) -> "Change":
-        """Return this change less one old concept, solved again; see `edit.algebra.without`."""
+        """Return this change without one old concept, solved again; see `edit.algebra.without`."""
         return Change(*algebra.without(self.contents, concept))
 
     def compact(self, *, rank: int = 16, dtype: torch.dtype = torch.float16) -> "Change":

@@ -1,6 +1,6 @@
-"""Edits of several text encoders in one change: which encoders, and one change from one for each of them.
+"""Edits of several text encoders: select the encoders, and join their changes into one change.
 
-Each encoder of SDXL is solved on its own keys. The movements stand side by side in one change.
+Each encoder of SDXL is solved on its own keys. The joined change contains the movements of all encoders.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,9 +32,9 @@ def edited_parts(model: TextToImage, encoder: str) -> tuple[str, ...]:
 def joined(model: TextToImage, changes: Mapping[str, Change]) -> Change:
     """Return one change with the movements of one change for each encoder.
 
-    The protocol's `encoder` is `"all"` or the only one, and `encoders` holds what `auto` chose for each. In the report,
-    numbers are the largest of the encoders, lists those of all, and `encoders` holds the report of each;
-    `unedited_encoders` names the encoders of the model that stay as they are.
+    The entry `encoder` of the protocol is `"all"` or the name of the only encoder; `encoders` has the settings that
+    `auto` chose for each. In the report, a number is the largest of the encoders' numbers, a list joins their lists,
+    `encoders` has the report of each, and `unedited_encoders` names the encoders that do not change.
 
     Args:
         model: The model that the changes were made for.

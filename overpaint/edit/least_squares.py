@@ -7,7 +7,7 @@ Row convention: keys :math:`K` (N, D_in) and targets :math:`V` (N, D_out) hold o
 
 Its solution moves :math:`W` by :math:`\Delta = R^\top (I + K A^{-1} K^\top)^{-1} K A^{-1}` with the residual
 :math:`R = V - K W^\top` and the prior :math:`A = \lambda I + a P^\top P`: a product of two factors of N columns and
-rows, whatever M is. Without preserved keys it is the paper's :math:`R^\top (\lambda I + K K^\top)^{-1} K`.
+rows for any M. Without preserved keys it is the paper's :math:`R^\top (\lambda I + K K^\top)^{-1} K`.
 
 The targets enter by :math:`R` alone, so weights that read the same keys share everything else: `factorise` once, then
 `solve` for each weight's residuals. Where there are more keys than D_in, the sums :math:`K^\top K` and :math:`R^\top K`
@@ -61,7 +61,7 @@ class Solution:
     Attributes:
         left: Shape (D_out, R), float64; R is N or D_in, the smaller of them.
         right: Shape (R, D_in), float64; weights with the same keys share one tensor.
-        condition_number: Of the N x N system; about 16 digits less its logarithm are correct.
+        condition_number: Condition of the N x N system; about 16 minus its decimal logarithm digits are correct.
         effective_rank: Number of directions of the keys in which the data outweigh the prior.
         orthonormal: The rows of `right` are orthonormal, as `factorise` makes them.
     """
@@ -291,7 +291,7 @@ def compress(
         u, s, vh = torch.linalg.svd(left, full_matrices=False)
     tail = (
         s.square().flip(0).cumsum(0).flip(0).sqrt()
-    )  # norm of what is lost by cutting before each direction
+    )  # norm of the part that is cut, for each number of directions kept
     rank = int((tail > tolerance * tail[:1]).sum())
     return (u[:, :rank] * s[:rank]).contiguous(), (vh[:rank] @ right).contiguous()
 
@@ -453,7 +453,7 @@ def _check_finite(named: Mapping[str, Tensor | None]) -> None:
     for name, tensor in named.items():
         if tensor is None or not tensor.numel():
             continue
-        ends = torch.stack(tensor.detach().aminmax())  # NaN is both least and most
+        ends = torch.stack(tensor.detach().aminmax())  # NaN is both the minimum and the maximum
         if not bool(torch.isfinite(ends).all()):
             raise ValueError(
                 f"`{name}` holds NaN or infinity: look for a damaged weight before editing."

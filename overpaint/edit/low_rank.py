@@ -1,4 +1,4 @@
-r"""Cut a change down to kilobytes: factors of a given rank, and few keys that lead to the same movement.
+r"""Reduce a change to kilobytes: factors of a given rank, and a few keys whose solution is the same movement.
 
 The movement :math:`\Delta` is cut to its largest singular directions in the metric of the least-squares problem,
 :math:`H = \lambda I + a P^\top P + K^\top K`: cutting :math:`\Delta H^{1/2}` increases the objective least.
@@ -8,12 +8,12 @@ residuals :math:`\alpha = R - K \Delta^\top`. So the cut movement is the solutio
 rows of :math:`\Delta A`, if the residual of each key is its output under the cut movement plus the matching
 :math:`\alpha`. The directions of that span are divided among the concepts. On its directions, the new keys of a
 concept have the same Gram matrix as its old keys. A few more keys hold the largest directions of the old keys outside
-the span, so that changes of other concepts do not move them. Solved again, alone or with other changes, these keys lead
-to the cut movement.
+the span, so that changes of other concepts do not move them. The solution for these keys, alone or with other changes,
+is the cut movement.
 
-Two simpler ways fail. Keeping the largest singular directions of the keys, which preserves :math:`K^\top K` and
-:math:`R^\top K` best, keeps what all captions share, while nearly all of the movement is elsewhere. Cutting the part of
-each concept alone fails because the parts are large and cancel.
+Two simpler methods fail. The first keeps the largest singular directions of the keys, which preserves :math:`K^\top K`
+and :math:`R^\top K` best. These directions are common to all captions, but nearly all of the movement is in other
+directions. The second cuts the movement of each concept alone; it fails because these movements are large and cancel.
 """
 
 import dataclasses

@@ -48,7 +48,7 @@ class Targets:
         return self.inputs[self.rows[places]].double() @ self.weight.T + self.bias
 
     def residuals(self) -> Tensor:
-        r"""Return :math:`R = V - K W^\top`, the targets less the present outputs, shape (N, D_out), float64."""
+        r"""Return :math:`R = V - K W^\top`, the targets minus the present outputs, shape (N, D_out), float64."""
         residuals = torch.empty(len(self.keys), len(self.weight), dtype=torch.float64)
         for start in range(0, len(residuals), _KEYS):
             block = slice(start, start + _KEYS)
@@ -131,7 +131,7 @@ class Movement:
 
     @cached_property
     def residuals(self) -> Tensor:
-        r"""Targets less the outputs of the base weight, :math:`V - K W^\top`, shape (N, D_out)."""
+        r"""Targets minus the outputs of the base weight, :math:`V - K W^\top`, shape (N, D_out)."""
         data = self.residual_data
         return data if isinstance(data, Tensor) else data.residuals()
 
@@ -167,9 +167,9 @@ class Movement:
 def _rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
     """Return float64 numbers rounded once to `dtype`, to the nearest, ties to even.
 
-    torch converts float64 to half precision by way of float32, which rounds twice. Here the float32 numbers are rounded
-    to odd: of two neighbours the one whose last bit is 1, so that the second rounding sees on which side of a tie the
-    exact number was.
+    torch converts float64 to half precision by way of float32, which rounds twice. Here float64 is
+    rounded to float32 by rounding to odd: of the two neighbours, the one with a last bit of 1 is used. The second
+    rounding can then distinguish a tie from a number beside it.
 
     Source: Boldo and Melquiond, 2008, https://doi.org/10.1109/TC.2007.70819.
     """
@@ -183,7 +183,7 @@ def _rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def digest(movements: Iterable[Movement]) -> str:
-    """Return a SHA-256 of what the movements do: equal for movements and their saved copies, in any order."""
+    """Return a SHA-256 of sites and factors: equal for movements and their saved copies, in any order."""
     lines = [
         f"{m.site} {m.base_hash} {fingerprint(m.left)} {fingerprint(m.right)}" for m in movements
     ]

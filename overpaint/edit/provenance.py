@@ -1,4 +1,4 @@
-"""Entries of every change about its making: the model's name, versions of libraries, and notes for the user."""
+"""Provenance of a change: the model's name, versions of libraries, and notes for the user."""
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -34,7 +34,7 @@ def protocol(
 
 
 def notes(model: TextToImage, concepts: Sequence[str], *more: str) -> dict[str, list[str]]:
-    """Return the entry `notes` of a report: remarks on words that the model cannot know, and `more`; or nothing.
+    """Return the entry `notes` of a report, with remarks on unknown words and `more`; an empty dict without remarks.
 
     Args:
         model: Its first tokenizer splits the words.
@@ -42,8 +42,8 @@ def notes(model: TextToImage, concepts: Sequence[str], *more: str) -> dict[str, 
         more: Further remarks.
     """
     remarks = [
-        f"the tokenizer splits {word!r} almost into single letters: the model has hardly seen this word, so the edit "
-        "may do nothing. Check the spelling."
+        f"the tokenizer splits {word!r} almost into single letters: the word is rare in training data, so the edit "
+        "may have no effect. Check the spelling."
         for word in unknown_words(model.tokenizer, concepts)
     ]
     remarks += [remark for remark in more if remark]

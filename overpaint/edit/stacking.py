@@ -1,7 +1,7 @@
 """Functions on changes that read the model again: stack several, and restore preserve terms that files leave out.
 
-The operators of `Change` work without the model. The functions here call the methods that made the changes, so they
-stand above all of them.
+The operators of `Change` work without the model. The functions here call the methods that made the changes, so this
+module imports all of these methods.
 """
 
 import dataclasses
@@ -148,7 +148,7 @@ def _stacked_auto(
     without: Sequence[str],
     on_progress: Progress | None,
 ) -> Change:
-    """Return one change by `auto` of all concepts, made anew: which captions move depends on all of them."""
+    """Return one change by `auto` of all concepts, computed again, because its captions depend on all concepts."""
     pairs: dict[str, str] = {}
     aliases: dict[str, str] = {}
     explicit: set[str] = set()

@@ -3,7 +3,7 @@
 Files are written atomically, and nothing is unpickled. A checksum over the record and all tensors is part of the file,
 so that one wrong bit anywhere is detected. Sizes and types that do not fit one another are refused before a change is
 built, and every count is bounded by the bytes of the file, so that a small file takes little memory. Tensors that
-several movements share are written once, and of the token embedding only the rows that move.
+several movements share are written once. For a token embedding, only the rows that move are written.
 """
 
 import errno
@@ -82,7 +82,7 @@ def _residuals(place: int, movement: Movement) -> dict[str, Tensor]:
 
 
 def unpack(path: str | Path, tensors: Mapping[str, Tensor], record: Any) -> Contents:
-    """Return the change at `path` from what `read` returned, checked.
+    """Return the change at `path`, from the checked tensors and record that `read` returned.
 
     Raises:
         ValueError: The tensors and the record do not fit one another.
@@ -224,7 +224,7 @@ def _refuse(path: str | Path, fault: str) -> NoReturn:
 
 
 def _record_fault(record: Any) -> str:
-    """Return what is wrong with the record of a file, or an empty string."""
+    """Return the fault of the record of a file, or an empty string."""
     kinds = {"movements": list, "owners": list, "protocol": dict, "report": dict}
     if not isinstance(record, dict) or set(record) != set(kinds):
         return "its record has other fields than a change"
@@ -259,7 +259,7 @@ def _is_hash(value: Any) -> bool:
 
 
 def _protocol_fault(protocol: Mapping[str, Any]) -> str:
-    """Return what is wrong with the settings that `algebra.add` reads, or an empty string."""
+    """Return the fault of the settings that `algebra.add` reads, or an empty string."""
     pairs, strength = protocol.get("pairs", {}), protocol.get("strength", {})
     aliases, encoders = protocol.get("aliases", {}), protocol.get("encoders", {})
     texts = [protocol.get("preserve", []), protocol.get("frames", [])]
@@ -308,7 +308,7 @@ def _owner_fault(record: Mapping[str, Any]) -> str:
 
 
 def _tensor_fault(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> str:
-    """Return what is wrong with the tensors of a file whose record is sound, or an empty string."""
+    """Return the fault of the tensors of a file, or an empty string; the record is already checked."""
     movements: Sequence[Any] = record["movements"]
     forms = [_residual_form(i, tensors) for i in range(len(movements))]
     names = {f"{i}.{part}" for i in range(len(movements)) for part in ("left", "right", forms[i])}

@@ -69,7 +69,7 @@ def frames(
         words: Words to fill frames with.
         size: Number of frames.
         seed: Seed of the random choice of frames and words.
-        among: Concepts that fill about every second gap: words that a model was trained on move a layer more.
+        among: Concepts that fill about every second gap, because words of the training data have larger movements.
     """
     rng = random.Random(seed)
 

@@ -93,8 +93,8 @@ def parse_concept(text: str, labels: Mapping[str, Sequence[str]]) -> tuple[str, 
     close = difflib.get_close_matches(words, every, n=3)
     guess = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     raise ValueError(
-        f"the judge has no label for {text!r}, it knows {known}.{guess} Name a label of it; or measure other concepts "
-        "and other models on an evaluation set with a CLIP, on the command line `--set natural --scorer CLIP`."
+        f"the judge has no label for {text!r}, its labels are {known}.{guess} Name one of them; or measure other "
+        "concepts and models on an evaluation set with a CLIP, on the command line `--set natural --scorer CLIP`."
     )
 
 
