@@ -90,5 +90,7 @@ def test_bad_arguments_are_refused(tiny_sd1):
         edit.loco(tiny_sd1, GOGH, window=17)
     with pytest.raises(UnknownSite, match="unknown layer -1"):
         edit.loco(tiny_sd1, GOGH, layers=[-1])
-    with pytest.raises(TypeError, match=r"`frames` is a list of captions, got .* write \[''\]"):
+    with pytest.raises(
+        TypeError, match=r"`frames` must be a list of captions, got .* write \[''\]"
+    ):
         edit.loco(tiny_sd1, GOGH, frames="a photo of ")

@@ -24,7 +24,7 @@ def test_each_form_gives_the_same_pairs(tmp_path, name, text):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"\n# nothing\n", "names no concept: write one a line"),
+        ("a.txt", b"\n# nothing\n", "names no concept: write one in each line"),
         ("a.txt", b"\xff\xfe\x00", "is not UTF-8 text: save it as UTF-8"),
         ("a.csv", b"a,b,c\n", "line 1: 3 columns: give one or two"),
         ("a.csv", b",b\n", "line 1: no concept to erase"),

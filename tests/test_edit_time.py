@@ -85,7 +85,9 @@ def test_bad_arguments_are_refused(tiny_sd1):
         edit.time(tiny_sd1, {"": "apple"})
     with pytest.raises(ValueError, match="moves 'k', 'v' or both"):
         edit.time(tiny_sd1, APPLE, matrices=())
-    with pytest.raises(TypeError, match=r"`frames` is a list of captions, got .* write \[''\]"):
+    with pytest.raises(
+        TypeError, match=r"`frames` must be a list of captions, got .* write \[''\]"
+    ):
         edit.time(tiny_sd1, APPLE, frames=())
     with pytest.raises(ValueError, match="contradictory pairs: 'apple' → 'cat' and 'Apple' → 'dog"):
         edit.time(tiny_sd1, {"apple": "cat", "Apple": "dog"})

@@ -94,7 +94,9 @@ def test_one_weight_that_was_overwritten_stops_the_whole_revert(copied, several,
     several.apply(copied)
     find_weight(copied, damaged).parameter.data[0, 0] += 1
     before = fingerprints(copied)
-    with pytest.raises(ValueError, match=f"{damaged} of 'copied' is not as this change left it"):
+    with pytest.raises(
+        ValueError, match=f"{damaged} of 'copied' was modified after this change was applied"
+    ):
         several.revert(copied)
     assert fingerprints(copied) == before
 

@@ -1,6 +1,6 @@
-"""Verdict of an edit: one sentence of what a change moves and what it puts at risk, from its movements and report.
+"""Verdict of an edit: one sentence with the moved weights and the endangered concepts, from movements and report.
 
-Nothing is measured here. The report of a change is of the edit at strength 1. The drift of the empty prompt is linear
+Nothing is measured here. Reports of changes hold for strength 1. The drift of the empty prompt is linear
 in the strength, so it is scaled where all concepts have one strength; the lists of concepts are those at strength 1.
 """
 
@@ -21,13 +21,13 @@ _LISTED = 5  # names in a list; the others are counted
 
 
 def describe(change: Change) -> str:
-    """Return one sentence: what `change` moves, how far the empty prompt moves, which concepts are endangered.
+    """Return one sentence: the moved weights, the movement of the empty prompt, and the endangered concepts.
 
     The warning follows as a second sentence if there is one. A change that reports nothing of other concepts gets a
     sentence that says so.
 
     Args:
-        change: Fresh, or loaded from a file, whose report may hold any type.
+        change: The change. If it was loaded from a file, its report may hold values of any type.
     """
     report = change.report
     lost = set(_names(report.get("not_kept")))  # of them some were preserved, without success
