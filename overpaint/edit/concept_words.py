@@ -71,7 +71,7 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def contains(text: str, concept: str) -> bool:
-    """Return whether the words of `concept` stand in `text` one after the other."""
+    """Return whether `text` contains the words of `concept` one after the other."""
     whole, part = words(text), words(concept)
     return bool(part) and any(
         whole[i : i + len(part)] == part for i in range(len(whole) - len(part) + 1)
@@ -79,17 +79,18 @@ def contains(text: str, concept: str) -> bool:
 
 
 def core(concept: str) -> tuple[str, ...]:
-    """Return the words of `concept` without words at its ends that say how, not what: "in the style of monet".
+    """Return the words of `concept` without generic words at its ends: "monet" for "in the style of monet".
 
-    These are articles, prepositions and words for pictures and styles. If nothing else is left, all words are returned.
+    Generic words are articles, prepositions and words for pictures and styles. If all words are generic, all are
+    returned.
     """
     return _stripped(words(concept), _LINKS | _MANNER) or words(concept)
 
 
 def alias_target(new: str) -> str:
-    """Return the replacement of an alias: that of its concept without the words at its ends that `core` leaves out.
+    """Return the replacement of an alias: the replacement of its concept, without generic words at its ends.
 
-    So "van gogh" of "van gogh style" → "noto style" is read as "noto", and the word "style" is no part of either.
+    For example, if "van gogh style" becomes "noto style", its alias "van gogh" becomes "noto".
     """
     spans = [m.span() for m in _WORD.finditer(new)]
     generic = [unicodedata.normalize("NFC", new[a:b]).lower() in _LINKS | _MANNER for a, b in spans]
@@ -106,14 +107,16 @@ def find_aliases(
     preserve: Sequence[str] = (),
     aliases: str | Sequence[str] | Mapping[str, str] = "auto",
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the known concepts that erased concepts contain: those that are erased too, and those that stay.
+    """Return the known concepts that erased concepts contain: the aliases to erase too, and the concepts to preserve.
 
-    The rule: a known concept is an alias of an erased one if it is what remains of it without articles at the ends
-    ("cat" of "a cat"), or without articles, prepositions and words for pictures and styles at the ends ("van gogh" of
-    "van gogh style", "monet" of "in the style of monet"). A concept of the probes that is a thing, and not a style or a
-    trademark, is no alias of a style that is named after it ("apple" of "apple style"). Every other word makes another
-    concept: "apple" of "apple logo", "france" of "flag of france" and "mouse" of "mickey mouse" stay. So does what is
-    also a replacement or stands in a preserved prompt.
+    The rule: a known concept is an alias of an erased one if it equals the erased one without articles at the ends
+    ("cat" and "a cat"), or without articles, prepositions and words for pictures and styles at the ends ("van gogh" and
+    "van gogh style", "monet" and "in the style of monet"). There are two exceptions. A thing is no alias of a style
+    with its name ("apple" and "apple style"); things are the concepts of the probes that are neither styles nor
+    trademarks. A concept that is also a replacement, or is part of a preserved prompt, is no alias.
+
+    All other words change the meaning: "apple" is no alias of "apple logo", "france" none of "flag of france" and
+    "mouse" none of "mickey mouse".
 
     Args:
         pairs: Old concept to new.
@@ -167,8 +170,8 @@ def check_special(tokenizer: Any, texts: Iterable[str]) -> None:
 def unknown_words(tokenizer: Any, texts: Iterable[str]) -> list[str]:
     """Return the words of `texts` for which the tokenizer has no larger pieces than letters or bytes.
 
-    A word of letters counts if it has more than half as many tokens as letters, and two tokens at least. A model has
-    hardly seen such a word, so an edit of it may do nothing.
+    A word of letters is unknown if it has at least two tokens and more than one token for every two letters. Such a
+    word is rare in training data, so an edit of it may have no effect.
     """
     distinct = dict.fromkeys(w for text in texts for w in words(text) if w.isalpha())
     return [word for word in distinct if _is_unknown(tokenizer, word)]
@@ -191,7 +194,7 @@ def _owner(
 ) -> str:
     """Return the erased concept that a listed alias belongs to: `owner`, or the only one that contains it."""
     if not words(alias):
-        raise ValueError("an alias is empty: name in words what is erased too.")
+        raise ValueError("an alias is empty: write the words of the concept to erase too.")
     if words(alias) in fixed:
         raise ValueError(
             f"the alias {alias!r} is also preserved, a replacement or erased already: take it off one of the lists."
