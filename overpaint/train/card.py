@@ -96,9 +96,8 @@ def read(path: Path) -> dict[str, Any]:
     """
     with damage_named(path):
         card = dict(files.from_json(path.read_bytes()))
-        absent = [name for name in _RUN if name not in card]
-        if absent or not isinstance(card["figures"], dict):
-            raise ValueError(f"it lacks {', '.join(absent) or 'figures'}")
+        if not isinstance(card.get("figures"), dict):
+            raise ValueError("it has no figures")
     return card
 
 
@@ -116,8 +115,9 @@ def history(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     card = read(path)
-    last = {key: card[key] for key in _RUN}
-    return [*card.get("history", []), last]
+    with damage_named(path):
+        last = {key: card[key] for key in _RUN}
+        return [*card.get("history", []), last]
 
 
 def stages(work: Path, names: tuple[str, ...]) -> dict[str, dict[str, float]]:
