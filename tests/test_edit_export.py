@@ -358,7 +358,8 @@ def test_files_have_the_permissions_of_the_umask(copied, tmp_path):
 def test_an_existing_folder_is_not_replaced(copied, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(
-        FileExistsError, match="exists already: an export replaces nothing; name a new folder"
+        FileExistsError,
+        match="exists already, and an export does not replace it: name a new folder",
     ):
         export.folder(copied, random_change(copied, TEXT_SITES[0]), tmp_path / "out")
     assert [p.name for p in tmp_path.rglob("*")] == ["out"]

@@ -1,9 +1,9 @@
 """Copy the folder of a pipeline with some of its weights changed.
 
 Every file is copied byte for byte, except weights that differ in memory, `README.md` (the model card), settings that
-were changed, and local paths in JSON files. Names, dtypes and metadata of changed weight files stay. Left out are files
-that would hold the unedited model: other forms of an edited part's weights (`.bin`, `.msgpack`, a variant made from
-other numbers) and whole checkpoints beside the parts.
+were changed, and local paths in JSON files. Changed weight files have the same names, dtypes and metadata. Files that
+contain the unedited model are not copied: other forms of an edited part's weights (`.bin`, `.msgpack`, a variant with
+other numbers), and whole checkpoints next to the parts.
 """
 
 import json
@@ -67,7 +67,7 @@ def copy_edited(model: TextToImage, change: Change, target: Path) -> None:
 
 
 def complete_index(folder: Path) -> tuple[str, ...]:
-    """Set parts that a pipeline's index names but that are not there to none, and return a remark for each.
+    """Set the missing parts in a pipeline's index to none, and return a remark for each.
 
     The cache of the hub holds no safety checker, because loading a model does not download it.
     """
@@ -101,7 +101,7 @@ def write_settings(folder: Path, model: TextToImage) -> None:
 
 
 def hide_local_paths(folder: Path) -> None:
-    """Replace local paths in the JSON files of a pipeline folder by their last name; other bytes stay."""
+    """Replace local paths in the JSON files of a pipeline folder by their last name; other bytes do not change."""
     for path in (*folder.glob("*.json"), *folder.glob("*/*.json")):
         text = path.read_text(encoding="utf-8")
         if '"_name_or_path"' not in text:

@@ -70,7 +70,7 @@ def single_file(model: TextToImage, change: Change, path: str | Path) -> Path:
     """Write the edited model as one checkpoint with LDM's names, as web UIs and `from_single_file` read it.
 
     The file holds weights only: no tokenizer, no scheduler, and no record of whether the model predicts noise or
-    velocity. Of a model that was loaded from a folder, each part is written in the dtype in which it is stored there.
+    velocity. If the model was loaded from a folder, each part is written in the dtype of its files there.
 
     Args:
         model: A model of Stable Diffusion 1's layout; unedited, or with `change` applied last.
@@ -115,7 +115,7 @@ def folder(model: TextToImage, change: Change, path: str | Path) -> Path:
     target = Path(path)
     if target.exists():
         raise FileExistsError(
-            f"{str(target)!r} exists already: an export replaces nothing; name a new folder."
+            f"{str(target)!r} exists already, and an export does not replace it: name a new folder."
         )
     _check_memory(model)
     source = model.folder

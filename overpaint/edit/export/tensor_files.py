@@ -1,4 +1,4 @@
-"""Read and replace tensors in a safetensors file; its header stays, and with it names, order, dtypes and metadata."""
+"""Read and replace tensors in a safetensors file; its header (names, order, dtypes, metadata) does not change."""
 
 import json
 from collections.abc import Callable, Iterator

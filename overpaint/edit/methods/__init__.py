@@ -1,1 +1,1 @@
-"""Editing methods: one method a file, with its paper and its deviations from it."""
+"""Editing methods: one file for each method, with its paper and the deviations from it."""

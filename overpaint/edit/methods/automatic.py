@@ -1,16 +1,16 @@
 r"""Automatic edit: preserve list, preserve weight and captions are chosen from text alone.
 
-`quickfix` fits a concept in four captions and preserves the prompts it is given. Here
+`quickfix` fits a concept in four captions and preserves the prompts in its argument. The automatic edit has more steps:
 
 0. tokens of a concept that occur in no other known text are replaced in the token embedding, which moves no other
-   prompt (`token_rows`); the next steps are for the concepts that have other tokens too, with those rows in place;
+   prompt (`token_rows`); the next steps are for concepts that also have other tokens, with the new rows applied;
 1. the concept's keys come from some hundred captions around it, with words of the tokenizer's vocabulary;
 2. some thousand captions without it, and the empty prompt, are the background that should not move;
-3. concepts that would drift by more than `bound` join the preserve list, with a weight that grows fourfold in each
-   round (`preserve_search`); the report names those that stay above the bound;
+3. concepts that would drift by more than `bound` are added to the preserve list, with a weight that each round
+   multiplies by four (`preserve_search`); the report names those that remain above the bound;
 4. the weight of the background is the one with the best harmonic mean of target movement reached and drift avoided,
    measured on captions that are not fitted;
-5. the residual that the projection cannot remove is fitted by the MLP behind it (`mlp_repair`).
+5. the MLP of the layer is fitted to the residual that the projection cannot remove (`mlp_repair`).
 
 Every sum is a mean over captions, so weights do not depend on their number. Only sums over keys are stored: memory does
 not grow with the captions either, and one solve is D_in x D_in.
@@ -67,14 +67,14 @@ def auto(
             frames alone, its exclusive tokens as the end of text.
         vocabulary: Concepts that should not drift: `"icons"`, `"natural"`, or a list; by default the model's own.
         preserve: Further prompts that should not drift, treated like concepts of the vocabulary.
-        without: Texts whose words are not used to fill captions, as those of a test.
+        without: Texts whose words are not used to fill captions, for example the words of a test.
         tokens: Replace those tokens of a concept in the token embedding that occur in no preserved text, no other
             concept and no replacement; every prompt with one of them changes, and no other prompt. The layer is edited
             for concepts that have other tokens too, with the replaced rows as its input. `False` edits the layer alone.
             Ordinary words that are on no list are not recognised: name a prompt with them in `preserve`.
         layer: Text layer, from 0; or `"auto"`: each layer is edited with a quarter of the captions and without repair,
             and the one with the best result at the encoder's output is used (`layer_scan.scan`). The weights move
-            meanwhile, and are restored bit for bit.
+            during this search, and are restored bit for bit.
         encoder: `"all"` edits each text encoder with its own keys, captions and preserve weight; `"text"` and `"text2"`
             are the first and the second one of SDXL.
         aliases: Known concepts contained in an erased one that are erased with it: `"auto"` for those that mean the
@@ -87,7 +87,7 @@ def auto(
 
     Returns:
         The change. Its report holds `scan` (weight, ridge, missed share, background drift), `endangered` (concept,
-        weight, drift before and after) and `not_kept` (concepts that stay above the bound), as measured for the
+        weight, drift before and after) and `not_kept` (concepts that remain above the bound), as measured for the
         projection alone; `layer_missed` and `layer_drift` are measured with the repair. Where the layer was chosen,
         `layers` holds the result of each. `tokens` names the replaced tokens for each concept, `in_layer` the concepts
         that the layer is edited for, and `carried` known concepts that hold a replaced token (as "apple logo" holds

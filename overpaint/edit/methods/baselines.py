@@ -83,8 +83,8 @@ def random_site(
 ) -> Change:
     """Return `quickfix` at a layer after the first and at a projection, both drawn by `seed`; a control.
 
-    The edit meets its own targets as well as one at the traced site. If the pictures nevertheless stay, the site
-    matters and not the size of the movement.
+    This edit reaches its targets as well as an edit at the traced site does. If the pictures do not change with it, the
+    site determines the effect, not the size of the movement.
 
     Args:
         model: As in `quickfix`.

@@ -8,7 +8,7 @@ tuned UNet for the old concept's caption should equal the prediction of the froz
 
 Source: Kumari et al., 2023, https://arxiv.org/abs/2303.13516, equation 5.
 Deviations: the frozen model draws the pictures, with few steps each, so no data are needed; preserved prompts, where
-given, alternate with the pairs and are trained to be denoised as before. It is a baseline: a closed form does the same
+given, alternate with the pairs and are trained to be denoised as before. It is a baseline: a closed-form edit is
 thousands of times faster.
 """
 
@@ -124,7 +124,7 @@ def finetune(
     on_progress: Progress | None = None,
     **training: Unpack[TrainingSettings],
 ) -> Change:
-    """Return the change, trained by gradient descent, by which each old concept is denoised like its new one.
+    """Return a change, trained by gradient descent, that makes the UNet denoise each old concept like its new one.
 
     Args:
         model: The model to edit; it is not modified.

@@ -1,7 +1,7 @@
 """Choose the text layer to edit: measure an edit of each layer at the state of the encoder that the UNet reads.
 
-Source: ours; Basu et al., 2024, https://arxiv.org/abs/2310.13730, edit layer 0, where their tracing finds the causal
-state.
+Source: ours; Basu et al., 2024, https://arxiv.org/abs/2310.13730, edit layer 0, because their tracing shows the
+causal state there.
 Deviations: none, the method is ours.
 """
 
@@ -19,7 +19,7 @@ from overpaint.model.sampling import Progress
 
 __all__ = ["scan"]
 
-_CHUNK = 256  # captions read at once
+_CHUNK = 256  # captions in one forward pass
 
 
 def scan(
@@ -36,7 +36,7 @@ def scan(
     Args:
         model: Each change is applied to it and reverted, bit for bit.
         edit_layer: Returns the change of a layer, numbered from 0.
-        pairs: Captions of the edited concepts beside those of their replacements; no edit may be fitted to them.
+        pairs: Captions of the edited concepts and of their replacements; no edit may be fitted to them.
         unseen: Captions that should not move.
         part: The text encoder.
         on_progress: Called with (done, total, label).

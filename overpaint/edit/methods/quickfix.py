@@ -68,7 +68,9 @@ def quickfix(
     encoder: Encoder = "all",
     solver: Method = "auto",
 ) -> Change:
-    """Return the change by which the text encoders read each old concept as its new one; the model is not modified.
+    """Return the change that makes the text encoders encode each old concept as its new one.
+
+    The model is not modified.
 
     Args:
         model: Its text encoders must be CLIPs.
@@ -81,19 +83,19 @@ def quickfix(
         positions: Which tokens become keys: from the concept's last token to the end of the padding (the release),
             the last token alone (the paper's text), the last token and the end of text, all tokens of the concept
             (`"subject"`), or these and everything after (`"subject_to_end"`). Keys and targets are aligned by their
-            distance from the concept's last token; past the new concept's first token or the last pad, the target at
-            that end is repeated.
+            distance from the concept's last token. Where the new concept has no such token, its first token or the
+            last pad is repeated.
         frames: Captions around the concept: a prefix, or a text in which `{}` is replaced.
         subtract_bias: `False` reproduces the release, whose targets include the bias.
         layer: Text layer, from 0.
         projection: Which matrix of its self-attention; `q`, `k` and `v` read the layer's own inputs.
         encoder: `"all"` edits each text encoder, solved on its own keys; `"text"` and `"text2"` are the first and the
             second one of SDXL. An edit of one encoder does not change the other.
-        solver: `"dual"`, `"primal"` (the paper's inverse), or `"auto"`, whichever solves the smaller system.
+        solver: `"dual"`, `"primal"` (the paper's inverse), or `"auto"` for the one with the smaller system.
 
     Returns:
         The change of one weight in each encoder, not rounded, with condition number, effective rank and residuals in
-        its report. `unedited_encoders` names the encoders that stay, `notes` holds remarks, such as on unknown words.
+        its report. `unedited_encoders` names the other encoders; `notes` holds remarks, such as on unknown words.
 
     Raises:
         ValueError: A concept is empty, cut off or its own target, two targets claim one key, a number is out of range
@@ -231,7 +233,7 @@ def _fit_rows(targets: Targets, factors: Factors) -> _Fit:
 
 
 def _fit_sums(targets: Targets, gram: Tensor, factors: Factors) -> _Fit:
-    """Solve by sums over the keys, which give all norms too; the residuals are computed only when they are read."""
+    """Solve from sums over the keys, which also give all norms; residuals are computed only when they are read."""
     distinct, group = torch.unique(targets.rows, return_inverse=True)
     counts = torch.bincount(group)
     sources, weight, bias = targets.inputs[distinct].double(), targets.weight, targets.bias
@@ -239,7 +241,7 @@ def _fit_sums(targets: Targets, gram: Tensor, factors: Factors) -> _Fit:
     mixed = sources.T @ sums  # S^T K
     shifted = mixed - gram  # (S - K)^T K
     if float(shifted.norm()) <= 1e-13 * float(gram.norm()):
-        shifted.zero_()  # old and new inputs are equal, this is the rounding error of the sums
+        shifted.zero_()  # old and new inputs are equal, so this is the rounding error of the sums
     cross = weight @ shifted + torch.outer(bias, sums.sum(0))  # R^T K
     solution = factors.solve_sums(cross)
     delta = solution.delta

@@ -40,7 +40,7 @@ def time(
     frames: Sequence[str] = FRAMES,
     layers: Sequence[Layer] | None = None,
 ) -> Change:
-    """Return the change by which cross-attention maps each old prompt to its new one; the model is not modified.
+    """Return the change that makes cross-attention map each old prompt to its new one; the model is not modified.
 
     Args:
         model: The model to edit.

@@ -54,7 +54,7 @@ def uce(
     frames: Sequence[str] = OBJECTS,
     layers: Sequence[Layer] | None = None,
 ) -> Change:
-    """Return the change by which cross-attention maps each old concept to its new one; the model is not modified.
+    """Return the change that makes cross-attention map each old concept to its new one; the model is not modified.
 
     Args:
         model: The model to edit.
@@ -128,7 +128,7 @@ def debias(
     search: Search | None = None,
     on_progress: Progress | None = None,
 ) -> Change:
-    """Return the change by which pictures of `concept` have its attributes in the given shares.
+    """Return the change that makes pictures of `concept` show its attributes in the given shares.
 
     Each round applies the present change, calls `classify`, raises the weight of attributes whose share is too low and
     lowers the weight of the others. The best change of all rounds is returned; the model is restored after each round.
@@ -247,7 +247,7 @@ def _counted(counts: Mapping[str, float], shares: Mapping[str, float]) -> dict[s
 
 def _check_shares(concept: str, shares: Mapping[str, float]) -> None:
     if not concept.strip():
-        raise ValueError("the concept is empty: name in words the concept to balance.")
+        raise ValueError("the concept is empty: write the words of the concept to balance.")
     total = sum(shares.values())
     in_range = all(0 <= share <= 1 for share in shares.values())
     if not shares or not in_range or total > 1 + 1e-9 or not all(name.strip() for name in shares):
