@@ -1,7 +1,7 @@
 r"""Closed-form edits of the UNet's cross-attention keys and values: the part that UCE, TIME and LocoEdit share.
 
 Every layer reads the same text features, and none of the projections has a bias. So the edit is stated in text features
-alone: a weight :math:`W` should map the keys :math:`K` to what it maps the sources :math:`S` to at present. The targets
+alone: a weight :math:`W` should map the keys :math:`K` to its present outputs for the sources :math:`S`. The targets
 are :math:`S W^\top`, the residuals :math:`(S - K) W^\top`, and one factorisation of :math:`K` serves all weights.
 
 Source: the objective is that of `least_squares`; the methods cite their papers.
@@ -154,12 +154,12 @@ def unconditional_features(model: TextToImage) -> Tensor:
 
 
 def pooled_remark(model: TextToImage) -> str:
-    """Return a remark that an edit of cross-attention leaves SDXL's pooled vector; empty for other models."""
+    """Return a remark that an edit of cross-attention does not change SDXL's pooled vector; empty for other models."""
     if len(model.text_encoders) == 1:
         return ""
     return (
-        "the UNet also reads the pooled vector of the second text encoder, which an edit of cross-attention leaves: "
-        "add an edit of the text encoders if the concept stays."
+        "the UNet also reads the pooled vector of the second text encoder, which an edit of cross-attention does not "
+        "change: add an edit of the text encoders if pictures still show the concept."
     )
 
 
@@ -292,8 +292,9 @@ def _squared_norms(
 ) -> dict[str, float]:
     """Return squared norms that are summed over the weights for the report.
 
-    `projected` holds keys, preserved keys and the empty prompt times the right factor, which all weights share and
-    whose rows are orthonormal: the left factor moves these as the whole movement moves the inputs themselves.
+    `projected` holds keys, preserved keys and the empty prompt times the right factor, which all weights share. The
+    rows of that factor are orthonormal, so these products with the left factor have the same norms as the inputs with
+    the whole movement.
     """
     left, weight = solution.left, parameter.detach().cpu().float()
     keys, preserve, empty = projected

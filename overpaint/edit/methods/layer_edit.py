@@ -63,7 +63,7 @@ class Fit:
         bound: Largest squared drift of a concept, relative to the target movement of the edit.
         preserve_weight: Weight of an average background caption against an average caption of a concept, or `"auto"`,
             one of `preserve_search.WEIGHTS`.
-        allowance: Share of the target movement that may be missed in favour of preserved concepts.
+        allowance: Share of the target movement that may be given up to preserve concepts.
         ridge: Pull towards the old weight, in units of a caption's squared keys; positive, or `"auto"`, one of
             `preserve_search.RIDGES`.
         repair: Fit the layer's MLP to the residual that its projection cannot remove: a second weight moves.
@@ -117,7 +117,7 @@ class Request:
 
     @property
     def heads(self) -> list[str]:
-        """Known concepts that are not erased: where an erased one begins with one of them, its beginning stays."""
+        """Known concepts that are not erased; if an erased concept begins with one, that beginning is not edited."""
         erased = {words(old) for old in self.pairs}
         return [c for c in self.known if words(c) not in erased]
 
@@ -132,7 +132,7 @@ class Request:
         return texts.other_concepts(self.known, self.pairs)
 
     def frames(self, size: int, seed: int) -> tuple[str, ...]:
-        """Return `size` frames whose words are drawn by `seed`, counted from that of the request."""
+        """Return `size` frames with random words; their seed is that of the request plus `seed`."""
         fillers = vocabularies.fillers(self.model.tokenizer, without=self.banned)
         return vocabularies.frames(fillers, size=size, seed=self.seed + seed, among=self.others)
 
@@ -157,7 +157,7 @@ def ignore_progress(done: int, total: int, label: str) -> None:
 
 
 def no_layer(fit: Fit, layer: int | str) -> LayerEdit:
-    """Return an edit without movements, for concepts whose tokens are all replaced; settings to choose get defaults."""
+    """Return an edit without movements, for concepts whose tokens are all replaced; `"auto"` settings get defaults."""
     settings = {
         "terms": [],
         "layer": 0 if layer == "auto" else layer,
@@ -245,7 +245,10 @@ def edit_best_layer(
 def _movement(
     reader: Reader, fitted: Sequence[Sums], owners: Sequence[int], gram: Tensor, ridge: float
 ) -> Movement:
-    """Return the movement solved from keys and residuals with the given sums; `owners` are those of the sums."""
+    """Return the movement solved from keys and residuals with the given sums.
+
+    `owners` are the indices of their concepts.
+    """
     rows = [s.equivalent_rows() for s in fitted]
     keys, residuals = (torch.cat(parts) for parts in zip(*rows, strict=True))
     key_owners = [o for o, (k, _) in zip(owners, rows, strict=True) for _ in range(len(k))]

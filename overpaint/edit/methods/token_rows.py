@@ -4,7 +4,7 @@ The inputs of the embedding are one-hot, so the regularised least squares of `le
 each row: a token's row becomes :math:`(n v + a m w) / (n + a m)`, with :math:`v` the target row in the `n` captions of
 the concept and :math:`w` the present row, which is the target in the `m` preserved captions with that token. Where no
 preserved caption holds the token, :math:`m` is 0 and the row is replaced as a whole; prompts without the token do not
-move at all. Only that case is used here, since a row between two words means neither.
+move at all. Only that case is used here, because a row between the rows of two words has the meaning of neither.
 
 Source: ours; the reviewers of Basu et al., 2024, requested a comparison with token embeddings,
 https://openreview.net/forum?id=Qmw9ne6SOQ.
@@ -59,8 +59,7 @@ def target_rows(
 
     Tokens that both concepts begin or end with ("style") are left out; the others are matched in order. Where the old
     concept has more tokens, the last new one is repeated; where it has fewer, its last token gets the mean of the
-    remaining new ones. The target of an
-    empty new concept is the row of the end of text, which stands for no word.
+    remaining new ones. The target of an empty new concept is the row of the end of text, which is no word.
 
     Raises:
         ValueError: An old concept is empty, a concept holds a special token, a token would get two rows, or the
@@ -71,7 +70,7 @@ def target_rows(
     for old, rows in targets.items():
         if rows is None:
             raise ValueError(
-                f"contradictory pairs: a token of {old!r} stands in it twice and would get two embeddings. Swap it in "
+                f"contradictory pairs: {old!r} contains one token twice, which would get two embeddings. Write it in "
                 "other words, or use `quickfix`."
             )
     return {old: rows for old, rows in targets.items() if rows is not None}
@@ -95,7 +94,7 @@ def exclusive_rows(
     Args:
         model: Not changed.
         pairs: Old concept to new, with the aliases.
-        preserve: Texts whose tokens stay.
+        preserve: Texts whose tokens do not change.
         part: The text encoder.
         aliases: Alias to its concept. A token that both have is exclusive if both give it the same row.
     """
@@ -185,8 +184,8 @@ def edited_words(report: Mapping[str, Any]) -> list[str]:
     """Return the words whose rows of the token embedding a change moves, in the order of its report.
 
     Args:
-        report: Of a change. Its `tokens` map each concept to tokens as the tokenizer spells them. Entries of another
-            type, as the number of tokens that other methods report, are ignored.
+        report: Report of a change. Its `tokens` map each concept to tokens as the tokenizer spells them. Entries of
+            another type, as the number of tokens that other methods report, are ignored.
     """
     tokens = report.get("tokens")
     rows = tokens.values() if isinstance(tokens, Mapping) else ()
