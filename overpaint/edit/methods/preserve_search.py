@@ -1,6 +1,6 @@
 r"""Choose the background weight, the ridge and the preserve list of an automatic edit, from sums over keys alone.
 
-The drift of a concept is known before any picture is drawn: :math:`\|\Delta H\|^2` over the layer's inputs :math:`H` in
+The drift of a concept needs no pictures: :math:`\|\Delta H\|^2` over the layer's inputs :math:`H` in
 captions of the concept, relative to the target movement of the edit. All functions work on sums, so that one solve is
 D_in x D_in and memory does not grow with the captions.
 
@@ -42,9 +42,9 @@ class Preserved:
     """Result of `preserve_concepts`.
 
     Attributes:
-        weights: For each concept its weight; 0 where it needs none.
-        before: For each concept its squared drift without the preserve terms.
-        after: For each concept its squared drift with them.
+        weights: Weight of each concept; 0 if it needs no preserve term.
+        before: Squared drift of each concept without the preserve terms.
+        after: Squared drift of each concept with the preserve terms.
         gram: Sum of all preserve terms, shape (D_in, D_in).
     """
 
@@ -55,7 +55,7 @@ class Preserved:
 
 
 def squared_drift(delta: Tensor, gram: Tensor, energy: float) -> float:
-    """Return the squared movement of outputs by `delta` at inputs with `gram`, relative to `energy`; 0 if that is 0."""
+    """Return the squared movement by `delta` at inputs with `gram`, relative to `energy`; 0 if `energy` is 0."""
     return weight_drift(delta, gram=gram, relative_to=energy**0.5) ** 2
 
 
@@ -82,9 +82,9 @@ def background_scan(
 
     Args:
         fitted: Sums of each concept, to fit.
-        fresh: Sums of each concept in other captions, to measure the missed movement.
+        fresh: Sums of each concept in captions that are not fitted, to measure the missed movement.
         background: Mean Gram matrix of captions that should not move, to fit.
-        unseen: The same of other captions, to measure the drift.
+        unseen: Mean Gram matrix of captions that are not fitted, to measure the drift.
         preserve_weight: The only weight, or `"auto"` for all `WEIGHTS`.
         ridge: The only ridge, or `"auto"` for all `RIDGES`.
 
@@ -110,9 +110,9 @@ def best_row(scan: Sequence[Mapping[str, float]]) -> tuple[float, float]:
 
 
 def merit(row: Mapping[str, float]) -> float:
-    """Return the harmonic mean of the target movement that is reached and of the drift that is avoided."""
-    reached, steady = max(0.0, 1 - row["missed"]), max(0.0, 1 - _DRIFT_COST * row["drift"])
-    return 2 * reached * steady / max(reached + steady, 1e-9)
+    """Return the harmonic mean of the share of target movement reached and of one minus the weighted drift."""
+    reached, preserved = max(0.0, 1 - row["missed"]), max(0.0, 1 - _DRIFT_COST * row["drift"])
+    return 2 * reached * preserved / max(reached + preserved, 1e-9)
 
 
 def preserve_concepts(
@@ -125,10 +125,10 @@ def preserve_concepts(
     bound: float,
     allowance: float,
 ) -> Preserved:
-    """Return preserve weights of the concepts that drift by more than `bound`; they grow fourfold in each round.
+    """Return preserve weights for the concepts that drift by more than `bound`; each round multiplies them by four.
 
-    The search ends when all drifts are within `bound`, after a fixed number of rounds, or before the missed target
-    movement grows by more than `allowance`.
+    The search ends when all drifts are within `bound`, after a fixed number of rounds, or if the next round would
+    increase the missed target movement by more than `allowance`.
 
     Args:
         fitted: Sums of each edited concept, to fit.
