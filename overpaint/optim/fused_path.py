@@ -42,7 +42,7 @@ def _step_kernel(batch: Batch, options: Options, scaling: Scaling) -> None:
     if scaling.grad_scale is not None:
         grads = list(torch._foreach_div(grads, scaling.grad_scale))
     grads = decayed(batch, grads, options, skip=found_inf)
-    if found_inf is not None:  # an overflow repeats the previous gradient
+    if found_inf is not None:  # after an overflow, the stored gradient is used again
         pairs = zip(previous, grads, strict=True)
         grads = [torch.where(found_inf.bool(), last, grad) for last, grad in pairs]
     adam_steps = _adam_steps(batch, grads, options, found_inf)

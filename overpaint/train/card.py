@@ -18,7 +18,13 @@ from overpaint.train.loop import damage_named
 
 __all__ = ["LICENCES", "add_figures", "commit", "history", "prepare", "read", "save", "stages"]
 
-_RUN = ("date", "recipe_commit", "hardware", "stages", "figures")  # what the history keeps of a run
+_RUN = (
+    "date",
+    "recipe_commit",
+    "hardware",
+    "stages",
+    "figures",
+)  # entries of a card that its history stores
 LICENCES = {
     "twemoji": "CC-BY-4.0",
     "noto": "Apache-2.0",

@@ -406,7 +406,7 @@ def _latents(run: Run) -> dict[str, Tensor]:
 
 
 def _key(folder: Path, pictures: int, seed: int) -> str:
-    """Return a hash of what latents and features depend on: both networks, the number of pictures, the seed."""
+    """Return a hash of everything that determines latents and features: both networks, number of pictures, seed."""
     digest = hashlib.sha256(f"{pictures} {seed}".encode())
     for name in ("text-final", "vae-final"):
         digest.update((folder / f"{name}.safetensors").read_bytes())

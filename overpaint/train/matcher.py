@@ -209,7 +209,7 @@ class _Run:
         self.checked = -math.inf
 
     def matcher(self, stage: str) -> Matcher:
-        """Return the present matcher; in the coarse stage it has no fine denoiser."""
+        """Return the matcher in its current state; in the coarse stage it has no fine denoiser."""
         fine = self.networks["fine"] if stage == "fine" else None
         return Matcher(self.backbone, self.networks["coarse"], fine, self.recipe.config)
 
@@ -274,7 +274,7 @@ class _Run:
         return errors
 
     def check(self, stage: str, step: int) -> None:
-        """Write the present matcher, and its validation errors if the last ones are old enough."""
+        """Write the matcher in its current state, and its validation errors if the last ones are old enough."""
         self.matcher(stage).save(self.work / "zoo")
         if time.monotonic() - self.checked < 60 * self.recipe.check_minutes:
             return
@@ -303,7 +303,7 @@ class _Run:
 def augment(
     rows: dict[str, Tensor], generator: torch.Generator, config: Config
 ) -> dict[str, Tensor]:
-    """Return the pairs randomly mirrored left to right, mirrored top to bottom and transposed, all of them alike.
+    """Return the pairs after random mirroring and transposition, the same for all pairs.
 
     Args:
         rows: `initial`, `stack`, `truth` and `valid` of B pairs, as in `Store`.

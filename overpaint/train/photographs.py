@@ -1,8 +1,8 @@
 """The photographs that `matcher` is trained and evaluated on, read from packages; none of them is shipped.
 
 scikit-image and scikit-learn contain a few; the others come from four Debian packages, which are downloaded once with
-`apt-get download`, checked against their SHA-256 and unpacked, or read where the same versions are installed. The split
-is by photograph: training contains no picture of a scene that a figure is measured on.
+`apt-get download`, checked against their SHA-256 and unpacked, or read from an installation of the same versions. The
+split is by photograph: no scene of a reported figure is in the training data.
 
 Licences: opencv-doc Apache-2.0 and BSD-3-Clause; mate-backgrounds GPL-2+ and CC-BY-SA-4.0; lomiri-wallpapers CC-BY-4.0,
 CC-BY-SA-3.0, CC-BY-SA-4.0 and CC0, scikit-image public domain and CC0, both picture by picture, as written in the
@@ -131,7 +131,7 @@ def fetch(folder: Path, names: Collection[str] = ()) -> None:
         computed = hashlib.sha256(archive.read_bytes()).hexdigest()
         if computed != digest:
             raise ValueError(
-                f"{archive.name} has SHA-256 {computed}, expected {digest}. Delete the file and fetch it again."
+                f"{archive.name} has SHA-256 {computed}, expected {digest}: delete the file and run the recipe again."
             )
         with files.atomic((folder / name).resolve()) as draft:
             command = ["dpkg-deb", "-x", str(archive.resolve()), str(draft)]

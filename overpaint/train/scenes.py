@@ -4,7 +4,7 @@ All random draws come from a generator. A crop is twice as wide as the pictures 
 view shows real content beyond the frame of the other one; mirrored borders would train false matches.
 
 Source: Nam et al., 2024 (DiffMatch), https://arxiv.org/abs/2305.19094, trains on warped photographs.
-Deviations: patches, and changes of light, blur and noise.
+Deviations: adds patches, and random light, blur and noise.
 """
 
 import math

@@ -1,9 +1,9 @@
 r"""LocoEdit: edit a concept in the few cross-attention layers that hold it.
 
-The keys are the text features :math:`X` of the concept's last token in four frames; the targets are what `to_k` and
-`to_v` map the new concept's features :math:`Y` to. In the paper's row form :math:`W' = (X^\top X + \lambda I)^{-1}
-(X^\top Y W^\top + \lambda W^\top)`, which is the shared solver transposed. `trace.prompt_swap` finds the layers: those
-of the window whose pictures show the concept least.
+The keys are the text features :math:`X` of the concept's last token in four frames. The targets are the outputs of
+`to_k` and `to_v` for the new concept's features :math:`Y`. In the paper's row form
+:math:`W' = (X^\top X + \lambda I)^{-1} (X^\top Y W^\top + \lambda W^\top)`, which is the shared solver transposed.
+`trace.prompt_swap` finds the layers: the window of layers with the pictures that show the concept least.
 
 Source: Basu et al., 2024 (LocoGen and LocoEdit), https://arxiv.org/abs/2405.01008, and the authors' code.
 Deviations: the target is any concept (theirs is fixed to "a painting"); solved in float64.
@@ -40,7 +40,7 @@ def loco(
     ridge: float = 0.01,
     frames: Sequence[str] = FRAMES,
 ) -> Change:
-    """Return the change by which the given layers map each old concept to its new one; the model is not modified.
+    """Return the change that makes the given layers map each old concept to its new one; the model is not modified.
 
     Args:
         model: The model to edit.
