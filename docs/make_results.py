@@ -210,7 +210,7 @@ def trace_speed(run: Run) -> str:
         for key, label in (("text", "text encoder"), ("unet", "UNet"))
     ]
     memory = ", ".join(f"{result[f'tensors_mib_{steps}']:.1f}" for steps in (10, 20, 50))
-    heads = ["map", "states", "one batch", "one call a state", "ratio", "aim, at least"]
+    heads = ["map", "states", "one batch", "one call for each state", "ratio", "aim, at least"]
     return (
         "## Speed of tracing\n\n"
         + origin("python benchmarks/speed_trace.py", run["protocol"])
