@@ -15,6 +15,13 @@ from overpaint.cli.terminal import (
 
 __all__ = ["match"]
 
+_Samples = Annotated[
+    int,
+    typer.Option(help="Hypotheses; 2 or more give an uncertainty.", callback=within(1, 10_000)),
+]
+_Steps = Annotated[
+    int, typer.Option(help="Of denoising, for each hypothesis.", callback=within(1, 1000))
+]
 _FILES = (
     "flow.flo", "flow.npy", "std.npy", "warped.png", "wheel.png", "arrows.png", "confidence.png",
 )  # fmt: skip
@@ -31,13 +38,8 @@ def match(
     matcher: Annotated[str, typer.Option(help="A matcher's folder, or the shipped one.")] = (
         "matcher"
     ),
-    samples: Annotated[
-        int,
-        typer.Option(help="Hypotheses; 2 or more give an uncertainty.", callback=within(1, 10_000)),
-    ] = 8,
-    steps: Annotated[
-        int, typer.Option(help="Of denoising, for each hypothesis.", callback=within(1, 1000))
-    ] = 5,
+    samples: _Samples = 8,
+    steps: _Steps = 5,
     refine: Annotated[bool, typer.Option(help="Refine the flow by optical flow.")] = True,
     cycle: Annotated[
         bool,
