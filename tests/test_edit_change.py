@@ -194,7 +194,10 @@ def test_reverting_a_change_that_is_not_applied_is_refused(copied, change):
 def test_reverting_after_another_write_is_refused(copied, change):
     change.apply(copied)
     find_weight(copied, SITE).parameter.data[0, 0] = 7.0
-    with pytest.raises(ValueError, match="something else wrote to it: to discard that too, load"):
+    with pytest.raises(
+        ValueError,
+        match="was modified after this change was applied: to discard that modification too, load",
+    ):
         change.revert(copied)
 
 

@@ -222,7 +222,7 @@ def test_the_smallest_window_that_meets_a_threshold_is_returned(tiny_sd1):
 
 def test_a_threshold_out_of_reach_is_refused(tiny_xl):
     with pytest.raises(
-        ValueError, match=r"no window meets the threshold of 2: with .*Give at most"
+        ValueError, match=r"no window meets the threshold of 2: with .*Give a threshold of at most"
     ):
         smallest_window(
             tiny_xl,

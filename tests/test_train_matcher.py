@@ -91,7 +91,7 @@ def test_the_error_for_a_missing_photograph_names_its_package(
 def test_an_archive_with_another_hash_raises(tmp_path: Path) -> None:
     for name, (version, _) in photographs.PACKAGES.items():
         (tmp_path / f"{name}_{version}_all.deb").write_bytes(b"something else")
-    with pytest.raises(ValueError, match=r"has SHA-256 .* expected .* Delete the file"):
+    with pytest.raises(ValueError, match=r"has SHA-256 .* expected .*: delete the file"):
         photographs.fetch(tmp_path)
 
 

@@ -187,7 +187,7 @@ def smallest_window(
     side = "at least" if pick == "min" else "at most"
     raise ValueError(
         f"no window meets the threshold of {threshold}: with the target in all {count} layers the "
-        f"mean score is {best:.3f}. Give a threshold {side} that, or another target."
+        f"mean score is {best:.3f}. Give a threshold of {side} that, or another target."
     )
 
 
