@@ -29,6 +29,8 @@ class MeanColorScorer:
 @pytest.fixture(scope="module")
 def demo_run(tiny_sd1, tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
+    (out / "notes").mkdir()
+    (out / "notes" / "mine.txt").write_text("not of a demo")
     calls = []
     held_out = frozenset({("cat", "openmoji")})
     model = TextToImage(tiny_sd1.pipe, name=tiny_sd1.name, held_out=held_out)
@@ -44,9 +46,10 @@ def demo_run(tiny_sd1, tmp_path_factory):
 def test_the_folder_holds_the_page_the_figures_and_the_data(demo_run):
     out, _, _ = demo_run
     assert sorted(p.name for p in out.iterdir()) == [
-        "change.safetensors", "comparison.json", "drift.json", "gallery.safetensors", "report.html", "report.json",
-        "run.json", "summary.json", "text.parquet", "unet-clean_trajectory.parquet", "unet-same_latent.parquet",
+        "change.safetensors", "comparison.json", "drift.json", "gallery.safetensors", "notes", "report.html",
+        "report.json", "run.json", "summary.json", "text.parquet", "unet-clean_trajectory.parquet", "unet-same_latent.parquet",
     ]  # fmt: skip
+    assert (out / "notes" / "mine.txt").read_text() == "not of a demo"
     text = (out / "report.html").read_text()
     for part in (
         "Causal trace of the text encoder",
