@@ -238,7 +238,7 @@ def test_missed_and_drift_of_a_layer_equal_those_at_the_encoders_output(tiny_sha
         with torch.no_grad():
             return tiny_shallow.text_encoder(ids)[0]
 
-    rows = layer_scan.scan(tiny_shallow, lambda _: change, pairs=[pair], unseen=["a dog"])
+    rows = layer_scan.scan(tiny_shallow, lambda _: change, pairs=[pair], test_captions=["a dog"])
     ((a, b),) = pair.positions
     before, other = last(ids), last(tiny_shallow.tokenize(["a dog"]))
     with change.applied(tiny_shallow):

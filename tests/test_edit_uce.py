@@ -275,7 +275,7 @@ def test_a_nan_weight_and_a_transformed_input_are_refused(copied):
     block = get(copied, "unet.cross_attn.4").module(copied)
     block.to_v = torch.nn.Linear(32, damaged.shape[0], bias=False)
     with pytest.raises(
-        UnsupportedModel, match="reads 32 numbers a token, but the text features have"
+        UnsupportedModel, match="reads 32 numbers for each token, but the text features have"
     ):
         edit.uce(copied, MONET)
 

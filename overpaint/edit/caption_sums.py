@@ -20,12 +20,12 @@ from overpaint.edit.weights import encoder_index, find_weight
 from overpaint.model import TextToImage
 
 __all__ = [
-    "FRESH", "Reader", "Sums", "background_captions", "background_gram", "concept_captions", "extended_pair",
+    "TEST_CAPTIONS", "Reader", "Sums", "background_captions", "background_gram", "concept_captions", "extended_pair",
     "extended_pairs", "known_concepts", "other_concepts", "preserved_captions",
 ]  # fmt: skip
 
 Term = dict[str, Any]
-FRESH = 64  # captions to measure with, which are not fitted
+TEST_CAPTIONS = 64  # captions of each concept that are not fitted; reports measure on them
 _CHUNK = 256  # captions encoded at once
 _PER_CONCEPT = 8  # captions of a preserved concept
 _EMPTY = 0.05  # weight of the empty prompt in the background: guidance uses it for every picture

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from overpaint.edit import caption_sums as texts
 from overpaint.edit import vocabulary as vocabularies
-from overpaint.edit.caption_sums import FRESH, Reader
+from overpaint.edit.caption_sums import TEST_CAPTIONS, Reader
 from overpaint.edit.captions import align_captions, check_pairs
 from overpaint.edit.change import Change
 from overpaint.edit.concept_words import alias_target, check_special, contains, find_aliases
@@ -196,7 +196,7 @@ def preserve_terms(model: TextToImage, change: Change, part: str = "text") -> Te
             continue
         words = vocabularies.fillers(model.tokenizer, without=term["without"])
         frames = vocabularies.frames(
-            words, size=FRESH, seed=term["seed"] + 1, among=term["concepts"]
+            words, size=TEST_CAPTIONS, seed=term["seed"] + 1, among=term["concepts"]
         )
         total += term["weight"] * texts.background_gram(reader, term)
     return total

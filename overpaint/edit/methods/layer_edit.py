@@ -15,7 +15,7 @@ from torch import Tensor
 
 from overpaint.edit import caption_sums as texts
 from overpaint.edit import vocabulary as vocabularies
-from overpaint.edit.caption_sums import FRESH, Reader, Sums
+from overpaint.edit.caption_sums import TEST_CAPTIONS, Reader, Sums
 from overpaint.edit.change import Change
 from overpaint.edit.concept_words import words
 from overpaint.edit.drift import weight_drift
@@ -173,27 +173,32 @@ def edit_layer(
     """Return the edit of one layer for some of the pairs."""
     model = request.model
     reader = Reader.at_layer(model, layer, request.part)
-    frames, fresh_frames = request.frames(fit.contexts, 0), request.frames(FRESH, 1)
+    frames, test_frames = request.frames(fit.contexts, 0), request.frames(TEST_CAPTIONS, 1)
     on_progress(0, 4, "reading captions of the concepts")
-    captions, fresh_captions = (
+    captions, test_pairs = (
         texts.extended_pairs(model, pairs, f, request.heads, request.part)
-        for f in (frames, fresh_frames)
+        for f in (frames, test_frames)
     )
-    fitted, fresh = ([reader.sums(c) for c in group] for group in (captions, fresh_captions))
+    fitted, test_sums = ([reader.sums(c) for c in group] for group in (captions, test_pairs))
     on_progress(1, 4, "reading background captions")
-    term, unseen_term = request.term(fit.background, 0), request.term(4 * FRESH, 1)
-    background, unseen = (
+    term, test_term = request.term(fit.background, 0), request.term(4 * TEST_CAPTIONS, 1)
+    background, test_gram = (
         texts.background_gram(reader, term),
-        texts.background_gram(reader, unseen_term),
+        texts.background_gram(reader, test_term),
     )
     scan = preserve_search.background_scan(
-        fitted, fresh, background, unseen, preserve_weight=fit.preserve_weight, ridge=fit.ridge
+        fitted,
+        test_sums,
+        background,
+        test_gram,
+        preserve_weight=fit.preserve_weight,
+        ridge=fit.ridge,
     )
     weight, ridge = preserve_search.best_row(scan)
     on_progress(2, 4, "preserving concepts that drift")
     concepts = [*request.others, *request.preserve]
     preserved = preserve_search.preserve_concepts(
-        fitted, fresh, weight * background, [reader.gram(texts.concept_captions(c, fresh_frames)) for c in concepts],
+        fitted, test_sums, weight * background, [reader.gram(texts.concept_captions(c, test_frames)) for c in concepts],
         ridge=ridge, bound=fit.bound, allowance=fit.allowance,
     )  # fmt: skip
     terms = [{**term, "weight": weight}]
@@ -201,12 +206,12 @@ def edit_layer(
     owners = [list(request.pairs).index(old) for old in pairs]
     movement = _movement(reader, fitted, owners, preserved.gram, ridge)
     drifts = list(zip(concepts, preserved.weights, preserved.before, preserved.after, strict=True))
-    movements, report = (movement,), _report(reader, movement, fresh, scan, drifts, fit.bound)
+    movements, report = (movement,), _report(reader, movement, test_sums, scan, drifts, fit.bound)
     if fit.repair:
         on_progress(3, 4, "fitting the MLP")
         second, layer_report = mlp_repair.repair(
-            model, movement, layer=layer, pairs=captions, preserve=texts.preserved_captions(model, terms, fresh_frames),
-            fresh=fresh_captions, unseen=texts.background_captions(model, unseen_term), ridge=ridge,
+            model, movement, layer=layer, pairs=captions, preserve=texts.preserved_captions(model, terms, test_frames),
+            test_pairs=test_pairs, test_captions=texts.background_captions(model, test_term), ridge=ridge,
         )  # fmt: skip
         movements, report = (movement, second), report | layer_report
     settings = {"terms": terms, "preserve_weight": weight, "ridge": ridge, "layer": layer}
@@ -221,7 +226,7 @@ def edit_best_layer(
     quick = dataclasses.replace(
         fit, repair=False, contexts=max(8, fit.contexts // 4), background=max(8, fit.background // 4)
     )  # fmt: skip
-    frames = request.frames(FRESH, 1)
+    frames = request.frames(TEST_CAPTIONS, 1)
     captions = texts.extended_pairs(model, pairs, frames, request.heads, request.part)
 
     def quick_change(layer: int) -> Change:
@@ -232,7 +237,7 @@ def edit_best_layer(
         model,
         quick_change,
         pairs=[pair for concept in captions for pair in concept],
-        unseen=texts.background_captions(model, request.term(2 * FRESH, 1)),
+        test_captions=texts.background_captions(model, request.term(2 * TEST_CAPTIONS, 1)),
         part=request.part,
         on_progress=on_progress,
     )
@@ -262,7 +267,7 @@ def _movement(
 def _report(
     reader: Reader,
     movement: Movement,
-    fresh: Sequence[Sums],
+    test_sums: Sequence[Sums],
     scan: Sequence[Mapping[str, float]],
     drifts: Sequence[tuple[str, float, float, float]],
     bound: float,
@@ -281,7 +286,7 @@ def _report(
         "rank": movement.left.shape[1],
         "delta_norm": weight_drift(delta),
         "relative_delta_norm": weight_drift(delta, relative_to=reader.weight),
-        "missed": preserve_search.mean_missed(fresh, delta),
+        "missed": preserve_search.mean_missed(test_sums, delta),
         "empty_prompt_drift": weight_drift(
             delta, gram=reader.gram([""]), relative_to=reader.weight
         ),

@@ -27,7 +27,7 @@ def scan(
     edit_layer: Callable[[int], Change],
     *,
     pairs: Sequence[Pair],
-    unseen: Sequence[str],
+    test_captions: Sequence[str],
     part: str = "text",
     on_progress: Progress | None = None,
 ) -> list[dict[str, float]]:
@@ -37,21 +37,21 @@ def scan(
         model: Each change is applied to it and reverted, bit for bit.
         edit_layer: Returns the change of a layer, numbered from 0.
         pairs: Captions of the edited concepts and of their replacements; no edit may be fitted to them.
-        unseen: Captions that should not move.
+        test_captions: Captions that should not move.
         part: The text encoder.
         on_progress: Called with (done, total, label).
 
     Returns:
         One row for each layer: `layer`, `missed` (squared distance of the edited old caption from the new one, over
-        that of the unedited old one) and `drift` (mean squared movement of an unseen caption, over the mean target
+        that of the unedited old one) and `drift` (mean squared movement of a test caption, over the mean target
         movement of an old one).
     """
     index = encoder_index(model, part)
     count = len(text_layers(model, part)) - model.clip_skip - (len(model.text_encoders) == 2)
     ids = torch.cat([torch.stack([p.old.ids, p.new.ids]) for p in pairs])
-    old_ids, unseen_ids = ids[::2], model.tokenize(list(unseen), encoder=index)
+    old_ids, test_ids = ids[::2], model.tokenize(list(test_captions), encoder=index)
     key_rows, source_rows = aligned_rows(pairs, torch.arange(len(ids)), ids.shape[1])
-    before, unseen_before = _outputs(model, ids, index), _outputs(model, unseen_ids, index)
+    before, test_before = _outputs(model, ids, index), _outputs(model, test_ids, index)
     old, new = before.flatten(0, 1)[key_rows], before.flatten(0, 1)[source_rows]
     energy = float((new - old).square().sum())
     reference = (energy / len(pairs)) ** 0.5
@@ -61,11 +61,11 @@ def scan(
             on_progress(layer, count, "editing each layer")
         with edit_layer(layer).applied(model):
             after = _outputs(model, old_ids, index)
-            unseen_after = _outputs(model, unseen_ids, index)
+            test_after = _outputs(model, test_ids, index)
         edited = before.clone()
         edited[::2] = after
         missed = float((new - edited.flatten(0, 1)[key_rows]).square().sum()) / energy
-        drift = feature_drift(unseen_before, unseen_after, relative_to=reference) ** 2
+        drift = feature_drift(test_before, test_after, relative_to=reference) ** 2
         rows.append({"layer": layer, "missed": missed, "drift": drift})
     return rows
 

@@ -123,8 +123,8 @@ def repair(
     layer: int,
     pairs: Sequence[Sequence[Pair]],
     preserve: Sequence[tuple[Sequence[str], float]],
-    fresh: Sequence[Sequence[Pair]],
-    unseen: Sequence[str],
+    test_pairs: Sequence[Sequence[Pair]],
+    test_captions: Sequence[str],
     ridge: float,
 ) -> tuple[Movement, dict[str, float]]:
     """Return the movement of `mlp.fc2` that completes a movement of the same layer's `out_proj`.
@@ -137,13 +137,13 @@ def repair(
         layer: Layer of that text encoder, from 0.
         pairs: For each concept, its captions, each with the caption of the replacement. Each concept has weight 1.
         preserve: Groups of captions whose output should not change, each with its weight.
-        fresh: Other captions in the form of `pairs`. They are not fitted; the report measures on them.
-        unseen: Other captions whose output should not change. They are not fitted; the report measures on them.
+        test_pairs: Other captions in the form of `pairs`. They are not fitted; the report measures on them.
+        test_captions: Other captions whose output should not change. They are not fitted; the report measures on them.
         ridge: Pull towards the old weight, as in `auto`.
 
     Returns:
         The movement and a report. The movement has no keys, and its `gram` is the Gram matrix of the whole system. The
-        report holds the missed target movement and the drift of unseen captions at the output of the layer. Both are
+        report holds the missed target movement and the drift of `test_captions` at the output of the layer. Both are
         relative to the target movement, and given before and after this step.
 
     Raises:
@@ -161,20 +161,20 @@ def repair(
     delta = torch.linalg.solve(system, cross.T).T
     factors = torch.eye(len(delta), dtype=torch.float64), delta
     repaired = Movement.of_weight(site, parameter, *factors, gram)
-    return repaired, _report(block, delta, fresh, unseen)
+    return repaired, _report(block, delta, test_pairs, test_captions)
 
 
 def _report(
-    block: _Layer, delta: Tensor, fresh: Sequence[Sequence[Pair]], unseen: Sequence[str]
+    block: _Layer, delta: Tensor, test_pairs: Sequence[Sequence[Pair]], test_captions: Sequence[str]
 ) -> dict[str, float]:
-    fresh_sums = [_pair_sums(block, pairs) for pairs in fresh]
-    target = sum(part.target_energy for part in fresh_sums) / len(fresh_sums)
-    unseen_sums = _caption_sums(block, unseen, 1.0)
+    pair_sums = [_pair_sums(block, pairs) for pairs in test_pairs]
+    target = sum(part.target_energy for part in pair_sums) / len(pair_sums)
+    caption_sums = _caption_sums(block, test_captions, 1.0)
     report: dict[str, float] = {}
     for suffix, movement in (("_before_repair", torch.zeros_like(delta)), ("", delta)):
-        missed = sum(part.residual_energy(movement) for part in fresh_sums) / len(fresh_sums)
+        missed = sum(part.residual_energy(movement) for part in pair_sums) / len(pair_sums)
         report[f"layer_missed{suffix}"] = missed / target
-        report[f"layer_drift{suffix}"] = unseen_sums.residual_energy(movement) / target
+        report[f"layer_drift{suffix}"] = caption_sums.residual_energy(movement) / target
     return report
 
 

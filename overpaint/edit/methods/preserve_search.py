@@ -71,9 +71,9 @@ def mean_missed(sums: Sequence[Sums], delta: Tensor) -> float:
 
 def background_scan(
     fitted: Sequence[Sums],
-    fresh: Sequence[Sums],
+    test_sums: Sequence[Sums],
     background: Tensor,
-    unseen: Tensor,
+    test_gram: Tensor,
     *,
     preserve_weight: float | str,
     ridge: float | str,
@@ -82,21 +82,21 @@ def background_scan(
 
     Args:
         fitted: Sums of each concept, to fit.
-        fresh: Sums of each concept in captions that are not fitted, to measure the missed movement.
+        test_sums: Sums of each concept in captions that are not fitted, to measure the missed movement.
         background: Mean Gram matrix of captions that should not move, to fit.
-        unseen: Mean Gram matrix of captions that are not fitted, to measure the drift.
+        test_gram: Mean Gram matrix of captions that are not fitted, to measure the drift.
         preserve_weight: The only weight, or `"auto"` for all `WEIGHTS`.
         ridge: The only ridge, or `"auto"` for all `RIDGES`.
 
     Returns:
         Rows with `preserve_weight`, `ridge`, `missed` and `drift`.
     """
-    energy = mean_energy(fresh)
+    energy = mean_energy(test_sums)
     rows: list[dict[str, float]] = []
     for pull in RIDGES if isinstance(ridge, str) else (float(ridge),):
         for weight in WEIGHTS if isinstance(preserve_weight, str) else (float(preserve_weight),):
             delta = _solve(fitted, weight * background, pull)
-            missed, drift = mean_missed(fresh, delta), squared_drift(delta, unseen, energy)
+            missed, drift = mean_missed(test_sums, delta), squared_drift(delta, test_gram, energy)
             rows.append(
                 {"preserve_weight": weight, "ridge": pull, "missed": missed, "drift": drift}
             )
@@ -117,7 +117,7 @@ def merit(row: Mapping[str, float]) -> float:
 
 def preserve_concepts(
     fitted: Sequence[Sums],
-    fresh: Sequence[Sums],
+    test_sums: Sequence[Sums],
     gram: Tensor,
     concepts: Sequence[Tensor],
     *,
@@ -132,7 +132,7 @@ def preserve_concepts(
 
     Args:
         fitted: Sums of each edited concept, to fit.
-        fresh: Sums of each edited concept in other captions, to measure.
+        test_sums: Sums of each edited concept in captions that are not fitted, to measure.
         gram: Gram matrix of the background, with its weight.
         concepts: Mean Gram matrix of each concept that may drift.
         ridge: Pull towards the old weight.
@@ -141,7 +141,7 @@ def preserve_concepts(
     """
     energy, weights = mean_energy(fitted), [0.0] * len(concepts)
     delta = _solve(fitted, gram, ridge)
-    limit = mean_missed(fresh, delta) + allowance
+    limit = mean_missed(test_sums, delta) + allowance
     before = after = [squared_drift(delta, g, energy) for g in concepts]
     for _ in range(_ROUNDS):
         added = [
@@ -154,7 +154,7 @@ def preserve_concepts(
             (w * g for w, g in zip(added, concepts, strict=True) if w), torch.zeros_like(gram)
         )
         delta = _solve(fitted, heavier, ridge)
-        if mean_missed(fresh, delta) > limit:
+        if mean_missed(test_sums, delta) > limit:
             break
         gram, weights = heavier, [w + more for w, more in zip(weights, added, strict=True)]
         after = [squared_drift(delta, g, energy) for g in concepts]
