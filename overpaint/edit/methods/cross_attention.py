@@ -276,8 +276,9 @@ def _check_contradictions(edit: FeatureEdit) -> None:
 def _check_weight(site: str, weight: Tensor, width: int) -> None:
     if weight.shape[1] != width:
         raise UnsupportedModel(
-            f"{site} reads {weight.shape[1]} numbers a token, but the text features have {width}: this UNet transforms "
-            "them before its cross-attention, so there is nothing to solve. Use a plain Stable Diffusion pipeline."
+            f"{site} reads {weight.shape[1]} numbers for each token, but the text features have {width}: this UNet "
+            "transforms them before its cross-attention, so no edit can be solved. Use a plain Stable Diffusion "
+            "pipeline."
         )
     if not bool(torch.isfinite(weight).all()):
         raise ValueError(f"the weight at {site} holds NaN or infinity: load an undamaged model.")
