@@ -47,7 +47,8 @@ def test_the_folder_holds_the_page_the_figures_and_the_data(demo_run):
     out, _, _ = demo_run
     assert sorted(p.name for p in out.iterdir()) == [
         "change.safetensors", "comparison.json", "drift.json", "gallery.safetensors", "notes", "report.html",
-        "report.json", "run.json", "summary.json", "text.parquet", "unet-clean_trajectory.parquet", "unet-same_latent.parquet",
+        "report.json", "run.json", "summary.json", "text.parquet", "unet-clean_trajectory.parquet",
+        "unet-same_latent.parquet",
     ]  # fmt: skip
     assert (out / "notes" / "mine.txt").read_text() == "not of a demo"
     text = (out / "report.html").read_text()

@@ -149,7 +149,11 @@ def test_thinned_keeps_evenly_spaced_cases_of_each_role():
         ("a.csv", "case_number,prompt\n1,\n", "line 2: the prompt is empty"),
         ("a.csv", TIMED, "holds 0 edits of 'cat', not one: .* holds 'A tree', 'A cup'"),
         ("a.toml", "target = 3", "is not a table of cases"),
-        ("a.toml", 'target = ["{x}"]\nothers = []', "is not a table of cases .the slot .x. of '.x.' has no words"),
+        (
+            "a.toml",
+            'target = ["{x}"]\nothers = []',
+            "is not a table of cases .the slot .x. of '.x.' has no words",
+        ),
         (
             "a.toml",
             'target = ["a {}"]\nothers = []',

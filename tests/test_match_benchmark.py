@@ -32,8 +32,7 @@ def measured(benchmark, folder, extra):
             methods += [*benchmark.ABLATIONS, *extra]
         names = [f"{f} {u}" for f in ("spearman", "ause") for u in benchmark.UNCERTAINTIES]
         rows = {
-            m: dict.fromkeys(("aepe", "pck1", "pck5", *names), float(next(numbers)))
-            for m in methods
+            m: dict.fromkeys(("aepe", "pck1", "pck5", *names), 1 / next(numbers)) for m in methods
         }
         store.add(name, 0, benchmark.Origin("photo", "lens"), rows)
     return benchmark.Errors(plan, store)
