@@ -110,7 +110,10 @@ def test_an_attack_is_printed_and_saved(run, change, tmp_path, monkeypatch):
         (("icons", "CHANGE", "--metric", "lpips"), "unknown metric 'lpips'"),
         (("icons", "CHANGE", "--set", "icons", "--kind", "fact"), "no evaluation set ships for"),
         (("icons", "CHANGE", "--scorer", "/nowhere"), "cannot load a CLIP from '/nowhere'"),
-        (("icons", "CHANGE", "--set", "icons", "--repeats", "0"), "'--repeats': 0 is out of range: give 1 to 100000"),
+        (
+            ("icons", "CHANGE", "--set", "icons", "--repeats", "0"),
+            "'--repeats': 0 is out of range: give 1 to 100000",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(run, change, tmp_path, words, message):

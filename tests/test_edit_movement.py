@@ -92,6 +92,14 @@ def test_a_change_of_a_cast_fits_the_float32_weights(stored, made):
     check(change, overpaint.load(stored / "float32"))
 
 
+@pytest.mark.parametrize(
+    ("made", "used"), [("float32", "float16"), ("float16", "float32")], ids=["to half", "from half"]
+)
+def test_a_change_fits_files_of_another_dtype_that_are_loaded_in_float32(stored, made, used):
+    change = edit.quickfix(overpaint.load(stored / made), GOGH)
+    check(change, overpaint.load(stored / used))
+
+
 @pytest.mark.parametrize(("made", "used"), list(itertools.product(DTYPES, DTYPES)))
 def test_other_weights_are_refused_in_every_dtype(stored, made, used):
     change = edit.quickfix(overpaint.load(stored / "float32", dtype=made), GOGH)

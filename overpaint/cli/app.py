@@ -4,6 +4,7 @@ Exit codes: 0 success, 1 a bug in overpaint, 2 bad input, 130 Ctrl-C. An error i
 stdout holds one JSON object and nothing else.
 """
 
+import errno
 import os
 import sys
 import traceback
@@ -31,6 +32,15 @@ from overpaint.cli.trace import trace
 from overpaint.cli.train import train
 
 __all__ = ["app", "main"]
+
+_LONGEST_NAME = 200  # characters of a file's name in a message
+_NEXT = {
+    errno.ENOENT: "check the path",
+    errno.EISDIR: "name a file",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EACCES: "check who may read and write it",
+    errno.ENOSPC: "free some space, or name another disk",
+}
 
 app = typer.Typer(
     name="overpaint",
@@ -71,7 +81,10 @@ def _run(arguments: Sequence[str] | None) -> int:
         code = 130
     except TyperException as error:
         return _print_error(error.format_message())
-    except (ValueError, OSError, ImportError) as error:
+    except OSError as error:
+        _print_traceback()
+        return _print_error(_describe(error))
+    except (ValueError, ImportError) as error:
         _print_traceback()
         return _print_error(str(error))
     except Exception as error:
@@ -81,6 +94,17 @@ def _run(arguments: Sequence[str] | None) -> int:
     if code == 130:
         return _print_error("stopped by Ctrl-C", code=130)
     return code if isinstance(code, int) else 0
+
+
+def _describe(error: OSError) -> str:
+    """Return the message of `error` without its number, and with the next step where the system gave the message."""
+    if error.strerror is None or error.filename is None:
+        return str(error)
+    name = str(error.filename)
+    named = repr(name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…")
+    if error.errno is None or error.strerror != os.strerror(error.errno):
+        return f"{error.strerror}: {named}"
+    return f"{named}: {error.strerror}: {_NEXT.get(error.errno, 'name another file or folder')}."
 
 
 def _print_error(text: str, *, code: int = 2) -> int:

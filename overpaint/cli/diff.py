@@ -1,5 +1,6 @@
 """`overpaint diff`: compare two change files."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["diff"]
 
-_LEFT_OUT = ("pairs", "strength", "versions", "preserve", "terms", "without", "vocabulary")
+_LEFT_OUT = (
+    "pairs", "strength", "versions", "preserve", "terms", "without", "vocabulary", "encoders",
+)  # fmt: skip
 
 
 def diff(
@@ -52,9 +55,22 @@ def _concepts(a: "Change", b: "Change") -> dict[str, list[str]]:
 
 def _settings(a: "Change", b: "Change") -> dict[str, list[str]]:
     """Return the settings in which the two differ."""
-    names = [n for n in {**a.protocol, **b.protocol} if n not in _LEFT_OUT]
-    rows = [(n, a.protocol.get(n), b.protocol.get(n)) for n in names]
+    first, second = _flat(a.protocol), _flat(b.protocol)
+    rows = [(n, first.get(n), second.get(n)) for n in {**first, **second}]
     return {"settings": [f"{n}: {one} / {other}" for n, one, other in rows if one != other]}
+
+
+def _flat(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings to compare, with those of each text encoder under names such as `text2 layer`."""
+    encoders = protocol.get("encoders")
+    of_encoders = {
+        f"{part} {name}": value
+        for part, settings in (encoders.items() if isinstance(encoders, Mapping) else ())
+        if isinstance(settings, Mapping)
+        for name, value in settings.items()
+        if name not in _LEFT_OUT and value != protocol.get(name)
+    }
+    return {name: value for name, value in protocol.items() if name not in _LEFT_OUT} | of_encoders
 
 
 def _weights(a: "Change", b: "Change") -> dict[str, Any]:

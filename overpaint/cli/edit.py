@@ -144,16 +144,20 @@ def edit(
         check_absent(options.out, force=options.force)
         check_writable(options.out.parent)
     base = None if options.update is None else Change.load(options.update)
+    if base is not None and pairs and ("terms" in base.protocol) != options.auto:
+        raise ValueError(
+            f"{str(options.update)!r} was made {'without' if options.auto else 'with'} --auto, and only edits of one "
+            f"method can be solved together: {'leave --auto out' if options.auto else 'give --auto too'}."
+        )
     loaded = load_model(model, device, dtype, clip_skip)
     addition = _solve(loaded, pairs, options, base, as_json) if pairs else None
     change = _combine(loaded, base, addition, options)
-    report = change.report
     if options.rank is not None:
         change = complete(loaded, change).compact(rank=options.rank)
-    facts = _facts(change, report)
+    facts = _facts(change)
     if options.dry_run:
         facts |= {
-            "change": None,
+            "change": None if as_json else "(no file is written)",
             "weights": list(change.sites),
             "subject_tokens": _subject_tokens(loaded, change),
         }
@@ -192,6 +196,9 @@ def _check(options: EditOptions, pairs: dict[str, str]) -> None:
         raise ValueError(
             f"--auto chooses the {name} itself: leave --{name} out, or leave --auto out."
         )
+    parts = {"repair": options.repair, "tokens": options.tokens}
+    for name in [name for name, on in parts.items() if not (on or options.auto)]:
+        raise ValueError(f"--no-{name} is a setting of --auto: leave it out, or give --auto too.")
     if options.without and options.update is None:
         raise ValueError(
             "--without takes concepts out of a change file: name the file with --update."
@@ -248,11 +255,11 @@ def _combine(
     return addition if base is None else stack(loaded, [base, addition])
 
 
-def _facts(change: "Change", report: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(change: "Change") -> dict[str, Any]:
     """Return the printed figures: verdict, file, site, concepts, figures, moved tokens, endangered concepts."""
     from overpaint.edit import verdict
 
-    sites = change.sites
+    sites, report = change.sites, change.report
     return {
         "verdict": verdict.describe(change),
         "change": "",

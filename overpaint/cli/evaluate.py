@@ -114,6 +114,7 @@ def evaluate(
         )
     from overpaint.edit import Change
 
+    _check(options)
     check_writable(options.out)
     record = _record(options.out, context)
     loaded_change = Change.load(change)
@@ -140,7 +141,15 @@ class _Run:
     @property
     def uses_set(self) -> bool:
         """Return whether metrics on an evaluation set are measured, instead of labels."""
-        return bool(self.options.cases or self.options.scorer or self.options.metric)
+        options = self.options
+        return bool(options.metric) or options.cases is not None or options.scorer is not None
+
+
+def _check(options: EvaluateOptions) -> None:
+    if options.erase is not None and not options.erase.strip():
+        raise ValueError("--erase is empty: name the erased concept, or leave --erase out.")
+    if options.form is not None and options.cases is None:
+        raise ValueError("--form is the format of a file: name the file with --set.")
 
 
 def _concept(pairs: dict[str, str], options: EvaluateOptions) -> tuple[str, str]:
@@ -224,7 +233,9 @@ def _recognise(run: _Run) -> dict[str, Any]:
         )  # fmt: skip
     comparison.save(options.out)
     scores = comparison.scores["change"]
-    return {**scores.flat(), **{name: share.mean for name, share in scores.aliases().items()}}
+    intervals = {name: asdict(interval) for name, interval in scores.intervals().items()}
+    figures = {**scores.flat(), **{name: share.mean for name, share in scores.aliases().items()}}
+    return {**figures, "intervals": intervals}
 
 
 def _measure(run: _Run, cases: Any, scorer: Any) -> dict[str, Any]:
@@ -281,7 +292,7 @@ def _cases(run: _Run, scorer: Any) -> Any:
     from overpaint import probes
 
     options = run.options
-    name = options.cases or ("natural" if options.scorer else "icons")
+    name = ("natural" if options.scorer else "icons") if options.cases is None else options.cases
     kind = options.kind or _kind(run.erase, scorer)
     if name in probes.VOCABULARIES:
         return probes.load_shipped_set(kind, run.erase, run.replace, vocabulary=name)
@@ -303,11 +314,23 @@ def _kind(erase: str, scorer: Any) -> str:
 def _remaining(facts: dict[str, Any], run: _Run) -> dict[str, Any]:
     """Return the figures that no printed table shows."""
     if not run.uses_set:
-        return {k: v for k, v in facts.items() if not k.startswith("attack_") or "back" in k}
+        intervals = facts.get("intervals", {})
+        return {
+            name: _with_interval(value, intervals.get(name))
+            for name, value in facts.items()
+            if name != "intervals" and (not name.startswith("attack_") or "back" in name)
+        }
     names = (
         "reliability", "generality", "locality", "attack_recovered", "attack_brought_back", "scores",
     )  # fmt: skip
     return {name: facts[name] for name in names if name in facts}
+
+
+def _with_interval(value: Any, interval: dict[str, Any] | None) -> Any:
+    """Return a share as text with its interval; any other value as it is."""
+    if interval is None or not interval["n"]:
+        return value
+    return f"{value:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
 
 
 def _text(interval: "Interval") -> str:

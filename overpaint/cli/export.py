@@ -43,6 +43,8 @@ def export(
             f"unknown format {form!r}: choose lora, ldm or folder with --format, for example --format lora."
         )
     _check_out(out, form, force)
+    if out.exists() and change.exists() and out.samefile(change):
+        raise ValueError(f"{str(out)!r} is the change itself: name another file with --out.")
     check_writable(out.parent)
     loaded_change = Change.load(change)
     loaded = load_model(model, device, dtype)

@@ -74,9 +74,10 @@ def generate(
     pictures = [options.out / f"{i:04d}.png" for i in range(len(prompts))]
     check_absent(*pictures, options.out / "pictures.json", force=options.force)
     check_writable(options.out)
+    change = None if options.change is None else Change.load(options.change)
     loaded = load_model(model, device, dtype, options.clip_skip)
-    if options.change is not None:
-        Change.load(options.change).apply(loaded)
+    if change is not None:
+        change.apply(loaded)
     with progress(as_json) as on_progress:
         images = loaded.generate(
             prompts, negative_prompt=options.negative_prompt, seed=options.seed, steps=options.steps,

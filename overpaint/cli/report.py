@@ -28,7 +28,6 @@ def report(
     from overpaint import report as pages
 
     check_writable(folder, make=False)
-    paths = {"report": str(pages.save(folder))}
-    if card is not None:
-        paths["card"] = str(pages.save_card(folder, card))
-    print_facts(paths, as_json=as_json)
+    # the card first: it is refused more often, and then no page is written
+    cards = {} if card is None else {"card": str(pages.save_card(folder, card))}
+    print_facts({"report": str(pages.save(folder)), **cards}, as_json=as_json)

@@ -1,7 +1,10 @@
 """Output of the command line: progress bars with the time left, tables, JSON; and checks that come before any work."""
 
+import math
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,15 +66,21 @@ def progress(quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
         TimeRemainingColumn(),
     )
     tasks: dict[str, Any] = {}
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bars:
+    bars = Progress(*columns, console=Console(stderr=True), disable=quiet)
 
-        def show(done: int, total: int, label: str) -> None:
-            key = label.partition(",")[0]
-            if key not in tasks:
-                tasks[key] = bars.add_task(label, total=total)
-            bars.update(tasks[key], completed=done, total=total, description=label)
+    def show(done: int, total: int, label: str) -> None:
+        key = label.partition(",")[0]
+        if not tasks:
+            bars.start()  # not before: without a bar it would print an empty line above an error
+        if key not in tasks:
+            tasks[key] = bars.add_task(label, total=total)
+        bars.update(tasks[key], completed=done, total=total, description=label)
 
+    try:
         yield show
+    finally:
+        if tasks:
+            bars.stop()
 
 
 def print_json(facts: Mapping[str, Any]) -> None:
@@ -86,18 +95,35 @@ def print_facts(facts: Mapping[str, Any], *, as_json: bool) -> None:
     wide = max(len(name) for name in facts)
     for name, value in facts.items():
         rows = value if isinstance(value, list) else [value]
-        for i, row in enumerate(rows):
-            text = f"{row:.3f}" if isinstance(row, float) else str(row)
-            sys.stdout.write(f"{name if i == 0 else '':<{wide}}  {text}\n")
+        texts = [_text(row) for row in rows]
+        for i, line in enumerate(line for text in texts for line in _lines(text, wide + 2)):
+            sys.stdout.write(f"{name if i == 0 else '':<{wide}}  {line}\n")
     return None
 
 
-def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write a table to stdout, as wide as the terminal."""
-    from rich.console import Console
-    from rich.table import Table
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return "not measured" if math.isnan(value) else f"{value:.3f}"
+    return str(value)
 
-    table = Table(*heads, box=None, header_style="bold", pad_edge=False)
+
+def _lines(text: str, indent: int) -> list[str]:
+    """Return `text` in lines that fit beside `indent` columns of a terminal; in files and pipes it stays one line."""
+    if not sys.stdout.isatty():
+        return [text]
+    width = max(20, shutil.get_terminal_size().columns - indent)
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
+
+
+def print_table(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], *, whole: Collection[str] = ()
+) -> None:
+    """Write a table to stdout, as wide as the terminal; columns with a head in `whole` are never cut or wrapped."""
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    columns = [Column(head, no_wrap=head in whole) for head in heads]
+    table = Table(*columns, box=None, header_style="bold", pad_edge=False)
     for row in rows:
         table.add_row(*row)
     Console().print(table)

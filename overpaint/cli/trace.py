@@ -33,6 +33,17 @@ if TYPE_CHECKING:
 
 __all__ = ["trace"]
 
+_PART_OPTIONS = {
+    "source": ("unet",),
+    "branches": ("unet",),
+    "windows": ("unet",),
+    "target": ("swap",),
+    "window": ("swap",),
+    "features_only": ("text",),
+    "heads": ("text", "unet"),
+    "direction": ("text", "unet"),
+}
+
 
 @dataclass(frozen=True)
 class TraceOptions:
@@ -225,6 +236,11 @@ def _check(options: TraceOptions) -> None:
         raise ValueError(
             "a swap needs words for the concept's place: name them with --target, for example --target 'noto style'."
         )
+    _check_part(options)
+    if options.concept is not None and options.prompts is None:
+        raise ValueError(
+            "--concept names words in the prompts of a CSV: give the file with --prompts, or leave --concept out."
+        )
     if part == "swap" and screen is not None:
         raise ValueError("--screen ranks single states and a swap has none: leave one of them out.")
     if screen is not None and direction != "restore":
@@ -232,6 +248,17 @@ def _check(options: TraceOptions) -> None:
             f"--screen estimates what restoring a state does, not what --direction {direction} does: leave one of them "
             "out."
         )
+
+
+def _check_part(options: TraceOptions) -> None:
+    """Raise if an option is given that the traced part does not read."""
+    defaults = TraceOptions()
+    for name, parts in _PART_OPTIONS.items():
+        if options.part not in parts and getattr(options, name) != getattr(defaults, name):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{option} is for --part {' or '.join(parts)}, not for {options.part}: leave {option} out."
+            )
 
 
 def _sigma(text: str) -> float | str:
@@ -263,16 +290,22 @@ def _print_effects(effects: "Effects", path: Path, *, as_json: bool) -> None:
         facts["causal"] = test.reason
     if as_json:
         return print_json({**facts, "threshold": test.protocol["threshold"], "top": rows})
+    columns = {
+        "site": [r["site"] for r in rows],
+        "token": [r["role"] or "all" for r in rows],
+        "head": ["all" if r["head"] is None else str(r["head"]) for r in rows],
+        "steps": [r["window"] or "all" for r in rows],
+        test.protocol["value"].replace("_", " "): [f"{r['mean']:.3f}" for r in rows],
+        "95 % interval": [f"{r['low']:.3f} to {r['high']:.3f}" for r in rows],
+        "p (Holm)": [f"{r['p_holm']:.3f}" for r in rows],
+        "causal": [{True: "yes", False: "no", None: "-"}[r["causal"] if possible else None] for r in rows],
+        "n": [str(r["n"]) for r in rows],
+    }  # fmt: skip
+    for name in ("token", "head", "steps"):  # not a word of what all rows have in common
+        if set(columns[name]) == {"all"}:
+            del columns[name]
     print_table(
-        ("site", "token", "head", "steps", test.protocol["value"], "95 % interval", "p (Holm)", "causal", "n"),
-        [
-            (
-                r["site"], r["role"] or "all", "all" if r["head"] is None else str(r["head"]), r["window"] or "all",
-                f"{r['mean']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}", f"{r['p_holm']:.3f}",
-                {True: "yes", False: "no", None: "-"}[r["causal"] if possible else None], str(r["n"]),
-            )
-            for r in rows
-        ],
+        tuple(columns), list(zip(*columns.values(), strict=True)), whole=("site", "token", "95 % interval")
     )  # fmt: skip
     picture = path.with_suffix(".png")
     effects.plot(path=picture)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from overpaint import probes
+from overpaint.model.token_spans import check_text
 
 __all__ = [
     "GENERIC",
@@ -155,10 +156,11 @@ def check_special(tokenizer: Any, texts: Iterable[str]) -> None:
     """Raise if a text holds a token that begins or ends a prompt.
 
     Raises:
-        ValueError: A text holds one.
+        ValueError: A text holds one, or is not Unicode text.
     """
     special = [str(t) for t in (tokenizer.bos_token, tokenizer.eos_token) if t]
     for text in texts:
+        check_text(text)
         inside = [token for token in special if token.lower() in text.lower()]
         if inside:
             raise ValueError(

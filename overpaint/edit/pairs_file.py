@@ -1,6 +1,7 @@
-"""Read the concepts of an edit from a file: what to erase, and what to put in its place."""
+"""Read the concepts of an edit and their replacements from a file."""
 
 import csv
+import re
 from pathlib import Path
 
 __all__ = ["load_pairs"]
@@ -13,15 +14,15 @@ _SEPARATORS = ("→", "->", "\t")
 def load_pairs(path: str | Path) -> dict[str, str]:
     """Return the concepts in `path`, each with its replacement, in the order of the file.
 
-    A `.csv` file has one or two columns, with or without the header `erase,replace`. Any other file has one concept a
-    line, alone or with its replacement after `→`, `->` or a tab. A concept without a replacement is erased to nothing:
-    its replacement is `""`. Empty lines, and lines that begin with `#`, are skipped.
+    A `.csv` file has one or two columns, with or without the header `erase,replace`. Any other file has one concept
+    in each line, alone or with its replacement after `→`, `->` or a tab. A concept without a replacement is erased to
+    nothing: its replacement is `""`. Empty lines, and lines that begin with `#`, are skipped.
 
     Args:
         path: The file, in UTF-8, at most 4 MiB.
 
     Raises:
-        ValueError: The file is no such text, names no concept, or gives one concept two replacements.
+        ValueError: The file has another form, names no concept, or gives one concept two replacements.
         OSError: The file cannot be read.
     """
     place = Path(path)
@@ -33,6 +34,10 @@ def load_pairs(path: str | Path) -> dict[str, str]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{str(path)!r} is not UTF-8 text: save it as UTF-8.") from error
+    if any(character < " " and not character.isspace() for character in text):
+        raise ValueError(
+            f"{str(path)!r} holds control characters: name a text file with one concept in each line."
+        )
     read = _csv_rows if place.suffix.lower() == ".csv" else _text_rows
     pairs: dict[str, str] = {}
     for number, erase, replace in read(text, place):
@@ -47,7 +52,7 @@ def load_pairs(path: str | Path) -> dict[str, str]:
             )
     if not pairs:
         raise ValueError(
-            f"{str(path)!r} names no concept: write one a line, for example 'van gogh style'."
+            f"{str(path)!r} names no concept: write one in each line, for example 'van gogh style'."
         )
     return pairs
 
@@ -62,6 +67,11 @@ def _csv_rows(text: str, path: Path) -> list[tuple[int, str, str]]:
                 continue
             if not rows and tuple(cell.lower() for cell in cells) in (_HEADER, _HEADER[:1]):
                 continue
+            if len(cells) == 1 and (separator := re.search(r"[;\t|]", cells[0])):
+                raise ValueError(
+                    f"{str(path)!r}, line {reader.line_num}: the columns seem to be separated by {separator[0]!r}: "
+                    "save the file with commas."
+                )
             if len(cells) > 2:
                 raise ValueError(
                     f"{str(path)!r}, line {reader.line_num}: {len(cells)} columns: give one or two, the concept "

@@ -147,7 +147,7 @@ def encoder_index(model: TextToImage, part: str) -> int:
     if part not in known:
         raise UnknownSite(
             f"unknown text encoder {part!r}: this model has {' and '.join(map(repr, known))}. Name one of them with "
-            "`encoder`."
+            "`encoder`; use a change with the model that it was made for."
         )
     return known.index(part)
 
@@ -170,8 +170,8 @@ def cast_hashes(tensor: Tensor) -> tuple[str, ...]:
 def is_base(tensor: Tensor, base_hash: str, casts: Sequence[str] = ()) -> bool:
     """Return whether `tensor` holds the numbers that `base_hash` is of, up to one cast between dtypes.
 
-    Accepted are the same numbers in any dtype; a cast of the base to a dtype of `casts`; and numbers whose cast to the
-    dtype of the base is the base. Two different roundings of the same numbers are not compared with one another.
+    Accepted are the same numbers in any dtype; a cast of the base to a dtype of `casts`, in any dtype; and numbers of
+    which the base is a cast, in any dtype. Two different roundings of the same numbers are not compared.
 
     Args:
         tensor: A weight of a model.
@@ -181,8 +181,15 @@ def is_base(tensor: Tensor, base_hash: str, casts: Sequence[str] = ()) -> bool:
     present = fingerprint(tensor)
     if present == base_hash or present in casts:
         return True
-    others = (d for d in _DTYPES if d != tensor.dtype)
-    return any(fingerprint(tensor.detach().to(d)) == base_hash for d in others)
+    for dtype in (d for d in _DTYPES if d != tensor.dtype):
+        other = tensor.detach().to(dtype)
+        hashed, back = fingerprint(other), other.to(tensor.dtype)
+        if hashed == base_hash:
+            return True
+        # either may be a cast that is kept in a wider dtype, as float16 files are in a model loaded in float32
+        if (hashed in casts and back.equal(tensor)) or fingerprint(back) == base_hash:
+            return True
+    return False
 
 
 def _weight(site: str, module: Any, encoder: int | None) -> Weight:

@@ -21,6 +21,7 @@ from overpaint.model.offload import run_device
 from overpaint.model.pipeline_folder import PipelineFolder
 from overpaint.model.sampling import Progress, denoise
 from overpaint.model.text_encoding import check_clip_skip, text_features
+from overpaint.model.token_spans import check_text
 
 __all__ = ["TextToImage"]
 
@@ -208,7 +209,12 @@ class TextToImage:
         )
 
     def tokenize(self, prompts: Sequence[str], *, encoder: int = 0) -> Tensor:
-        """Return the token ids of `prompts` for a text encoder, padded or cut to L tokens, int64, shape (N, L)."""
+        """Return the token ids of `prompts` for a text encoder, padded or cut to L tokens, int64, shape (N, L).
+
+        Raises:
+            ValueError: A prompt is not Unicode text.
+        """
+        check_text(*prompts)
         tokenizer = self.tokenizers[encoder]
         return tokenizer(
             list(prompts),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from overpaint.errors import UnsupportedModel
 
-__all__ = ["Span", "end_of_text", "find_span", "span_at"]
+__all__ = ["Span", "check_text", "end_of_text", "find_span", "span_at"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ def find_span(tokenizer: Any, prompt: str, concept: str) -> Span:
     Raises:
         ValueError: The concept is empty, absent, occurs twice, or is cut off by the token limit.
     """
+    check_text(prompt, concept)
     words = concept.split()
     if not words:
         raise ValueError(
@@ -135,6 +136,17 @@ def span_at(tokenizer: Any, prompt: str, start: int, end: int) -> Span:
             "tokens: shorten the prompt, or put the concept first."
         )
     return Span(positions[0], positions[-1] + 1)
+
+
+def check_text(*texts: str) -> None:
+    """Raise if a text holds half a surrogate pair, which no tokenizer reads: the shell passes wrong bytes as such.
+
+    Raises:
+        ValueError: A text holds one.
+    """
+    for text in texts:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"{text!r} is not text in UTF-8: write it again, or copy it as UTF-8.")
 
 
 def end_of_text(tokenizer: Any, ids: Tensor) -> int:

@@ -116,7 +116,7 @@ def check_size(scorer: Any, model: Draws) -> None:
         raise ValueError(
             f"{scorer_name(scorer)} reads pictures of {side}x{side} pixels, and {model.name} draws {width}x{height}: "
             "pass another `scorer`, for example a CLIP, which reads any size; on the command line `--scorer` with its "
-            "folder or hub id, and `--set` with the prompts to measure."
+            "folder or hub id, for `overpaint evaluate` also `--set` with the prompts to measure."
         )
 
 

@@ -23,6 +23,7 @@ from overpaint.edit.change import Change
 from overpaint.edit.export import folder_copy, ldm, model_card
 from overpaint.edit.least_squares import compress
 from overpaint.edit.movement import Movement
+from overpaint.edit.weights import find_weights
 from overpaint.errors import UnsupportedModel
 from overpaint.model import TextToImage
 from overpaint.model.quiet import quiet
@@ -51,11 +52,15 @@ def lora(change: Change, path: str | Path, *, model: TextToImage | None = None) 
         `path`.
 
     Raises:
-        ValueError: A LoRA cannot hold the change, `model` is missing, or `path` has another ending.
+        ValueError: A LoRA cannot hold the change, `model` is missing or of another layout, or `path` has another
+            ending.
+        UnknownSite: `model` lacks a weight of the change.
         OSError: The place cannot be written.
     """
     target = _safetensors(path)
     modules = {_module(m.site, model): m for m in change.movements}
+    if model is not None:
+        _check_shapes(model, change)
     factors = {module: _factors(movement) for module, movement in modules.items()}
     tensors: dict[str, Tensor] = {}
     for module, (up, down) in factors.items():
@@ -64,6 +69,18 @@ def lora(change: Change, path: str | Path, *, model: TextToImage | None = None) 
         tensors[f"{module}.lora_A.weight"] = pad(down, (0, 0, 0, rank - len(down)))
         tensors[f"{module}.lora_B.weight"] = pad(up, (0, rank - up.shape[1]))
     return _save(tensors, target)
+
+
+def _check_shapes(model: TextToImage, change: Change) -> None:
+    """Raise unless `model` has the weights of `change` in the same shapes."""
+    weights = find_weights(model, change.sites)
+    for movement, weight in zip(change.movements, weights, strict=True):
+        shape = (movement.left.shape[0], movement.right.shape[1])
+        if tuple(weight.parameter.shape) != shape:
+            raise ValueError(
+                f"{movement.site} of {model.name!r} has the shape {tuple(weight.parameter.shape)}, the change moves "
+                f"{shape}: give a model of the layout that the change was made for."
+            )
 
 
 def single_file(model: TextToImage, change: Change, path: str | Path) -> Path:
