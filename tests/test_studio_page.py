@@ -37,8 +37,9 @@ def served(port, *options):
     command = [sys.executable, "-m", "overpaint", "studio", "icons", "--port", str(port), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OVERPAINT_AUTH": "ada:secret"}
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
+    )  # fmt: skip
     hang = threading.Timer(browser.HANG, process.kill)  # then the line below is empty
     hang.start()
     try:
