@@ -419,7 +419,11 @@ COMMON = {
 CASES = int(os.environ.get("OVERPAINT_FUZZ_CASES", "10000"))  # of the slow tests
 
 
-SLOW = ("judge", "page")  # readers that take a second
+SLOW = (
+    "judge",
+    "page",
+    "matcher",
+)  # readers that take a second, or memory that varies from run to run
 
 
 @pytest.mark.parametrize("sound", [name for name in READERS if name not in SLOW], indirect=True)

@@ -279,6 +279,7 @@ def test_the_strength_shown_is_the_strength_downloaded(
         box.press_sequentially("-0.5", delay=20)
         page.get_by_label("Prompt", exact=True).click()
         assert downloaded_strength(page, tmp_path) == shown_strength(page) == -0.5
+        page.wait_for_function("!document.querySelector('progress')")  # a redraw refuses other work
         box.fill("7")
         alert = page.locator("#op-side [role=alert]")
         alert.wait_for()
