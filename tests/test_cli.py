@@ -349,7 +349,7 @@ def test_ctrl_c_during_the_start_is_one_line_and_code_130(program, moments):
         if "overpaint/" in err or "stopped" in err:  # else the interpreter had not begun our code
             assert (process.returncode, out, err) == (130, "", "overpaint: stopped by Ctrl-C\n")
             stopped += 1
-    assert stopped
+    assert stopped >= len(moments) // 2
 
 
 def test_ctrl_c_stays_ignored_where_the_shell_ignores_it():
