@@ -23,7 +23,8 @@ def content(values: Mapping[str, Any], summary: Mapping[str, Any], source: Path)
     predicted = values["predicted"] or {"charts": [], "tables": [], "points": []}
     measured = [*values["measured"].tables] if values["measured"] else []
     measured += [values["attack"].table] if values["attack"] else []
-    figures = [*predicted["charts"], *(values["text"] or []), *(values["unet"] or [])]
+    traces = [figure for part in ("text", "unet", "swap") for figure in values[part] or []]
+    figures = [*predicted["charts"], *traces]
     return {
         "title": values["title"],
         "lead": values["lead"],

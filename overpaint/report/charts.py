@@ -17,7 +17,7 @@ from overpaint.report import drift_section, tables
 from overpaint.report.tables import signed
 from overpaint.trace import Effects, plot
 
-__all__ = ["SOURCES", "predicted", "text_charts", "unet_charts"]
+__all__ = ["SOURCES", "predicted", "swap_charts", "text_charts", "unet_charts"]
 
 _JUDGE, _COSINE = (
     "icons-judge",
@@ -57,6 +57,22 @@ def unet_charts(effects: Mapping[str, Effects]) -> list[dict[str, Any]]:
             caption = f"Single heads, {SOURCES[source]}. {_scale(trace)}"
             shown.append(_heat_map(trace, trace.value(), caption, panels))
     return shown
+
+
+def swap_charts(effects: Effects) -> list[dict[str, Any]]:
+    """Return the bars of a prompt swap: one for each window of cross-attention layers."""
+    about = effects.protocol
+    targets: Sequence[str] = about.get("targets", ())
+    window, count = about.get("window", 1), len(targets)
+    others = f" and of {count - 1} other prompts" if count > 1 else ""
+    read = f", for example {targets[0]!r}{others}" if targets else ""
+    wanted = "show the target" if about.get("pick") == "max" else "no longer show the concept"
+    note = (
+        f" Bars are windows of {window} consecutive cross-attention layers, named by their first layer, that read the "
+        f"text features of the target prompt{read}. A positive effect means that the pictures {wanted}."
+    )
+    chart = _bar_chart({"": effects})
+    return [{**chart, "caption": chart["caption"] + note}]
 
 
 def predicted(
@@ -125,7 +141,8 @@ def _scan(change: Change) -> dict[str, Any]:
 def _bar_chart(effects: Mapping[str, Effects]) -> dict[str, Any]:
     first = next(iter(effects.values()))
     value = first.value()
-    panels = plot.bar_panels({SOURCES[name]: trace.table for name, trace in effects.items()}, value)
+    tables = {SOURCES.get(name, name): trace.table for name, trace in effects.items()}
+    panels = plot.bar_panels(tables, value)
     bars = [bar for panel in panels for bar in panel.series[0][1] if math.isfinite(bar.mean)]
     best = max(bars, key=lambda bar: bar.mean)
     caption = (

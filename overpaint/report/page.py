@@ -1,10 +1,11 @@
 """Write a folder of saved results as one self-contained HTML page, and the figures of the page as JSON.
 
 The folder may hold these files, one for each part of the page: `text.parquet` (effects in the text encoder, with
-controls), `unet-clean_trajectory.parquet` and `unet-same_latent.parquet` (effects in the UNet), `comparison.json` with
-`gallery.safetensors`, `measures.json` (an evaluation set), `attack.json` (a search for prompts that bring the concept
-back), `drift.json` (drift predicted from text features), `change.safetensors`, `summary.json` (headline figures by
-name) and `run.json` (commands and protocol). This module reads results; it measures nothing.
+controls), `unet-clean_trajectory.parquet` and `unet-same_latent.parquet` (effects in the UNet), `swap.parquet` (direct
+effects of a prompt swap), `comparison.json` with `gallery.safetensors`, `measures.json` (an evaluation set),
+`attack.json` (a search for prompts that bring the concept back), `drift.json` (drift predicted from text features),
+`change.safetensors`, `summary.json` (headline figures by name) and `run.json` (commands and protocol). This module
+reads results; it measures nothing.
 
 The Content Security Policy of the page forbids network access and every script except the page's own.
 """
@@ -129,7 +130,17 @@ def save_card(folder: str | Path, model: str | Path) -> Path:
 
 def _parts(source: Path, run: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
     """Load the results in the folder and return the values of the template that show them."""
-    names = ("text", "unet", "scenes", "tables", "measured", "attack", "predicted", "best_scores")
+    names = (
+        "text",
+        "unet",
+        "swap",
+        "scenes",
+        "tables",
+        "measured",
+        "attack",
+        "predicted",
+        "best_scores",
+    )
     parts: dict[str, Any] = dict.fromkeys(names) | {
         "reading": "",
         "best": "",
@@ -145,6 +156,10 @@ def _parts(source: Path, run: Mapping[str, Any], summary: Mapping[str, Any]) -> 
     if traces:
         parts["unet"] = charts.unet_charts(traces)
         parts["findings"]["unet"] = trace_headline.headline(next(iter(traces.values())))
+    if (source / "swap.parquet").is_file():
+        effects = Effects.load(source / "swap.parquet")
+        parts["swap"] = charts.swap_charts(effects)
+        parts["findings"]["swap"] = trace_headline.headline(effects)
     if (source / "comparison.json").is_file():
         comparison = Comparison.load(source)
         best = _best(comparison, str(run.get("method", "")), summary)
@@ -154,7 +169,7 @@ def _parts(source: Path, run: Mapping[str, Any], summary: Mapping[str, Any]) -> 
         parts["predicted"] = charts.predicted(comparison, drift, source, best=best)
     parts["measured"] = metrics_section.load(source)
     parts["attack"] = attack_section.load(source)
-    if not any(parts[name] for name in ("text", "unet", "tables", "measured", "attack")):
+    if not any(parts[name] for name in ("text", "unet", "swap", "tables", "measured", "attack")):
         raise FileNotFoundError(
             f"{str(source)!r} holds no result: name a folder that `overpaint demo`, `trace` or `evaluate` wrote with "
             "--out."

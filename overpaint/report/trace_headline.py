@@ -41,8 +41,7 @@ def prompts_needed(family: int, alpha: float, *, split: bool) -> int:
 def _causal(effects: Effects) -> str:
     count = len(set(effects.table["probe"].to_pylist()))
     prompts = f"{count} prompt{'s' if count != 1 else ''}"
-    drawn = effects.mean("indirect_effect").num_rows > 0
-    if not drawn:
+    if states.score_effect(effects.table) is None:
         return f"{prompts} and no pictures: states are compared by text features, none is called causal"
     test = effects.test()
     family, alpha = test.protocol["family"], test.protocol["alpha"]

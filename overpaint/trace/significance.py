@@ -94,7 +94,7 @@ def causal_test(
     draws = draws_for(family, alpha)
     p = sign_flip(grid, draws=draws)
     corrected = holm(p, family=family)
-    scores = _restored_scores(tested)
+    scores = _restored_scores(tested, protocol)
     controls, measured = _controls(tested, value)
     rows = [
         {
@@ -158,16 +158,18 @@ def _family(protocol: dict[str, Any], tested: int) -> int:
     return max(tested, math.ceil(tested * note["states"] / max(1, note["drawn"])))
 
 
-def _restored_scores(table: pa.Table) -> dict[State, float]:
+def _restored_scores(table: pa.Table, protocol: dict[str, Any]) -> dict[State, float]:
     """Return for each state the mean corrupted score plus the state's mean effect on the score.
 
-    This is the mean restored score. If states were corrupted instead of restored, it is its mirror image.
+    This is the mean restored score. If states were corrupted instead of restored, it is its mirror image. A prompt
+    swap with `pick="max"` raises the score of the target from that of the clean pictures.
     """
     effect = states.cells(table, states.score_effect(table) or "indirect_effect")
-    corrupted = states.cells(table, "score_corrupted")
-    shared = effect.keys() & corrupted.keys()
+    start = "score_clean" if protocol.get("pick") == "max" else "score_corrupted"
+    before = states.cells(table, start)
+    shared = effect.keys() & before.keys()
     return {
-        state: states.average(effect[state]) + states.average(corrupted[state]) for state in shared
+        state: states.average(effect[state]) + states.average(before[state]) for state in shared
     }
 
 
