@@ -97,11 +97,28 @@ def press(page, name, *, role="button"):
     page.get_by_role(role, name=name, exact=True).click()
 
 
+def wait_for_first_values(page):
+    """Wait two frames: Gradio sets the first values of a section again in the frame after it was opened."""
+    page.evaluate(
+        "() => new Promise(r => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(r))))"
+    )
+
+
+def open_tab(page, name):
+    press(page, name, role="tab")
+    page.locator("[role=tabpanel]:visible").get_by_role("button").first.wait_for()
+    wait_for_first_values(page)
+
+
 def set_four_steps(page):
     page.get_by_role("button", name="Drawing settings").click()
     box = page.get_by_role("spinbutton", name="Steps")
+    box.wait_for()
+    wait_for_first_values(page)
     box.fill("4")
     box.press("Tab")
+    wait_for_first_values(page)
+    assert box.input_value() == "4"
 
 
 def screenshot(page, name):
@@ -127,7 +144,7 @@ def test_trace_edit_undo_and_the_same_pixels_from_the_command_line(
         screenshot(page, "trace-1280")
         browser.check(opened, axe)
 
-        press(page, "Edit", role="tab")
+        open_tab(page, "Edit")
         page.get_by_text("Diff-QuickFix").click()
         press(page, "Apply edit")
         wait_for_pictures(page, "#op-drawn", 4)
@@ -152,7 +169,7 @@ def test_trace_edit_undo_and_the_same_pixels_from_the_command_line(
 
         page.set_input_files("#op-side input[type=file]", file)
         page.get_by_text("The change is applied").wait_for()
-        press(page, "Compare", role="tab")
+        open_tab(page, "Compare")
         page.locator("[role=tabpanel]:visible").get_by_role("button", name="Compare").click()
         wait_for_pictures(page, "#op-compared", 4)
         assert pictures(page, "#op-compared") == before + after
@@ -169,7 +186,7 @@ def test_a_dark_phone_and_prompts_that_contain_code(address, chromium, axe, tmp_
         page = opened.page
         set_four_steps(page)
         page.get_by_label("Prompt", exact=True).fill(hostile)
-        press(page, "Edit", role="tab")
+        open_tab(page, "Edit")
         press(page, "Draw again")
         wait_for_pictures(page, "#op-drawn", 2)
         assert hostile in page.inner_text("#op-drawn figcaption")
@@ -180,7 +197,7 @@ def test_a_dark_phone_and_prompts_that_contain_code(address, chromium, axe, tmp_
         assert page.evaluate("window.bad") is None
         screenshot(page, "edit-390-dark")
         browser.check(opened, axe)
-        press(page, "Trace", role="tab")
+        open_tab(page, "Trace")
         page.get_by_label("Prompt", exact=True).fill(PROMPT)
         page.locator("#op-trace").click()
         page.locator("#op-map tbody tr").first.wait_for()
@@ -209,10 +226,10 @@ def test_parts_that_are_wider_than_a_phone_say_that_they_scroll(address, chromiu
             assert visible_hints(page) == wide
             screenshot(page, f"trace-{width}")
             browser.check(opened, axe)
-            press(page, "Compare", role="tab")
+            open_tab(page, "Compare")
             long = "a very long name of a concept that no window of a phone can hold"
             page.get_by_label("Concept").first.fill("openmoji style")
-            press(page, "Edit", role="tab")
+            open_tab(page, "Edit")
             page.get_by_text("Diff-QuickFix").click()
             page.get_by_label("Replace by").fill(long)
             set_four_steps(page)
@@ -221,7 +238,7 @@ def test_parts_that_are_wider_than_a_phone_say_that_they_scroll(address, chromiu
             assert "This change moves 1 weight" in page.inner_text("#op-side-effects .op-verdict")
             screenshot(page, f"edit-{width}")
             browser.check(opened, axe)
-            press(page, "Compare", role="tab")
+            open_tab(page, "Compare")
             page.locator("[role=tabpanel]:visible").get_by_role("button", name="Compare").click()
             wait_for_pictures(page, "#op-compared", 4)
             page.wait_for_timeout(200)
@@ -260,7 +277,7 @@ def test_the_strength_shown_is_the_strength_downloaded(
         page = opened.page
         page.get_by_label("Prompt", exact=True).fill("a cat in blob style")
         page.get_by_role("textbox", name=re.compile("^Concept")).fill("blob style")
-        press(page, "Edit", role="tab")
+        open_tab(page, "Edit")
         page.get_by_text("Diff-QuickFix").click()
         press(page, "Apply edit")
         wait_for_pictures(page, "#op-drawn", 4)
@@ -331,7 +348,7 @@ def test_closing_a_page_deletes_its_session_files_and_values_only(
         with browser.visit(chromium, address) as first:
             with browser.visit(chromium, address) as second:
                 for opened in (first, second):
-                    press(opened.page, "Edit", role="tab")
+                    open_tab(opened.page, "Edit")
                     opened.page.get_by_text("Diff-QuickFix").click()
                     press(opened.page, "Apply edit")
                     wait_for_pictures(opened.page, "#op-drawn", 4)
