@@ -2,7 +2,7 @@
 
 A file or folder is written as a draft beside its place and renamed when it is complete. A draft is named
 `.<name>.<process id>.part`. It is removed when writing fails, and the next write to the same place removes the drafts
-of processes that were killed. JSON that others may have changed is read with a bound on its nesting.
+of processes that were killed. JSON that others may have changed is read with bounds on its nesting and its numbers.
 """
 
 import json
@@ -26,11 +26,13 @@ __all__ = [
     "restore_folder",
     "temporary_folder",
     "to_json",
+    "user_path",
     "write_json",
     "write_text",
 ]
 
 _NESTING = 64  # of lists and objects in JSON
+_DIGITS = 300  # of a whole number in JSON; one with 310 is no float
 _DRAFT = re.compile(r"\.(.+)\.(\d+)\.part(\.mode)?")
 
 
@@ -47,7 +49,7 @@ def atomic(path: str | Path) -> Generator[Path, None, None]:
     Raises:
         OSError: The draft cannot be written or renamed. `path` is then as before, and no draft is left.
     """
-    place = Path(path)
+    place = user_path(path, "path")
     remove_drafts(place)
     draft = place.with_name(f".{place.name}.{os.getpid()}.part")
     _remove(draft)  # left by a killed process of the same number, as in a restarted container
@@ -72,7 +74,7 @@ def atomic_folder(path: str | Path) -> Generator[Path, None, None]:
     Raises:
         OSError: The folder cannot be written or renamed. `path` is then as before, and no draft is left.
     """
-    place = Path(path)
+    place = user_path(path, "path")
     restore_folder(place)
     try:
         with atomic(place) as draft:
@@ -135,6 +137,21 @@ def public_name(source: str | Path) -> str:
     return path.name or path.resolve().name or name
 
 
+def user_path(path: str | Path, name: str) -> Path:
+    """Return `path` as a `Path`.
+
+    Args:
+        path: What a caller gave as a file or folder.
+        name: Name of the argument, for the message.
+
+    Raises:
+        ValueError: The text is empty or blank, which `Path` would read as the current folder.
+    """
+    if isinstance(path, str) and not path.strip():
+        raise ValueError(f"`{name}` is empty: name a file or folder; '.' is the current folder.")
+    return Path(path)
+
+
 def write_text(path: str | Path, text: str) -> Path:
     """Write `text` as UTF-8 to `path`, atomically, and return the path.
 
@@ -169,10 +186,10 @@ def from_json(text: str | bytes) -> Any:
     """Return the value of JSON text.
 
     Raises:
-        ValueError: The text is not JSON, or nested more than 64 deep.
+        ValueError: The text is not JSON, is nested more than 64 deep, or holds a whole number of more than 300 digits.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_int=_whole_number)
     except RecursionError as error:
         raise ValueError(_too_deep()) from error
     level: list[Any] = [value]
@@ -181,6 +198,12 @@ def from_json(text: str | bytes) -> Any:
         if not level:
             return value
     raise ValueError(_too_deep())
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > _DIGITS:
+        raise ValueError(f"a whole number in it has more than {_DIGITS} digits")
+    return int(text)
 
 
 def _children(value: Any) -> list[Any]:

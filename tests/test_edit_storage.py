@@ -258,3 +258,9 @@ def test_nested_records_and_numbers_without_bounds_are_refused(load, protocol):
     tensors = {name: zeros(*shape) for name, shape in shapes.items()}
     load(change_file(tensors, record_of(1)))  # the same file without the fault
     refused(load, change_file(tensors, record_of(1, protocol=protocol)))
+
+
+def test_a_report_with_a_number_that_is_no_float_is_refused(load):
+    shapes = {"0.left": (4, 1), "0.right": (1, 3), "0.residuals": (1, 4), "keys.0": (1, 3)}
+    tensors = {name: zeros(*shape) for name, shape in shapes.items()}
+    refused(load, change_file(tensors, {**record_of(1), "report": {"empty_prompt_drift": 10**400}}))

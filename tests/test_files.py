@@ -147,6 +147,13 @@ def test_json_nested_deeper_than_64_is_refused():
         files.from_json("{")
 
 
+def test_json_with_whole_numbers_that_are_no_float_is_refused():
+    assert float(files.from_json("-" + "9" * 299)) == -1e299
+    for text in ("1" * 301, '{"a": [1, -' + "2" * 400 + "]}", "1" * 5_000):
+        with pytest.raises(ValueError, match="a whole number in it has more than 300 digits"):
+            files.from_json(text)
+
+
 def test_drafts_of_every_name_in_a_folder_are_removed(tmp_path):
     dead = 2**22 + 1  # a number that no process has
     names = (f".a.txt.{dead}.part", f".b.{dead}.part.mode", f".c.{10**30}.part", f".d.{dead}.part")

@@ -189,6 +189,7 @@ def test_malformed_queue_posts_are_refused_without_a_traceback(client, capfd):
             assert status == 400 and "another form than those of the page" in text, post
     for body, kind, code in (
         (b"{", "application/json", 400), (b"[" * 10**5, "application/json", 400), (b"\xff", "application/json", 400),
+        (json.dumps({**good, "data": ["a", "a", 10**400, 1, 1, "text"]}).encode(), "application/json", 400),
         (b"a" * 300_000, "application/json", 413), (json.dumps(good).encode(), "text/plain", 415),
     ):  # fmt: skip
         assert client.send("POST", "/gradio_api/queue/join", body, content_type=kind)[0] == code

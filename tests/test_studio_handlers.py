@@ -26,6 +26,10 @@ def test_handlers_show_errors_in_the_page(studio):
         "Nothing to undo": handlers.undo(studio, key, CONTROLS),
         "No change is applied yet": handlers.set_strength(studio, key, 1),
         "The strength must be a number, got &#x27;x&#x27;": handlers.set_strength(studio, key, "x"),
+        "The strength must be a number, got 1000": handlers.set_strength(studio, key, 10**400),
+        "Seed, pictures and steps must be whole numbers: fill": handlers.draw(
+            studio, key, Controls("a cat", "cat", 10**400, 1, 1)
+        ),
         "The prompt must be a text, got 3": handlers.draw(studio, key, Controls(3, "", 0, 1, 1)),
         "There is no version &#x27;x&#x27;": handlers.compare(studio, key, CONTROLS, "x", "y"),
         "This file is no longer stored": handlers.open_upload(studio, key, CONTROLS, "x"),

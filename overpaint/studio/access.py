@@ -7,13 +7,14 @@ reason both headers are compared with a list of allowed values.
 """
 
 import ipaddress
-import json
 import re
 import secrets
 import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
+
+from overpaint.files import from_json
 
 __all__ = ["AccessCheck", "AllowedHosts", "is_loopback", "visitor_cookie", "without_brackets"]
 
@@ -176,8 +177,8 @@ class AccessCheck:
         if not any(t.partition(";")[0].strip().lower() == "application/json" for t in types):
             return 415, "The request is not JSON: load the page again."
         try:
-            post = json.loads(body)
-        except (ValueError, RecursionError):
+            post = from_json(body)
+        except ValueError:
             post = None
         if not self._is_post(post):
             return 400, "The request has another form than those of the page: load the page again."

@@ -4,7 +4,7 @@ An update maps names of parts of the page to their new content: HTML, a plain va
 does not raise: an error is shown in the page, in the status line.
 """
 
-import math
+import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -357,8 +357,9 @@ def _updates(
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"the {name} must be a number, got {value!r}: fill in the field.")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= sys.float_info.max:
+        raise ValueError(f"the {name} must be a number, got {repr(value)[:40]}: fill in the field.")
     return float(value)
 
 

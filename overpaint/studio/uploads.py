@@ -155,13 +155,13 @@ def _parse_origin(name: str, chunk: Any) -> PictureOrigin:
             f"{name!r} does not contain the settings it was drawn with: choose a PNG that the studio saved."
         )
     try:
-        values = json.loads(str(chunk))
+        values = files.from_json(str(chunk))
         seeds = tuple(int(seed) for seed in values["seeds"])
         settings = PromptSettings(
             str(values["prompt"]), str(values["concept"]), seeds, int(values["steps"])
         )
         return PictureOrigin(settings, str(values.get("model", ""))[:80])
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise ValueError(
             f"{name!r} is damaged: its settings cannot be read. Draw and save the picture again."
         ) from error
