@@ -2,7 +2,8 @@
 
 A file or folder is written as a draft beside its place and renamed when it is complete. A draft is named
 `.<name>.<process id>.part`. It is removed when writing fails, and the next write to the same place removes the drafts
-of processes that were killed. JSON that others may have changed is read with bounds on its nesting and its numbers.
+of processes that were killed. Threads write to one place one after another. JSON that others may have changed is read
+with bounds on its nesting and its numbers.
 """
 
 import json
@@ -11,6 +12,8 @@ import os
 import re
 import shutil
 import stat
+import threading
+import weakref
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,6 +36,8 @@ __all__ = [
 
 _NESTING = 64  # of lists and objects in JSON
 _DIGITS = 300  # of a whole number in JSON; one with 310 is no float
+_locks: weakref.WeakValueDictionary[Path, Any] = weakref.WeakValueDictionary()
+_locks_lock = threading.Lock()
 _DRAFT = re.compile(r"\.(.+)\.(\d+)\.part(\.mode)?")
 
 
@@ -50,15 +55,16 @@ def atomic(path: str | Path) -> Generator[Path, None, None]:
         OSError: The draft cannot be written or renamed. `path` is then as before, and no draft is left.
     """
     place = user_path(path, "path")
-    remove_drafts(place)
     draft = place.with_name(f".{place.name}.{os.getpid()}.part")
-    _remove(draft)  # left by a killed process of the same number, as in a restarted container
-    try:
-        yield draft
-        _apply_umask(draft)
-        os.replace(draft, place)
-    finally:
-        _remove(draft)
+    with _lock(place):  # the draft has one name for all threads
+        remove_drafts(place)
+        _remove(draft)  # left by a killed process of the same number, as in a restarted container
+        try:
+            yield draft
+            _apply_umask(draft)
+            os.replace(draft, place)
+        finally:
+            _remove(draft)
 
 
 @contextmanager
@@ -75,15 +81,16 @@ def atomic_folder(path: str | Path) -> Generator[Path, None, None]:
         OSError: The folder cannot be written or renamed. `path` is then as before, and no draft is left.
     """
     place = user_path(path, "path")
-    restore_folder(place)
-    try:
-        with atomic(place) as draft:
-            draft.mkdir()
-            yield draft
-            if place.exists():
-                os.replace(place, _aside(place))
-    finally:
+    with _lock(place):
         restore_folder(place)
+        try:
+            with atomic(place) as draft:
+                draft.mkdir()
+                yield draft
+                if place.exists():
+                    os.replace(place, _aside(place))
+        finally:
+            restore_folder(place)
 
 
 def restore_folder(path: str | Path) -> None:
@@ -105,14 +112,15 @@ def temporary_folder(path: str | Path) -> Generator[Path, None, None]:
         OSError: The folder cannot be made.
     """
     place = Path(path)
-    remove_drafts(place)
     folder = place.with_name(f".{place.name}.{os.getpid()}.part")
-    _remove(folder)
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
+    with _lock(place):
+        remove_drafts(place)
         _remove(folder)
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            _remove(folder)
 
 
 def remove_drafts(path: str | Path) -> None:
@@ -137,7 +145,7 @@ def public_name(source: str | Path) -> str:
     return path.name or path.resolve().name or name
 
 
-def user_path(path: str | Path, name: str) -> Path:
+def user_path(path: str | os.PathLike[str], name: str) -> Path:
     """Return `path` as a `Path`.
 
     Args:
@@ -228,6 +236,12 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nan(item) for item in cast(list[Any] | tuple[Any, ...], value)]
     return value
+
+
+def _lock(place: Path) -> Any:
+    """Return the lock of this process for writing to a place."""
+    with _locks_lock:
+        return _locks.setdefault(place.absolute(), threading.RLock())
 
 
 def _remove_drafts(folder: Path, name: str | None) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -145,6 +146,31 @@ def test_json_nested_deeper_than_64_is_refused():
             files.from_json('{"a":' * deep + "1" + "}" * deep)
     with pytest.raises(ValueError, match="Expecting"):
         files.from_json("{")
+
+
+def test_threads_may_write_one_file_at_the_same_time(tmp_path):
+    place, texts = tmp_path / "a.txt", [f"{i}" * 10_000 for i in range(8)]
+
+    def write(text):
+        for _ in range(25):
+            files.write_text(place, text)
+            assert place.read_text() in texts
+
+    with ThreadPoolExecutor(len(texts)) as pool:
+        list(pool.map(write, texts))
+    assert list(tmp_path.iterdir()) == [place]
+
+
+def test_threads_may_replace_one_folder_at_the_same_time(tmp_path):
+    def write(number):
+        for _ in range(25):
+            with files.atomic_folder(tmp_path / "a") as draft:
+                (draft / "number").write_text(str(number))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert (tmp_path / "a" / "number").read_text() in "0123"
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
 
 
 def test_json_with_whole_numbers_that_are_no_float_is_refused():

@@ -310,11 +310,12 @@ class Studio:
     def save_change(self, key: str) -> Path | None:
         """Write the applied change at the chosen strength and return its path; `None` if there is none."""
         session = self.session(key)
-        change = session.state.change
-        if change is None:
-            return None
-        name = " and ".join(f"no {old}" for old in change.pairs) or "change"
-        return uploads.save_change(change, self.folder / str(key), name)
+        with session.saving:
+            change = session.state.change
+            if change is None:
+                return None
+            name = " and ".join(f"no {old}" for old in change.pairs) or "change"
+            return uploads.save_change(change, self.folder / str(key), name)
 
     def save_pictures(self, key: str, grid: PictureGrid) -> Path:
         """Write one PNG of all pictures, which holds their settings, and return its path.

@@ -95,6 +95,7 @@ class Session:
         trace_map: The last trace map; `None` before the first trace.
         picture_cache: The latest pictures. The key holds all settings that determine the pixels.
         files: Changes from opened files, by file name; the page compares them.
+        saving: Held while the applied change is written, so that the file is that of the newest state.
         redraw_due: True if the strength changed since the pictures were drawn.
     """
 
@@ -105,6 +106,7 @@ class Session:
         self.picture_cache: dict[Any, Image.Image] = {}
         self.files: dict[str, Change] = {}
         self._history: list[EditState] = []
+        self.saving = threading.Lock()
         self.redraw_due = False
         self._stop: StopEvent | None = None
         self._task_ended = threading.Condition()
