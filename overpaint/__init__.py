@@ -1,7 +1,7 @@
 """Overpaint: find where a text-to-image model stores a concept, and edit it there.
 
-Importing the package imports none of its rooms: each public name is imported when it is first used, so that the
-command line starts quickly.
+Importing the package imports nothing else: each public name is imported when it is first used, so that the command
+line starts quickly.
 
 >>> import overpaint as op
 >>> probes = op.probes.load("style")
@@ -9,10 +9,10 @@ command line starts quickly.
 'an apple in noto style'
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as in `typing`; type checkers take it for true
 if TYPE_CHECKING:
+    from typing import Any
+
     from overpaint import (
         edit,
         evaluate,
@@ -73,8 +73,10 @@ _ROOMS = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     """Import and return a public name at its first use."""
+    from importlib import import_module
+
     if name not in __all__:
         raise AttributeError(f"module 'overpaint' has no attribute {name!r}")
     if name in _ROOMS:

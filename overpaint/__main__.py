@@ -1,5 +1,11 @@
 """`python -m overpaint`: the command line."""
 
-from overpaint.cli import main
+import sys
+
+try:
+    from overpaint.cli import main
+except KeyboardInterrupt:  # before `main` handles it
+    sys.stderr.write("overpaint: stopped by Ctrl-C\n")
+    sys.exit(130)
 
 main()

@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from typing import Any
+from types import FrameType
 
 __all__ = ["main"]
 
@@ -30,7 +30,7 @@ def main() -> None:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing reads an exception from here on
 
 
-def _interrupt(_number: int, frame: Any) -> None:
+def _interrupt(_number: int, frame: FrameType | None) -> None:
     """Raise `KeyboardInterrupt`; inside an import, where it could be swallowed or become another error, exit at once.
 
     Raises:
@@ -43,7 +43,7 @@ def _interrupt(_number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _leave_if_swallowed(unraisable: Any) -> None:
+def _leave_if_swallowed(unraisable: "sys.UnraisableHookArgs") -> None:
     """Exit if the interpreter is about to drop a `KeyboardInterrupt`, as in a destructor or a callback."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         _leave()
