@@ -345,13 +345,21 @@ def test_only_folders_of_studios_that_do_not_run_are_left_overs(tmp_path, monkey
     link.symlink_to(tmp_path / "target")
     foreign = tmp_path / "overpaint-studio-of somebody"
     foreign.mkdir()
+    killed, starting = (tmp_path / f"overpaint-studio-{n * 8}" for n in "de")
+    for folder in (killed, starting):
+        folder.mkdir()
+        (folder / ".lock").touch()
+    hour_ago = (time.time() - 3600,) * 2
+    os.utime(killed / ".lock", hour_ago)
     with work_folder.work_folder() as running:
-        assert not old.exists()
+        assert not old.exists() and not killed.exists()
+        os.utime(running / ".lock", hour_ago)
         work_folder.remove_left_overs()
         assert running.is_dir()
     assert not running.exists()
     assert {p.name for p in tmp_path.iterdir()} == {
         unlocked.name,
+        starting.name,
         link.name,
         foreign.name,
         Path("target").name,

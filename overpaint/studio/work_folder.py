@@ -6,17 +6,17 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from overpaint import files
+from filelock import FileLock, Timeout
 
 __all__ = ["remove_left_overs", "work_folder"]
 
 _PREFIX = "overpaint-studio-"
 _LOCK = ".lock"  # locked while the studio runs; the system unlocks it when the process ends, however it ends
 _UNLOCKED_AGE = 3600.0  # seconds after which a folder without a lock is removed; a studio that starts has none yet
+_LOCKING_TIME = 2.0  # seconds in which a studio that starts locks the file that it made
 
 
 @contextmanager
@@ -29,9 +29,7 @@ def work_folder() -> Iterator[Path]:
     remove_left_overs()
     with tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        with ExitStack() as stack:
-            with files.atomic(folder / _LOCK) as draft:  # so that no other studio sees it unlocked
-                _lock(stack.enter_context(draft.open("wb")))
+        with FileLock(folder / _LOCK, timeout=0, thread_local=False):
             yield folder
 
 
@@ -54,21 +52,12 @@ def _is_left(folder: Path) -> bool:
         return False
     if hasattr(os, "getuid") and facts.st_uid != os.getuid():
         return False
-    try:
-        with (folder / _LOCK).open("rb+") as file:
-            return _lock(file)
-    except FileNotFoundError:
+    if not (folder / _LOCK).exists():
         return time.time() - facts.st_mtime > _UNLOCKED_AGE
-
-
-def _lock(file: Any) -> bool:
-    """Lock a file until it is closed; return False if another process or studio has locked it."""
-    try:
-        import fcntl
-    except ModuleNotFoundError:  # Windows has no such lock; nothing is taken for left behind there
+    if time.time() - (folder / _LOCK).stat().st_mtime < _LOCKING_TIME:
         return False
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        with FileLock(folder / _LOCK, timeout=0, thread_local=False):
+            return True
+    except Timeout:
         return False
-    return True
