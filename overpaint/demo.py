@@ -18,6 +18,7 @@ import torch
 from overpaint import edit, evaluate, files, probes, report, scorers, trace
 from overpaint.edit import Change
 from overpaint.edit.methods.token_rows import edited_words
+from overpaint.errors import check_seed
 from overpaint.evaluate import predicted_drift
 from overpaint.evaluate.results import Comparison
 from overpaint.model import TextToImage
@@ -74,6 +75,7 @@ def run(
         ValueError: The judge has no label for `erase`, or the model cannot be traced or edited.
         OSError: `out` cannot be written.
     """
+    seed = check_seed(seed)
     start = time.perf_counter()
     judge = scorers.load(device=model.device) if scorer is None else scorer
     check_size(judge, model)

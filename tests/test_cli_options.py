@@ -45,7 +45,7 @@ TRACE = ("trace", "nonesuch", "--out", "{tmp}")
         (("report", "{files}", "--card", "{tmp}"), "holds no"),
         ((*EVALUATE, "--erase", " "), "--erase is empty: name the erased concept, or leave --erase out"),
         ((*EVALUATE, "--form", "csv"), "--form is the format of a file: name the file with --set"),
-        ((EVALUATE[0], "{model}", *EVALUATE[2:], "--set", ""), "no evaluation set at '.'"),
+        ((EVALUATE[0], "{model}", *EVALUATE[2:], "--set", ""), "value for '--set': it is empty: name a file or folder"),
         ((*TRACE, "--concept", "cat"), "give the file with --prompts, or leave --concept out"),
         ((*TRACE, "--windows"), "--windows is for --part unet, not for text: leave --windows out."),
         ((*TRACE, "--source", "same_latent"), "--source is for --part unet, not for text"),

@@ -142,7 +142,7 @@ def test_thinned_keeps_evenly_spaced_cases_of_each_role():
         (
             "a.csv",
             "prompt,evaluation_seed\na cat,x\n",
-            "line 2: `evaluation_seed` 'x' is not a non-negative",
+            r"line 2: `evaluation_seed` must be an integer from 0 to 2\*\*63 - 1, got 'x'",
         ),
         ("a.csv", "prompt\na cat, or two\n", "line 2: 2 fields under 1 columns; put a text"),
         ("a.csv", 'prompt\n"a cat\n', "close every quote"),

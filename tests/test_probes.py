@@ -192,8 +192,8 @@ def test_columns_for_concept_and_label(column, tmp_path):
         ("prompt\ncats\n", "line 2: concept 'cat' occurs 0 times"),
         ("prompt,case_number\n,1\n", "line 2: the prompt is empty: write one"),
         ("prompt,case_number\na cat,1\nmy cat,1\n", "line 3: `case_number` '1' occurs twice: number"),
-        ("prompt,evaluation_seed\na cat,-1\n", "line 2: `evaluation_seed` '-1' is not a non-negative"),
-        ("prompt,evaluation_seed\na cat,1e3\n", "line 2: `evaluation_seed` '1e3' is not a non-negative"),
+        ("prompt,evaluation_seed\na cat,-1\n", r"line 2: `evaluation_seed` must be .* 0 to 2\*\*63 - 1, got '-1'"),
+        ("prompt,evaluation_seed\na cat,1e3\n", "line 2: `evaluation_seed` must be an integer .*, got '1e3'"),
         ("prompt\n", "holds no prompts: give it at least one"),
     ],
 )  # fmt: skip
@@ -266,5 +266,7 @@ def test_a_small_table_takes_little_memory(tmp_path, text, message):
 def test_a_seed_that_no_generator_takes_is_refused(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text(f"prompt,concept,evaluation_seed\na cat,cat,{10**20}\n")
-    with pytest.raises(ValueError, match=r"is not a non-negative integer below 10\^18"):
+    with pytest.raises(
+        ValueError, match=r"`evaluation_seed` must be an integer from 0 to 2\*\*63 - 1, got '1000"
+    ):
         probes.load_file(path, kind="object")

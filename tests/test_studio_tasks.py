@@ -50,7 +50,7 @@ def test_stacking_automatic_edits_can_be_stopped_between_its_steps(tiny_sd1):
         (("  ", "", (0,), 1), "the prompt is empty: write what to draw"),
         (("a cat", "", (0,), 0), "must be 1 to 100, got 0"),
         (("a cat", "", (), 1), "must be 1 to 8, got 0"),
-        (("a cat", "", (-1,), 1), "a seed must be 0 to 2147483647"),
+        (("a cat", "", (-1,), 1), r"`seed` must be an integer from 0 to 2\*\*53 - 1, got -1"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from overpaint.cli.options import Device, Dtype, Json, Model, within
+from overpaint.cli.options import Device, Dtype, Json, Model, as_path, within
 from overpaint.cli.terminal import check_writable, load_model, print_facts
 
 __all__ = ["apply"]
@@ -13,8 +13,8 @@ __all__ = ["apply"]
 
 def apply(
     model: Model,
-    change: Annotated[Path, typer.Argument(help="The change file.")],
-    out: Annotated[Path, typer.Option(help="A new folder for the edited model.")],
+    change: Annotated[Path, typer.Argument(help="The change file.", parser=as_path)],
+    out: Annotated[Path, typer.Option(help="A new folder for the edited model.", parser=as_path)],
     strength: Annotated[
         float, typer.Option(help="0 for none of the change, 1 for all.", callback=within(-100, 100))
     ] = 1.0,

@@ -7,18 +7,22 @@ from typing import Annotated
 
 import typer
 
-from overpaint.cli.options import Device, Json, Seed
+from overpaint.cli.options import Device, Json, Seed, as_path, not_empty
 from overpaint.cli.terminal import check_writable, load_model, print_json, print_table, progress
 
 __all__ = ["demo"]
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for report.html and summary.json.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for report.html and summary.json.", parser=as_path)
+    ],
     quick: Annotated[bool, typer.Option("--quick", help="Fewer pictures, same code.")] = False,
     erase: Annotated[str, typer.Option(help="The concept to erase.")] = "openmoji style",
     replace: Annotated[str, typer.Option(help="The concept to put in its place.")] = "noto style",
-    model: Annotated[str, typer.Option(help="A zoo name, a folder or a hub id.")] = "icons",
+    model: Annotated[
+        str, typer.Option(help="A zoo name, a folder or a hub id.", callback=not_empty)
+    ] = "icons",
     seed: Seed = 0,
     device: Device = "cpu",
     as_json: Json = False,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from overpaint.cli.options import Json
+from overpaint.cli.options import Json, as_path
 from overpaint.cli.terminal import print_facts
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ _LEFT_OUT = (
 
 
 def diff(
-    first: Annotated[Path, typer.Argument(help="A change file.")],
-    second: Annotated[Path, typer.Argument(help="Another.")],
+    first: Annotated[Path, typer.Argument(help="A change file.", parser=as_path)],
+    second: Annotated[Path, typer.Argument(help="Another.", parser=as_path)],
     as_json: Json = False,
 ) -> None:
     """Compare two change files. Concepts, settings, weights, and the distance of their movements.

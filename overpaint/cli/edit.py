@@ -14,6 +14,7 @@ from overpaint.cli.options import (
     Force,
     Json,
     Model,
+    as_path,
     change_file,
     with_options,
     within,
@@ -42,7 +43,10 @@ class EditOptions:
     ] = None
     concepts: Annotated[
         Path | None,
-        typer.Option(help="A .csv (erase,replace) or text file (one concept a line) of concepts."),
+        typer.Option(
+            help="A .csv (erase,replace) or text file (one concept a line) of concepts.",
+            parser=as_path,
+        ),
     ] = None
     preserve: Annotated[
         list[str] | None, typer.Option(help="A prompt to preserve; may be given again.")
@@ -89,7 +93,8 @@ class EditOptions:
         ),
     ] = None
     update: Annotated[
-        Path | None, typer.Option(help="A change file to add to; its concepts stay.")
+        Path | None,
+        typer.Option(help="A change file to add to; its concepts stay.", parser=as_path),
     ] = None
     without: Annotated[
         list[str] | None,
@@ -112,9 +117,9 @@ class EditOptions:
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Compute and print the change; write no file.")
     ] = False
-    out: Annotated[Path, typer.Option(help="The change file.", callback=change_file)] = Path(
-        "change.safetensors"
-    )
+    out: Annotated[
+        Path, typer.Option(help="The change file.", callback=change_file, parser=as_path)
+    ] = Path("change.safetensors")
     force: Force = False
 
 

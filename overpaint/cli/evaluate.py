@@ -15,6 +15,8 @@ from overpaint.cli.options import (
     Json,
     Seed,
     Steps,
+    as_path,
+    not_empty,
     with_options,
     within,
 )
@@ -37,7 +39,9 @@ __all__ = ["evaluate"]
 class EvaluateOptions:
     """Options of `overpaint evaluate`."""
 
-    out: Annotated[Path, typer.Option(help="Folder for the scores.")] = Path("runs/evaluation")
+    out: Annotated[Path, typer.Option(help="Folder for the scores.", parser=as_path)] = Path(
+        "runs/evaluation"
+    )
     size: Annotated[
         int,
         typer.Option(
@@ -48,7 +52,9 @@ class EvaluateOptions:
     cases: Annotated[
         str | None,
         typer.Option(
-            "--set", help="Evaluation set: icons, natural, or a .txt, .csv or .toml file."
+            "--set",
+            help="Evaluation set: icons, natural, or a .txt, .csv or .toml file.",
+            callback=not_empty,
         ),
     ] = None
     form: Annotated[
@@ -59,7 +65,10 @@ class EvaluateOptions:
     ] = None
     scorer: Annotated[
         str | None,
-        typer.Option(help="A CLIP (folder or hub id) as the scorer. Default: icons-judge."),
+        typer.Option(
+            help="A CLIP (folder or hub id) as the scorer. Default: icons-judge.",
+            callback=not_empty,
+        ),
     ] = None
     metric: Annotated[
         list[str] | None,
@@ -88,9 +97,10 @@ def evaluate(
     context: typer.Context,
     options: EvaluateOptions,
     model: Annotated[
-        str | None, typer.Argument(help="A zoo name (icons), a folder, or a hub id.")
+        str | None,
+        typer.Argument(help="A zoo name (icons), a folder, or a hub id.", callback=not_empty),
     ] = None,
-    change: Annotated[Path | None, typer.Argument(help="The change file.")] = None,
+    change: Annotated[Path | None, typer.Argument(help="The change file.", parser=as_path)] = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     clip_skip: ClipSkip = None,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from overpaint.cli.options import Device, Dtype, Force, Json, Model
+from overpaint.cli.options import Device, Dtype, Force, Json, Model, as_path
 from overpaint.cli.terminal import check_absent, check_writable, load_model, print_facts
 
 __all__ = ["export"]
@@ -15,8 +15,10 @@ _FORMATS = ("lora", "ldm", "folder")
 
 def export(
     model: Model,
-    change: Annotated[Path, typer.Argument(help="The change file.")],
-    out: Annotated[Path, typer.Option(help="The file; a new folder for --format folder.")],
+    change: Annotated[Path, typer.Argument(help="The change file.", parser=as_path)],
+    out: Annotated[
+        Path, typer.Option(help="The file; a new folder for --format folder.", parser=as_path)
+    ],
     form: Annotated[
         str,
         typer.Option(

@@ -15,6 +15,7 @@ from overpaint.cli.options import (
     Model,
     Seed,
     Steps,
+    as_path,
     with_options,
     within,
 )
@@ -27,8 +28,12 @@ __all__ = ["generate"]
 class GenerateOptions:
     """Options of `generate`."""
 
-    out: Annotated[Path, typer.Option(help="Folder for the PNGs.")] = Path("runs/pictures")
-    change: Annotated[Path | None, typer.Option(help="Apply this change first.")] = None
+    out: Annotated[Path, typer.Option(help="Folder for the PNGs.", parser=as_path)] = Path(
+        "runs/pictures"
+    )
+    change: Annotated[
+        Path | None, typer.Option(help="Apply this change first.", parser=as_path)
+    ] = None
     force: Force = False
     negative_prompt: Annotated[
         str | None, typer.Option(help="Guidance leads away from it instead of the empty prompt.")

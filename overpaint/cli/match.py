@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from overpaint.cli.options import Force, Json, Seed, within
+from overpaint.cli.options import Force, Json, Seed, as_path, not_empty, within
 from overpaint.cli.terminal import (
     check_absent,
     check_writable,
@@ -28,16 +28,16 @@ _FILES = (
 
 
 def match(
-    image_a: Annotated[Path, typer.Argument(help="The picture that is searched.")],
+    image_a: Annotated[Path, typer.Argument(help="The picture that is searched.", parser=as_path)],
     image_b: Annotated[
-        Path, typer.Argument(help="The picture to find in IMAGE_A, pixel by pixel.")
+        Path, typer.Argument(help="The picture to find in IMAGE_A, pixel by pixel.", parser=as_path)
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for flow and views.")] = Path(
-        "runs/match"
-    ),
-    matcher: Annotated[str, typer.Option(help="A matcher's folder, or the shipped one.")] = (
-        "matcher"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for flow and views.", parser=as_path)
+    ] = Path("runs/match"),
+    matcher: Annotated[
+        str, typer.Option(help="A matcher's folder, or the shipped one.", callback=not_empty)
+    ] = ("matcher"),
     samples: _Samples = 8,
     steps: _Steps = 5,
     refine: Annotated[bool, typer.Option(help="Refine the flow by optical flow.")] = True,

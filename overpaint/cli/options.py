@@ -12,6 +12,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from overpaint.errors import check_seed
+
 __all__ = [
     "ClipSkip",
     "Device",
@@ -22,11 +24,12 @@ __all__ = [
     "Seed",
     "Steps",
     "change_file",
+    "not_empty",
+    "seed_in_range",
+    "as_path",
     "with_options",
     "within",
 ]
-
-LARGEST_SEED = 10**18  # random generators take 64 bits, and seeds are counted up
 
 
 def within(low: float, high: float) -> Callable[[Any], Any]:
@@ -39,6 +42,41 @@ def within(low: float, high: float) -> Callable[[Any], Any]:
         return value
 
     return check
+
+
+def seed_in_range(value: int) -> int:
+    """Return a seed; a callback for an option.
+
+    Raises:
+        typer.BadParameter: It is out of range.
+    """
+    try:
+        return check_seed(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def as_path(text: str | Path) -> Path:
+    """Return the path of a file or folder, or a default as it is; the parser of every option with a path.
+
+    Raises:
+        typer.BadParameter: The text is empty, which would be the current folder.
+    """
+    return Path(not_empty(text))
+
+
+def not_empty(text: Any) -> Any:
+    """Return the text, or texts, that name a file, a folder or a model, or `None`; a callback for an option.
+
+    Raises:
+        typer.BadParameter: The text is empty.
+    """
+    for one in text if isinstance(text, list | tuple) else (text,):
+        if isinstance(one, str) and not one.strip():
+            raise typer.BadParameter(
+                "it is empty: name a file or folder; '.' is the current folder."
+            )
+    return text
 
 
 def change_file(path: Path) -> Path:
@@ -54,7 +92,9 @@ def change_file(path: Path) -> Path:
     return path
 
 
-Model = Annotated[str, typer.Argument(help="A zoo name (icons), a folder, or a hub id.")]
+Model = Annotated[
+    str, typer.Argument(help="A zoo name (icons), a folder, or a hub id.", callback=not_empty)
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[
     str, typer.Option(help="Dtype of the weights in memory: float32, float16, bfloat16, or stored.")
@@ -70,7 +110,7 @@ ClipSkip = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Seed = Annotated[
     int,
-    typer.Option(help="Seed of all random draws.", callback=within(0, LARGEST_SEED)),
+    typer.Option(help="Seed of all random draws.", callback=seed_in_range),
 ]
 Steps = Annotated[int, typer.Option(help="Denoising steps of a picture.", callback=within(1, 1000))]
 Force = Annotated[

@@ -5,17 +5,19 @@ from typing import Annotated
 
 import typer
 
-from overpaint.cli.options import Json
+from overpaint.cli.options import Json, as_path
 from overpaint.cli.terminal import check_writable, print_facts
 
 __all__ = ["report"]
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder of saved results.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of saved results.", parser=as_path)],
     card: Annotated[
         Path | None,
-        typer.Option(help="Folder of an edited model, whose model card gets the figures too."),
+        typer.Option(
+            help="Folder of an edited model, whose model card gets the figures too.", parser=as_path
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from overpaint.cli.options import Json
+from overpaint.cli.options import Json, as_path
 from overpaint.cli.terminal import print_facts
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ _SETTINGS = ("ridge", "preserve_weight", "positions", "layer", "projection", "en
 
 
 def show(
-    change: Annotated[Path, typer.Argument(help="The change file.")], as_json: Json = False
+    change: Annotated[Path, typer.Argument(help="The change file.", parser=as_path)],
+    as_json: Json = False,
 ) -> None:
     """Print the content of a change file. No model is loaded.
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from overpaint.cli.options import Device
+from overpaint.cli.options import Device, not_empty
 from overpaint.cli.terminal import load_model
 
 __all__ = ["studio"]
@@ -19,7 +19,9 @@ def studio(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Models to choose from: zoo names, folders, hub ids.", show_default="icons"
+            help="Models to choose from: zoo names, folders, hub ids.",
+            show_default="icons",
+            callback=not_empty,
         ),
     ] = None,
     host: Annotated[

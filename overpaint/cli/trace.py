@@ -15,6 +15,8 @@ from overpaint.cli.options import (
     Model,
     Seed,
     Steps,
+    as_path,
+    not_empty,
     with_options,
     within,
 )
@@ -50,7 +52,10 @@ class TraceOptions:
     """Options of `overpaint trace`."""
 
     out: Annotated[
-        Path, typer.Option(help="Folder for the effects; a stopped trace is resumed there.")
+        Path,
+        typer.Option(
+            help="Folder for the effects; a stopped trace is resumed there.", parser=as_path
+        ),
     ] = Path("runs/trace")
     part: Annotated[str, typer.Option(help="text, unet, or swap (the direct effect).")] = "text"
     kind: Annotated[str, typer.Option(help="Kind of the probes: style, object, color, ...")] = (
@@ -59,7 +64,10 @@ class TraceOptions:
     vocabulary: Annotated[str, typer.Option(help="icons, or natural for photographs.")] = "icons"
     prompts: Annotated[
         Path | None,
-        typer.Option(help="A CSV of case_number,prompt,evaluation_seed instead of the probes."),
+        typer.Option(
+            help="A CSV of case_number,prompt,evaluation_seed instead of the probes.",
+            parser=as_path,
+        ),
     ] = None
     concept: Annotated[
         str | None, typer.Option(help="The words of the concept in the prompts of the CSV.")
@@ -98,7 +106,8 @@ class TraceOptions:
     scorer: Annotated[
         str | None,
         typer.Option(
-            help="A CLIP (folder or hub id) instead of icons-judge, for pictures of any size."
+            help="A CLIP (folder or hub id) instead of icons-judge, for pictures of any size.",
+            callback=not_empty,
         ),
     ] = None
     noise_samples: Annotated[

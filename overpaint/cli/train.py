@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from overpaint.cli.options import LARGEST_SEED, Device, Json, with_options, within
+from overpaint.cli.options import Device, Json, as_path, seed_in_range, with_options, within
 from overpaint.cli.terminal import check_writable, print_facts, progress
 
 __all__ = ["train"]
@@ -21,15 +21,15 @@ class TrainOptions:
         float,
         typer.Option(help="Wall time, that of earlier runs included.", callback=within(0, 1e6)),
     ] = 150.0
-    out: Annotated[Path | None, typer.Option(help="Default: runs/MODEL/model.")] = None
+    out: Annotated[Path | None, typer.Option(help="Default: runs/MODEL/model.", parser=as_path)] = (
+        None
+    )
     resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint.")] = True
     threads: Annotated[int, typer.Option(help="CPU threads.", callback=within(1, 1024))] = 2
     device: Device = "cpu"
     seed: Annotated[
         int,
-        typer.Option(
-            help="Seed of weights and draws (icons, matcher).", callback=within(0, LARGEST_SEED)
-        ),
+        typer.Option(help="Seed of weights and draws (icons, matcher).", callback=seed_in_range),
     ] = 0
     diffusion: Annotated[bool, typer.Option(help="Off: train the one-shot control (matcher).")] = (
         True
@@ -41,7 +41,9 @@ class TrainOptions:
             callback=within(1, 10**9),
         ),
     ] = None
-    work: Annotated[Path | None, typer.Option(help="Checkpoints. Default: runs/MODEL.")] = None
+    work: Annotated[
+        Path | None, typer.Option(help="Checkpoints. Default: runs/MODEL.", parser=as_path)
+    ] = None
 
 
 @with_options

@@ -4,6 +4,8 @@ import csv
 import re
 from pathlib import Path
 
+from overpaint.files import user_path
+
 __all__ = ["load_pairs"]
 
 _MAX_BYTES = 4 * 1024 * 1024
@@ -25,7 +27,7 @@ def load_pairs(path: str | Path) -> dict[str, str]:
         ValueError: The file has another form, names no concept, or gives one concept two replacements.
         OSError: The file cannot be read.
     """
-    place = Path(path)
+    place = user_path(path, "path")
     with place.open("rb") as file:
         content = file.read(_MAX_BYTES + 1)
     if len(content) > _MAX_BYTES:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from overpaint.edit.movement import Contents, Movement
 from overpaint.edit.weights import fingerprint, is_embedding, is_site
-from overpaint.files import atomic, from_json
+from overpaint.files import atomic, from_json, user_path
 
 __all__ = ["FORMAT", "checksum", "pack", "read", "unpack", "write"]
 
@@ -133,7 +133,7 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], record: Mapping[str, 
         ValueError: The name does not end in `.safetensors`.
         OSError: The file cannot be written; an existing file is then as before.
     """
-    path = Path(path)
+    path = user_path(path, "path")
     if path.suffix != ".safetensors":
         raise ValueError(
             f"a change is saved as safetensors, not as {path.name!r}: end the name in '.safetensors'."
@@ -157,7 +157,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ValueError: A pickle, a damaged file, or a file of another kind.
         OSError: The file cannot be read.
     """
-    path = Path(path)
+    path = user_path(path, "path")
     if path.suffix in _PICKLES:
         raise ValueError(
             f"{str(path)!r} is a pickle, which can run any code when it is read: a change is a .safetensors file that "

@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from overpaint import probes
+from overpaint.errors import check_seed
 
 __all__ = ["PLAIN", "concepts", "fillers", "frames"]
 
@@ -71,7 +72,7 @@ def frames(
         seed: Seed of the random choice of frames and words.
         among: Concepts that fill about every second gap, because words of the training data have larger movements.
     """
-    rng = random.Random(seed)
+    rng = random.Random(check_seed(seed))
 
     def word(_: object) -> str:
         return rng.choice(among) if among and rng.random() < 0.5 else rng.choice(words)

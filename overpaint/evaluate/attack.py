@@ -24,6 +24,7 @@ from torch import Generator, Tensor
 
 from overpaint import metrics
 from overpaint.edit import Change
+from overpaint.errors import check_seed, later_seed
 from overpaint.evaluate import soft_token
 from overpaint.evaluate.attack_results import Attack, Attempt
 from overpaint.evaluate.rewordings import neighbours, paraphrases, replace_concept
@@ -103,6 +104,7 @@ def search(
     """
     began = time.perf_counter()
     _check_families(families)
+    seed = check_seed(seed)
     check_size(scorer, model)
     budget = budget or Budget()
     chosen = _targets(model, cases, budget.prompts)
@@ -179,9 +181,9 @@ class _Scored:
     def score(self, embeds: Tensor, *, confirm: bool = False) -> Interval:
         """Draw each row of `embeds` (N, L, D) from every seed and return the mean score, its interval over prompts."""
         count = self.pictures * (2 if confirm else 1)
-        first = self.seed + (_CONFIRM if confirm else 0)
+        first = _CONFIRM if confirm else 0
         rows = [i for i in range(len(self.cases)) for _ in range(count)]
-        seeds = [first + i for i in range(len(rows))]
+        seeds = [later_seed(self.seed, first + i) for i in range(len(rows))]
         latents = denoise(
             self.model, self.model.initial_latents(seeds, steps=self.steps), embeds[rows], self.model.encode([""]),
             steps=self.steps, guidance_scale=self.guidance_scale,

@@ -7,7 +7,7 @@ from typing import Any
 
 from overpaint.evaluate.results import parse_interval
 from overpaint.evaluate.saved_json import load_json
-from overpaint.files import write_json
+from overpaint.files import user_path, write_json
 from overpaint.metrics import Interval
 
 __all__ = ["FILE", "Attack", "Attempt"]
@@ -105,7 +105,8 @@ class Attack:
         Raises:
             OSError: The folder cannot be written.
         """
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        place = user_path(folder, "folder")
+        place.mkdir(parents=True, exist_ok=True)
         attempts = [
             {"family": a.family, "words": a.words, "found": a.score, "confirmed": a.confirmed}
             for a in self.attempts
@@ -116,7 +117,7 @@ class Attack:
                 for row in attempts
             ]
         }
-        return write_json(Path(folder) / FILE, content)
+        return write_json(place / FILE, content)
 
     @staticmethod
     def load(folder: str | Path) -> "Attack":
@@ -127,7 +128,7 @@ class Attack:
             FileNotFoundError: There is no such file.
         """
         remedy = "Make it again with `overpaint evaluate --attack`."
-        return load_json(Path(folder) / FILE, _parse, remedy=remedy)
+        return load_json(user_path(folder, "folder") / FILE, _parse, remedy=remedy)
 
 
 def _parse(content: Mapping[str, Any]) -> Attack:

@@ -8,7 +8,7 @@ from typing import Any
 from overpaint.errors import listed
 from overpaint.evaluate.results import complement, parse_interval
 from overpaint.evaluate.saved_json import load_json
-from overpaint.files import write_json
+from overpaint.files import user_path, write_json
 from overpaint.metrics import Interval
 
 __all__ = ["FILE", "Measure", "Measures"]
@@ -100,8 +100,9 @@ class Measures:
         Raises:
             OSError: The folder cannot be written.
         """
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        return write_json(Path(folder) / FILE, asdict(self))
+        place = user_path(folder, "folder")
+        place.mkdir(parents=True, exist_ok=True)
+        return write_json(place / FILE, asdict(self))
 
     @staticmethod
     def load(folder: str | Path) -> "Measures":
@@ -112,7 +113,7 @@ class Measures:
             FileNotFoundError: There is no such file.
         """
         remedy = "Make it again with `overpaint evaluate`."
-        return load_json(Path(folder) / FILE, _parse, remedy=remedy)
+        return load_json(user_path(folder, "folder") / FILE, _parse, remedy=remedy)
 
 
 def _parse(content: Mapping[str, Any]) -> Measures:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from overpaint.edit import Change
 from overpaint.edit.drift import feature_drift
+from overpaint.errors import check_seed, later_seed
 from overpaint.evaluate.measures import Measure, Measures
 from overpaint.evaluate.metric_rows import (
     EMPTY,
@@ -70,10 +71,16 @@ def measure(
         on_progress: Called with (pictures done, total, name of the run).
 
     Raises:
-        ValueError: A metric is unknown or not supported by `scorer`, or `scorer` reads pictures of another size.
+        ValueError: A metric is unknown or not supported by `scorer`, `scorer` reads pictures of another size, or a seed
+            is out of range.
         MissingExtra: A metric needs a package that is not installed.
     """
     began = time.perf_counter()
+    seed = check_seed(seed)
+    first = [
+        later_seed(seed, i) if case.seed is None else check_seed(case.seed)
+        for i, case in enumerate(cases.cases)
+    ]
     chosen = _chosen(only, scorer)
     check_size(scorer, model)
     if repeats < 1:
@@ -81,17 +88,14 @@ def measure(
             f"`repeats` must be at least 1, got {repeats}: it is the number of pictures of each case."
         )
     drawn = [case for case in cases.cases for _ in range(repeats)]
-    seeds = [
-        (seed + i if case.seed is None else case.seed) + _NEXT_PICTURE * r
-        for i, case in enumerate(cases.cases)
-        for r in range(repeats)
-    ]
+    seeds = [later_seed(s, _NEXT_PICTURE * r) for s in first for r in range(repeats)]
     runner = _Runner(model, scorer, drawn, chosen, steps, guidance_scale, batch_size, on_progress)
     count = 3 if set(chosen) & set(SET_METRICS) else 2
     before = runner.run("before", seeds, 0, count)
     with change.applied(model):
         after = runner.run("after", seeds, 1, count, compared_with=before)
-    other = runner.run("other seeds", [s + _OTHER_SEEDS for s in seeds], 2, count) if count == 3 else None  # fmt: skip
+    others = [later_seed(s, _OTHER_SEEDS) for s in seeds]
+    other = runner.run("other seeds", others, 2, count) if count == 3 else None
     rows = [
         row
         for role in dict.fromkeys(case.role for case in drawn)

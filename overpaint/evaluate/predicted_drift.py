@@ -13,7 +13,7 @@ from typing import Any
 from overpaint.edit import Change
 from overpaint.edit.drift import feature_drift
 from overpaint.evaluate.saved_json import load_json
-from overpaint.files import write_json
+from overpaint.files import user_path, write_json
 from overpaint.model import TextToImage
 from overpaint.probes.questions import Question
 
@@ -71,7 +71,7 @@ def save(drift: PredictedDrift, folder: str | Path) -> Path:
         "empty prompt's",
         "predicted": drift,
     }  # fmt: skip
-    return write_json(Path(folder) / FILE, content)
+    return write_json(user_path(folder, "folder") / FILE, content)
 
 
 def load(folder: str | Path) -> PredictedDrift:
@@ -82,7 +82,7 @@ def load(folder: str | Path) -> PredictedDrift:
         ValueError: The file is damaged.
     """
     remedy = "Make it again with `overpaint demo`, or delete it."
-    return load_json(Path(folder) / FILE, _parse, remedy=remedy)
+    return load_json(user_path(folder, "folder") / FILE, _parse, remedy=remedy)
 
 
 def _parse(content: Mapping[str, Any]) -> PredictedDrift:

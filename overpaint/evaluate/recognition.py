@@ -25,6 +25,7 @@ from torch import Tensor
 
 from overpaint.edit import Change
 from overpaint.edit.weights import fingerprint
+from overpaint.errors import check_seed, later_seed
 from overpaint.evaluate.metrics_on_sets import empty_drift
 from overpaint.evaluate.results import Comparison, Scores
 from overpaint.evaluate.shares import Labels, Tally
@@ -80,6 +81,7 @@ def compare(
         ValueError: `changes` is empty, or `scorer` has no label of `erase` or reads pictures of another size.
     """
     began = time.perf_counter()
+    seed = check_seed(seed)
     scorer = judge.load() if scorer is None else scorer
     concept, target = _concepts(changes, erase, replace)
     check_size(
@@ -89,10 +91,9 @@ def compare(
     questions = build_questions(
         kind, label, labels=scorer.labels, held_out=model.held_out, size=size, seed=seed
     )
+    first = {later_seed(seed, i) for i in range(gallery)}
     shown = [
-        i
-        for i, q in enumerate(questions)
-        if q.role in ("target", "other") and q.seed < seed + gallery
+        i for i, q in enumerate(questions) if q.role in ("target", "other") and q.seed in first
     ]
     runner = _Runner(
         model, scorer, questions, shown, steps, guidance_scale, batch_size, on_progress

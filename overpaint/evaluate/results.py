@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from overpaint.errors import listed
-from overpaint.files import atomic, from_json, write_json
+from overpaint.files import atomic, from_json, user_path, write_json
 from overpaint.metrics import Interval
 from overpaint.probes.questions import Question
 
@@ -163,7 +163,7 @@ class Comparison:
         Raises:
             OSError: The folder cannot be written.
         """
-        out = Path(folder)
+        out = user_path(folder, "folder")
         out.mkdir(parents=True, exist_ok=True)
         content = {
             "scores": {name: asdict(scores) for name, scores in self.scores.items()},
@@ -185,7 +185,7 @@ class Comparison:
             ValueError: The files are damaged or of another format.
             FileNotFoundError: There is no comparison in the folder.
         """
-        source = Path(folder)
+        source = user_path(folder, "folder")
         try:
             content = from_json((source / "comparison.json").read_bytes())
             questions = tuple(_parse_question(q) for q in content["questions"])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from overpaint.errors import later_seed
 from overpaint.model import TextToImage, hooks, text_features
 from overpaint.model.sampling import denoise
 from overpaint.model.token_spans import end_of_text
@@ -54,7 +55,7 @@ def noise_targets(
             rows = enumerate(zip(scaled, noise, strict=True))
             targets.extend(NoiseTarget(times[done], x, n, i) for i, (x, n) in rows)
 
-    seeds = [seed + i for i in range(len(prompts))]
+    seeds = [later_seed(seed, i) for i in range(len(prompts))]
     latents = model.initial_latents(seeds, steps=steps)
     record(0, latents)
     denoise(

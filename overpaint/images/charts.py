@@ -101,7 +101,7 @@ class Chart:
         Raises:
             ValueError: The suffix is neither `.png` nor `.svg`.
         """
-        path = Path(path)
+        path = files.user_path(path, "path")
         render = {".png": self.png, ".svg": self.svg}.get(path.suffix.lower())
         if render is None:
             raise ValueError(f"cannot write a chart as {path.name!r}: use the suffix .png or .svg.")

@@ -67,7 +67,7 @@ class Pictures:
 
         Each file is written atomically; the folder is created.
         """
-        folder = Path(folder)
+        folder = files.user_path(folder, "folder")
         folder.mkdir(parents=True, exist_ok=True)
         paths = tuple(folder / f"{i:04d}.png" for i in range(len(self)))
         for path, image in zip(paths, self.pil(), strict=True):

@@ -14,6 +14,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from overpaint.files import user_path
+
 __all__ = ["LIMIT", "SMALLEST", "load_picture"]
 
 LIMIT = 60_000_000  # pixels
@@ -36,7 +38,7 @@ def load_picture(image: Any, name: str) -> Tensor:
         ValueError: The picture cannot be read, is too small or too large, or has values out of range.
     """
     if isinstance(image, str | os.PathLike):
-        pixels = _from_file(Path(image), name)
+        pixels = _from_file(user_path(image, name), name)
     elif isinstance(image, Image.Image):
         pixels = _from_open(image, name)
     elif isinstance(image, np.ndarray):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from overpaint import zoo
+from overpaint.files import user_path
 
 __all__ = ["VGG", "Backbone", "build", "load"]
 
@@ -132,7 +133,8 @@ def load(path: str | Path | None = None) -> Backbone:
     Raises:
         FileNotFoundError: The file does not exist.
     """
-    path = Path(path) if path is not None else zoo.folder("matcher") / "backbone.safetensors"
+    place = zoo.folder("matcher") / "backbone.safetensors"
+    path = place if path is None else user_path(path, "path")
     if not path.is_file():
         raise FileNotFoundError(
             f"no weights at {str(path)!r}: give the path of a backbone.safetensors, or install the package anew."

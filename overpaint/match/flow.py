@@ -142,7 +142,7 @@ def read_flo(path: str | Path) -> Tensor:
     Raises:
         ValueError: The file has another format, or is truncated.
     """
-    data = Path(path).read_bytes()
+    data = files.user_path(path, "path").read_bytes()
     if len(data) < 12 or np.frombuffer(data, "<f4", 1)[0] != _MAGIC:
         raise ValueError(
             f"{str(path)!r} is no .flo file: it must start with the number {_MAGIC}. "

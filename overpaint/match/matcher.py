@@ -57,7 +57,7 @@ class Matcher:
         Raises:
             ValueError: There is no such matcher, a file is missing, or the weights do not fit the configuration.
         """
-        folder = zoo.folder("matcher") if source == "matcher" else Path(source)
+        folder = zoo.folder("matcher") if source == "matcher" else files.user_path(source, "source")
         if not folder.is_dir():
             raise ValueError(f"unknown matcher {str(source)!r}: name a folder, or 'matcher'.")
         for name in ("config.json", "backbone.safetensors", "coarse.safetensors"):
@@ -81,7 +81,7 @@ class Matcher:
 
         Each file is written atomically.
         """
-        folder = Path(folder)
+        folder = files.user_path(folder, "folder")
         folder.mkdir(parents=True, exist_ok=True)
         parts = {"backbone": self.backbone, "coarse": self.coarse, "fine": self.fine}
         for name, part in parts.items():

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from overpaint import files
+from overpaint.errors import check_seed
 from overpaint.images.charts import LIGHT, Chart, Theme
 from overpaint.images.read import load_picture
 from overpaint.match import flow as flows
@@ -153,7 +154,7 @@ class Match:
             "arrows": self.arrows(target, theme=theme),
             "confidence": self.confidence(target, theme=theme),
         }
-        folder = Path(folder)
+        folder = files.user_path(folder, "folder")
         folder.mkdir(parents=True, exist_ok=True)
         paths = {"flo": folder / "flow.flo", "npy": folder / "flow.npy", "std": folder / "std.npy"}
         flows.write_flo(paths["flo"], self.flow)
@@ -217,6 +218,7 @@ def dense(
     """
     if reinit < 0:
         raise ValueError(f"`reinit` must be at least 0, got {reinit}.")
+    seed = check_seed(seed)
     source, target = load_picture(image_a, "image_a"), load_picture(image_b, "image_b")
     size_a, size_b = size_of(source), size_of(target)
     is_uniform = _is_uniform(source) or _is_uniform(target)

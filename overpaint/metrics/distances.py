@@ -29,6 +29,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from overpaint.errors import check_seed
+
 __all__ = ["Distance", "TwoSample", "fid", "kid", "kid_test"]
 
 _BLOCK = 1024  # rows of the kernel that are computed at once
@@ -129,7 +131,7 @@ def kid(
             f"`subset_size` must lie between 2 and the smaller set's {smaller} pictures, `subsets` be at least 1 and "
             f"`resamples` at least 0; got {size}, {subsets} and {resamples}: omit `subset_size` to use all."
         )
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(check_seed(seed))
     ones = [np.ones((len(a), 1)), np.ones((len(b), 1))]
     parts = [_subsets(rng, len(x), size, subsets) for x in (a, b)] if subset_size else ones
     keys = _keys(groups, len(a), len(b))
@@ -191,7 +193,7 @@ def kid_test(
         )
     keys = _keys(groups, len(a), len(b))
     within = keys if groups is not None else np.zeros_like(keys)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(check_seed(seed))
     first = np.arange(len(keys)) < len(a)
     splits = np.stack([first, *(_shuffled(rng, first, within) for _ in range(permutations))], 1)
     pooled = np.concatenate([a, b])

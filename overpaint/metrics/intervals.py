@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from overpaint.errors import check_seed
+
 __all__ = ["Interval", "bootstrap", "paired", "paired_share", "share", "spearman"]
 
 
@@ -63,7 +65,7 @@ def bootstrap(
     if numbers.size == 0:
         return Interval(float("nan"), float("nan"), float("nan"), 0)
     sums, counts = _grouped(numbers, groups)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(check_seed(seed))
     drawn = rng.integers(0, len(sums), size=(resamples, len(sums)))
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
     tail = 50 * (1 - confidence)

@@ -8,6 +8,7 @@ import torch
 
 from overpaint import zoo
 from overpaint.errors import UnsupportedModel
+from overpaint.files import user_path
 from overpaint.model import checkpoint
 from overpaint.model.checks import check_pipeline
 from overpaint.model.text_to_image import TextToImage
@@ -51,6 +52,7 @@ def load(
         return TextToImage(source, name=name, clip_skip=clip_skip or 0)
     place, kind = check_device(device), _dtype(dtype)
     text = str(source)
+    user_path(source, "source")  # raises if it is empty
     if text in _pipelines() or Path(text).is_dir():
         path = zoo.folder(text) if text in _pipelines() else Path(text)
         folder, settings = checkpoint.open_folder(path, dtype=kind, device=place)

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Generator, Tensor
 
+from overpaint.errors import check_seed
+
 __all__ = ["SOLVERS", "Denoiser", "Drawing", "Progress", "denoise", "make_scheduler"]
 
 SOLVERS = ("own", "ddim", "dpm")
@@ -50,7 +52,8 @@ class Drawing:
             raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}.")
         if self.memory is not None and not self.memory > 0:
             raise ValueError(f"`memory` must be a positive number of MiB, got {self.memory!r}.")
-        object.__setattr__(self, "seeds", tuple(self.seeds))
+        seeds = tuple(check_seed(seed, "seeds") for seed in self.seeds)
+        object.__setattr__(self, "seeds", seeds)
 
 
 class Denoiser(Protocol):

@@ -5,7 +5,7 @@ opened from a folder, each part is loaded when it is first used.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from overpaint.errors import UnsupportedModel
+from overpaint.errors import UnsupportedModel, check_seed
 from overpaint.files import public_name
 from overpaint.images.pictures import Pictures
 from overpaint.model.checks import check_drawable
@@ -278,12 +278,14 @@ class TextToImage:
 
         Raises:
             UnsupportedModel: The UNet also takes a mask or a picture.
+            ValueError: A seed is out of range.
         """
         height, width = self.size if size is None else size
         settings = self._settings_of("unet")
         check_drawable(settings, self.name)
         shape = (settings.in_channels, height // self._scale, width // self._scale)
-        rows = [torch.randn(shape, generator=Generator().manual_seed(seed)) for seed in seeds]
+        checked = [check_seed(seed, "seeds") for seed in seeds]
+        rows = [torch.randn(shape, generator=Generator().manual_seed(seed)) for seed in checked]
         base = self.scheduler if scheduler is None else scheduler
         unused = type(base).from_config(
             base.config
@@ -374,7 +376,7 @@ class TextToImage:
         model = self if clip_skip is None else self.with_clip_skip(clip_skip)
         check_drawable(self._settings_of("unet"), self.name)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        seeds = [seed] * len(texts) if isinstance(seed, int) else list(seed)
+        seeds = _seeds(seed, len(texts))
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         _check_request(texts, seeds, scale, steps=steps, batch_size=batch_size)
         size = self._checked_size(height, width)
@@ -459,6 +461,12 @@ class TextToImage:
             "dtype": str(self.dtype).removeprefix("torch."),
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
         }
+
+
+def _seeds(seed: int | Sequence[int], prompts: int) -> list[int]:
+    """Return the seed of each prompt."""
+    rows = list(seed) if isinstance(seed, Iterable) else [seed] * prompts
+    return [check_seed(row) for row in rows]
 
 
 def _check_request(

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from overpaint.errors import listed
+from overpaint.errors import check_seed, listed
+from overpaint.files import user_path
 from overpaint.probes.probe import Probe, fill_table
 from overpaint.probes.text import word_pattern
 
@@ -34,7 +35,7 @@ def load_file(path: str | Path, *, kind: str, concept: str | None = None) -> tup
         FileNotFoundError: There is no such file.
         ValueError: The file or a line does not have the expected form; the message gives the line number.
     """
-    path = Path(path)
+    path = user_path(path, "path")
     if not path.is_file():
         raise FileNotFoundError(f"no probes at {str(path)!r}: name a .csv or .toml file.")
     readers = {".csv": _parse_csv, ".toml": _parse_toml}
@@ -133,11 +134,8 @@ def parse_seed(text: str) -> int | None:
     """
     if not text:
         return None
-    if not re.fullmatch(r"[0-9]{1,18}(\.0)?", text, re.ASCII):
-        raise ValueError(
-            f"`evaluation_seed` {text!r} is not a non-negative integer below 10^18: give one, or leave it empty."
-        )
-    return int(text.removesuffix(".0"))
+    number = re.fullmatch(r"([0-9]{1,19})(\.0)?", text, re.ASCII)
+    return check_seed(int(number[1]) if number else text, "evaluation_seed")
 
 
 def _parse_toml(path: Path, text: str, kind: str, concept: str | None) -> tuple[Probe, ...]:

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from overpaint.errors import listed
+from overpaint.files import user_path
 from overpaint.probes.csv_files import csv_columns, csv_rows, parse_seed, parse_toml, read_utf8
 from overpaint.probes.text import MOST, combinations, fill_articles, fill_slots, word_pattern
 
@@ -159,7 +160,7 @@ def load_set(
         FileNotFoundError: There is no such file.
         ValueError: The file does not have the form, or holds no case for `erase`.
     """
-    path = Path(path)
+    path = user_path(path, "path")
     if not path.is_file():
         raise FileNotFoundError(
             f"no evaluation set at {str(path)!r}: name a .txt, .csv or .toml file."

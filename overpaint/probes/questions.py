@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 
-from overpaint.errors import listed
+from overpaint.errors import check_seed, later_seed, listed
 from overpaint.probes.text import article
 
 __all__ = [
@@ -147,6 +147,7 @@ def build(
             f"{erase!r} is not a label of kind {kind!r}: name one of {labels.get(kind)}."
         )
     rest = [name for name in labels[kind] if name != erase and not is_sign(name)]
+    seed = check_seed(seed)
     rest = random.Random(seed).sample(rest, min(others, len(rest)))
     scenes = list(_scenes(labels, held_out, size, seed, kind=kind, is_evaluated=True))
     half = scenes[: (size + 1) // 2]
@@ -184,6 +185,7 @@ def preserve_prompts(
         seed: Seed of the objects and colors.
     """
     rest = [name for name in labels[kind] if name != erase]
+    seed = check_seed(seed)
     random.Random(seed).shuffle(rest)
     rest.sort(key=lambda name: family(name) != family(erase))
     suffix = {"style": " style", "color": " background"}.get(kind, "")
@@ -241,7 +243,7 @@ def _scenes(
     rng.shuffle(trained)
     for i, name in enumerate(islice(cycle(trained), size)):
         color = rng.choice(colors) if i % 2 or kind == "color" else ""
-        yield Question("", seed + i, "", name, styles[i % len(styles)], color)
+        yield Question("", later_seed(seed, i), "", name, styles[i % len(styles)], color)
 
 
 def _named(scene: Question, kind: str, name: str, role: str, frame: int) -> Question:
@@ -270,7 +272,8 @@ def _held_out_questions(
     used: dict[str, int] = {}
     for i, (name, style) in enumerate(sorted(held_out)):
         color = (erase, *rest)[i % (1 + len(rest))] if kind == "color" else ""
-        question = Question(caption(name, style, color), seed + i, "", name, style, color)
+        place = later_seed(seed, i)
+        question = Question(caption(name, style, color), place, "", name, style, color)
         label = question.label(kind)
         used[label] = used.get(label, 0) + 1
         if label in (erase, *rest) and used[label] <= size:

@@ -8,7 +8,7 @@ from typing import Any
 from overpaint.edit.export.model_card import NAME, plain
 from overpaint.errors import listed
 from overpaint.evaluate.results import Comparison, Paired, Scores
-from overpaint.files import write_text
+from overpaint.files import user_path, write_text
 from overpaint.report import tables
 
 __all__ = ["add_scores"]
@@ -31,7 +31,7 @@ def add_scores(folder: str | Path, comparison: Comparison, *, method: str = "") 
     """
     from huggingface_hub import ModelCard
 
-    path = Path(folder) / NAME
+    path = user_path(folder, "model") / NAME
     if not path.is_file():
         raise FileNotFoundError(
             f"{str(folder)!r} holds no README.md: name a folder that `overpaint apply --out` wrote."

@@ -23,7 +23,7 @@ from typing import Any
 from overpaint.edit import Change, verdict
 from overpaint.evaluate import attack_results, measures, predicted_drift
 from overpaint.evaluate.results import Comparison, Scores
-from overpaint.files import from_json, write_json, write_text
+from overpaint.files import from_json, user_path, write_json, write_text
 from overpaint.report import (
     as_json,
     attack_section,
@@ -59,8 +59,8 @@ def save(folder: str | Path, *, out: str | Path | None = None) -> Path:
         FileNotFoundError: The folder holds no result.
         ValueError: A result is damaged, or one of the two files would overwrite a result.
     """
-    source = Path(folder)
-    page = source / "report.html" if out is None else Path(out)
+    source = user_path(folder, "folder")
+    page = source / "report.html" if out is None else user_path(out, "out")
     if source.is_dir():
         _check_out(source, page)
     json_path = page.with_suffix(".json")
@@ -118,7 +118,7 @@ def save_card(folder: str | Path, model: str | Path) -> Path:
         FileNotFoundError: There is no comparison, or no card.
         ValueError: The comparison or the card is damaged.
     """
-    source = Path(folder)
+    source = user_path(folder, "folder")
     if not (source / "comparison.json").is_file():
         raise FileNotFoundError(
             f"{str(source)!r} holds no scores of an edit: name a folder that `overpaint demo --out` or "

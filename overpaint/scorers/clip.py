@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from overpaint.files import user_path
+
 __all__ = ["Clip"]
 
 
@@ -36,6 +38,7 @@ class Clip:
         from transformers import CLIPModel, CLIPTokenizer
         from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+        user_path(source, "source")  # raises if it is empty
         self.name = str(source)
         try:
             build: Any = CLIPModel  # its type hints lack the loading info

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from overpaint import zoo
-from overpaint.files import from_json
+from overpaint.files import from_json, user_path
 from overpaint.scorers.protocols import Scorable
 
 __all__ = ["Judge", "load"]
@@ -156,7 +156,7 @@ def load(source: str | Path = "icons-judge", *, device: str | torch.device = "cp
     Raises:
         ValueError: There is no such judge, or the folder holds no judge.
     """
-    folder = zoo.folder(str(source)) if str(source) in zoo.names() else Path(source)
+    folder = zoo.folder(str(source)) if str(source) in zoo.names() else user_path(source, "source")
     if not folder.is_dir():
         raise ValueError(f"unknown judge {str(source)!r}: name a folder, or 'icons-judge'.")
     return Judge(folder, name=str(source), device=device)

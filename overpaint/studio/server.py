@@ -6,11 +6,11 @@ import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from overpaint import zoo
 from overpaint.errors import MissingExtra
+from overpaint.files import user_path
 from overpaint.model import TextToImage, load
 from overpaint.studio.access import (
     AccessCheck,
@@ -96,7 +96,7 @@ def check_models(models: Sequence[str]) -> None:
     """
     shipped = [n for n in zoo.names() if (zoo.folder(n) / "model_index.json").is_file()]
     for name in models:
-        if name in shipped or Path(name).is_dir() or _HUB_ID.fullmatch(name):
+        if name in shipped or user_path(name, "models").is_dir() or _HUB_ID.fullmatch(name):
             continue
         raise ValueError(
             f"unknown model {name!r}: it is neither a folder nor a name that ships with the package "

@@ -13,6 +13,7 @@ from PIL import Image
 from overpaint import edit, trace
 from overpaint.edit import Change
 from overpaint.edit.concept_words import check_special
+from overpaint.errors import check_seed
 from overpaint.images.pictures import Pictures
 from overpaint.model import TextToImage, sites
 from overpaint.model.sampling import Drawing, Progress
@@ -29,6 +30,7 @@ __all__ = [
     "stack_changes", "sublayer_label", "trace_text_encoder",
 ]  # fmt: skip
 
+_SEED_BITS = 53  # a browser holds larger integers as rounded numbers
 _BATCH_SIZE = 16  # states drawn at once; few, so that steps are short and other tasks wait little
 
 
@@ -64,10 +66,8 @@ class PromptSettings:
             raise ValueError(
                 f"the number of pictures must be 1 to 8, got {len(self.seeds)}: draw again for more."
             )
-        if not all(0 <= seed < 2**31 for seed in self.seeds):
-            raise ValueError(
-                f"a seed must be 0 to 2147483647, got {min(self.seeds)} to {max(self.seeds)}: 0 is the default."
-            )
+        for seed in self.seeds:
+            check_seed(seed, bits=_SEED_BITS)
 
 
 @dataclass(frozen=True)

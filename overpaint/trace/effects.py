@@ -227,7 +227,7 @@ class Effects:
 
     def save(self, path: str | Path) -> Path:
         """Write a Parquet file with the protocol in its metadata, atomically, and return the path."""
-        path = Path(path)
+        path = files.user_path(path, "path")
         path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {b"overpaint": json.dumps(self.protocol).encode()}
         with files.atomic(path) as draft:
@@ -244,7 +244,7 @@ class Effects:
             FileNotFoundError: There is no such file.
             ValueError: It holds something else, or another version wrote it and it lacks a column.
         """
-        if not Path(path).is_file():
+        if not files.user_path(path, "path").is_file():
             raise FileNotFoundError(f"no effects at {str(path)!r}: trace and save them first.")
         try:
             table = read_table(path)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor
 
-from overpaint.errors import UnsupportedModel
+from overpaint.errors import UnsupportedModel, check_seed
 from overpaint.model.sampling import Drawing, denoise, make_scheduler
 from overpaint.scorers import judge
 from overpaint.scorers.protocols import Scorer, check_size, scorer_name
@@ -223,9 +223,13 @@ def finite(values: Tensor, label: str, remedy: str, where: str = "") -> Tensor:
 
 
 def seeds_of(probe: Any, seeds: Sequence[int]) -> list[int]:
-    """Return the probe's own seed in a list, or `seeds` if it has none."""
+    """Return the probe's own seed in a list, or `seeds` if it has none.
+
+    Raises:
+        ValueError: The probe's seed is out of range.
+    """
     seed = getattr(probe, "seed", None)
-    return list(seeds) if seed is None else [seed]
+    return list(seeds) if seed is None else [check_seed(seed)]
 
 
 def score_recovery(clean: float, corrupted: float, restored: float, *, gap: float) -> float | None:

@@ -58,7 +58,7 @@ def sweep(
         raise ValueError(f"unit {twice[0]!r} is named twice: give each unit of work its own name.")
     if folder is None:
         return [row for unit in names for row in _table(compute(unit)).to_pylist()]
-    place = Path(folder)
+    place = files.user_path(folder, "folder")
     place.mkdir(parents=True, exist_ok=True)
     with _locked(place):
         for draft in (*place.glob("*.part"), *place.glob("*.part.mode")):  # of killed processes
@@ -74,7 +74,7 @@ def read(folder: str | Path) -> Effects:
         FileNotFoundError: The folder holds no sweep.
         ValueError: Its protocol is damaged.
     """
-    place = Path(folder)
+    place = files.user_path(folder, "folder")
     protocol = _protocol(place)
     if protocol is None:
         raise FileNotFoundError(f"no sweep in {str(place)!r}: name the folder of a trace.")

@@ -129,7 +129,7 @@ def folder(model: TextToImage, change: Change, path: str | Path) -> Path:
         ValueError: The change was made for another model.
         OSError: The place cannot be written.
     """
-    target = Path(path)
+    target = files.user_path(path, "path")
     if target.exists():
         raise FileExistsError(
             f"{str(target)!r} exists already, and an export does not replace it: name a new folder."
@@ -210,7 +210,7 @@ def _check_memory(model: TextToImage) -> None:
 
 
 def _safetensors(path: str | Path) -> Path:
-    target = Path(path)
+    target = files.user_path(path, "path")
     if target.suffix != ".safetensors":
         raise ValueError(
             f"weights are exported as safetensors, not as {target.name!r}: end the name in '.safetensors'."

@@ -44,7 +44,9 @@ def save(folder: str | Path, change: Change, *, model: str, notes: Sequence[str]
     Raises:
         OSError: The folder cannot be written.
     """
-    return files.write_text(Path(folder) / NAME, text(change, model=model, notes=notes))
+    return files.write_text(
+        files.user_path(folder, "folder") / NAME, text(change, model=model, notes=notes)
+    )
 
 
 def text(change: Change, *, model: str, notes: Sequence[str] = ()) -> str:

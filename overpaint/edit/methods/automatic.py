@@ -38,6 +38,7 @@ from overpaint.edit.encoders import Encoder, edited_parts, joined, unread_layer
 from overpaint.edit.methods import layer_edit, token_rows
 from overpaint.edit.provenance import notes, protocol
 from overpaint.edit.weights import encoder_index, find_weight, is_embedding, text_layers
+from overpaint.errors import check_seed
 from overpaint.model import TextToImage
 from overpaint.model.sampling import Progress
 
@@ -100,6 +101,7 @@ def auto(
         UnknownSite: The model has no such layer.
     """
     _check_texts(pairs, preserve)
+    seed = check_seed(seed)
     fit = layer_edit.Fit(**settings)
     known = texts.known_concepts(model, vocabulary)
     erased, remaining = find_aliases(pairs, known, preserve=preserve, aliases=aliases)

@@ -18,6 +18,7 @@ from overpaint.edit.methods import token_rows
 from overpaint.edit.methods.quickfix import FRAMES, quickfix
 from overpaint.edit.provenance import notes, protocol
 from overpaint.edit.weights import PROJECTIONS, text_layers
+from overpaint.errors import check_seed
 from overpaint.model import TextToImage
 
 __all__ = ["random_site", "swap_embedding"]
@@ -110,6 +111,7 @@ def random_site(
         raise ValueError(
             "a random site needs a second text layer: this model has one. Compare with `swap_embedding`."
         )
+    seed = check_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     layer = int(torch.randint(1, last + 1, (1,), generator=generator))
     projection = PROJECTIONS[int(torch.randint(len(PROJECTIONS), (1,), generator=generator))]

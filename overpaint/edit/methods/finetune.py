@@ -35,7 +35,7 @@ from overpaint.edit.methods.quickfix import FRAMES
 from overpaint.edit.movement import Movement
 from overpaint.edit.provenance import notes, protocol
 from overpaint.edit.weights import find_weights
-from overpaint.errors import UnsupportedModel
+from overpaint.errors import UnsupportedModel, check_seed, later_seed
 from overpaint.model import TextToImage
 from overpaint.model.sampling import Progress, denoise
 from overpaint.optim import DiffGrad
@@ -78,6 +78,7 @@ class Training:
 
     def __post_init__(self) -> None:
         _check_positive({"steps": self.steps, "batch_size": self.batch_size, "lr": self.lr})
+        object.__setattr__(self, "seed", check_seed(self.seed))
         if self.optimizer not in ("adam", "diffgrad"):
             raise ValueError(
                 f"`optimizer` must be 'adam' or 'diffgrad', got {self.optimizer!r}. Leave it out for Adam."
@@ -202,10 +203,10 @@ def _examples(
     drawn: dict[str, _Example] = {}
     for text in dict.fromkeys([*news, *preserve]):
         embeds = model.encode([text])
-        seeds = range(seed + 1000 * len(drawn), seed + 1000 * len(drawn) + pictures)
+        seeds = [later_seed(seed, 1000 * len(drawn) + i) for i in range(pictures)]
         latents = denoise(
             model,
-            model.initial_latents(list(seeds), steps=steps),
+            model.initial_latents(seeds, steps=steps),
             embeds.expand(pictures, -1, -1),
             empty,
             steps=steps,
