@@ -55,7 +55,9 @@ def served(port, *options):
         process.kill()
         process.communicate()
     assert process.returncode == 130
-    assert err == "overpaint: stopped by Ctrl-C\n"
+    *warnings, last = err.splitlines()
+    assert last == "overpaint: stopped by Ctrl-C"
+    assert all(line.startswith("overpaint: warning: ") for line in warnings)
 
 
 @pytest.fixture(scope="module")
