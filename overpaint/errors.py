@@ -1,4 +1,4 @@
-"""The error tree, the form of lists in messages, and the checks of arguments that all rooms make.
+"""The error tree, the warning of cut prompts, the form of lists in messages, and checks of arguments for all rooms.
 
 OverpaintError
 ├── UnsupportedModel (also a ValueError)   the model's layout is not supported
@@ -7,16 +7,19 @@ OverpaintError
 """
 
 import operator
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Collection, Iterable
+from typing import Any, cast
 
 __all__ = [
     "LARGEST_SEED",
+    "CutPromptWarning",
     "MissingExtra",
     "OverpaintError",
     "UnknownSite",
     "UnsupportedModel",
+    "check_one_text",
     "check_seed",
+    "check_texts",
     "later_seed",
     "listed",
 ]
@@ -42,11 +45,44 @@ class MissingExtra(OverpaintError, ImportError):
     """An optional dependency is not installed."""
 
 
+class CutPromptWarning(UserWarning):
+    """A prompt is longer than a text encoder reads, so that its last words have no effect."""
+
+
 def listed(names: Iterable[object], *, limit: int = 10) -> str:
     """Return the first `limit` names for a message, and the number of the others; `"none"` without names."""
     texts = [str(name) for name in names]
     more = len(texts) - limit
     return (", ".join(texts[:limit]) or "none") + (f" and {more} more" if more > 0 else "")
+
+
+def check_one_text(value: Any, name: str, remedy: str) -> None:
+    """Raise unless `value` is one text.
+
+    Args:
+        value: The argument.
+        name: What it is, for the message.
+        remedy: What to do if there are several texts.
+
+    Raises:
+        TypeError: It is a list or anything else.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be one text, got {value!r}: {remedy}.")
+
+
+def check_texts(values: Any, name: str) -> None:
+    """Raise unless `values` is a list, tuple or other collection of texts.
+
+    Raises:
+        TypeError: It is one text, or holds something else than texts.
+    """
+    texts = cast(Collection[Any], values) if isinstance(values, Collection) else ()
+    is_list = isinstance(values, Collection) and not isinstance(values, str)
+    if not is_list or not all(isinstance(text, str) for text in texts):
+        raise TypeError(
+            f"`{name}` must be a list of texts, got {values!r}: write ['...'] around a single one."
+        )
 
 
 def check_seed(seed: Any, name: str = "seed", *, bits: int = 63) -> int:

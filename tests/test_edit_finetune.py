@@ -106,7 +106,9 @@ def test_options_out_of_range_are_refused(tiny_sd1, options, message):
 
 
 def test_texts_in_place_of_lists_are_refused(tiny_sd1):
-    with pytest.raises(TypeError, match=r"lists of texts, .* write \['...'\]"):
+    with pytest.raises(
+        TypeError, match=r"`preserve` must be a list of texts, got .* write \['...'\]"
+    ):
         edit.finetune(tiny_sd1, GOGH, preserve="a dog")
     with pytest.raises(ValueError, match="'van gogh' equals its target"):
         edit.finetune(tiny_sd1, {"van gogh": "Van Gogh"})

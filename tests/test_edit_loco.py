@@ -91,6 +91,6 @@ def test_bad_arguments_are_refused(tiny_sd1):
     with pytest.raises(UnknownSite, match="unknown layer -1"):
         edit.loco(tiny_sd1, GOGH, layers=[-1])
     with pytest.raises(
-        TypeError, match=r"`frames` must be a list of captions, got .* write \[''\]"
+        TypeError, match=r"`frames` must be a list of texts, got .* write \['...'\]"
     ):
         edit.loco(tiny_sd1, GOGH, frames="a photo of ")

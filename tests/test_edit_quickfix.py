@@ -292,7 +292,7 @@ def test_bad_arguments_are_named_and_the_model_is_not_modified(tiny_sd1, pairs, 
 
 
 def test_one_text_in_place_of_a_list_is_refused(tiny_sd1):
-    with pytest.raises(TypeError, match="`preserve` and `frames` are lists of texts"):
+    with pytest.raises(TypeError, match="`preserve` must be a list of texts, got 'monet'"):
         edit.quickfix(tiny_sd1, MONET, preserve="monet")
 
 

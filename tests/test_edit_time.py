@@ -86,7 +86,7 @@ def test_bad_arguments_are_refused(tiny_sd1):
     with pytest.raises(ValueError, match="moves 'k', 'v' or both"):
         edit.time(tiny_sd1, APPLE, matrices=())
     with pytest.raises(
-        TypeError, match=r"`frames` must be a list of captions, got .* write \[''\]"
+        ValueError, match="`frames` is empty: give at least one caption; '' is the bare"
     ):
         edit.time(tiny_sd1, APPLE, frames=())
     with pytest.raises(ValueError, match="contradictory pairs: 'apple' → 'cat' and 'Apple' → 'dog"):

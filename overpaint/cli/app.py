@@ -8,8 +8,9 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import Annotated
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
@@ -30,6 +31,7 @@ from overpaint.cli.sites import sites
 from overpaint.cli.studio import studio
 from overpaint.cli.trace import trace
 from overpaint.cli.train import train
+from overpaint.errors import CutPromptWarning
 
 __all__ = ["app", "main"]
 
@@ -75,6 +77,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", CutPromptWarning)
+        show = warnings.showwarning
+        warnings.showwarning = lambda message, *details: _print_warning(
+            message, *details, show=show
+        )
+        return _run_verb(arguments)
+
+
+def _run_verb(arguments: Sequence[str] | None) -> int:
     try:
         code = app(args=arguments, standalone_mode=False)
     except KeyboardInterrupt:
@@ -111,6 +123,14 @@ def _print_error(text: str, *, code: int = 2) -> int:
     """Write `text` as one line on stderr and return the exit code."""
     sys.stderr.write(f"overpaint: {' '.join(text.split())}\n")
     return code
+
+
+def _print_warning(message: Warning | str, *details: Any, show: Callable[..., None]) -> None:
+    """Write a warning of this package as one line on stderr; show another as Python does."""
+    if isinstance(message, CutPromptWarning):
+        sys.stderr.write(f"overpaint: warning: {' '.join(str(message).split())}\n")
+    else:
+        show(message, *details)
 
 
 def _print_traceback() -> None:

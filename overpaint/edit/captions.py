@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from overpaint.edit.concept_words import check_special, words
 from overpaint.edit.weights import encoder_index, find_weight
-from overpaint.errors import UnsupportedModel
+from overpaint.errors import UnsupportedModel, check_one_text, check_texts
 from overpaint.model import TextToImage, text_features
 from overpaint.model.hooks import record_inputs
 from overpaint.model.token_spans import Span, end_of_text, span_at
@@ -95,13 +95,25 @@ def check_pairs(pairs: Mapping[str, str]) -> None:
         pairs: Old concept to new.
 
     Raises:
+        TypeError: `pairs` is no dictionary, or a concept or replacement is not one text.
         ValueError: There are no pairs, a concept is empty, or a concept equals its target.
     """
+    if not isinstance(pairs, Mapping):
+        raise TypeError(
+            f"`pairs` must be a dictionary of concepts and their replacements, got {pairs!r}: write "
+            "{'van gogh': 'painting', 'monet': ''} for several concepts; '' erases to nothing."
+        )
     if not pairs:
         raise ValueError(
             "`pairs` is empty: name at least one concept and its replacement, {'van gogh': 'painting'}."
         )
     for old, new in pairs.items():
+        check_one_text(old, "a concept of `pairs`", "give a pair for each concept")
+        check_one_text(
+            new,
+            f"the replacement of {old!r}",
+            "choose one; `edit.debias` balances several for one concept",
+        )
         if not old.strip():
             raise ValueError(
                 f"the old concept of the pair {old!r} → {new!r} is empty: name it in words."
@@ -116,12 +128,12 @@ def check_frames(frames: Sequence[str]) -> None:
     """Raise unless `frames` is a list of at least one caption.
 
     Raises:
-        TypeError: It is one text, or empty.
+        TypeError: It is one text, or holds something else than texts.
+        ValueError: It is empty.
     """
-    if isinstance(frames, str) or not frames:
-        raise TypeError(
-            "`frames` must be a list of captions, got one text or none: write [''] for the bare concept."
-        )
+    check_texts(frames, "frames")
+    if not frames:
+        raise ValueError("`frames` is empty: give at least one caption; '' is the bare concept.")
 
 
 def align_captions(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from overpaint.edit import algebra, application, low_rank, storage
 from overpaint.edit.movement import Contents, Movement, digest
-from overpaint.errors import listed
+from overpaint.errors import check_one_text, listed
 from overpaint.model import TextToImage
 
 __all__ = ["Change"]
@@ -153,7 +153,13 @@ class Change:
     __rmul__ = __mul__
 
     def without(self, concept: str) -> "Change":
-        """Return this change without one old concept, solved again; see `edit.algebra.without`."""
+        """Return this change without one old concept, solved again; see `edit.algebra.without`.
+
+        Raises:
+            TypeError: `concept` is not one text.
+        """
+        several = "`edit.stack(model, [change], without=[...])` takes several concepts"
+        check_one_text(concept, "`concept`", several)
         return Change(*algebra.without(self.contents, concept))
 
     def compact(self, *, rank: int = 16, dtype: torch.dtype = torch.float16) -> "Change":

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from overpaint import probes
+from overpaint.errors import check_texts
 from overpaint.model.token_spans import check_text
 
 __all__ = [
@@ -137,6 +138,8 @@ def find_aliases(
         raise TypeError(
             "`aliases` is 'auto' or a list of concepts: write ['...'] around a single one."
         )
+    if not isinstance(aliases, str):
+        check_texts(aliases, "aliases")
     fixed = {words(text) for text in (*preserve, *pairs.values(), *pairs)}
     fixed |= {core(new) for new in pairs.values()}
     contained = {

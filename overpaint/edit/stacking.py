@@ -18,6 +18,7 @@ from overpaint.edit.methods.cross_attention import preserved_keys
 from overpaint.edit.methods.quickfix import preserve_gram
 from overpaint.edit.movement import Movement
 from overpaint.edit.weights import find_weights, fingerprint, is_base, is_embedding
+from overpaint.errors import check_texts
 from overpaint.model import TextToImage
 from overpaint.model.sampling import Progress
 
@@ -55,9 +56,13 @@ def stack(
     Raises:
         ValueError: Settings or base weights differ, one concept has two new ones, there is nothing to stack, or nothing
             would be left.
+        TypeError: `changes` is one change, or `without` is one text.
     """
+    if isinstance(changes, Change):
+        raise TypeError("`changes` must be a list of changes, got one: write [change].")
     if not changes:
         raise ValueError("nothing to stack: give at least one change.")
+    check_texts(without, "without")
     automatic = ["terms" in change.protocol for change in changes]
     if any(automatic) and not all(automatic):
         algebra.refuse_difference("method")

@@ -24,9 +24,10 @@ from torch import Generator, Tensor
 
 from overpaint import metrics
 from overpaint.edit import Change
-from overpaint.errors import check_seed, later_seed
+from overpaint.errors import check_seed, check_texts, later_seed
 from overpaint.evaluate import soft_token
 from overpaint.evaluate.attack_results import Attack, Attempt
+from overpaint.evaluate.metrics_on_sets import check_change, check_uncut
 from overpaint.evaluate.rewordings import neighbours, paraphrases, replace_concept
 from overpaint.metrics import Interval
 from overpaint.model import TextToImage
@@ -104,6 +105,8 @@ def search(
     """
     began = time.perf_counter()
     _check_families(families)
+    check_change(change)
+    check_uncut(model, cases)
     seed = check_seed(seed)
     check_size(scorer, model)
     budget = budget or Budget()
@@ -269,6 +272,7 @@ def _plans(
 
 
 def _check_families(families: Sequence[str]) -> None:
+    check_texts(families, "families")
     if not families:
         raise ValueError(f"`families` is empty: choose of {', '.join(FAMILIES)}.")
     for family in families:

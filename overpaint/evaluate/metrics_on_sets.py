@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from overpaint.edit import Change
+from overpaint.edit.concept_words import contains
 from overpaint.edit.drift import feature_drift
-from overpaint.errors import check_seed, later_seed
+from overpaint.errors import check_seed, check_texts, later_seed
 from overpaint.evaluate.measures import Measure, Measures
 from overpaint.evaluate.metric_rows import (
     EMPTY,
@@ -32,9 +33,10 @@ from overpaint.model import TextToImage
 from overpaint.model.sampling import Progress
 from overpaint.probes import Case, EvaluationSet
 from overpaint.probes.questions import parse_concept
+from overpaint.probes.text import cut_words
 from overpaint.scorers.protocols import FeatureScorer, check_size, scorer_name
 
-__all__ = ["METRICS", "empty_drift", "measure"]
+__all__ = ["METRICS", "check_change", "check_uncut", "empty_drift", "measure"]
 
 DEFAULT = ("clip_cosine", "clip_accuracy", "judge_accuracy", "kid", "kid_p", "psnr", "empty_drift")
 _OTHER_SEEDS = 1_000_000  # offset of the seeds of the third run
@@ -72,10 +74,13 @@ def measure(
 
     Raises:
         ValueError: A metric is unknown or not supported by `scorer`, `scorer` reads pictures of another size, or a seed
-            is out of range.
+            is out of range, or the token limit cuts off the concept of a prompt.
+        TypeError: `change` is not one change, or `only` is one text.
         MissingExtra: A metric needs a package that is not installed.
     """
     began = time.perf_counter()
+    check_change(change)
+    check_uncut(model, cases)
     seed = check_seed(seed)
     first = [
         later_seed(seed, i) if case.seed is None else check_seed(case.seed)
@@ -202,11 +207,42 @@ def _label(concept: str, scorer: FeatureScorer) -> tuple[str, str] | None:
         return None
 
 
+def check_change(change: Any) -> None:
+    """Raise unless `change` is one change.
+
+    Raises:
+        TypeError: It is a list or anything else.
+    """
+    if not isinstance(change, Change):
+        raise TypeError(
+            f"a change must be one `Change`, got {change!r}: solve several jointly with `edit.stack`, or compare them "
+            "with `evaluate.compare`."
+        )
+
+
+def check_uncut(model: TextToImage, cases: EvaluationSet) -> None:
+    """Raise if the token limit cuts off the concept of a prompt, so that the model cannot read it.
+
+    Raises:
+        ValueError: It does.
+    """
+    for case in cases.cases:
+        concept = case.concept or (cases.erase if case.role == "target" else "")
+        cut = cut_words(model.tokenizer, case.prompt)
+        rest = case.prompt.removesuffix(cut)
+        if cut and concept and contains(case.prompt, concept) and not contains(rest, concept):
+            raise ValueError(
+                f"the concept {concept!r} of the prompt {case.prompt!r} is cut off by the limit of "
+                f"{model.tokenizer.model_max_length} tokens: shorten the prompt, or put the concept first."
+            )
+
+
 def _chosen(only: Collection[str] | None, scorer: FeatureScorer) -> tuple[str, ...]:
     """Return the metrics to compute, in the order of `METRICS`."""
     has_labels = bool(getattr(scorer, "labels", None))
     if only is None:
         return tuple(m for m in DEFAULT if has_labels or m != "judge_accuracy")
+    check_texts(only, "only")
     for name in only:
         if name not in METRICS:
             raise ValueError(f"unknown metric {name!r}: choose one of {', '.join(METRICS)}.")

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from overpaint.edit import Change
 from overpaint.edit.weights import fingerprint
-from overpaint.errors import check_seed, later_seed
-from overpaint.evaluate.metrics_on_sets import empty_drift
+from overpaint.errors import check_one_text, check_seed, later_seed
+from overpaint.evaluate.metrics_on_sets import check_change, empty_drift
 from overpaint.evaluate.results import Comparison, Scores
 from overpaint.evaluate.shares import Labels, Tally
 from overpaint.files import public_name
@@ -265,12 +265,23 @@ def _concepts(
     changes: Mapping[str, Change | None], erase: str | None, replace: str | None
 ) -> tuple[str, str]:
     """Return the edited concept and its replacement: the arguments, else the first pair of the first change."""
+    if not isinstance(changes, Mapping):
+        raise TypeError(
+            f"`changes` must be a dictionary of changes by name, got {changes!r}: write {{'mine': change}}."
+        )
+    for change in changes.values():
+        if change is not None:
+            check_change(change)
     if not changes:
         raise ValueError(
             "`changes` is empty: give at least one change by name, `None` for no edit."
         )
     pairs = next((change.pairs for change in changes.values() if change is not None), {})
     old = next(iter(pairs), "") if erase is None else erase
+    for name, text in (("erase", old), ("replace", "" if replace is None else replace)):
+        check_one_text(
+            text, f"`{name}`", "`compare` and `score` measure one concept; call them for each"
+        )
     if not old:
         raise ValueError("no change says which concept it edits: name it with `erase`.")
     return old, pairs.get(old, "") if replace is None else replace

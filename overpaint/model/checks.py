@@ -1,14 +1,25 @@
-"""Checks of a pipeline: that it is supported, that its parts fit each other, and that its weights are finite."""
+"""Checks of a pipeline (supported, parts that fit each other, finite weights) and of a request for pictures."""
 
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch.nn import Module
 
-from overpaint.errors import UnsupportedModel
+from overpaint.errors import UnsupportedModel, check_seed
 from overpaint.model.offload import stored_tensor
 
-__all__ = ["PARTS", "SUPPORTED", "check_drawable", "check_finite", "check_pipeline", "check_structure"]  # fmt: skip
+__all__ = [
+    "PARTS",
+    "SUPPORTED",
+    "check_drawable",
+    "check_finite",
+    "check_pipeline",
+    "check_request",
+    "check_structure",
+    "seeds_for",
+]
 
 _ONE, _TWO = ("text_encoder", "unet", "vae"), ("text_encoder", "text_encoder_2", "unet", "vae")
 PARTS = {
@@ -99,6 +110,41 @@ def check_drawable(settings: Any, name: str) -> None:
             "draw from a prompt alone: edit and export it here, and draw with its own diffusers pipeline, such as "
             "`StableDiffusionInpaintPipeline`."
         )
+
+
+def seeds_for(seed: int | Sequence[int], prompts: int) -> list[int]:
+    """Return the seed of each prompt.
+
+    Raises:
+        ValueError: A seed is out of range.
+    """
+    rows = list(seed) if isinstance(seed, Iterable) else [seed] * prompts
+    return [check_seed(row) for row in rows]
+
+
+def check_request(
+    texts: Sequence[str], seeds: Sequence[int], scale: float, *, steps: int, batch_size: int
+) -> None:
+    """Raise unless pictures can be drawn with these settings.
+
+    Raises:
+        ValueError: There are no prompts, the number of seeds is wrong, or a setting is out of range.
+        TypeError: A prompt is not a string.
+    """
+    if not texts:
+        raise ValueError("`prompts` is empty: give at least one prompt.")
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"`prompts` must be strings, got {texts!r}.")
+    if len(seeds) != len(texts):
+        raise ValueError(
+            f"{len(seeds)} seeds for {len(texts)} prompts: give one seed for all, or one for each prompt."
+        )
+    if not math.isfinite(scale):
+        raise ValueError(f"`guidance_scale` must be a finite number, got {scale}.")
+    if steps < 1:
+        raise ValueError(f"`steps` must be at least 1, got {steps}.")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
 
 
 def _check_two_encoders(pipe: Any) -> None:

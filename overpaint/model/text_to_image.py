@@ -4,8 +4,7 @@ The diffusers pipeline is `model.pipe`; its `__call__`, safety checker and progr
 opened from a folder, each part is loaded when it is first used.
 """
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +15,13 @@ from torch import Generator, Tensor
 from overpaint.errors import UnsupportedModel, check_seed
 from overpaint.files import public_name
 from overpaint.images.pictures import Pictures
-from overpaint.model.checks import check_drawable
+from overpaint.model.checks import check_drawable, check_request, seeds_for
 from overpaint.model.offload import run_device
 from overpaint.model.pipeline_folder import PipelineFolder
 from overpaint.model.sampling import Progress, denoise
 from overpaint.model.text_encoding import check_clip_skip, text_features
 from overpaint.model.token_spans import check_text
+from overpaint.probes.text import warn_of_cuts
 
 __all__ = ["TextToImage"]
 
@@ -57,6 +57,7 @@ class TextToImage:
         self.guidance_scale = default if guidance_scale is None else guidance_scale
         check_clip_skip(self.structure.text_encoders, clip_skip)
         self.clip_skip = clip_skip
+        self._warned: set[str] = set()  # prompts whose cut words were named in a warning
 
     def __repr__(self) -> str:
         pipe = self._structure
@@ -71,13 +72,15 @@ class TextToImage:
         Raises:
             ValueError: `clip_skip` is negative, or leaves no layer.
         """
-        return TextToImage(
+        model = TextToImage(
             self._source,
             name=self.name,
             guidance_scale=self.guidance_scale,
             held_out=self.held_out,
             clip_skip=clip_skip,
         )
+        model._warned = self._warned
+        return model
 
     @property
     def pipe(self) -> Any:
@@ -164,6 +167,15 @@ class TextToImage:
         return height * self._scale, width * self._scale
 
     @property
+    def guidance_reads_zeros(self) -> bool:
+        """True if guidance without a negative prompt reads zeros instead of the empty prompt's features.
+
+        It does for SDXL, unless the pipeline's setting `force_zeros_for_empty_prompt` is off.
+        """
+        setting = self._structure.config.get("force_zeros_for_empty_prompt", True)
+        return bool(setting) and len(self.structure.text_encoders) == 2
+
+    @property
     def device(self) -> torch.device:
         """Device of the UNet's weights; if there is no UNet, of the text encoder's."""
         part = "text_encoder" if self.structure.unet is None else "unet"
@@ -211,18 +223,25 @@ class TextToImage:
     def tokenize(self, prompts: Sequence[str], *, encoder: int = 0) -> Tensor:
         """Return the token ids of `prompts` for a text encoder, padded or cut to L tokens, int64, shape (N, L).
 
+        A `CutPromptWarning` names the words of each prompt that are cut off, once for each prompt.
+
         Raises:
+            TypeError: A prompt is not one text.
             ValueError: A prompt is not Unicode text.
         """
         check_text(*prompts)
         tokenizer = self.tokenizers[encoder]
-        return tokenizer(
+        encoded = tokenizer(
             list(prompts),
             padding="max_length",
             max_length=tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
-        ).input_ids
+        )
+        full = encoded.attention_mask[:, -1].bool().tolist()
+        long = [prompt for prompt, is_full in zip(prompts, full, strict=True) if is_full]
+        warn_of_cuts(tokenizer, long, self._warned)
+        return encoded.input_ids
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -242,8 +261,7 @@ class TextToImage:
         empty = [i for i, prompt in enumerate(prompts) if prompt == ""]
         if not empty:
             return features
-        zeros = self._structure.config.get("force_zeros_for_empty_prompt", True)
-        if zeros and len(self.text_encoders) == 2:
+        if self.guidance_reads_zeros:
             features[empty] = 0
         elif self.clip_skip:
             features[empty] = self._features([""], clip_skip=0)
@@ -376,9 +394,9 @@ class TextToImage:
         model = self if clip_skip is None else self.with_clip_skip(clip_skip)
         check_drawable(self._settings_of("unet"), self.name)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        seeds = _seeds(seed, len(texts))
+        seeds = seeds_for(seed, len(texts))
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        _check_request(texts, seeds, scale, steps=steps, batch_size=batch_size)
+        check_request(texts, seeds, scale, steps=steps, batch_size=batch_size)
         size = self._checked_size(height, width)
         embeds, negative = model._embeds(texts, negative_prompt, batch_size)
         batches = _slices(list(range(len(texts))), batch_size)
@@ -461,31 +479,6 @@ class TextToImage:
             "dtype": str(self.dtype).removeprefix("torch."),
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
         }
-
-
-def _seeds(seed: int | Sequence[int], prompts: int) -> list[int]:
-    """Return the seed of each prompt."""
-    rows = list(seed) if isinstance(seed, Iterable) else [seed] * prompts
-    return [check_seed(row) for row in rows]
-
-
-def _check_request(
-    texts: Sequence[str], seeds: Sequence[int], scale: float, *, steps: int, batch_size: int
-) -> None:
-    if not texts:
-        raise ValueError("`prompts` is empty: give at least one prompt.")
-    if not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"`prompts` must be strings, got {texts!r}.")
-    if len(seeds) != len(texts):
-        raise ValueError(
-            f"{len(seeds)} seeds for {len(texts)} prompts: give one seed for all, or one for each prompt."
-        )
-    if not math.isfinite(scale):
-        raise ValueError(f"`guidance_scale` must be a finite number, got {scale}.")
-    if steps < 1:
-        raise ValueError(f"`steps` must be at least 1, got {steps}.")
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
 
 
 def _slices(items: list[Any], size: int) -> list[list[Any]]:

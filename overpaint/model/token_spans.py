@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from overpaint.errors import UnsupportedModel
+from overpaint.errors import UnsupportedModel, check_one_text
 
 __all__ = ["Span", "check_text", "end_of_text", "find_span", "span_at"]
 
@@ -139,12 +139,16 @@ def span_at(tokenizer: Any, prompt: str, start: int, end: int) -> Span:
 
 
 def check_text(*texts: str) -> None:
-    """Raise if a text holds half a surrogate pair, which no tokenizer reads: the shell passes wrong bytes as such.
+    """Raise if a text is no text, or holds half a surrogate pair, which no tokenizer reads.
+
+    The shell passes bytes that are not UTF-8 as such halves.
 
     Raises:
+        TypeError: A text is a list or anything else.
         ValueError: A text holds one.
     """
     for text in texts:
+        check_one_text(text, "a prompt or concept", "name one after the other")
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise ValueError(f"{text!r} is not text in UTF-8: write it again, or copy it as UTF-8.")
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from overpaint.errors import check_seed, listed
+from overpaint.errors import check_one_text, check_seed, listed
 from overpaint.files import user_path
 from overpaint.probes.probe import Probe, fill_table
 from overpaint.probes.text import word_pattern
@@ -35,6 +35,8 @@ def load_file(path: str | Path, *, kind: str, concept: str | None = None) -> tup
         FileNotFoundError: There is no such file.
         ValueError: The file or a line does not have the expected form; the message gives the line number.
     """
+    if concept is not None:
+        check_one_text(concept, "`concept`", "write several in a column `concept` of the file")
     path = user_path(path, "path")
     if not path.is_file():
         raise FileNotFoundError(f"no probes at {str(path)!r}: name a .csv or .toml file.")

@@ -32,7 +32,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from overpaint.errors import listed
+from overpaint.errors import check_one_text, listed
 from overpaint.files import user_path
 from overpaint.probes.csv_files import csv_columns, csv_rows, parse_seed, parse_toml, read_utf8
 from overpaint.probes.text import MOST, combinations, fill_articles, fill_slots, word_pattern
@@ -129,8 +129,9 @@ def load_shipped_set(
     Raises:
         ValueError: There is no such set.
     """
+    _check_concepts(erase, replace)
     tables = tomllib.loads(_SHIPPED.read_text(encoding="utf-8"))
-    if vocabulary not in tables or kind not in tables[vocabulary]:
+    if vocabulary not in tables or kind not in list(tables[vocabulary]):
         known = listed(f"{v} {k}" for v, kinds in tables.items() for k in kinds)
         raise ValueError(
             f"no evaluation set ships for {vocabulary!r} {kind!r}: choose one of {known}."
@@ -160,6 +161,7 @@ def load_set(
         FileNotFoundError: There is no such file.
         ValueError: The file does not have the form, or holds no case for `erase`.
     """
+    _check_concepts(erase, replace)
     path = user_path(path, "path")
     if not path.is_file():
         raise FileNotFoundError(
@@ -174,6 +176,11 @@ def load_set(
     if not cases.cases:
         raise ValueError(f"{str(path)!r} holds no prompts: give it at least one.")
     return cases
+
+
+def _check_concepts(erase: str, replace: str) -> None:
+    for name, text in (("erase", erase), ("replace", replace)):
+        check_one_text(text, f"`{name}`", "an evaluation set is of one concept; load one for each")
 
 
 def _form(path: Path, text: str) -> str:

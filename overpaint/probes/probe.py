@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from overpaint.errors import check_one_text
 from overpaint.probes.text import MOST, combinations, fill_articles, fill_slots
 
 __all__ = ["KINDS", "VOCABULARIES", "Probe", "fill_table", "load"]
@@ -46,6 +47,12 @@ class Probe:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("prompt", "concept"):
+            check_one_text(
+                getattr(self, name),
+                f"`{name}`",
+                "make a probe for each; traces take several probes",
+            )
         if self.concept.lower() not in self.prompt.lower() or not self.concept.strip():
             raise ValueError(
                 f"concept {self.concept!r} is not in the prompt {self.prompt!r}: "

@@ -1,13 +1,25 @@
-"""Whole-word search and articles in English prompts."""
+"""Whole-word search and articles in English prompts, and the words that a tokenizer cuts off."""
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from string import Formatter
+from typing import Any
 
-__all__ = ["MOST", "article", "combinations", "fill_articles", "fill_slots", "word_pattern"]
+from overpaint.errors import CutPromptWarning
 
+__all__ = [
+    "MOST",
+    "article",
+    "combinations",
+    "cut_words",
+    "fill_articles",
+    "fill_slots",
+    "warn_of_cuts",
+    "word_pattern",
+]
 
 MOST = 100_000  # prompts of one file
 
@@ -55,3 +67,56 @@ def fill_articles(text: str) -> str:
 def article(noun: str) -> str:
     """Return `an` for a noun that begins with a vowel, otherwise `a`."""
     return "an" if noun[:1] in "aeiou" else "a"
+
+
+def cut_words(tokenizer: Any, prompt: str, *, limit: int | None = None) -> str:
+    """Return the words of `prompt` that the token limit cuts off, fully or in part; `""` if all fit.
+
+    Args:
+        tokenizer: A CLIP tokenizer.
+        prompt: The whole prompt.
+        limit: Number of tokens that are read, with the begin and the end of text; by default the tokenizer's.
+    """
+    limit = int(tokenizer.model_max_length) if limit is None else limit
+    is_fast = getattr(tokenizer, "is_fast", False)
+    encoded = tokenizer(prompt, truncation=False, verbose=False, return_offsets_mapping=is_fast)
+    if len(encoded.input_ids) <= limit:
+        return ""
+    if not is_fast:
+        return str(tokenizer.decode(encoded.input_ids[limit - 1 : -1])).strip()
+    start = encoded["offset_mapping"][limit - 1][0]
+    return prompt[len(prompt[:start].rpartition(" ")[0]) :].strip() if start else prompt
+
+
+def warn_of_cuts(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    warned: set[str],
+    *,
+    reader: str = "the text encoder",
+    limit: int | None = None,
+) -> None:
+    """Warn once of each prompt whose last words are cut off, and add it to `warned`.
+
+    Args:
+        tokenizer: As in `cut_words`.
+        prompts: The prompts.
+        warned: Prompts that were warned of before.
+        reader: Name of the model that reads the prompts, for the message.
+        limit: As in `cut_words`.
+    """
+    limit = int(tokenizer.model_max_length) if limit is None else limit
+    for prompt in dict.fromkeys(prompts):
+        if prompt in warned or not (cut := cut_words(tokenizer, prompt, limit=limit)):
+            continue
+        warned.add(prompt)
+        warnings.warn(
+            f"{_shortened(prompt)!r} is longer than the {limit - 2} tokens that {reader} reads: {_shortened(cut)!r} is "
+            "cut off and has no effect. Shorten the prompt, or put these words first.",
+            CutPromptWarning,
+            stacklevel=3,
+        )
+
+
+def _shortened(text: str, length: int = 80) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"

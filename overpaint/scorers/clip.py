@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from overpaint.files import user_path
+from overpaint.probes.text import warn_of_cuts
 
 __all__ = ["Clip"]
 
@@ -56,6 +57,7 @@ class Clip:
                 "`CLIPModel.save_pretrained` wrote beside its tokenizer, or a hub id such as "
                 "'openai/clip-vit-large-patch14'."
             ) from error
+        self._warned: set[str] = set()  # texts whose cut words were named in a warning
         self._clip = model.to(device).eval().requires_grad_(False)
         self._mean, self._std = (
             torch.tensor(three, device=device).view(3, 1, 1)
@@ -92,11 +94,16 @@ class Clip:
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """Return the unit features of `prompts`, cut to the model's limit, on the CPU, shape (N, D)."""
+        """Return the unit features of `prompts`, on the CPU, shape (N, D).
+
+        A `CutPromptWarning` names words beyond the model's limit, which are cut off.
+        """
         limit = int(self._clip.config.text_config.max_position_embeddings)
         tokens = self._tokenizer(
             list(prompts), padding=True, truncation=True, max_length=limit, return_tensors="pt"
         ).to(self._mean.device)
+        if tokens.input_ids.shape[1] == limit:
+            warn_of_cuts(self._tokenizer, prompts, self._warned, reader=self.name, limit=limit)
         pooled = self._clip.text_model(
             input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
         ).pooler_output

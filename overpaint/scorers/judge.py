@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from overpaint import zoo
 from overpaint.files import from_json, user_path
+from overpaint.probes.text import warn_of_cuts
 from overpaint.scorers.protocols import Scorable
 
 __all__ = ["Judge", "load"]
@@ -64,6 +65,7 @@ class Judge:
         self._clip = model.to(device).eval().requires_grad_(False)
         self._heads = {name: tensor.float().to(device) for name, tensor in heads.items()}
         self._device = device
+        self._warned: set[str] = set()  # texts whose cut words were named in a warning
 
     @property
     def size(self) -> int:
@@ -110,6 +112,8 @@ class Judge:
         ids = self._tokenizer(
             list(prompts), padding=True, truncation=True, return_tensors="pt"
         ).input_ids
+        if ids.shape[1] == self._tokenizer.model_max_length:
+            warn_of_cuts(self._tokenizer, prompts, self._warned, reader=self.name)
         pooled = self._clip.text_model(input_ids=ids.to(self._device)).pooler_output
         return F.normalize(self._clip.text_projection(pooled), dim=1).cpu()
 

@@ -18,6 +18,7 @@ from overpaint.images.pictures import Pictures
 from overpaint.model import TextToImage, sites
 from overpaint.model.sampling import Drawing, Progress
 from overpaint.probes import Probe, questions
+from overpaint.probes.text import cut_words
 from overpaint.scorers.judge import Judge
 from overpaint.studio.model_copy import copy_model
 from overpaint.trace.corruption import Noise, corruptions, role_positions
@@ -121,11 +122,13 @@ class PictureGrid:
         settings: The prompt, seeds and steps.
         names: Names of the versions, one for each row.
         rows: `rows[i][j]` is version i at seed j; `None` if it is not drawn yet.
+        cut: Words of the prompt that the token limit cuts off.
     """
 
     settings: PromptSettings
     names: tuple[str, ...]
     rows: tuple[tuple[Image.Image | None, ...], ...]
+    cut: str = ""
 
     @property
     def is_complete(self) -> bool:
@@ -339,6 +342,7 @@ def draw_versions(
     cache = {} if cache is None else cache
     rows: list[list[Image.Image | None]] = [[None] * len(settings.seeds) for _ in versions]
     names = tuple(name for name, _ in versions)
+    cut = cut_words(model.tokenizer, settings.prompt)
     models = [model if change is None else copy_model(model, change) for _, change in versions]
     order = [(i, j) for j in range(len(settings.seeds)) for i in range(len(versions))]
     for number, (i, j) in enumerate(order):
@@ -357,8 +361,8 @@ def draw_versions(
             cache[key] = pictures.pil()[0]
         rows[i][j] = cache[key]
         if publish is not None:
-            publish(PictureGrid(settings, names, tuple(map(tuple, rows))))
-    return PictureGrid(settings, names, tuple(map(tuple, rows)))
+            publish(PictureGrid(settings, names, tuple(map(tuple, rows)), cut))
+    return PictureGrid(settings, names, tuple(map(tuple, rows)), cut)
 
 
 def sublayer_label(site: str, has_two: bool = False) -> str:

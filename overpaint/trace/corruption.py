@@ -24,7 +24,15 @@ from overpaint.model import hooks
 from overpaint.model.token_spans import Span, end_of_text, find_span
 from overpaint.trace.states import ROLES
 
-__all__ = ["Corruption", "Noise", "Prompted", "corruptions", "noisy", "role_positions"]
+__all__ = [
+    "Corruption",
+    "Noise",
+    "Prompted",
+    "check_probes",
+    "corruptions",
+    "noisy",
+    "role_positions",
+]
 
 _FACTOR = re.compile(r"(\d+(?:\.\d+)?)std")
 
@@ -140,14 +148,14 @@ def corruptions(
         ValueError: There are no probes, or a concept is not in its prompt exactly once.
         UnsupportedModel: The model's tokenizers disagree on the position of a concept.
     """
-    if not probes:
-        raise ValueError(
-            "`probes` is empty: give at least one, for example `probes.load('style')`."
-        )
+    check_probes(probes)
     spans = [find_span(model.tokenizer, probe.prompt, probe.concept) for probe in probes]
+    prompts = [probe.prompt for probe in probes]
     first, *further = [
-        _Encoder(encoder, tokenizer, probes, spans, noise)
-        for encoder, tokenizer in zip(model.text_encoders, model.tokenizers, strict=True)
+        _Encoder(encoder, tokenizer, probes, spans, noise, model.tokenize(prompts, encoder=i))
+        for i, (encoder, tokenizer) in enumerate(
+            zip(model.text_encoders, model.tokenizers, strict=True)
+        )
     ]
     corrupted = [
         Corruption(
@@ -161,6 +169,24 @@ def corruptions(
     return corrupted, first.scale
 
 
+def check_probes(probes: Sequence[Prompted]) -> None:
+    """Raise unless `probes` is a list of at least one probe.
+
+    Raises:
+        TypeError: It is one probe, a text, or holds something else than probes.
+        ValueError: It is empty.
+    """
+    is_list = isinstance(probes, Sequence) and not isinstance(probes, str)
+    if not is_list or not all(hasattr(probe, "concept") for probe in probes):
+        raise TypeError(
+            f"`probes` must be a list of probes, got {probes!r}: give `probes.load('style')`, or [probe] for one."
+        )
+    if not probes:
+        raise ValueError(
+            "`probes` is empty: give at least one, for example `probes.load('style')`."
+        )
+
+
 class _Encoder:
     """Token ids of all probes for one text encoder, shape (N, L), and the standard deviation of its noise."""
 
@@ -171,6 +197,7 @@ class _Encoder:
         probes: Sequence[Prompted],
         spans: Sequence[Span],
         noise: Noise,
+        ids: Tensor,
     ) -> None:
         for probe, span in zip(probes, spans, strict=True):
             if find_span(tokenizer, probe.prompt, probe.concept) != span:
@@ -178,10 +205,7 @@ class _Encoder:
                     f"the model's tokenizers disagree on the position of {probe.concept!r} in {probe.prompt!r}: reword "
                     "the prompt, or use a model whose encoders share a vocabulary."
                 )
-        self.ids = tokenizer(
-            [probe.prompt for probe in probes], padding="max_length", truncation=True,
-            max_length=tokenizer.model_max_length, return_tensors="pt",
-        ).input_ids  # fmt: skip
+        self.ids = ids
         table = encoder.get_input_embeddings().weight.detach()
         rows = [row[span.start : span.end] for row, span in zip(self.ids, spans, strict=True)]
         self.width = table.shape[1]

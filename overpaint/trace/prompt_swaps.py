@@ -30,10 +30,11 @@ from overpaint.model.sampling import Drawing, Progress
 from overpaint.model.sites import Site
 from overpaint.model.token_spans import find_span
 from overpaint.probes import Probe
+from overpaint.probes.text import cut_words
 from overpaint.scorers.protocols import Scorer
 from overpaint.trace import provenance
 from overpaint.trace.batches import equal_chunks
-from overpaint.trace.corruption import Prompted
+from overpaint.trace.corruption import Prompted, check_probes
 from overpaint.trace.effects import Effects
 from overpaint.trace.renderer import Renderer, distance_recovery, score_recovery, seeds_of
 from overpaint.trace.resume import sweep
@@ -272,10 +273,7 @@ def _feeders(
 
 
 def _check(probes: Sequence[Prompted], window: int, pick: str, layers: int) -> None:
-    if not probes:
-        raise ValueError(
-            "`probes` is empty: give at least one, for example `probes.load('style')`."
-        )
+    check_probes(probes)
     if not 1 <= window <= layers:
         raise ValueError(
             f"`window` must be from 1 to {layers}, the cross-attention layers of this model, got {window}."
@@ -289,6 +287,11 @@ def _check(probes: Sequence[Prompted], window: int, pick: str, layers: int) -> N
 def _target_probe(model: Any, probe: Prompted, target: Target) -> Prompted:
     """Return the probe of the target prompt; its label is cut from the target as the probe's label from its concept."""
     if not isinstance(target, str):
+        if not callable(target):
+            raise TypeError(
+                f"`target` must be one text or a function of a probe, got {target!r}: call `prompt_swap` for each "
+                "target."
+            )
         return target(probe)
     if not target.strip():
         raise ValueError("`target` is empty: name the words to show instead, as in 'noto style'.")
@@ -298,6 +301,13 @@ def _target_probe(model: Any, probe: Prompted, target: Target) -> Prompted:
     words = r"\s+".join(re.escape(word) for word in probe.concept.split())
     prompt = re.sub(rf"(?<!\w){words}(?!\w)", lambda _: target, probe.prompt, flags=re.IGNORECASE)
     before, label, after = probe.concept.partition(getattr(probe, "label", probe.concept))
+    cut = cut_words(model.tokenizer, prompt)
+    rest = prompt.removesuffix(cut)
+    if cut and target.strip().lower() not in rest.lower():
+        raise ValueError(
+            f"the target {target!r} in the prompt {prompt!r} is cut off by the limit of "
+            f"{model.tokenizer.model_max_length} tokens: shorten the prompt, or put the concept first."
+        )
     other = target.removeprefix(before).removesuffix(after) if label else target
     return Probe(probe.id, probe.kind, prompt, target, other.strip() or target)
 

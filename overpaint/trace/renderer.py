@@ -81,6 +81,7 @@ class Renderer:
             ValueError: A setting is out of range, `drawing.memory` holds no batch, or the scorer reads pictures of
                 another size.
             UnsupportedModel: A hook would miss one of the model's sites.
+            TypeError: The scorer cannot be called.
         """
         if drawing.batch_size < 4:
             raise ValueError(
@@ -91,6 +92,11 @@ class Renderer:
         hook_check.verified_sites(model)
         guidance = drawing.guidance_scale
         guidance = model.guidance_scale if guidance is None else guidance
+        if scorer is not None and not callable(scorer):
+            raise TypeError(
+                f"`scorer` must be a function of pictures and probes, got {scorer!r}: pass the method `score` of a "
+                "loaded scorer, such as `scorers.load().score`."
+            )
         scorer = (scorer or judge.load().score) if draw else None
         check_size(scorer, model)
         rows = decoded = drawing.batch_size

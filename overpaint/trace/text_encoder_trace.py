@@ -248,8 +248,8 @@ def _twins(
     if fresh is None:
         return [None] * len(corrupted), None
     bare = SimpleNamespace(
-        tokenizer=model.tokenizer, tokenizers=model.tokenizers, text_encoders=fresh
-    )
+        tokenizer=model.tokenizer, tokenizers=model.tokenizers, tokenize=model.tokenize, text_encoders=fresh
+    )  # fmt: skip
     probes = [corruption.probe for corruption in corrupted[:: noise.samples]]
     return corruptions(bare, probes, noise)
 

@@ -38,7 +38,7 @@ from overpaint.edit.encoders import Encoder, edited_parts, joined, unread_layer
 from overpaint.edit.methods import layer_edit, token_rows
 from overpaint.edit.provenance import notes, protocol
 from overpaint.edit.weights import encoder_index, find_weight, is_embedding, text_layers
-from overpaint.errors import check_seed
+from overpaint.errors import check_seed, check_texts
 from overpaint.model import TextToImage
 from overpaint.model.sampling import Progress
 
@@ -101,6 +101,7 @@ def auto(
         UnknownSite: The model has no such layer.
     """
     _check_texts(pairs, preserve)
+    check_texts(without, "without")
     seed = check_seed(seed)
     fit = layer_edit.Fit(**settings)
     known = texts.known_concepts(model, vocabulary)
@@ -205,9 +206,8 @@ def preserve_terms(model: TextToImage, change: Change, part: str = "text") -> Te
 
 
 def _check_texts(pairs: Mapping[str, str], preserve: Sequence[str]) -> None:
-    if isinstance(preserve, str):
-        raise TypeError("`preserve` is a list of texts: write ['...'] around a single one.")
     check_pairs(pairs)
+    check_texts(preserve, "preserve")
     for old in pairs:
         edited = [p for p in preserve if contains(p, old)]
         if edited:

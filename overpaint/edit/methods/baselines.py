@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from overpaint.edit.captions import Positions
+from overpaint.edit.captions import Positions, check_pairs
 from overpaint.edit.change import Change
 from overpaint.edit.encoders import Encoder, edited_parts, joined
 from overpaint.edit.methods import token_rows
@@ -41,12 +41,10 @@ def swap_embedding(
         The change of the token embedding of each encoder.
 
     Raises:
-        ValueError: A concept is empty, or one token would get two embeddings.
+        ValueError: A concept is empty or equals its target, or one token would get two embeddings.
+        TypeError: `pairs` is no dictionary of texts.
     """
-    if not pairs:
-        raise ValueError(
-            "`pairs` is empty: name at least one concept and its replacement, {'van gogh': 'painting'}."
-        )
+    check_pairs(pairs)
     return joined(
         model, {part: _swapped(model, pairs, part) for part in edited_parts(model, encoder)}
     )

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypedDict, Unpack
 import torch
 from torch import Generator, Tensor, nn
 
-from overpaint.edit.captions import caption, check_pairs
+from overpaint.edit.captions import caption, check_frames, check_pairs
 from overpaint.edit.change import Change
 from overpaint.edit.concept_words import check_special
 from overpaint.edit.methods.cross_attention import (
@@ -35,7 +35,7 @@ from overpaint.edit.methods.quickfix import FRAMES
 from overpaint.edit.movement import Movement
 from overpaint.edit.provenance import notes, protocol
 from overpaint.edit.weights import find_weights
-from overpaint.errors import UnsupportedModel, check_seed, later_seed
+from overpaint.errors import UnsupportedModel, check_seed, check_texts, later_seed
 from overpaint.model import TextToImage
 from overpaint.model.sampling import Progress, denoise
 from overpaint.optim import DiffGrad
@@ -151,10 +151,8 @@ def finetune(
     check_pairs(pairs)
     settings = Training(**training)
     _check_positive({"pictures": pictures, "picture_steps": picture_steps})
-    if isinstance(preserve, str) or isinstance(frames, str) or not frames:
-        raise TypeError(
-            "`preserve` and `frames` are lists of texts, and `frames` is not empty: write ['...'] around a single one."
-        )
+    check_texts(preserve, "preserve")
+    check_frames(frames)
     check_special(model.tokenizer, preserve)
     started = time.perf_counter()
     sites = projection_sites(model, layers, matrices)

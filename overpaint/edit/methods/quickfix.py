@@ -25,6 +25,7 @@ from overpaint.edit.captions import (
     Positions,
     align_captions,
     aligned_rows,
+    check_frames,
     check_pairs,
     read_layer,
 )
@@ -43,7 +44,7 @@ from overpaint.edit.least_squares import (
 from overpaint.edit.movement import Movement, Targets
 from overpaint.edit.provenance import notes, protocol
 from overpaint.edit.weights import PROJECTIONS, Weight, find_weight, text_layers
-from overpaint.errors import UnknownSite
+from overpaint.errors import UnknownSite, check_texts
 from overpaint.model import TextToImage
 
 __all__ = ["FRAMES", "preserve_gram", "quickfix"]
@@ -328,13 +329,9 @@ def _norm(tensor: Tensor) -> float:
 
 
 def _check_texts(pairs: Mapping[str, str], preserve: Sequence[str], frames: Sequence[str]) -> None:
-    if isinstance(preserve, str) or isinstance(frames, str):
-        raise TypeError(
-            "`preserve` and `frames` are lists of texts: write ['...'] around a single one."
-        )
     check_pairs(pairs)
-    if not frames:
-        raise ValueError("`frames` is empty: give at least one caption; '' is the bare concept.")
+    check_texts(preserve, "preserve")
+    check_frames(frames)
     double = [frame for frame in frames if frame.count("{}") > 1]
     if double:
         raise ValueError(f"the frame {double[0]!r} holds the concept twice: leave one '{{}}'.")

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from overpaint.edit.captions import check_pairs
+from overpaint.edit.captions import check_frames, check_pairs
 from overpaint.edit.change import Change
 from overpaint.edit.methods.cross_attention import (
     FeatureEdit,
@@ -35,6 +35,7 @@ from overpaint.edit.methods.cross_attention import (
     solve_projections,
     unconditional_features,
 )
+from overpaint.errors import check_one_text, check_texts
 from overpaint.model import TextToImage
 from overpaint.model.sampling import Progress
 
@@ -77,7 +78,8 @@ def uce(
         UnknownSite: The UNet has no such layer.
     """
     check_pairs(pairs)
-    _check_lists(preserve, frames)
+    check_texts(preserve, "preserve")
+    check_frames(frames)
     sites = projection_sites(model, layers, ("k", "v"))
     edit = _feature_edit(model, pairs, preserve, frames)
     protocol = {
@@ -155,7 +157,8 @@ def debias(
         UnknownSite: As in `uce`.
     """
     _check_shares(concept, shares)
-    _check_lists(preserve, frames)
+    check_texts(preserve, "preserve")
+    check_frames(frames)
     search = search or Search()
     sites = projection_sites(model, layers, ("k", "v"))
     edit = _feature_edit(model, {concept: ""}, preserve, frames)
@@ -246,6 +249,12 @@ def _counted(counts: Mapping[str, float], shares: Mapping[str, float]) -> dict[s
 
 
 def _check_shares(concept: str, shares: Mapping[str, float]) -> None:
+    check_one_text(concept, "`concept`", "balance one concept after the other")
+    if not isinstance(shares, Mapping):
+        raise TypeError(
+            f"`shares` must be a dictionary of attributes and their shares, got {shares!r}: write {{'red': 0.5, "
+            "'blue': 0.5}."
+        )
     if not concept.strip():
         raise ValueError("the concept is empty: write the words of the concept to balance.")
     total = sum(shares.values())
@@ -255,12 +264,3 @@ def _check_shares(concept: str, shares: Mapping[str, float]) -> None:
             f"`shares` must give attributes their shares, from 0 to 1 and at most 1 in all, got {dict(shares)!r}. For "
             "two in balance: {'red': 0.5, 'blue': 0.5}."
         )
-
-
-def _check_lists(preserve: Sequence[str], frames: Sequence[str]) -> None:
-    if isinstance(preserve, str) or isinstance(frames, str):
-        raise TypeError(
-            "`preserve` and `frames` are lists of texts: write ['...'] around a single one."
-        )
-    if not frames:
-        raise ValueError("`frames` is empty: give at least one caption; '' is the bare concept.")
