@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import overpaint
 from overpaint import edit
-from overpaint.edit import export
+from overpaint.edit import export, verdict
 from overpaint.edit.weights import find_weight
 from overpaint.model import TextToImage
 
@@ -98,6 +98,36 @@ def test_each_encoder_is_solved_on_its_own_keys(xl, change):
         for name in ("empty_prompt_drift", "residual_after", "preserve_drift"):
             assert change.report["encoders"][part][name] == alone.report[name]
             assert change.report[name] >= alone.report[name]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_report_states_what_guidance_reads(xl, name):
+    """By default guidance reads zeros for the empty prompt, which no edit moves."""
+    assert xl.guidance_reads_zeros
+    change = METHODS[name](xl)
+    before = xl.encode([""])
+    with change.applied(xl):
+        assert torch.equal(xl.encode([""]), before)
+    assert change.report.get("empty_prompt_drift", 0) == 0
+    assert change.report["guidance_reads_zeros"] is True
+    sentence = verdict.describe(change)
+    assert "guidance reads zeros for the empty prompt, which no edit moves" in sentence
+    assert "Warning" not in sentence
+
+
+def test_the_report_states_the_drift_where_guidance_reads_the_empty_prompt(xl):
+    xl.pipe.register_to_config(force_zeros_for_empty_prompt=False)
+    try:
+        assert not xl.guidance_reads_zeros
+        change = edit.quickfix(xl, GOGH)
+        before = xl.encode([""])
+        with change.applied(xl):
+            assert not torch.equal(xl.encode([""]), before)
+    finally:
+        xl.pipe.register_to_config(force_zeros_for_empty_prompt=True)
+    assert change.report["empty_prompt_drift"] > 0.01
+    assert "guidance_reads_zeros" not in change.report
+    assert "the empty prompt moves by" in verdict.describe(change)
 
 
 def test_models_with_one_encoder_report_no_other(real_vocabulary):

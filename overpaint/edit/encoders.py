@@ -34,12 +34,14 @@ def joined(model: TextToImage, changes: Mapping[str, Change]) -> Change:
 
     The entry `encoder` of the protocol is `"all"` or the name of the only encoder; `encoders` has the settings that
     `auto` chose for each. In the report, a number is the largest of the encoders' numbers, a list joins their lists,
-    `encoders` has the report of each, and `unedited_encoders` names the encoders that do not change.
+    `encoders` has the report of each, and `unedited_encoders` names the encoders that do not change. If guidance reads
+    zeros for the empty prompt, its drift is 0 and the report has `guidance_reads_zeros`.
 
     Args:
         model: The model that the changes were made for.
         changes: Name of an encoder to its change; all with the same pairs.
     """
+    changes = {part: _with_guidance(model, change) for part, change in changes.items()}
     parts = list(changes)
     first = changes[parts[0]]
     rest = [p for p in TEXT_PARTS[: len(model.text_encoders)] if p not in changes]
@@ -59,6 +61,16 @@ def joined(model: TextToImage, changes: Mapping[str, Change]) -> Change:
     movements = tuple(m for change in changes.values() for m in change.movements)
     report = _joint_report(list(reports.values())) | {"encoders": reports} | unedited
     return Change(movements, protocol, report)
+
+
+def _with_guidance(model: TextToImage, change: Change) -> Change:
+    """Return `change` with a report of the features that guidance reads for the empty prompt, if they are zero."""
+    if not model.guidance_reads_zeros:
+        return change
+    report = {**change.report, "guidance_reads_zeros": True}
+    if "empty_prompt_drift" in report:
+        report["empty_prompt_drift"] = 0.0
+    return Change(change.movements, change.protocol, report)
 
 
 def separated(change: Change) -> dict[str, Change]:

@@ -82,6 +82,8 @@ def _moved(change: Change) -> str:
 
 
 def _empty_prompt(change: Change) -> str:
+    if change.report.get("guidance_reads_zeros") is True:
+        return "guidance reads zeros for the empty prompt, which no edit moves"
     drift = _empty_prompt_drift(change)
     if drift is None:
         return "how far the empty prompt moves was not measured"
@@ -93,6 +95,8 @@ def _empty_prompt(change: Change) -> str:
 
 def _empty_prompt_drift(change: Change) -> float | None:
     """Return the relative movement of the empty prompt; `None` if the report does not hold it."""
+    if change.report.get("guidance_reads_zeros") is True:
+        return 0.0
     if change.movements and all(m.site.endswith(_EMBEDDING) for m in change.movements):
         # rows of words: the empty prompt holds none of them
         return 0.0 if edited_words(change.report) else None

@@ -183,6 +183,7 @@ _CARDS = (
         "the edited model's text encoder",
         "this package",
         "Classifier-free guidance uses the empty prompt for every picture, so its change affects all pictures. It "
-        "measures a cause, not the effect on pictures. It is 0 for every edit of the UNet.",
+        "measures a cause, not the effect on pictures. It is 0 for every edit of the UNet, and for SDXL, whose "
+        "guidance reads zeros for the empty prompt by default.",
     ),
 )
