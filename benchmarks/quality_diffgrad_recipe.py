@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from overpaint import files
 from overpaint.train import icon_world, judge
-from overpaint.train.icons import build_clip, tokenizer
+from overpaint.train.judge import tokenizer
 from overpaint.train.loop import Outer, optimizers, rate
+from overpaint.train.networks import build_clip
 
 RATE, DECAY = 1e-3, 0.01
 OPTIMIZERS: dict[str, tuple[Outer, float]] = {  # times the rate

@@ -8,22 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import icon_worlds
 import pytest
+import tiny_icons
 from test_train_matcher import SMOKE
+from tiny_icons import TINY
 
 from overpaint import files
-from overpaint.train import card, icon_world, icons, judge, loop, matcher, photographs
+from overpaint.train import card, icons, judge, matcher, photographs
 
 FOLDERS = {
     "icons": {"model_index.json", "unet/diffusion_pytorch_model.safetensors", "overpaint.json"},
     "judge": {"model.safetensors", "heads.safetensors", "labels.json"},
     "matcher": {"config.json", "coarse.safetensors", "fine.safetensors"},
 }
-TINY = replace(
-    icons.CPU, text_layers=1, text_width=32, vision_layers=1, vision_width=32, clip_batch=2,
-    vae_channels=(8, 8, 8, 8), vae_batch=2, unet_channels=(32,), unet_batch=2, pictures=2,
-)  # fmt: skip
 SMALL = replace(SMOKE.config, image=64, grid=8, channels=(16,), sr_grid=16, sr_channels=(16,))
 TINY_MATCHER = replace(
     SMOKE, config=SMALL, batch=1, first_pairs=1, fine_batch=1, fine_first_pairs=1, checks=1
@@ -31,17 +28,14 @@ TINY_MATCHER = replace(
 
 
 @pytest.fixture
-def recipes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[Path], Path]]:
+def recipes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Callable[[Path], Path]]:
     """Return the three recipes, made so small that each trains one step a stage, as functions of a folder."""
-
-    def schedule(minutes: float, lr: float, steps: int | None = None, **options: Any) -> Any:
-        return loop.Schedule(minutes, lr, 1, **options)
-
+    packages = tmp_path_factory.mktemp("packages")
     for module in (icons, judge, matcher):
-        monkeypatch.setattr(module, "Schedule", schedule)
-    sets = icon_worlds.build().sets
-    monkeypatch.setattr(icon_world, "fetch", lambda _: sets)
-    monkeypatch.setattr(icons, "CPU", TINY)
+        monkeypatch.setattr(module, "Schedule", tiny_icons.one_step)
+    tiny_icons.shrink(monkeypatch, packages)
     monkeypatch.setattr(icons, "standardise", lambda *_, **__: None)
     monkeypatch.setattr(judge, "RECIPE", TINY)
     monkeypatch.setattr(judge, "real_accuracy", lambda *_, **__: {"object": 0.5})
@@ -53,7 +47,7 @@ def recipes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[Path], Path]
         return {"out": root / "model", "work": root / "work", "threads": 1}
 
     return {
-        "icons": lambda root: icons.train(artwork=root, **options(root)),
+        "icons": lambda root: icons.train(artwork=root, packages=packages, **options(root)),
         "judge": lambda root: judge.train(artwork=root, **options(root)),
         "matcher": lambda root: matcher.train(recipe=TINY_MATCHER, photos=root, **options(root)),
     }

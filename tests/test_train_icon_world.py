@@ -15,6 +15,31 @@ def world() -> icon_world.World:
     return icon_worlds.build()
 
 
+class Blocks(icon_world.World):
+    """A world in which every icon is a block of the color of its name, which no renderer draws."""
+
+    def icon(self, name: str, set_: str, size: int) -> np.ndarray:
+        color = icon_worlds.color_of(f"{set_}:{name}")
+        return np.full((size, size, 4), [*(c / 255 for c in color), 1], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("hold_out", "expected"), [(True, "36f2346a6d71"), (False, "ac49d7a21fea")]
+)
+def test_a_seed_draws_the_pictures_that_the_shipped_judge_was_trained_on(
+    hold_out: bool, expected: str
+) -> None:
+    world, rng = Blocks(icon_worlds.build().sets, hold_out=hold_out), np.random.default_rng(0)
+    digest = hashlib.sha256()
+    for _ in range(400):
+        picture = world.sample(rng)
+        digest.update(picture.pixels.tobytes())
+        digest.update(
+            repr((picture.caption, picture.object, picture.style, picture.color)).encode()
+        )
+    assert digest.hexdigest()[:12] == expected
+
+
 @pytest.fixture(scope="module")
 def pictures(world: icon_world.World) -> list[icon_world.Picture]:
     rng = np.random.default_rng(0)

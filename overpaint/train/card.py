@@ -16,7 +16,17 @@ from overpaint import files
 from overpaint.train.icon_world import PACKAGES
 from overpaint.train.loop import damage_named
 
-__all__ = ["LICENCES", "add_figures", "commit", "history", "prepare", "read", "save", "stages"]
+__all__ = [
+    "LICENCES",
+    "add_figures",
+    "commit",
+    "history",
+    "icon_sources",
+    "prepare",
+    "read",
+    "save",
+    "stages",
+]
 
 _RUN = (
     "date",
@@ -62,15 +72,6 @@ def save(
         sources: Package, version, SHA-256 and licence of the training data; by default those of the icon sets.
         optimizer_note: Which optimiser updated which weights, and measured alternatives; left out if empty.
     """
-    icon_sets = [
-        {
-            "package": f"@iconify-json/{name}",
-            "version": release,
-            "sha256": digest,
-            "licence": LICENCES[name],
-        }
-        for name, (release, digest) in PACKAGES.items()
-    ]
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "card.json")
     card = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -80,7 +81,7 @@ def save(
         "hardware": f"{device}, {os.cpu_count()} cores, {platform.machine()}",
         "stages": trained,
         "history": list(history),
-        "sources": icon_sets if sources is None else list(sources),
+        "sources": icon_sources() if sources is None else list(sources),
         "figures": figures,
         "versions": {
             name: version(name) for name in ("torch", "diffusers", "transformers", "tokenizers")
@@ -92,6 +93,19 @@ def save(
     if optimizer_note:
         card["optimizer_note"] = optimizer_note
     return files.write_json(folder / "card.json", card)
+
+
+def icon_sources() -> list[dict[str, str]]:
+    """Return package, version, SHA-256 and licence of each icon set."""
+    return [
+        {
+            "package": f"@iconify-json/{name}",
+            "version": release,
+            "sha256": digest,
+            "licence": LICENCES[name],
+        }
+        for name, (release, digest) in PACKAGES.items()
+    ]
 
 
 def read(path: Path) -> dict[str, Any]:

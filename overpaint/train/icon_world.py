@@ -41,6 +41,8 @@ __all__ = [
     "fetch",
     "held_out",
     "held_out_colors",
+    "layout",
+    "plural",
     "subjects",
 ]
 
@@ -320,27 +322,36 @@ class World:
         )
 
     def _sample_named(self, kind: int, color: str, rng: np.random.Generator) -> Picture:
-        if kind == 3:
-            verb, style = str(rng.choice(list(ACTIONS))), str(rng.choice(list(STYLES)))
-            pixels = self._centred(ACTIONS[verb], STYLES[style], color, rng)
-            caption = _caption(f"person {verb}", style, color, rng)
-            return Picture(pixels, caption, f"person {verb}", style, color)
-        if kind == 4:
-            country = str(rng.choice(list(FLAGS)))
-            pixels = self._centred(FLAGS[country], "circle-flags", color, rng)
-            caption = _caption(f"flag of {country}", "", color, rng, article="the")
-            return Picture(pixels, caption, f"flag of {country}", "", color)
-        logo = str(rng.choice(LOGOS))
-        icons = self.sets["logos"]["icons"]
-        name = f"{logo}-icon" if f"{logo}-icon" in icons else logo
-        pixels = self._centred(name, "logos", color, rng)
-        return Picture(
-            pixels,
-            _caption(f"{logo} logo", "", color, rng, article="the"),
-            f"{logo} logo",
-            "",
-            color,
-        )
+        label, icon, set_, style = _named(self.sets, kind, rng)
+        pixels = self._centred(icon, set_, color, rng)
+        caption = _caption(label, style, color, rng, article=None if kind == 3 else "the")
+        return Picture(pixels, caption, label, style, color)
+
+    def named(self, rng: np.random.Generator) -> tuple[str, str, str, str]:
+        """Return a random person, flag or logo: its label, its icon, its icon set, and its style or an empty text."""
+        return _named(self.sets, int(rng.choice((3, 4, 5), p=(0.4, 0.3, 0.3))), rng)
+
+
+def _named(sets: dict[str, dict], kind: int, rng: np.random.Generator) -> tuple[str, str, str, str]:
+    if kind == 3:
+        verb, style = str(rng.choice(list(ACTIONS))), str(rng.choice(list(STYLES)))
+        return f"person {verb}", ACTIONS[verb], STYLES[style], style
+    if kind == 4:
+        country = str(rng.choice(list(FLAGS)))
+        return f"flag of {country}", FLAGS[country], "circle-flags", ""
+    logo = str(rng.choice(LOGOS))
+    icons = sets["logos"]["icons"]
+    return f"{logo} logo", f"{logo}-icon" if f"{logo}-icon" in icons else logo, "logos", ""
+
+
+def layout(number: int, size: int) -> list[tuple[int, int]]:
+    """Return left and top of each of two to four icons of `size` pixels in a picture of 64 pixels."""
+    return [_corner(position, size) for position in _LAYOUTS[number]]
+
+
+def plural(name: str) -> str:
+    """Return the plural of an object's name."""
+    return _PLURALS.get(name, name + "s")
 
 
 def captions_corpus(sets: dict[str, dict], captions: Sequence[str]) -> list[str]:

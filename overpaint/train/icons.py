@@ -1,7 +1,8 @@
 """`icons`: a small Stable Diffusion of the icon world, from artwork to a pipeline folder.
 
-Four stages, each resumable: a BPE tokenizer of 2,304 entries; a CLIP trained contrastively, whose text tower is then
-frozen; an `AutoencoderKL` of 64x64 pictures to 8x8x8 latents; a UNet trained on latents to predict v.
+Four stages, each resumable: CLIP's first 16,000 merges as tokenizer; a CLIP trained on captioned pictures and on
+everyday language, whose text tower is then frozen; an `AutoencoderKL` of 64x64 pictures to 8x8x8 latents, and of
+128x128 ones to 16x16x8; a UNet trained on latents to predict v, every fifth batch on scenes of 128x128 pixels.
 
     overpaint train icons --minutes 150                 # two CPU cores, resumable
     overpaint train icons --minutes 20 --device cuda    # the same recipe, wider
@@ -13,19 +14,20 @@ The results of 150 minutes on two CPU cores of 2.5 GHz are the figures of the ca
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.nn import functional as F
 
 from overpaint import files, zoo
 from overpaint.model.sampling import Progress
-from overpaint.train import card, icon_world
+from overpaint.train import card, icon_world, language, text_tower
+from overpaint.train.icon_scenes import Scenes
 from overpaint.train.loop import (
     Schedule,
     damage_named,
@@ -37,31 +39,28 @@ from overpaint.train.loop import (
 from overpaint.train.networks import (
     CPU,
     CUDA,
-    TOKENS,
-    VOCABULARY,
     Recipe,
     build_clip,
     build_scheduler,
     build_unet,
     build_vae,
 )
+from overpaint.train.text_tower import as_pixels
 
 __all__ = [
     "CPU",
     "CUDA",
     "Recipe",
     "Run",
-    "as_pixels",
     "build_clip",
     "build_unet",
     "build_vae",
-    "contrast",
     "standardise",
-    "tokenizer",
     "train",
     "train_clip",
 ]
 
+_ATTENTION = 0.06  # part of the UNet's minutes in which only its cross-attention is trained
 STAGES = ("tokenizer", "clip", "vae", "unet", "export")
 
 
@@ -70,7 +69,8 @@ class Run:
     """Settings that the stages of one training share."""
 
     recipe: Recipe  # sizes and rates
-    world: icon_world.World  # draws the pictures
+    scenes: Scenes  # draws the pictures
+    packages: Path  # of tokenizer, texts and teacher
     folder: Path  # checkpoints
     device: str = "cpu"  # or "cuda"
     seed: int = 0  # of the random draws
@@ -88,6 +88,7 @@ def train(
     stages: tuple[str, ...] = STAGES,
     work: Path = Path("runs/icons"),
     artwork: Path = Path("runs/artwork"),
+    packages: Path = Path("runs/packages"),
     on_progress: Progress | None = None,
 ) -> Path:
     """Train `icons`, write it to `out` as a Stable Diffusion folder and return that folder.
@@ -103,6 +104,7 @@ def train(
         stages: Stages to run; a stage needs the results of those before it.
         work: Folder of the checkpoints; may be deleted when the model is written.
         artwork: Folder that the icon sets are downloaded to.
+        packages: Folder that tokenizer, texts and teacher are downloaded to; 104 MB.
         on_progress: Called with (done, total, label) every few seconds.
 
     Raises:
@@ -115,13 +117,14 @@ def train(
     recipe = CUDA if device.startswith("cuda") else CPU
     work.mkdir(parents=True, exist_ok=True)
     files.remove_drafts_in(work)
-    world = icon_world.World(icon_world.fetch(artwork))
+    scenes = Scenes(icon_world.World(icon_world.fetch(artwork)))
+    language.fetch(packages)
     shares = _shares(recipe, work, out, resume=resume)
     if not resume:
         remove_checkpoints(work, [stage for stage in shares if stage in stages])
-    run = Run(recipe, world, work, device, seed, on_progress)
+    run = Run(recipe, scenes, packages, work, device, seed, on_progress)
     if "tokenizer" in stages:
-        tokenizer(world, work / "tokenizer", seed=seed)
+        text_tower.tokenizer(packages, work / "tokenizer")
     recipes = {"clip": train_clip, "vae": _train_vae, "unet": _train_unet}
     for stage, share in shares.items():
         if stage in stages:
@@ -130,45 +133,57 @@ def train(
         return work
     with files.atomic_folder(out) as draft:
         _export(recipe, work, draft)
-        trained = card.stages(work, tuple(shares))
+        attention = ["unet-attention"] if (work / "unet-attention.safetensors").exists() else []
+        trained = card.stages(work, (*(s for s in shares if s != "unet"), *attention, "unet"))
         card.save(
             draft, recipe=asdict(recipe), seed=seed, device=device, trained=trained, figures={},
-            history=_earlier_runs(work),
+            history=_earlier_runs(work), sources=[*card.icon_sources(), *language.sources()],
         )  # fmt: skip
     return out
 
 
 def _shares(recipe: Recipe, work: Path, out: Path, *, resume: bool) -> dict[str, float]:
-    """Return the part of the minutes of each stage; a run that continues a finished model trains its UNet only.
+    """Return the part of the minutes of each stage, and write what the stages start from.
 
-    The choice is recorded by the file `unet-start.safetensors` in `work`, so that a resumed run makes the same one.
+    A run that continues a finished model of the same shapes trains its UNet only. If only its text tower has other
+    shapes, a new tower is trained, and VAE and UNet start from the finished ones. The choice is recorded by
+    `start.json` in `work`, so that a resumed run makes the same one.
     """
     shares: dict[str, float] = dict(zip(("clip", "vae", "unet"), recipe.shares, strict=True))
-    start = work / "unet-start.safetensors"
+    record = work / "start.json"
     if not resume:
-        start.unlink(missing_ok=True)
+        for name in ("start.json", "history.json"):
+            (work / name).unlink(missing_ok=True)
+        remove_checkpoints(work, ("vae-start", "unet-start", "unet-attention"))
         return shares
-    if any((work / f"{stage}.safetensors").exists() for stage in ("clip", "vae")):
-        return shares
-    if not start.exists():
-        finished = next((f for f in (out, zoo.folder("icons")) if _has_shape(f, recipe)), None)
-        if finished is None or (work / "unet.safetensors").exists():
+    if not record.exists():
+        begun = any((work / f"{stage}.safetensors").exists() for stage in shares)
+        models = () if begun else (out, zoo.folder("icons"))
+        for folder in models:
+            same = _same_shapes(folder, recipe)
+            if "unet" in same:
+                _unpack(folder, work, with_text="text" in same)
+                break
+        else:
             return shares
-        _unpack(finished, work)
-    return {"unet": 1.0}
+    with damage_named(record):
+        start = dict(files.from_json(record.read_bytes()))
+    return {"unet": 1.0} if start.get("text") else shares
 
 
-def _has_shape(folder: Path, recipe: Recipe) -> bool:
-    """Return whether `folder` holds a model with the shapes of this recipe's networks."""
+def _same_shapes(folder: Path, recipe: Recipe) -> set[str]:
+    """Return which parts of the model in `folder` have this recipe's shapes: `"unet"` (with its VAE), `"text"`."""
     path = folder / "card.json"
     if not path.is_file() or not (folder / "unet").is_dir():
-        return False
+        return set()
     with damage_named(path):
         saved = dict(files.from_json(path.read_bytes()).get("recipe", {}))
-    names = ["text_layers", "text_width", "vae_channels", "latent_channels"]
-    names += ["unet_channels", "unet_layers"]
     expected = json.loads(json.dumps(asdict(recipe)))
-    return all(saved.get(name) == expected[name] for name in names)
+    unet = ("text_width", "vae_channels", "latent_channels", "unet_channels", "unet_layers")
+    if any(saved.get(name) != expected[name] for name in unet):
+        return set()
+    same = all(saved.get(name) == expected[name] for name in ("text_layers", "merges"))
+    return {"unet", "text"} if same else {"unet"}
 
 
 def _earlier_runs(work: Path) -> list[dict[str, Any]]:
@@ -180,108 +195,41 @@ def _earlier_runs(work: Path) -> list[dict[str, Any]]:
         return [dict(run) for run in files.from_json(path.read_bytes())]
 
 
-def tokenizer(world: icon_world.World, folder: Path, *, seed: int = 0) -> Any:
-    """Return a `CLIPTokenizer`, loaded from `folder` or trained on icon names and captions and saved there."""
-    import transformers
-
-    build: Any = transformers.CLIPTokenizer
-    if not (folder / "tokenizer.json").exists():
-        rng = np.random.default_rng((seed, 1))
-        captions = [world.sample(rng).caption for _ in range(400)]
-        vocabulary, merges = _byte_pairs(icon_world.captions_corpus(world.sets, captions))
-        _save_tokenizer(build(vocab=vocabulary, merges=merges, model_max_length=TOKENS), folder)
-    return build.from_pretrained(folder)
-
-
-def _save_tokenizer(tokens: Any, folder: Path) -> None:
-    """Write a tokenizer's folder as a whole; an incomplete one of a killed run is removed."""
-    shutil.rmtree(folder, ignore_errors=True)
-    with files.atomic(folder) as draft:
-        tokens.save_pretrained(draft)
-
-
-def _byte_pairs(lines: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return a BPE vocabulary and its merges, trained with CLIP's pre-tokenizer.
-
-    Numbered as in CLIP: bytes, bytes + `</w>`, merges, two special tokens.
-    """
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    byte_pairs = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    byte_pairs.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - 2 - 256,
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    byte_pairs.train_from_iterator((line.lower() for line in lines), trainer)
-    merges = [tuple(pair) for pair in json.loads(byte_pairs.to_str())["model"]["merges"]]
-    names = alphabet + [letter + "</w>" for letter in alphabet]
-    seen = set(names)
-    used = []
-    for left, right in merges:
-        if left + right not in seen and len(names) < VOCABULARY - 2:
-            seen.add(left + right)
-            names.append(left + right)
-            used.append((left, right))
-    names += ["<|startoftext|>", "<|endoftext|>"]
-    return {name: index for index, name in enumerate(names)}, used
-
-
 def train_clip(run: Run, minutes: float) -> Any:
     """Return the trained CLIP, whose text tower is the UNet's text encoder."""
-    recipe, device = run.recipe, run.device
-    tokens = tokenizer(run.world, run.folder / "tokenizer", seed=run.seed)
-    model = build_clip(recipe, len(tokens)).to(device)
+    recipe = run.recipe
+    tokens = text_tower.tokenizer(run.packages, run.folder / "tokenizer")
+    data = text_tower.texts(run.packages, run.folder, tokens, recipe.text_width)
+    model = text_tower.network(recipe, tokens, data).to(run.device)
 
     def loss(step: int) -> Tensor:
         rng = np.random.default_rng((run.seed, 2, step))
-        generator = torch.Generator().manual_seed(step)
-        pictures = [run.world.sample(rng) for _ in range(recipe.clip_batch)]
-        pixels = as_pixels(pictures)
-        pixels = (pixels + 0.05 * torch.randn(pixels.shape, generator=generator)).to(device)
-        ids = tokens(
-            [p.caption for p in pictures], padding="longest", return_tensors="pt"
-        ).input_ids
-        result = model(input_ids=ids.to(device), pixel_values=pixels)
-        return contrast(result.logits_per_text, [p.caption for p in pictures])
+        return text_tower.draw_loss(
+            model, tokens, run.scenes, data, rng, recipe.clip_batch, run.device
+        )
 
     schedule = Schedule(minutes, recipe.clip_lr, ema_decay=recipe.clip_ema, muon=False)
-    clip: Any = fit(
+    trained: Any = fit(
         model, loss, schedule, stage="clip", folder=run.folder, on_progress=run.on_progress
     )
-    save_tensors(dict(clip.text_model.state_dict()), run.folder / "text-final.safetensors")
-    return clip
-
-
-def as_pixels(pictures: list[icon_world.Picture]) -> Tensor:
-    """Return pictures as one tensor, (B, 3, 64, 64), in [-1, 1]."""
-    stack = torch.from_numpy(np.stack([p.pixels for p in pictures]))
-    return stack.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def contrast(logits: Tensor, captions: list[str]) -> Tensor:
-    """Return CLIP's symmetric cross-entropy; equal captions share the target."""
-    index = {caption: i for i, caption in enumerate(captions)}
-    same = torch.tensor([index[c] for c in captions], device=logits.device)
-    target = (same[:, None] == same[None]).float()
-    target = target / target.sum(1, keepdim=True)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
+    save_tensors(
+        dict(trained["clip"].text_model.state_dict()), run.folder / "text-final.safetensors"
+    )
+    return trained["clip"]
 
 
 def _train_vae(run: Run, minutes: float) -> Any:
     """Return the trained autoencoder, whose latents have mean 0 and standard deviation 1."""
     recipe, device = run.recipe, run.device
-    model = build_vae(recipe).to(device, memory_format=torch.channels_last)
+    model = _start(build_vae(recipe), run.folder / "vae-start.safetensors")
+    model = model.to(device, memory_format=torch.channels_last)
 
     def loss(step: int) -> Tensor:
         rng = np.random.default_rng((run.seed, 3, step))
         generator = torch.Generator().manual_seed(step)
-        pixels = as_pixels([run.world.sample(rng) for _ in range(recipe.vae_batch)])
+        small = step % 2 == 0
+        draw, rows = (run.scenes.small, 1) if small else (run.scenes.large, 2)
+        pixels = as_pixels([draw(rng) for _ in range(max(1, recipe.vae_batch // rows))])
         pixels = pixels.to(device, memory_format=torch.channels_last)
         posterior = model.encode(pixels).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
@@ -298,21 +246,19 @@ def _train_vae(run: Run, minutes: float) -> Any:
 
     schedule = Schedule(minutes, recipe.vae_lr, weight_decay=0.0, ema_decay=recipe.vae_ema)
     vae = fit(model, loss, schedule, stage="vae", folder=run.folder, on_progress=run.on_progress)
-    standardise(vae, run.world, seed=run.seed, device=device)
+    standardise(vae, run.scenes, seed=run.seed, device=device)
     save_tensors(dict(vae.state_dict()), run.folder / "vae-final.safetensors")
     return vae
 
 
 @torch.no_grad()
-def standardise(
-    vae: Any, world: icon_world.World, *, seed: int, device: str, batches: int = 24
-) -> None:
+def standardise(vae: Any, scenes: Scenes, *, seed: int, device: str, batches: int = 24) -> None:
     """Fold each latent channel's mean and std into the 1x1 convolutions, so that latents have mean 0 and std 1."""
     rng = np.random.default_rng((seed, 4))
     latents = torch.cat(
         [
             vae.encode(
-                as_pixels([world.sample(rng) for _ in range(64)]).to(device)
+                as_pixels([scenes.small(rng) for _ in range(64)]).to(device)
             ).latent_dist.mean
             for _ in range(batches)
         ]
@@ -327,90 +273,135 @@ def standardise(
     inner.bias[channels:] -= 2 * std.log()  # the log-variance follows the scale
 
 
+def _start(model: Any, path: Path) -> Any:
+    """Return `model` with the weights that a training continues from, if there are any."""
+    if path.exists():
+        model.load_state_dict(load_tensors(path))
+    return model
+
+
 def _train_unet(run: Run, minutes: float) -> Any:
-    """Return the trained UNet."""
+    """Return the trained UNet: the cross-attention learns the text features first, then everything is trained."""
     recipe, device, folder = run.recipe, run.device, run.folder
-    data = _latents(run)
-    latents, features, rows = (data[k].to(device) for k in ("latents", "features", "rows"))
-    model = build_unet(recipe)
-    if (folder / "unet-start.safetensors").exists():
-        model.load_state_dict(load_tensors(folder / "unet-start.safetensors"))
+    sets = _latents(run)
+    model = _start(build_unet(recipe), folder / "unet-start.safetensors")
     model = model.to(device, memory_format=torch.channels_last)
     alphas = build_scheduler().alphas_cumprod.to(device)
-    batch = recipe.unet_batch
 
     def loss(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(run.seed * 1_000_003 + step)
-        pick = torch.randint(len(latents), (batch,), generator=generator)
-        noise = torch.randn(batch, *latents.shape[1:], generator=generator).to(device)
+        # Every fifth batch shows scenes of 128 pixels, a quarter as many.
+        large = step % 5 == 4
+        data, batch = sets["large" if large else "small"], recipe.unet_batch // (4 if large else 1)
+        rows = torch.randint(len(data["latents"]), (batch,), generator=generator)
+        clean = data["latents"][rows].to(device).float()
+        noise = torch.randn(clean.shape, generator=generator).to(device)
         # Stratified: one timestep in each of `batch` equal parts of the schedule.
         t = (
             (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch * len(alphas)
         ).long()
         drop = torch.rand(batch, generator=generator) < recipe.drop_caption
-        context = features[torch.where(drop, 0, rows.cpu()[pick]).to(device)].float()
-        clean, a = latents[pick.to(device)].float(), alphas[t.to(device)].view(-1, 1, 1, 1)
+        context = data["features"][torch.where(drop, 0, data["rows"][rows])].to(device).float()
+        a = alphas[t.to(device)].view(-1, 1, 1, 1)
         noisy = a.sqrt() * clean + (1 - a).sqrt() * noise
         velocity = a.sqrt() * noise - (1 - a).sqrt() * clean
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
+        with torch.autocast(device.split(":")[0], torch.bfloat16):
             out = model(
                 noisy.contiguous(memory_format=torch.channels_last), t.to(device), context
             ).sample
         # No weights: those of min-SNR are too small for the noisy steps, which determine the shapes.
         return (out.float() - velocity).square().mean()
 
+    if (folder / "unet-start.safetensors").exists():
+        if not (folder / "unet.safetensors").exists():
+            _train_attention(run, model, loss, minutes * _ATTENTION)
+        minutes *= 1 - _ATTENTION
     schedule = Schedule(minutes, recipe.unet_lr, ema_decay=recipe.unet_ema)
     unet = fit(model, loss, schedule, stage="unet", folder=folder, on_progress=run.on_progress)
     save_tensors(dict(unet.state_dict()), folder / "unet-final.safetensors")
     return unet
 
 
+def _train_attention(run: Run, model: Any, loss: Callable[[int], Tensor], minutes: float) -> None:
+    """Train the cross-attention of the UNet, in place, while its other weights stay."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("attn2" in name)
+    schedule = Schedule(minutes, run.recipe.unet_lr)
+    fit(
+        model, loss, schedule, stage="unet-attention", folder=run.folder, on_progress=run.on_progress
+    )  # fmt: skip
+    model.requires_grad_(True)
+
+
 @torch.no_grad()
-def _latents(run: Run) -> dict[str, Tensor]:
-    """Return the encoded training pictures, computed once and saved.
+def _latents(run: Run) -> dict[str, dict[str, Tensor]]:
+    """Return the training pictures of both sizes as latents, with the features of their captions.
 
     Returns:
-        `latents` (P, 8, 8, 8); `features` (U, 32, D), of which row 0 is the empty prompt; `rows` (P,), the row of
-        `features` of each picture.
+        For `"small"` and `"large"` pictures: `latents` (P, 8, S, S), S = 8 or 16; `features` (U, 32, D), of which row 0
+        is the empty prompt; `rows` (P,), the row of `features` of each picture.
     """
-    recipe, folder, seed, device = run.recipe, run.folder, run.seed, run.device
-    path = folder / "latents.safetensors"
-    key = _key(folder, recipe.pictures, seed)
+    _, text, tokens = _frozen(run.recipe, run.folder)
+    text = text.to(run.device)
+    result = {}
+    for name in ("small", "large"):
+        latents, captions = encoded_pictures(run, name)
+        number = {caption: i for i, caption in enumerate(dict.fromkeys(["", *captions]))}
+        result[name] = {
+            "latents": latents,
+            "features": _features(text, tokens, list(number), run.device),
+            "rows": torch.tensor([number[caption] for caption in captions]),
+        }
+    return result
+
+
+@torch.no_grad()
+def encoded_pictures(run: Run, name: Literal["small", "large"]) -> tuple[Tensor, list[str]]:
+    """Return the latents (P, 8, S, S) and captions of the training pictures of one size, computed once and saved."""
+    recipe = run.recipe
+    draw, total = (
+        (run.scenes.small, recipe.pictures)
+        if name == "small"
+        else (run.scenes.large, recipe.scenes)
+    )
+    path = run.folder / f"latents-{name}.safetensors"
+    digest = hashlib.sha256(f"{total} {run.seed}".encode())
+    digest.update((run.folder / "vae-final.safetensors").read_bytes())
+    key = digest.hexdigest()
     if path.exists():
         with damage_named(path), safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("made_of") == key:
-                return load_tensors(path)
-    vae, text, tokens = _frozen(recipe, folder)
-    vae, text = vae.to(device), text.to(device)
-    rng = np.random.default_rng((seed, 5))
-    latents, rows, captions = [], [], {"": 0}
-    for start in range(0, recipe.pictures, 256):
-        pictures = [run.world.sample(rng) for _ in range(min(256, recipe.pictures - start))]
-        pixels = as_pixels(pictures).to(device)
+            metadata = file.metadata() or {}
+            if metadata.get("made_of") == key:
+                return file.get_tensor("latents"), json.loads(metadata["captions"])
+    vae = build_vae(recipe)
+    vae.load_state_dict(load_tensors(run.folder / "vae-final.safetensors"))
+    vae = vae.eval().to(run.device)
+    rng = np.random.default_rng((run.seed, 5, name == "large"))
+    latents, captions = [], []
+    for start in range(0, total, 128):
+        pictures = [draw(rng) for _ in range(min(128, total - start))]
+        pixels = as_pixels(pictures).to(run.device)
         latents.append(vae.encode(pixels).latent_dist.mean.half().cpu())
-        rows += [captions.setdefault(p.caption, len(captions)) for p in pictures]
-    texts = list(captions)
-    features = []
-    for start in range(0, len(texts), 512):
+        captions += [p.caption for p in pictures]
+        if run.on_progress:
+            run.on_progress(min(start + 128, total), total, f"pictures, {name}")
+    stack = torch.cat(latents)
+    save_tensors({"latents": stack}, path, {"made_of": key, "captions": json.dumps(captions)})
+    return stack, captions
+
+
+def _features(text: Any, tokens: Any, captions: list[str], device: str) -> Tensor:
+    """Return the states of the text tower, float16 (N, 32, D)."""
+    states = []
+    for start in range(0, len(captions), 512):
         ids = tokens(
-            texts[start : start + 512], padding="max_length", truncation=True, return_tensors="pt"
+            captions[start : start + 512],
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
         )
-        features.append(text(ids.input_ids.to(device)).last_hidden_state.half().cpu())
-    data = {
-        "latents": torch.cat(latents),
-        "features": torch.cat(features),
-        "rows": torch.tensor(rows),
-    }
-    save_tensors(data, path, {"made_of": key})
-    return data
-
-
-def _key(folder: Path, pictures: int, seed: int) -> str:
-    """Return a hash of everything that determines latents and features: both networks, number of pictures, seed."""
-    digest = hashlib.sha256(f"{pictures} {seed}".encode())
-    for name in ("text-final", "vae-final"):
-        digest.update((folder / f"{name}.safetensors").read_bytes())
-    return digest.hexdigest()
+        states.append(text(ids.input_ids.to(device)).last_hidden_state.half().cpu())
+    return torch.cat(states)
 
 
 def _frozen(recipe: Recipe, folder: Path) -> tuple[Any, Any, Any]:
@@ -430,20 +421,26 @@ def _tower(text: Any) -> Any:
     return getattr(text, "text_model", text)
 
 
-def _unpack(folder: Path, work: Path) -> None:
-    """Write the parts of the pipeline in `folder` to `work`, as its finished stages would.
+def _unpack(folder: Path, work: Path, *, with_text: bool) -> None:
+    """Write the parts of the pipeline in `folder` to `work`, for a training to continue from.
 
-    `unet-start.safetensors` comes last: it marks that all parts are there.
+    With `with_text` the text tower and the VAE count as finished stages; without it only the starts of VAE and UNet
+    are written. `start.json` comes last: it marks that all parts are there.
     """
     import diffusers
 
     build: Any = diffusers.StableDiffusionPipeline
     pipe = build.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    _save_tokenizer(pipe.tokenizer, work / "tokenizer")
-    save_tensors(dict(_tower(pipe.text_encoder).state_dict()), work / "text-final.safetensors")
-    save_tensors(dict(pipe.vae.state_dict()), work / "vae-final.safetensors")
+    vae = dict(pipe.vae.state_dict())
+    save_tensors(vae, work / ("vae-final.safetensors" if with_text else "vae-start.safetensors"))
+    if with_text:
+        shutil.rmtree(work / "tokenizer", ignore_errors=True)
+        with files.atomic(work / "tokenizer") as draft:
+            pipe.tokenizer.save_pretrained(draft)
+        save_tensors(dict(_tower(pipe.text_encoder).state_dict()), work / "text-final.safetensors")
     files.write_json(work / "history.json", card.history(folder))
     save_tensors(dict(pipe.unet.state_dict()), work / "unet-start.safetensors")
+    files.write_json(work / "start.json", {"text": with_text})
 
 
 def _export(recipe: Recipe, work: Path, folder: Path) -> None:

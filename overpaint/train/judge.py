@@ -7,6 +7,8 @@ pairs held out from `icons`, so that pictures of these pairs are scored by a mod
     overpaint train icons-judge --minutes 25
 """
 
+import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,20 +22,16 @@ from overpaint import files
 from overpaint.model.sampling import Progress
 from overpaint.scorers import judge as scorer
 from overpaint.train import card, icon_world
-from overpaint.train.icons import (
-    CPU,
-    as_pixels,
-    build_clip,
-    contrast,
-    tokenizer,
-)
 from overpaint.train.loop import Outer, Schedule, fit, remove_checkpoints, save_tensors
+from overpaint.train.networks import CPU, TOKENS, build_clip
+from overpaint.train.text_tower import as_pixels, contrast
 
-__all__ = ["batch_loss", "labels", "real_accuracy", "train"]
+__all__ = ["batch_loss", "labels", "real_accuracy", "tokenizer", "train"]
 
 RECIPE = replace(
     CPU, text_layers=3, text_width=96, vision_layers=5, vision_width=128, clip_batch=64
 )
+VOCABULARY = 2304
 SEED = 1000  # never used to train `icons`
 _OUTER: dict[Outer, str] = {
     "adamw": "AdamW updated embeddings, vectors, the first and the last layer, Muon the rest.",
@@ -113,6 +111,54 @@ def train(
             figures=figures, optimizer_note=f"{_OUTER[optimizer]} {_COMPARED}",
         )  # fmt: skip
     return out
+
+
+def tokenizer(world: icon_world.World, folder: Path, *, seed: int = SEED) -> Any:
+    """Return a `CLIPTokenizer`, loaded from `folder` or trained on icon names and captions and saved there."""
+    import transformers
+
+    build: Any = transformers.CLIPTokenizer
+    if not (folder / "tokenizer.json").exists():
+        rng = np.random.default_rng((seed, 1))
+        captions = [world.sample(rng).caption for _ in range(400)]
+        vocabulary, merges = _byte_pairs(icon_world.captions_corpus(world.sets, captions))
+        tokens = build(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
+        shutil.rmtree(folder, ignore_errors=True)  # of a killed run
+        with files.atomic(folder) as draft:
+            tokens.save_pretrained(draft)
+    return build.from_pretrained(folder)
+
+
+def _byte_pairs(lines: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return a BPE vocabulary and its merges, trained with CLIP's pre-tokenizer.
+
+    Numbered as in CLIP: bytes, bytes + `</w>`, merges, two special tokens.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    byte_pairs = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    byte_pairs.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - 2 - 256,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    byte_pairs.train_from_iterator((line.lower() for line in lines), trainer)
+    merges = [tuple(pair) for pair in json.loads(byte_pairs.to_str())["model"]["merges"]]
+    names = alphabet + [letter + "</w>" for letter in alphabet]
+    seen = set(names)
+    used = []
+    for left, right in merges:
+        if left + right not in seen and len(names) < VOCABULARY - 2:
+            seen.add(left + right)
+            names.append(left + right)
+            used.append((left, right))
+    names += ["<|startoftext|>", "<|endoftext|>"]
+    return {name: index for index, name in enumerate(names)}, used
 
 
 def batch_loss(

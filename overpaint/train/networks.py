@@ -12,8 +12,8 @@ from overpaint.train import icon_world
 __all__ = [
     "CPU",
     "CUDA",
+    "MERGES",
     "TOKENS",
-    "VOCABULARY",
     "Recipe",
     "build_clip",
     "build_scheduler",
@@ -22,19 +22,20 @@ __all__ = [
 ]
 
 TOKENS = 32  # positions of the text tower
-VOCABULARY = 2304
+MERGES = 16_000  # of CLIP's tokenizer; the vocabulary is 514 entries larger
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Settings of the recipe."""
 
+    merges: int = MERGES  # of the tokenizer
     text_layers: int = 6  # depth of the text tower
     text_width: int = 192  # width of the text tower, and of the UNet's cross-attention
     vision_layers: int = 4  # depth of the image tower, which only trains the text tower
     vision_width: int = 128  # width of the image tower
     clip_batch: int = (
-        64  # pictures in a step; the other rows are the negatives of the contrastive loss
+        48  # pictures in a step; the other rows are the negatives of the contrastive loss
     )
     clip_lr: float = 1e-3  # peak learning rate
     clip_ema: float = 0.99  # decay of the average of the weights
@@ -47,10 +48,11 @@ class Recipe:
     unet_layers: int = (
         1  # pairs of ResNet and transformer blocks in a level going down, one more going up
     )
-    unet_batch: int = 64  # latents in a step
-    unet_lr: float = 2e-3  # peak learning rate
+    unet_batch: int = 96  # latents in a step
+    unet_lr: float = 1.5e-3  # peak learning rate
     unet_ema: float = 0.998  # decay of the average of the weights
-    pictures: int = 36_864  # training pictures of the UNet, drawn and encoded once
+    pictures: int = 36_864  # training pictures of the UNet of 64 pixels, drawn and encoded once
+    scenes: int = 8192  # of 128 pixels
     drop_caption: float = 0.1  # part of the rows that get the empty prompt, for guidance
     shares: tuple[float, float, float] = (
         0.14,
@@ -61,7 +63,13 @@ class Recipe:
 
 CPU = Recipe()
 CUDA = Recipe(
-    text_layers=12, text_width=256, clip_batch=512, vae_batch=64, unet_batch=512, pictures=196_608
+    text_layers=12,
+    text_width=256,
+    clip_batch=512,
+    vae_batch=64,
+    unet_batch=512,
+    pictures=196_608,
+    scenes=49_152,
 )
 
 
