@@ -52,7 +52,7 @@ def train(
     options: TrainOptions,
     as_json: Json = False,
 ) -> None:
-    """Train a zoo model. Icons from public artwork (fetched by npm), matcher from photographs (fetched by apt).
+    """Train a zoo model. Icons from artwork and words (fetched by npm and pip), matcher from photographs (by apt).
 
     \b
     overpaint train icons --minutes 150
