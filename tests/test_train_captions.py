@@ -110,7 +110,6 @@ def test_an_order_with_parts_left_out_has_no_marks_left_over(order: str) -> None
                         check_tidy(order, request, "a close-up fox", style, ground, aside)
 
 
-@pytest.mark.xfail(strict=True, reason="captions of the shipped weights have it, so it stays")
 @pytest.mark.parametrize("order", [o for o in WORDS["orders"] if leaves_marks(o, ",")])
 def test_a_full_stop_before_an_aside_is_removed(order: str) -> None:
     check_tidy(order, "", "a fox", "in noto style", "on a red background", ", please")

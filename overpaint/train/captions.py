@@ -90,7 +90,7 @@ class Captions:
         words = [size, adjective, noun] if rng.random() < 0.5 else [adjective, size, noun]
         rest = " ".join(word for word in words if word)
         chosen = str(rng.choice(_words()["determiners"])) if determiner is None else determiner
-        if chosen == "a" and rest[0] in "aeiou":
+        if chosen == "a" and rest[0] in "aeiou" and not rest.startswith("uk"):
             chosen = "an"
         return f"{chosen} {rest}".strip()
 
@@ -141,5 +141,6 @@ def _tidy(text: str) -> str:
     text = re.sub(r"\s+", " ", text)
     text = re.sub(r"(?:\s*([,;|.:-])(?=\s|$))(?:\s*[,;|.:-](?=\s|$))+", r"\1", text)
     text = re.sub(r"\s+([,;.:])", r"\1", text)
+    text = re.sub(r"\.+(?=[,.])", "", text)
     text = re.sub(r"\ba (?=[aeio])", "an ", text)
     return re.sub(r"^[\s,;|.:-]+|[\s,;|:-]+$", "", text)

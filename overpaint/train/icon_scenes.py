@@ -44,9 +44,14 @@ class Scenes:
         """Return a random scene of 128x128 pixels: one to four icons of 16 to 80 pixels on a ground."""
         number = int(rng.choice(4, p=(0.4, 0.3, 0.18, 0.12))) + 1
         color, kind = _color(rng), str(rng.choice(GROUNDS, p=(0.4, 0.2, 0.2, 0.2)))
-        other = str(rng.choice([c for c in COLORS if c != color]))
-        canvas = ground(kind, color, other, rng, LARGE)
         names, style = self._names(number, color, rng)
+        second = [
+            c
+            for c in COLORS
+            if c != color and not any((name, c) in self.world.held_out_colors for name in names)
+        ]
+        other = str(rng.choice(second))
+        canvas = ground(kind, color, other, rng, LARGE)
         boxes: list[tuple[int, int, int]] = []
         largest = {1: 80, 2: 60, 3: 52, 4: 48}[number]
         for name in names:
@@ -111,6 +116,8 @@ class Scenes:
 
     def _count(self, color: str, rng: np.random.Generator) -> Picture:
         (name,), style = self._names(1, color, rng)
+        while icon_world.plural(name) in captions.held_out_synonyms():
+            (name,), style = self._names(1, color, rng)
         word = str(rng.choice(list(COUNTS)))
         size = 30 if word == "two" else 28
         corners = icon_world.layout(COUNTS[word], size)

@@ -124,7 +124,7 @@ def train(
         remove_checkpoints(work, [stage for stage in shares if stage in stages])
     run = Run(recipe, scenes, packages, work, device, seed, on_progress)
     if "tokenizer" in stages:
-        text_tower.tokenizer(packages, work / "tokenizer")
+        text_tower.tokenizer(packages, work / "tokenizer", recipe.merges)
     recipes = {"clip": train_clip, "vae": _train_vae, "unet": _train_unet}
     for stage, share in shares.items():
         if stage in stages:
@@ -198,7 +198,7 @@ def _earlier_runs(work: Path) -> list[dict[str, Any]]:
 def train_clip(run: Run, minutes: float) -> Any:
     """Return the trained CLIP, whose text tower is the UNet's text encoder."""
     recipe = run.recipe
-    tokens = text_tower.tokenizer(run.packages, run.folder / "tokenizer")
+    tokens = text_tower.tokenizer(run.packages, run.folder / "tokenizer", recipe.merges)
     data = text_tower.texts(run.packages, run.folder, tokens, recipe.text_width)
     model = text_tower.network(recipe, tokens, data).to(run.device)
 

@@ -181,16 +181,26 @@ def everyday_captions(folder: Path, number: int, *, seed: int = 16) -> tuple[lis
     world. No line is in both lists.
     """
     rng = np.random.default_rng(seed)
-    world = {w for name in (*icon_world.subjects(), *captions.more_objects()) for w in name.split()}
-    world |= {w for others in captions.synonyms().values() for s in others for w in s.split()}
-    things = [noun for noun in nouns(folder, 6000) if not world & set(noun.split())]
+    named = {*icon_world.subjects(), *captions.more_objects()}
+    named |= {s for others in captions.synonyms().values() for s in others}
+    named |= {icon_world.plural(name) for name in named}
+    shown = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(named)))})(?!\w)")
+    parts = {word for name in named for word in name.split()}
+    things = [noun for noun in nouns(folder, 6000) if not parts & set(noun.split())]
+    colors = [color for color in icon_world.COLORS if color not in named]
+
+    def fits(text: str) -> bool:
+        return not shown.search(text) and not _COARSE.search(text)
+
     words = captions.Captions()
     framed: dict[str, None] = {}
     while len(framed) < number:
         noun = str(rng.choice(things))
-        color = str(rng.choice(list(icon_world.COLORS))) if rng.random() < 0.2 else ""
-        framed[words.frame(words.noun_phrase(noun, rng), "", color, rng)] = None
-    said = [line for line in sentences(folder) if not _COARSE.search(line)]
+        color = str(rng.choice(colors)) if rng.random() < 0.2 else ""
+        text = words.frame(words.noun_phrase(noun, rng), "", color, rng)
+        if fits(text):
+            framed[text] = None
+    said = [line for line in sentences(folder) if fits(line)]
     drawn = [str(line) for line in rng.permutation(said)[:number]]
     half = number // 2
     lists = ([*drawn[:half], *list(framed)[:half]], [*drawn[half:], *list(framed)[half:]])

@@ -12,6 +12,7 @@ The sentence vectors are those of a teacher, `language.Teacher`. Synonyms that a
 words of English they occur alone and in everyday sentences.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from overpaint import files
+from overpaint import files, probes
 from overpaint.train import captions, icon_world, language
 from overpaint.train.icon_scenes import Scenes
-from overpaint.train.loop import load_tensors, save_tensors
+from overpaint.train.loop import damage_named, load_tensors, save_tensors
 from overpaint.train.networks import MERGES, TOKENS, Recipe, build_clip
 
 __all__ = [
@@ -48,18 +50,18 @@ _WORDS = (
 _TEMPERATURE = 0.07
 
 
-def tokenizer(packages: Path, folder: Path) -> Any:
+def tokenizer(packages: Path, folder: Path, merges: int = MERGES) -> Any:
     """Return a `CLIPTokenizer`, loaded from `folder` or made of CLIP's first merges and saved there."""
     import transformers
 
     build: Any = transformers.CLIPTokenizer
     if not (folder / "tokenizer.json").exists():
-        merges = language.clip_merges(packages, MERGES)
+        pairs = language.clip_merges(packages, merges)
         letters = byte_letters()
-        names = [*letters, *(f"{c}</w>" for c in letters), *(a + b for a, b in merges)]
+        names = [*letters, *(f"{c}</w>" for c in letters), *(a + b for a, b in pairs)]
         names += ["<|startoftext|>", "<|endoftext|>"]
         vocabulary = {name: i for i, name in enumerate(names)}
-        tokens = build(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
+        tokens = build(vocab=vocabulary, merges=pairs, model_max_length=TOKENS)
         with files.atomic(folder) as draft:
             tokens.save_pretrained(draft)
     return build.from_pretrained(folder)
@@ -92,18 +94,23 @@ def texts(packages: Path, folder: Path, tokens: Any, width: int) -> Texts:
     own += [s for others in captions.synonyms().values() for s in others if s not in reserved]
     named = [noun for noun in language.nouns(packages, NOUNS) if noun not in reserved]
     nouns = tuple(dict.fromkeys([*own, *named]))
-    drawn = np.random.default_rng(6).permutation(language.sentences(packages))[:SENTENCES]
+    unseen = {*probes.everyday("validation"), *probes.everyday("test")}
+    said = [line for line in language.sentences(packages) if line not in unseen]
+    drawn = np.random.default_rng(6).permutation(said)[:SENTENCES]
     lines = (*map(str, drawn), *nouns, *reserved, *(f"the {word}" for word in reserved))
-    words = {i: t[:-4] for t, i in tokens.get_vocab().items() if t[:-4].isalpha() and t.endswith("</w>")}  # fmt: skip
+    vocabulary = sorted(tokens.get_vocab().items(), key=lambda item: item[1])
+    words = {i: t[:-4] for t, i in vocabulary if t.endswith("</w>") and t[:-4].isalpha()}
     path = folder / "text-vectors.safetensors"
-    if not path.exists():
+    read = "\n".join([*nouns, *lines, *words.values()])
+    key = hashlib.sha256(read.encode()).hexdigest()
+    if not path.exists() or _made_of(path) != key:
         teacher = language.Teacher(packages, folder)
         vectors = {
             "nouns": teacher.encode(nouns),
             "lines": teacher.encode(lines),
             "words": teacher.encode(list(words.values())),
         }
-        save_tensors(vectors, path)
+        save_tensors(vectors, path, {"made_of": key})
     saved = load_tensors(path)
     rows = torch.zeros(len(tokens), width)
     centred = saved["words"] - saved["words"].mean(0)
@@ -121,17 +128,23 @@ def texts(packages: Path, folder: Path, tokens: Any, width: int) -> Texts:
     )
 
 
+def _made_of(path: Path) -> str:
+    with damage_named(path), safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get("made_of", "")
+
+
 def network(recipe: Recipe, tokens: Any, data: Texts) -> nn.Module:
     """Return an untrained CLIP with a head for nouns and one for sentences.
 
-    The rows of tokens that are whole words start as the teacher's vectors of the words, reduced, so that words of
-    similar meaning have similar rows before any training.
+    The rows of tokens that are whole words are the teacher's vectors of the words, reduced, and are not trained: the
+    layers learn to read these vectors, and so read the rows of words that no caption holds.
     """
     clip = build_clip(recipe, len(tokens))
     embedding = clip.text_model.get_input_embeddings().weight
+    free = (data.rows.abs().sum(1) == 0)[:, None]
     with torch.no_grad():
-        known = data.rows.abs().sum(1) > 0
-        embedding[known] = data.rows[known] + 0.3 * embedding[known]
+        embedding.copy_(torch.where(free, embedding, data.rows))
+    embedding.register_hook(lambda gradient: gradient * free.to(gradient))
     heads = {
         name: nn.Linear(recipe.text_width, language.Teacher.WIDTH) for name in ("noun", "sentence")
     }
