@@ -8,6 +8,7 @@ from overpaint.probes.evaluation_sets import (
     load_set,
     load_shipped_set,
 )
+from overpaint.probes.everyday_captions import everyday
 from overpaint.probes.probe import KINDS, VOCABULARIES, Probe, load
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Case",
     "EvaluationSet",
     "Probe",
+    "everyday",
     "load",
     "load_file",
     "load_set",
