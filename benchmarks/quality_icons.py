@@ -1,13 +1,23 @@
-"""Does `icons` draw the object and the style of its prompt, also in pairs that are held out of training?
+"""Does `icons` draw the object and the style of its prompt, in its own words and in others?
 
     python benchmarks/quality_icons.py [--quick] [--json]
 
-Draws every (object, style) pair of the icon world once for each seed. `icons-judge`, which took no part in training
-`icons` and was trained on the held-out pairs too, classifies the pictures; its accuracy on the real artwork, from its
-card, is the upper bound. Intervals are bootstrapped over pairs, each with all its seeds. `--quick` draws 120 seen pairs
-with one seed and writes to `runs/benchmarks`. Writes `benchmarks/results/quality_icons.json` and, into `docs/images`, a
-grid of 100 pictures, `icons_grid.png`, and one style before and after its edit, `before_after.png`; `--card` adds the
-figures to the model's card.
+`icons-judge`, which took no part in training `icons`, classifies the pictures; its accuracy on the real artwork, from
+its card, is the upper bound. Measured are
+
+- object and style of every (object, style) pair, and of the pairs held out of training;
+- frames: seen pairs in frames of training, and in frames whose parts training never shows (`frames_ratio`);
+- synonyms: the 28 held-out synonyms against the names of their objects (`synonyms_ratio`), those that do not hold the
+  name (`synonyms_other_words_ratio`), and synonyms of training;
+- places: the centre of the drawn pixels of "a fox on the left, noto style" lies nearer to that side than to any other
+  (`place_obeyed`);
+- two objects: both are recognised in parts of the picture (`two_seen`; `two_control`: two other names);
+- tokens: concepts of `quality_edit` all of whose tokens occur in other names or frequent nouns (`shared_tokens`).
+
+Intervals are over pairs or synonyms, each with all its pictures. `--quick` draws fewer pictures, with one seed, and
+writes to `runs/benchmarks`. Writes `benchmarks/results/quality_icons.json` and, into `docs/images`, `icons_grid.png`,
+100 pictures of free wordings, and `before_after.png`, one style before and after its edit; `--card` adds the figures to
+the model's card.
 """
 
 import argparse
@@ -18,13 +28,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import icons_wordings as wordings
 import torch
 
 import overpaint as op
 from overpaint import files, metrics, zoo
 from overpaint.probes import questions
 from overpaint.scorers import judge as scorers
-from overpaint.train import card, icon_world
+from overpaint.train import captions, card, icon_world, language
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
@@ -68,25 +79,112 @@ def seconds_per_picture(model: op.TextToImage, *, repeats: int = 3) -> float:
 
 
 def grid(model: op.TextToImage, path: Path, *, steps: int) -> None:
-    """Save 100 pictures: objects in turn, styles in turn, half on a named color."""
-    rng = random.Random(0)
+    """Save 100 pictures of free wordings: objects in turn, styles in turn."""
     objects, styles = list(icon_world.OBJECTS), list(icon_world.STYLES)
+    colors = random.Random(0).choices(["blue", "green", "pink", "yellow"], k=100)
     prompts = []
     for i in range(100):
-        object_ = objects[i % len(objects)]
-        text = (
-            f"{'an' if object_[0] in 'aeiou' else 'a'} {object_} in {styles[i % len(styles)]} style"
-        )
+        name = objects[i % len(objects)]
+        article = "an" if name[0] in "aeiou" else "a"
+        form = wordings.FREE[(i // 10 + i) % len(wordings.FREE)]
         prompts.append(
-            text
-            + (
-                f" on a {rng.choice(['blue', 'green', 'pink', 'yellow'])} background"
-                if i % 2
-                else ""
+            form.format(
+                object=name, style=styles[i % len(styles)], color=colors[i], article=article
             )
         )
     path.parent.mkdir(exist_ok=True)
     model.generate(prompts, seed=list(range(100)), steps=steps).grid(10).save(path)
+
+
+def measure_wordings(
+    model: op.TextToImage, judge: scorers.Judge, *, quick: bool
+) -> dict[str, tuple[list[float], list[str]]]:
+    """Return verdicts of 0 and 1 with their units: frames, synonyms, places, two objects."""
+    size = 20 if quick else 160
+    chosen = random.Random(1).sample(pairs(held_out=False), size)
+    table: dict[str, tuple[list[float], list[str]]] = {}
+
+    def add(name: str, rows: list[wordings.Row]) -> None:
+        found = wordings.hits(model, judge, rows, seeds=range(1), steps=20)
+        units = [row.unit for row in rows]
+        table[f"{name}_object"], table[f"{name}_style"] = (
+            (found["object_top1"], units), (found["style_top1"], units),
+        )  # fmt: skip
+
+    add("frames_trained", wordings.frames(chosen, "trained", 2))
+    add("frames_heldout", wordings.frames(chosen, "held out", 2))
+    reserved = captions.held_out_synonyms()
+    number = 2 if quick else 5
+    for name, words in {
+        "synonyms": reserved,
+        "synonyms_other_words": {
+            s: o for s, o in reserved.items() if not set(s.split()) & set(o.split())
+        },
+        "synonyms_trained": dict(
+            random.Random(2).sample(
+                [(s, o) for o, v in captions.synonyms().items() for s in v if s not in reserved], 28
+            )
+        ),
+    }.items():
+        add(name, wordings.synonyms(words, number, own_name=False))
+        add(f"{name}_name", wordings.synonyms(words, number, own_name=True))
+    rows = wordings.places(chosen[: size // 4])
+    images = model.generate(
+        [row.prompt for row, _ in rows], seed=list(range(len(rows))), steps=20
+    ).images
+    units = [row.unit for row, _ in rows]
+    verdicts = [wordings.obeyed(i, side) for i, (_, side) in zip(images, rows, strict=True)]
+    table["place_obeyed"] = verdicts, units
+    for side in captions.SIDES:
+        of_side = [i for i, (_, s) in enumerate(rows) if s == side]
+        table[f"place_{side}"] = [verdicts[i] for i in of_side], [units[i] for i in of_side]
+    texts = wordings.two(size)
+    images = model.generate([text for text, *_ in texts], seed=list(range(size)), steps=20).images
+    seen = wordings.seen_objects(judge, images)
+    labels = [text for text, *_ in texts]
+    table["two_seen"] = (
+        [float({a, b} <= s) for (_, a, b), s in zip(texts, seen, strict=True)],
+        labels,
+    )
+    table["two_one_seen"] = (
+        [float(bool({a, b} & s)) for (_, a, b), s in zip(texts, seen, strict=True)],
+        labels,
+    )
+    others = [*texts[1:], texts[0]]
+    table["two_control"] = (
+        [float({a, b} <= s) for (_, a, b), s in zip(others, seen, strict=True)],
+        labels,
+    )
+    return table
+
+
+def shared_tokens(model: op.TextToImage) -> float:
+    """Return the part of the concepts of `quality_edit` whose tokens all occur elsewhere.
+
+    A token occurs elsewhere if another word of WordNet has it, or if its word is part of another subject's name.
+    """
+    from quality_edit import CONCEPTS
+
+    tokens = model.tokenizer
+    packages = Path("runs/packages")
+    language.fetch(packages)
+    owners: dict[str, set[str]] = {}
+    for word in language.words(packages):
+        for token in tokens.tokenize(word):
+            owners.setdefault(token, set()).add(word.lower())
+    names = [*icon_world.subjects(), *(f"{s} style" for s in icon_world.STYLES)]
+    names += [f"{c} background" for c in icon_world.COLORS]
+    every = [concept for kind in CONCEPTS.values() for concept in kind]
+    shared = [
+        all(
+            owners.get(token, set()) - {word}
+            or any(word in name.split() for name in names if name != concept)
+            for word in concept.split()
+            for token in tokens.tokenize(word)
+        )
+        for concept in every
+    ]
+    return sum(shared) / len(every)
 
 
 def before_after(model: op.TextToImage, judge: scorers.Judge, path: Path) -> None:
@@ -135,6 +233,20 @@ def main() -> None:
             interval = mean(values, groups=groups)
             figures[prefix + name] = round(interval.mean, 4)
             intervals[prefix + name] = [interval.low, interval.high, len(values)]
+    for name, (values, units) in measure_wordings(model, judge, quick=arguments.quick).items():
+        interval = metrics.share(values, groups=units)
+        figures[name] = round(interval.mean, 4)
+        intervals[name] = [interval.low, interval.high, len(values)]
+    for name, above, below in (
+        ("frames_ratio", "frames_heldout_object", "frames_trained_object"),
+        ("frames_style_ratio", "frames_heldout_style", "frames_trained_style"),
+        ("synonyms_ratio", "synonyms_object", "synonyms_name_object"),
+        ("synonyms_other_words_ratio", "synonyms_other_words_object", "synonyms_other_words_name_object"),
+        ("synonyms_trained_ratio", "synonyms_trained_object", "synonyms_trained_name_object"),
+    ):  # fmt: skip
+        figures[name] = round(figures[above] / max(figures[below], 1e-9), 4)
+    if not arguments.quick:
+        figures["shared_tokens"] = round(shared_tokens(model), 4)
     figures |= {
         name: value for name, value in judge.card["figures"].items() if name.endswith("_real")
     }
