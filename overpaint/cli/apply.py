@@ -29,7 +29,8 @@ def apply(
 
     \b
     overpaint apply icons change.safetensors --out edited
-    overpaint apply icons change.safetensors --strength 0.5 --without "a cat" --out half
+    overpaint apply icons change.safetensors --strength 0.5 --out half
+    overpaint apply icons change.safetensors --without "a cat" --out rest
     """  # noqa: D301
     from overpaint.edit import Change, export, stack
 

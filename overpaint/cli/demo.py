@@ -31,7 +31,7 @@ def demo(
 
     \b
     overpaint demo --out runs/demo
-    overpaint demo --out runs/fluent --erase "fluent style" --replace "twemoji style" --quick
+    overpaint demo --out fluent --erase "fluent style" --quick
     """  # noqa: D301
     from overpaint.demo import FULL, QUICK, run
 

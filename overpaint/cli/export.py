@@ -35,7 +35,7 @@ def export(
 
     \b
     overpaint export icons change.safetensors --out lora.safetensors
-    overpaint export icons change.safetensors --format ldm --out edited.safetensors
+    overpaint export icons change.safetensors --format ldm --out ldm.safetensors
     overpaint export icons change.safetensors --format folder --out edited
     """  # noqa: D301
     from overpaint.edit import Change, export

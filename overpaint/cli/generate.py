@@ -70,9 +70,9 @@ def generate(
     """Draw pictures.
 
     \b
-    overpaint generate icons "an apple in noto style" "a cat in twemoji style" --seed 3
-    overpaint generate icons "an apple in openmoji style" --change change.safetensors --out after
-    overpaint generate ./sd15 "a city" --negative-prompt "rain" --width 768 --height 512 --clip-skip 1
+    overpaint generate icons "an apple in noto style" "a cat" --seed 3
+    overpaint generate icons "an apple" --change change.safetensors --out after
+    overpaint generate ./sd15 "a city" --negative-prompt rain --width 768
     """  # noqa: D301
     from overpaint.edit import Change
 

@@ -94,7 +94,8 @@ def parse_concept(text: str, labels: Mapping[str, Sequence[str]]) -> tuple[str, 
     guess = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     raise ValueError(
         f"the judge has no label for {text!r}, its labels are {known}.{guess} Name one of them; or measure other "
-        "concepts and models on an evaluation set with a CLIP, on the command line `--set natural --scorer CLIP`."
+        "concepts and models on an evaluation set with a CLIP, on the command line `overpaint evaluate MODEL CHANGE "
+        "--set natural --scorer CLIP`."
     )
 
 

@@ -115,8 +115,8 @@ def check_size(scorer: Any, model: Draws) -> None:
         height, width = model.size
         raise ValueError(
             f"{scorer_name(scorer)} reads pictures of {side}x{side} pixels, and {model.name} draws {width}x{height}: "
-            "pass another `scorer`, for example a CLIP, which reads any size; on the command line `--scorer` with its "
-            "folder or hub id, for `overpaint evaluate` also `--set` with the prompts to measure."
+            "pass another `scorer`, for example a CLIP, which reads any size; on the command line `overpaint trace "
+            "MODEL --scorer CLIP`, or `overpaint evaluate MODEL CHANGE --set PROMPTS --scorer CLIP`."
         )
 
 
