@@ -89,7 +89,7 @@ def run(
         model, judge, _choose_probes(kind, label, erase, judge.labels), size, seed, out, on_progress
     )
     comparison = evaluate.compare(
-        model, {"no edit": None, **changes}, erase=erase, replace=replace, scorer=judge,
+        model, {"no edit": None, **changes}, erase=erase, scorer=judge,
         size=size.questions, steps=size.steps, seed=seed,
         on_progress=lambda done, total, name: on_progress(done, total, f"evaluating, {name}"),
     )  # fmt: skip

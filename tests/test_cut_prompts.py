@@ -62,7 +62,7 @@ CALLS = {
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore::overpaint.errors.CutPromptWarning")
 @pytest.mark.parametrize("name", CALLS)
 def test_a_long_prompt_is_warned_of_once(model, name):
     with pytest.warns(CutPromptWarning, match=CUT):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["edit"]
 
+_SETTINGS = ("preserve", "auto", "neighbours", "preserve_weight", "ridge", "positions", "encoder")
 # settings that a change given by --update hands on to the edit that is added to it
 _INHERITED = ("ridge", "positions", "frames", "subtract_bias", "layer", "projection", "encoder")
 
@@ -135,10 +136,10 @@ def edit(
     """Make a change file. The model stays as it is.
 
     \b
-    overpaint edit icons --erase "openmoji style" --replace "noto style" --auto --rank 16
-    overpaint edit icons --erase "openmoji style" --replace "noto style" --neighbours --out a.safetensors
-    overpaint edit icons --update a.safetensors --erase "a cat" --replace "a dog" --out b.safetensors
-    overpaint edit icons --update b.safetensors --without "a cat" --strength 0.5 --out c.safetensors
+    overpaint edit icons --erase "blob style" --replace "noto style" --auto
+    overpaint edit icons --erase cat --replace dog --neighbours --rank 16
+    overpaint edit icons --update a.safetensors --erase fish --replace bird
+    overpaint edit icons --update a.safetensors --without cat --strength 0.5
     overpaint edit icons --concepts artists.csv --auto --dry-run
     """  # noqa: D301
     from overpaint.edit import Change, complete
@@ -204,10 +205,23 @@ def _check(options: EditOptions, pairs: dict[str, str]) -> None:
     parts = {"repair": options.repair, "tokens": options.tokens}
     for name in [name for name, on in parts.items() if not (on or options.auto)]:
         raise ValueError(f"--no-{name} is a setting of --auto: leave it out, or give --auto too.")
+    if not pairs:
+        _check_no_edit(options)
     if options.without and options.update is None:
         raise ValueError(
             "--without takes concepts out of a change file: name the file with --update."
         )
+
+
+def _check_no_edit(options: EditOptions) -> None:
+    """Raise if a setting of a new edit is given without a concept to erase, where nothing reads it."""
+    defaults = EditOptions()
+    for name in _SETTINGS:
+        if getattr(options, name) != getattr(defaults, name):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{option} is a setting of a new edit: name a concept with --erase, or leave {option} out."
+            )
 
 
 def _solve(

@@ -110,8 +110,8 @@ def evaluate(
 
     \b
     overpaint evaluate icons change.safetensors
-    overpaint evaluate icons change.safetensors --set icons --metric clip_accuracy --metric kid
-    overpaint evaluate MODEL change.safetensors --set prompts.csv --scorer openai/clip-vit-base-patch32
+    overpaint evaluate icons change.safetensors --set icons --metric kid
+    overpaint evaluate MODEL change.safetensors --set my.csv --scorer ./clip
     overpaint evaluate icons change.safetensors --set icons --attack
     overpaint evaluate --explain kid
     """  # noqa: D301
@@ -151,15 +151,35 @@ class _Run:
     @property
     def uses_set(self) -> bool:
         """Return whether metrics on an evaluation set are measured, instead of labels."""
-        options = self.options
-        return bool(options.metric) or options.cases is not None or options.scorer is not None
+        return _uses_set(self.options)
+
+
+def _uses_set(options: EvaluateOptions) -> bool:
+    return bool(options.metric) or options.cases is not None or options.scorer is not None
 
 
 def _check(options: EvaluateOptions) -> None:
+    from overpaint.probes import KINDS
+
     if options.erase is not None and not options.erase.strip():
         raise ValueError("--erase is empty: name the erased concept, or leave --erase out.")
     if options.form is not None and options.cases is None:
         raise ValueError("--form is the format of a file: name the file with --set.")
+    on_set = _uses_set(options)
+    if options.repeats != 1 and not on_set:
+        raise ValueError(
+            "--repeats is for an evaluation set: name one with --set, or leave it out."
+        )
+    if options.kind is not None:
+        if not (on_set or options.attack):
+            raise ValueError(
+                "--kind selects an evaluation set, and labels have their own kind: name a set with --set, or leave "
+                "--kind out."
+            )
+        if options.kind not in KINDS:
+            raise ValueError(
+                f"unknown kind of concept {options.kind!r}: choose one of {', '.join(KINDS)}."
+            )
 
 
 def _concept(pairs: dict[str, str], options: EvaluateOptions) -> tuple[str, str]:
@@ -167,7 +187,7 @@ def _concept(pairs: dict[str, str], options: EvaluateOptions) -> tuple[str, str]
     erase = options.erase or next(iter(pairs), "")
     if not erase:
         raise ValueError("the change names no concept: name the erased one with --erase.")
-    return erase, options.replace or pairs.get(erase, "")
+    return erase, pairs.get(erase, "") if options.replace is None else options.replace
 
 
 def _evaluate(run: _Run, device: str) -> dict[str, Any]:

@@ -43,6 +43,8 @@ _PART_OPTIONS = {
     "window": ("swap",),
     "features_only": ("text",),
     "heads": ("text", "unet"),
+    "noise_samples": ("text", "unet"),
+    "sigma": ("text", "unet"),
     "direction": ("text", "unet"),
 }
 
@@ -139,7 +141,7 @@ def trace(
     \b
     overpaint trace icons --kind color
     overpaint trace icons --part unet --source same_latent --windows --memory 512
-    overpaint trace ./sd14 --vocabulary natural --scorer openai/clip-vit-base-patch32 --limit 40
+    overpaint trace ./sd14 --vocabulary natural --scorer ./clip --limit 40
     overpaint trace icons --part swap --target "noto style"
     """  # noqa: D301
     from overpaint import trace
@@ -249,6 +251,15 @@ def _check(options: TraceOptions) -> None:
     if options.concept is not None and options.prompts is None:
         raise ValueError(
             "--concept names words in the prompts of a CSV: give the file with --prompts, or leave --concept out."
+        )
+    if options.prompts is not None and options.vocabulary != "icons":
+        raise ValueError(
+            "--vocabulary selects the probes that ship with the package, and --prompts replaces them: leave one of "
+            "them out."
+        )
+    if options.features_only and options.scorer is not None:
+        raise ValueError(
+            "--scorer reads pictures and --features-only draws none: leave one of them out."
         )
     if part == "swap" and screen is not None:
         raise ValueError("--screen ranks single states and a swap has none: leave one of them out.")

@@ -78,7 +78,9 @@ def compare(
         on_progress: Called after each batch with (pictures done, total, name of the method).
 
     Raises:
-        ValueError: `changes` is empty, or `scorer` has no label of `erase` or reads pictures of another size.
+        ValueError: `changes` is empty, `scorer` has no label of `erase` or of a `replace` that is given, or reads
+            pictures of another size.
+        TypeError: `changes` is no dictionary of changes, or a concept is no text.
     """
     began = time.perf_counter()
     seed = check_seed(seed)
@@ -88,6 +90,8 @@ def compare(
         scorer, model
     )  # first, because labels are useless for pictures that the scorer cannot read
     kind, label = parse_concept(concept, scorer.labels)
+    if replace:  # given, and not that of a change, which may have no label
+        _check_replacement(replace, concept, scorer, kind)
     questions = build_questions(
         kind, label, labels=scorer.labels, held_out=model.held_out, size=size, seed=seed
     )
@@ -259,6 +263,16 @@ def _label(concept: str, scorer: Classifier, kind: str) -> str:
     except ValueError:
         return ""
     return label if label_kind == kind else ""
+
+
+def _check_replacement(replace: str, erase: str, scorer: Classifier, kind: str) -> None:
+    """Raise unless the scorer recognises `replace` among the concepts of `kind`."""
+    other, _ = parse_concept(replace, scorer.labels)
+    if other != kind:
+        raise ValueError(
+            f"the replacement {replace!r} is a label of the kind {other!r}, and {erase!r} of the kind {kind!r}: name "
+            "one of the same kind, or leave `replace` out."
+        )
 
 
 def _concepts(

@@ -35,6 +35,7 @@ from typing import Any
 from overpaint.errors import check_one_text, listed
 from overpaint.files import user_path
 from overpaint.probes.csv_files import csv_columns, csv_rows, parse_seed, parse_toml, read_utf8
+from overpaint.probes.probe import KINDS
 from overpaint.probes.text import MOST, combinations, fill_articles, fill_slots, word_pattern
 
 __all__ = ["FORMS", "ROLES", "Case", "EvaluationSet", "load_set", "load_shipped_set"]
@@ -167,6 +168,8 @@ def load_set(
         raise FileNotFoundError(
             f"no evaluation set at {str(path)!r}: name a .txt, .csv or .toml file."
         )
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of concept {kind!r}: choose one of {', '.join(KINDS)}.")
     if form is not None and form not in FORMS:
         raise ValueError(
             f"unknown form of evaluation set {form!r}: choose one of {', '.join(FORMS)}."

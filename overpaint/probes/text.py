@@ -77,6 +77,8 @@ def cut_words(tokenizer: Any, prompt: str, *, limit: int | None = None) -> str:
         prompt: The whole prompt.
         limit: Number of tokens that are read, with the begin and the end of text; by default the tokenizer's.
     """
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        return ""  # no Unicode text, which no tokenizer reads
     limit = int(tokenizer.model_max_length) if limit is None else limit
     is_fast = getattr(tokenizer, "is_fast", False)
     encoded = tokenizer(prompt, truncation=False, verbose=False, return_offsets_mapping=is_fast)
