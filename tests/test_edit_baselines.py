@@ -38,15 +38,16 @@ def test_a_shared_word_keeps_its_row(tiny_sd1):
         assert torch.equal(rows(tiny_sd1, "van gogh"), house.repeat(2, 1))
 
 
-def test_swapping_a_concept_with_itself_changes_nothing(tiny_sd1):
-    assert edit.swap_embedding(tiny_sd1, {"dog": "dog"}).report["rank"] == 0
+def test_swapping_a_concept_with_itself_is_refused(tiny_sd1):
+    with pytest.raises(ValueError, match="the concept 'dog' equals its target"):
+        edit.swap_embedding(tiny_sd1, {"dog": "dog"})
 
 
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
         ({}, "`pairs` is empty"),
-        ({"": "dog"}, "the concept '' is empty"),
+        ({"": "dog"}, "the old concept of the pair '' → 'dog' is empty"),
         ({"cat": "dog", "grumpy cat": "van gogh"}, "the token 'cat</w>' would get two embeddings"),
     ],
 )
