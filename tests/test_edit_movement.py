@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import overpaint
 from overpaint import edit
-from overpaint.edit import storage
+from overpaint.edit import export, storage
 from overpaint.edit.movement import Movement
 from overpaint.edit.weights import cast_hashes, find_weight, fingerprint, is_base
 from overpaint.model import TextToImage
@@ -110,11 +110,50 @@ def test_other_weights_are_refused_in_every_dtype(stored, made, used):
         change.apply(model)
 
 
-def test_two_roundings_of_the_same_numbers_are_not_compared(stored):
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("made", "used"), [HALF, HALF[::-1]], ids=["to bfloat16", "to float16"])
+def test_a_change_in_one_half_precision_fits_the_other_from_the_same_folder(
+    stored, method, made, used
+):
+    change = METHODS[method](overpaint.load(stored / "float32", dtype=made), GOGH)
+    model = overpaint.load(stored / "float32", dtype=used)
+    check(change, model)
+    if method == "quickfix":
+        assert edit.stack(model, [change]).sites == change.sites
+
+
+def test_changes_in_two_half_precisions_are_not_added(stored):
+    first, second = (
+        edit.quickfix(overpaint.load(stored / "float32", dtype=made), pairs)
+        for made, pairs in zip(HALF, (GOGH, {"cat": "dog"}), strict=True)
+    )
+    with pytest.raises(ValueError, match="float16 and bfloat16, which round them .* in one dtype"):
+        first + second
+
+
+def test_two_roundings_without_the_stored_numbers_are_refused_with_the_remedy(stored):
     change = edit.quickfix(overpaint.load(stored / "float32", dtype=torch.float16), GOGH)
-    model = overpaint.load(stored / "float32", dtype=torch.bfloat16)
+    live = overpaint.load(overpaint.load(stored / "float32", dtype=torch.bfloat16).pipe)
+    message = "wrong base hash: .* float16 and bfloat16 round numbers differently, .* load the model in float32, or"
+    with pytest.raises(ValueError, match=message):
+        change.apply(live)
+    other = overpaint.load(stored / "float32", dtype=torch.bfloat16)
+    with torch.no_grad():
+        weight(other)[3, 4] *= 1.02
     with pytest.raises(ValueError, match="wrong base hash: .* unedited, in the dtype it was made"):
-        change.apply(model)
+        change.apply(other)
+
+
+@pytest.mark.parametrize("made", HALF)
+def test_an_export_of_a_change_in_the_other_half_precision_moves_the_stored_numbers(
+    stored, made, tmp_path
+):
+    used = HALF[1 - HALF.index(made)]
+    change = edit.quickfix(overpaint.load(stored / "float32", dtype=made), GOGH)
+    model = overpaint.load(stored / "float32", dtype=used)
+    export.folder(model, change, tmp_path / "edited")
+    before, after = (weight(overpaint.load(f)) for f in (stored / "float32", tmp_path / "edited"))
+    assert torch.equal(after, (before.double() + change.delta).float())
 
 
 def test_hashes_of_casts_are_saved_and_old_files_load(stored, tmp_path):

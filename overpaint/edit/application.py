@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from overpaint.edit.least_squares import one_thread
 from overpaint.edit.movement import Movement
-from overpaint.edit.weights import find_weights, fingerprint, is_base
+from overpaint.edit.stored_weights import is_base_of
+from overpaint.edit.weights import Weight, find_weights, fingerprint
 from overpaint.model import TextToImage
 
 __all__ = ["applied", "apply", "is_applied", "revert"]
@@ -98,12 +99,14 @@ def _parameters(model: TextToImage, movements: Sequence[Movement]) -> list[nn.Pa
 
 
 def _prepare(model: TextToImage, movements: Sequence[Movement], digest: str) -> _Plan:
-    parameters = _parameters(model, movements)
+    weights = find_weights(model, [m.site for m in movements])
+    parameters = [weight.parameter for weight in weights]
     values: list[Tensor] = []
     records: list[_Record] = []
     everywhere: list[tuple[nn.Parameter, _Record]] = []
-    for movement, parameter in zip(movements, parameters, strict=True):
-        _check_base(movement, parameter, model.name)
+    for movement, weight in zip(movements, weights, strict=True):
+        _check_base(movement, weight, model)
+        parameter = weight.parameter
         values.append(_finite(movement, parameter))
         with one_thread():
             original = parameter.detach().clone()
@@ -112,16 +115,22 @@ def _prepare(model: TextToImage, movements: Sequence[Movement], digest: str) -> 
     return _Plan(parameters, values, records, [len(_stack(parameter)) for parameter in parameters])
 
 
-def _check_base(movement: Movement, parameter: nn.Parameter, name: str) -> None:
-    if is_base(parameter, movement.base_hash, movement.casts):
+def _check_base(movement: Movement, weight: Weight, model: TextToImage) -> None:
+    parameter = weight.parameter
+    if is_base_of(model, weight, movement.base_hash, movement.casts):
         return
     advice = "apply it to the model it was made for, unedited, in the dtype it was made in or a cast of it"
+    if parameter.dtype in (torch.float16, torch.bfloat16):
+        advice += (
+            "; float16 and bfloat16 round numbers differently, so if the change was made in the other of them, load "
+            "the model in float32, or from its folder"
+        )
     if _stack(parameter):
         advice = (
             "revert the change applied there first, or make one change of both with `edit.stack`"
         )
     raise ValueError(
-        f"wrong base hash: {movement.site} of {name!r} is {fingerprint(parameter)[:12]}, the change was made for "
+        f"wrong base hash: {movement.site} of {model.name!r} is {fingerprint(parameter)[:12]}, the change was made for "
         f"{movement.base_hash[:12]}. To use it, {advice}."
     )
 

@@ -17,7 +17,8 @@ from overpaint.edit.methods.automatic import auto, preserve_terms
 from overpaint.edit.methods.cross_attention import preserved_keys
 from overpaint.edit.methods.quickfix import preserve_gram
 from overpaint.edit.movement import Movement
-from overpaint.edit.weights import find_weights, fingerprint, is_base, is_embedding
+from overpaint.edit.stored_weights import is_base_of
+from overpaint.edit.weights import find_weights, fingerprint, is_embedding
 from overpaint.errors import check_texts
 from overpaint.model import TextToImage
 from overpaint.model.sampling import Progress
@@ -217,7 +218,7 @@ def _order(change: Change) -> tuple[str, str]:
 
 def _check_bases(model: TextToImage, change: Change) -> None:
     for m, weight in zip(change.movements, find_weights(model, change.sites), strict=True):
-        if not is_base(weight.parameter, m.base_hash, m.casts):
+        if not is_base_of(model, weight, m.base_hash, m.casts):
             base = fingerprint(weight.parameter)
             raise ValueError(
                 f"wrong base hash: {m.site} of {model.name!r} is {base[:12]}, not the weight that the change was made "

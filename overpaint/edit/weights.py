@@ -171,7 +171,8 @@ def is_base(tensor: Tensor, base_hash: str, casts: Sequence[str] = ()) -> bool:
     """Return whether `tensor` holds the numbers that `base_hash` is of, up to one cast between dtypes.
 
     Accepted are the same numbers in any dtype; a cast of the base to a dtype of `casts`, in any dtype; and numbers of
-    which the base is a cast, in any dtype. Two different roundings of the same numbers are not compared.
+    which the base is a cast, in any dtype. Two different roundings of the same numbers are not compared; for a model
+    from a folder `stored_weights.is_base_of` compares the stored numbers.
 
     Args:
         tensor: A weight of a model.
