@@ -239,8 +239,8 @@ def _check_alike(first: Contents, second: Contents) -> None:
     bases = {m.site: m for m in first.movements}
     if not all(_have_same_base(bases[m.site], m) for m in second.movements):
         raise ValueError(
-            "these changes were made for different weights (other base hashes), or in float16 and bfloat16, which round "
-            "them differently: make both on the same unedited model in one dtype."
+            "these changes were made for different weights (other base hashes), or in float16 and bfloat16, which "
+            "round them differently: make both on the same unedited model in one dtype."
         )
     for change in (first, second):
         check_solved(change)
