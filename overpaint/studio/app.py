@@ -24,12 +24,13 @@ from overpaint.studio.scheduler import Event, Replaced, Scheduler, Stopped, Task
 from overpaint.studio.session import AppliedChange, EditState, Session, common_strength
 from overpaint.studio.side_effects import SideEffects
 from overpaint.studio.tasks import LabelledPicture, PictureGrid, PromptSettings, TraceMap
-from overpaint.studio.upload_store import UploadStore
+from overpaint.studio.upload_store import MAX_BYTES_OF_ALL, UploadStore
 
-__all__ = ["MAX_SESSIONS", "Events", "Studio"]
+__all__ = ["MAX_BYTES_OPEN", "MAX_SESSIONS", "Events", "Studio"]
 
 Events = Iterator[Event]
 MAX_SESSIONS = 200  # open at once
+MAX_BYTES_OPEN = MAX_BYTES_OF_ALL  # of the changes of all sessions together, in memory
 _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 
 
@@ -61,6 +62,7 @@ class Studio:
         self._loaded: dict[str, TextToImage] = {}
         self._scorers: dict[str, Judge | str] = {}
         self._sessions: dict[str, Session] = {}  # the least recently used first
+        self._opening: list[Change] = []  # changes of files that are being opened
         self._is_closed = False
         self._lock = threading.Lock()
 
@@ -245,20 +247,43 @@ class Studio:
                 return uploads.load_origin(path)
             model = self._model(session, task)
             change = uploads.load_change(path, model)
-            try:
-                pairs = ", ".join(f"{old} → {new}" for old, new in change.pairs.items())
-                state = _add_change(
-                    model, session.state, AppliedChange(pairs or name, change), task
-                )
-            except ValueError as error:
+            with self._memory_for(change):
+                try:
+                    pairs = ", ".join(f"{old} → {new}" for old, new in change.pairs.items())
+                    state = _add_change(
+                        model, session.state, AppliedChange(pairs or name, change), task
+                    )
+                except ValueError as error:
+                    session.add_file(name, change)
+                    return f"{name} can be compared, but not applied with the other edits: {error}"
+                effects = _predict(model, state, task)
                 session.add_file(name, change)
-                return f"{name} can be compared, but not applied with the other edits: {error}"
-            effects = _predict(model, state, task)
-            session.add_file(name, change)
-            session.set_state(state)
+                session.set_state(state)
             return effects
 
         return self._run(session, work)
+
+    @contextmanager
+    def _memory_for(self, change: Change) -> Iterator[None]:
+        """Reserve memory for a change that is being opened, within the limit for all sessions together.
+
+        Raises:
+            ValueError: The limit is reached.
+        """
+        with self._lock:
+            sessions = list(self._sessions.values())
+            others = [c for session in sessions for c in session.stored_changes()]
+            if uploads.bytes_of([change, *self._opening, *others]) > MAX_BYTES_OPEN:
+                raise ValueError(
+                    f"more than {MAX_BYTES_OPEN // 2**20} MiB of changes of all visitors are open: load the page again "
+                    "to close yours, or open the file later."
+                )
+            self._opening = [*self._opening, change]
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._opening = [other for other in self._opening if other is not change]
 
     def draw(self, key: str, settings: PromptSettings, *, replaceable: bool = False) -> Events:
         """Draw with the original and the edited model; partial results and result are `PictureGrid`s.

@@ -175,6 +175,14 @@ class Session:
         others = {n: c for n, c in self.files.items() if n != name}
         self.files = dict([*others.items(), (name, change)][-_MAX_FILES:])
 
+    def stored_changes(self) -> Iterator[Change]:
+        """Yield the changes that are in memory: of opened files, applied ones, and those that `undo` would restore."""
+        yield from list(self.files.values())
+        for state in (self.state, *self._history):
+            yield from (applied.change for applied in state.changes)
+            if state.joint is not None:
+                yield state.joint
+
     def versions(self) -> dict[str, Change | None]:
         """Return the versions of the model that can be compared, by name."""
         versions: dict[str, Change | None] = {ORIGINAL: None}

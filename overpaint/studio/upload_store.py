@@ -15,11 +15,12 @@ from typing import BinaryIO
 
 from overpaint.studio.uploads import MAX_BYTES, stored_name
 
-__all__ = ["MAX_BYTES_OF_ALL", "MAX_BYTES_OF_ONE", "StoreFull", "UploadStore"]
+__all__ = ["MAX_BYTES_OF_ALL", "MAX_BYTES_OF_ONE", "MAX_UPLOADS", "StoreFull", "UploadStore"]
 
 FORM_BYTES = 2**16  # of the form that a browser sends around a file
 MAX_BYTES_OF_ONE = 2 * (MAX_BYTES + FORM_BYTES)  # of one browser at a time
-MAX_BYTES_OF_ALL = 4 * MAX_BYTES_OF_ONE
+MAX_BYTES_OF_ALL = 4 * MAX_BYTES_OF_ONE  # of all browsers together
+MAX_UPLOADS = 1000  # files of all browsers together, which may be small
 _COPY = 2**20  # bytes copied at once
 
 
@@ -78,6 +79,10 @@ class UploadStore:
                 raise StoreFull(
                     f"more than {MAX_BYTES_OF_ALL // 2**20} MiB of uploads of all visitors are not read yet: choose "
                     "the file again later."
+                )
+            if len(uploads) >= MAX_UPLOADS:
+                raise StoreFull(
+                    f"{MAX_UPLOADS} uploads of all visitors are not read yet: choose the file again later."
                 )
             key = secrets.token_urlsafe(16)
             self._uploads[key] = _Upload(visitor, size)

@@ -9,11 +9,13 @@ import json
 import re
 import unicodedata
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor
 
 from overpaint import files
 from overpaint.edit import Change
@@ -22,8 +24,8 @@ from overpaint.studio.model_copy import copy_model
 from overpaint.studio.tasks import PromptSettings
 
 __all__ = [
-    "MAX_BYTES", "PictureOrigin", "file_name", "load_change", "load_origin", "model_name", "save_change",
-    "save_picture", "shown_name", "stored_name",
+    "MAX_BYTES", "PictureOrigin", "bytes_of", "file_name", "load_change", "load_origin", "model_name",
+    "save_change", "save_picture", "shown_name", "stored_name",
 ]  # fmt: skip
 
 MAX_BYTES = 256 * 2**20
@@ -85,6 +87,18 @@ def load_change(path: str | Path, model: TextToImage) -> Change:
             message = f"{name!r} was not opened: {message}"
         raise ValueError(message) from error
     return change
+
+
+def bytes_of(changes: Iterable[Change]) -> int:
+    """Return the memory that `changes` take, in bytes; tensors that they share count once."""
+    tensors = {
+        id(value): value.nbytes
+        for change in changes
+        for movement in change.movements
+        for value in vars(movement).values()
+        if isinstance(value, Tensor)
+    }
+    return sum(tensors.values())
 
 
 def save_change(change: Change, folder: Path, name: str) -> Path:
