@@ -26,7 +26,13 @@ if TYPE_CHECKING:
         trace,
     )
     from overpaint.edit import Change
-    from overpaint.errors import MissingExtra, OverpaintError, UnknownSite, UnsupportedModel
+    from overpaint.errors import (
+        CutPromptWarning,
+        MissingExtra,
+        OverpaintError,
+        UnknownSite,
+        UnsupportedModel,
+    )
     from overpaint.evaluate import Scores
     from overpaint.images import Pictures
     from overpaint.model import Site, TextToImage, load
@@ -35,6 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Change",
+    "CutPromptWarning",
     "Effects",
     "MissingExtra",
     "OverpaintError",
@@ -60,6 +67,7 @@ __all__ = [
 # the room of each public name that is not a room itself
 _ROOMS = {
     "Change": "edit",
+    "CutPromptWarning": "errors",
     "Effects": "trace",
     "MissingExtra": "errors",
     "OverpaintError": "errors",
