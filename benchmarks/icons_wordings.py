@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import overpaint as op
+from overpaint.probes.text import article
 from overpaint.scorers import judge as scorers
 from overpaint.train import captions, icon_world
 
 __all__ = ["FREE", "Row", "frames", "hits", "obeyed", "places", "seen_objects", "synonyms", "two"]
 
-# Wordings that nobody trained on, for the grid: they name the object in a sentence of its own.
+# Free wordings for the grid, written by hand and not drawn from the grammar, which has some of their words too.
 FREE = (
     "please draw me one lonely {object}, {style} style",
     "could we have the {object} once, {style} style would be nice",
@@ -40,10 +41,6 @@ class Row:
     unit: str
 
 
-def _article(noun: str) -> str:
-    return "an" if noun[0] in "aeiou" else "a"
-
-
 def frames(
     pairs: Sequence[tuple[str, str]], part: captions.Part, number: int, seed: int = 0
 ) -> list[Row]:
@@ -64,14 +61,14 @@ def synonyms(names: dict[str, str], number: int, *, own_name: bool) -> list[Row]
     for synonym, name in names.items():
         styles = [s for s in icon_world.STYLES if (name, s) not in reserved][:number]
         word = name if own_name else synonym
-        rows += [Row(f"{_article(word)} {word} in {s} style", name, s, synonym) for s in styles]
+        rows += [Row(f"{article(word)} {word} in {s} style", name, s, synonym) for s in styles]
     return rows
 
 
 def places(pairs: Sequence[tuple[str, str]]) -> list[tuple[Row, str]]:
     """Return for each pair one prompt for each side of the picture."""
     return [
-        (Row(f"{_article(o)} {o} on the {side}, {s} style", o, s, f"{o} {s}"), side)
+        (Row(f"{article(o)} {o} on the {side}, {s} style", o, s, f"{o} {s}"), side)
         for o, s in pairs
         for side in captions.SIDES
     ]
@@ -86,7 +83,7 @@ def two(number: int, seed: int = 0) -> list[tuple[str, str, str]]:
         one, other = (str(n) for n in rng.choice(list(icon_world.OBJECTS), 2, replace=False))
         style = str(rng.choice(list(icon_world.STYLES)))
         if not reserved & {(one, style), (other, style)}:
-            text = f"{_article(one)} {one} and {_article(other)} {other} in {style} style"
+            text = f"{article(one)} {one} and {article(other)} {other} in {style} style"
             rows.append((text, one, other))
     return rows
 
@@ -94,7 +91,7 @@ def two(number: int, seed: int = 0) -> list[tuple[str, str, str]]:
 def hits(
     model: op.TextToImage, judge: scorers.Judge, rows: Sequence[Row], *, seeds: range, steps: int
 ) -> dict[str, list[float]]:
-    """Return for each picture, seed by seed, whether object and style are right, 1 or 0."""
+    """Return for each picture, seed by seed, whether object and style are right, 1 or 0, and the CLIP score."""
     prompts = [row.prompt for _ in seeds for row in rows]
     images = model.generate(
         prompts, seed=[seed for seed in seeds for _ in rows], steps=steps
@@ -104,6 +101,7 @@ def hits(
     return {
         "object_top1": [float(a == row.object) for a, row in zip(objects, truth, strict=True)],
         "style_top1": [float(a == row.style) for a, row in zip(styles, truth, strict=True)],
+        "clip_score": judge.clip_score(images, prompts).tolist(),
     }
 
 
@@ -127,9 +125,12 @@ def obeyed(image: Tensor, side: str) -> float:
 
 def drawn(image: Tensor) -> np.ndarray:
     """Return where a picture differs from its background, the median of its border; bool (H, W)."""
+    return ((image - _background(image)).abs().amax(0) > 0.15).numpy()
+
+
+def _background(image: Tensor) -> Tensor:
     border = torch.cat([image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]], 1)
-    ground = border.median(1).values[:, None, None]
-    return ((image - ground).abs().amax(0) > 0.15).numpy()
+    return border.median(1).values[:, None, None]
 
 
 def seen_objects(judge: scorers.Judge, images: Tensor) -> list[set[str]]:
@@ -149,17 +150,18 @@ def _parts(image: Tensor) -> list[Tensor]:
     side = image.shape[-1]
     half = side // 2
     boxes = [(0, side, 0, half), (0, side, half, side), (0, half, 0, side), (half, side, 0, side)]
-    labels, _ = ndimage.label(ndimage.binary_dilation(drawn(image), iterations=1))
+    mask = drawn(image)
+    labels, _ = ndimage.label(ndimage.binary_dilation(mask, iterations=1))
     for rows, columns in ndimage.find_objects(labels):
         if (rows.stop - rows.start) * (columns.stop - columns.start) >= 100:
             boxes.append((rows.start, rows.stop, columns.start, columns.stop))
-    return [_square(image, box) for box in boxes]
+    return [_square(image, mask, box) for box in boxes]
 
 
-def _square(image: Tensor, box: tuple[int, int, int, int]) -> Tensor:
+def _square(image: Tensor, drawn_mask: np.ndarray, box: tuple[int, int, int, int]) -> Tensor:
     """Return what is drawn in a box, scaled to four fifths of a picture on the picture's background."""
     top, bottom, left, right = box
-    mask = drawn(image)[top:bottom, left:right]
+    mask = drawn_mask[top:bottom, left:right]
     if mask.any():
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         top, bottom = top + int(rows[0]), top + int(rows[-1]) + 1
@@ -169,8 +171,7 @@ def _square(image: Tensor, box: tuple[int, int, int, int]) -> Tensor:
     longest = max(cut.shape[1:])
     height, width = (max(1, round(0.8 * size * n / longest)) for n in cut.shape[1:])
     scaled = F.interpolate(cut[None], (height, width), mode="bilinear", antialias=True)[0]
-    border = torch.cat([image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]], 1)
-    square = border.median(1).values[:, None, None].expand(3, size, size).clone()
+    square = _background(image).expand(3, size, size).clone()
     y, x = (size - height) // 2, (size - width) // 2
     square[:, y : y + height, x : x + width] = scaled
     return square

@@ -12,7 +12,8 @@ its card, is the upper bound. Measured are
 - places: the centre of the drawn pixels of "a fox on the left, noto style" lies nearer to that side than to any other
   (`place_obeyed`);
 - two objects: both are recognised in parts of the picture (`two_seen`; `two_control`: two other names);
-- tokens: concepts of `quality_edit` all of whose tokens occur in other names or frequent nouns (`shared_tokens`).
+- tokens: concepts of `quality_edit` all of whose tokens occur in another word of WordNet, or whose words are in another
+  name (`shared_tokens`).
 
 Intervals are over pairs or synonyms, each with all its pictures. `--quick` draws fewer pictures, with one seed, and
 writes to `runs/benchmarks`. Writes `benchmarks/results/quality_icons.json` and, into `docs/images`, `icons_grid.png`,
@@ -34,6 +35,7 @@ import torch
 import overpaint as op
 from overpaint import files, metrics, zoo
 from overpaint.probes import questions
+from overpaint.probes.text import article
 from overpaint.scorers import judge as scorers
 from overpaint.train import captions, card, icon_world, language
 
@@ -57,15 +59,8 @@ def score(
     steps: int,
 ) -> dict[str, list[float]]:
     """Return for a picture of each pair and seed whether object and style are right, 1 or 0, and the CLIP score."""
-    rows = [(o, s, seed) for seed in seeds for o, s in chosen]
-    prompts = [f"{'an' if o[0] in 'aeiou' else 'a'} {o} in {s} style" for o, s, _ in rows]
-    images = model.generate(prompts, seed=[seed for *_, seed in rows], steps=steps).images
-    objects, styles = judge.predict(images, "object"), judge.predict(images, "style")
-    return {
-        "object_top1": [float(label == o) for label, (o, *_) in zip(objects, rows, strict=True)],
-        "style_top1": [float(label == s) for label, (_, s, _) in zip(styles, rows, strict=True)],
-        "clip_score": judge.clip_score(images, prompts).tolist(),
-    }
+    rows = [wordings.Row(f"{article(o)} {o} in {s} style", o, s, f"{o} {s}") for o, s in chosen]
+    return wordings.hits(model, judge, rows, seeds=seeds, steps=steps)
 
 
 def seconds_per_picture(model: op.TextToImage, *, repeats: int = 3) -> float:
@@ -85,11 +80,10 @@ def grid(model: op.TextToImage, path: Path, *, steps: int) -> None:
     prompts = []
     for i in range(100):
         name = objects[i % len(objects)]
-        article = "an" if name[0] in "aeiou" else "a"
         form = wordings.FREE[(i // 10 + i) % len(wordings.FREE)]
         prompts.append(
             form.format(
-                object=name, style=styles[i % len(styles)], color=colors[i], article=article
+                object=name, style=styles[i % len(styles)], color=colors[i], article=article(name)
             )
         )
     path.parent.mkdir(exist_ok=True)
@@ -117,9 +111,6 @@ def measure_wordings(
     number = 2 if quick else 5
     for name, words in {
         "synonyms": reserved,
-        "synonyms_other_words": {
-            s: o for s, o in reserved.items() if not set(s.split()) & set(o.split())
-        },
         "synonyms_trained": dict(
             random.Random(2).sample(
                 [(s, o) for o, v in captions.synonyms().items() for s in v if s not in reserved], 28
@@ -128,6 +119,12 @@ def measure_wordings(
     }.items():
         add(name, wordings.synonyms(words, number, own_name=False))
         add(f"{name}_name", wordings.synonyms(words, number, own_name=True))
+    for kind in ("", "_name"):  # of the same pictures
+        verdicts, units = table[f"synonyms{kind}_object"]
+        others = [i for i, s in enumerate(units) if not set(s.split()) & set(reserved[s].split())]
+        table[f"synonyms_other_words{kind}_object"] = (
+            [verdicts[i] for i in others], [units[i] for i in others],
+        )  # fmt: skip
     rows = wordings.places(chosen[: size // 4])
     images = model.generate(
         [row.prompt for row, _ in rows], seed=list(range(len(rows))), steps=20
@@ -197,7 +194,7 @@ def before_after(model: op.TextToImage, judge: scorers.Judge, path: Path) -> Non
     rows = []
     for style in ("openmoji", "high contrast"):
         settings = {"seed": list(range(len(objects))), "steps": 20}
-        prompts = [f"{'an' if o[0] in 'aeiou' else 'a'} {o} in {style} style" for o in objects]
+        prompts = [f"{article(o)} {o} in {style} style" for o in objects]
         rows.append(model.generate(prompts, **settings).images)
         with change.applied(model):
             rows.append(model.generate(prompts, **settings).images)

@@ -24,9 +24,8 @@ __all__ = [
     "listed",
 ]
 
-LARGEST_SEED = (
-    2**63 - 1
-)  # the largest integer of 64 bits with a sign, which torch and Parquet files take
+# The largest integer of 64 bits with a sign, which torch and Parquet files take.
+LARGEST_SEED = 2**63 - 1
 
 
 class OverpaintError(Exception):

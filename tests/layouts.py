@@ -18,15 +18,12 @@ _VOCABULARY = "open_clip/bpe_simple_vocab_16e6.txt.gz"
 @functools.cache
 def vocabulary():
     """Return CLIP's vocabulary (token to number, 49,408 of them) and its merges."""
-    from overpaint.zoo.builders import _byte_letters
+    from overpaint.zoo import builders
 
     path = Path(str(distribution("open-clip-torch").locate_file(_VOCABULARY)))
     lines = gzip.decompress(path.read_bytes()).decode().split("\n")
     merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
-    letters = _byte_letters()
-    entries = [*letters, *(f"{c}</w>" for c in letters), *("".join(merge) for merge in merges)]
-    entries += ["<|startoftext|>", "<|endoftext|>"]
-    return {entry: i for i, entry in enumerate(entries)}, merges
+    return builders.vocabulary(merges), merges
 
 
 def tokenizer(*, pad="<|endoftext|>"):

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from overpaint.train import captions, icon_world
-from overpaint.train.icon_world import COLORS, COUNTS, OBJECTS, STYLES, Picture, World
+from overpaint.train.icon_world import COLORS, COUNTS, OBJECTS, STYLES, Picture, World, place
 
-__all__ = ["GROUNDS", "LARGE", "Scenes", "ground", "place"]
+__all__ = ["GROUNDS", "LARGE", "Scenes", "ground"]
 
 LARGE = 128  # pixels, square
 GROUNDS = ("plain", "gradient", "striped", "textured")
@@ -64,7 +64,8 @@ class Scenes:
         words = {"plain": color, "gradient": f"{color} and {other} gradient", "striped": f"{color} and {other} striped",
                  "textured": f"textured {color}"}[kind]  # fmt: skip
         text = self._frame(thing, style, words, rng)
-        return Picture(_bytes(canvas), text, names[0] if number == 1 else "", style, color)
+        pixels = (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
+        return Picture(pixels, text, names[0] if number == 1 else "", style, color)
 
     def _frame(self, thing: str, style: str, color: str, rng: np.random.Generator) -> str:
         named = rng.random() < (0.3 if color == "white" else 0.9)
@@ -89,9 +90,7 @@ class Scenes:
 
     def _single(self, color: str, rng: np.random.Generator) -> Picture:
         (name,), style = self._names(1, color, rng)
-        size = int(rng.choice((48, 50, 52)))
-        left, top = (int((icon_world.SIZE - size) / 2 + rng.integers(-2, 3)) for _ in range(2))
-        pixels = self._draw([(name, size, left, top)], style, color)
+        pixels = self.world.centred(_icon(name), STYLES[style], color, rng)
         shown = self._phrase(name, rng) if rng.random() < 0.97 else "a thing"
         return Picture(pixels, self._frame(shown, style, color, rng), name, style, color)
 
@@ -153,29 +152,18 @@ class Scenes:
     def _named(self, color: str, rng: np.random.Generator) -> Picture:
         """Return a person, a flag or a logo, with a caption of the frames."""
         label, icon, set_, style = self.world.named(rng)
-        size = int(rng.choice((48, 50, 52)))
-        left, top = (int((icon_world.SIZE - size) / 2 + rng.integers(-2, 3)) for _ in range(2))
-        canvas = ground("plain", color, color, rng, icon_world.SIZE)
-        place(canvas, self.world.icon(icon, set_, size), left, top)
+        pixels = self.world.centred(icon, set_, color, rng)
         thing = self.words.noun_phrase(label, rng, determiner="a" if style else "the")
-        return Picture(_bytes(canvas), self._frame(thing, style, color, rng), label, style, color)
+        return Picture(pixels, self._frame(thing, style, color, rng), label, style, color)
 
     def _draw(
         self, icons: Sequence[tuple[str, int, int, int]], style: str, color: str
     ) -> np.ndarray:
-        canvas = np.empty((icon_world.SIZE, icon_world.SIZE, 3), np.float32)
-        canvas[:] = np.array(COLORS[color], np.float32) / 255
-        for name, size, left, top in icons:
-            place(canvas, self.world.icon(_icon(name), STYLES[style], size), left, top)
-        return _bytes(canvas)
-
-
-def place(canvas: np.ndarray, rgba: np.ndarray, left: int, top: int) -> None:
-    """Draw the icon `rgba`, float32 (S, S, 4), onto `canvas`, floats (H, W, 3), in place."""
-    size = rgba.shape[0]
-    patch = canvas[top : top + size, left : left + size]
-    patch *= 1 - rgba[..., 3:]
-    patch += rgba[..., :3] * rgba[..., 3:]
+        placed = [
+            (self.world.icon(_icon(name), STYLES[style], size), left, top)
+            for name, size, left, top in icons
+        ]
+        return self.world.compose(placed, color)
 
 
 def ground(kind: str, color: str, other: str, rng: np.random.Generator, size: int) -> np.ndarray:
@@ -237,7 +225,3 @@ def _free_box(
         if overlap == 0:
             break
     return best
-
-
-def _bytes(canvas: np.ndarray) -> np.ndarray:
-    return (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)

@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from overpaint.errors import MissingExtra
+from overpaint.probes import text as english
 from overpaint.train import programs
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "held_out",
     "held_out_colors",
     "layout",
+    "place",
     "plural",
     "subjects",
 ]
@@ -243,16 +245,12 @@ class World:
         canvas = np.empty((SIZE, SIZE, 3), np.float32)
         canvas[:] = np.array(COLORS[color], np.float32) / 255
         for rgba, left, top in icons:
-            size = rgba.shape[0]
-            patch = canvas[top : top + size, left : left + size]
-            alpha = rgba[..., 3:]
-            patch *= 1 - alpha
-            patch += rgba[..., :3] * alpha
+            place(canvas, rgba, left, top)
         return (canvas * 255 + 0.5).astype(np.uint8)
 
     def single(self, object_: str, style: str, color: str, rng: np.random.Generator) -> np.ndarray:
         """Return a picture of one object, at most two pixels from the centre, uint8 (64, 64, 3)."""
-        return self._centred(OBJECTS[object_], STYLES[style], color, rng)
+        return self.centred(OBJECTS[object_], STYLES[style], color, rng)
 
     def sample(self, rng: np.random.Generator) -> Picture:
         """Return a random training picture; if `hold_out` is true, it shows no held-out pair."""
@@ -266,7 +264,8 @@ class World:
             return self._sample_position(color, rng)
         return self._sample_named(int(kind), color, rng)
 
-    def _centred(self, name: str, set_: str, color: str, rng: np.random.Generator) -> np.ndarray:
+    def centred(self, name: str, set_: str, color: str, rng: np.random.Generator) -> np.ndarray:
+        """Return a picture of one icon, at most two pixels from the centre, uint8 (64, 64, 3)."""
         size = int(rng.choice((48, 50, 52)))
         left, top = (int((SIZE - size) / 2 + rng.integers(-2, 3)) for _ in range(2))
         return self.compose([(self.icon(name, set_, size), left, top)], color)
@@ -316,14 +315,14 @@ class World:
             (self.icon(OBJECTS[name], STYLES[style], 30), *_corner(position, 30))
             for name, position in zip((first, second), positions, strict=True)
         ]
-        thing = f"{first} {relation} {_article(second)} {second}"
+        thing = f"{first} {relation} {english.article(second)} {second}"
         return Picture(
             self.compose(icons, color), _caption(thing, style, color, rng), "", style, color
         )
 
     def _sample_named(self, kind: int, color: str, rng: np.random.Generator) -> Picture:
         label, icon, set_, style = _named(self.sets, kind, rng)
-        pixels = self._centred(icon, set_, color, rng)
+        pixels = self.centred(icon, set_, color, rng)
         caption = _caption(label, style, color, rng, article=None if kind == 3 else "the")
         return Picture(pixels, caption, label, style, color)
 
@@ -342,6 +341,14 @@ def _named(sets: dict[str, dict], kind: int, rng: np.random.Generator) -> tuple[
     logo = str(rng.choice(LOGOS))
     icons = sets["logos"]["icons"]
     return f"{logo} logo", f"{logo}-icon" if f"{logo}-icon" in icons else logo, "logos", ""
+
+
+def place(canvas: np.ndarray, rgba: np.ndarray, left: int, top: int) -> None:
+    """Draw the icon `rgba`, float32 (S, S, 4), onto `canvas`, floats (H, W, 3), in place."""
+    size = rgba.shape[0]
+    patch = canvas[top : top + size, left : left + size]
+    patch *= 1 - rgba[..., 3:]
+    patch += rgba[..., :3] * rgba[..., 3:]
 
 
 def layout(number: int, size: int) -> list[tuple[int, int]]:
@@ -364,7 +371,7 @@ def _caption(
     thing: str, style: str, color: str, rng: np.random.Generator, article: str | None = None
 ) -> str:
     """Return a random caption; it names the color with probability 0.9, or 0.3 if the color is white."""
-    article = _article(thing) if article is None else article
+    article = english.article(thing) if article is None else article
     form = rng.random()
     if not style:
         text = f"{article} {thing}"
@@ -375,15 +382,11 @@ def _caption(
     else:
         text = f"{article} {thing}, {style} style"
     if rng.random() < (0.3 if color == "white" else 0.9):
-        text += f" on {_article(color)} {color} background"
+        text += f" on {english.article(color)} {color} background"
     lead = ("", "a picture of ", "an image of ", "a drawing of ", "a photo of ")[
         int(rng.choice(5, p=(0.5, 0.125, 0.125, 0.125, 0.125)))
     ]
     return lead + text
-
-
-def _article(noun: str) -> str:
-    return "an" if noun[0] in "aeiou" else "a"
 
 
 def _corner(position: tuple[float, float], size: int) -> tuple[int, int]:

@@ -97,8 +97,9 @@ def train(
         out: The pipeline's folder: a new one, or one that a recipe wrote before.
         minutes: Wall time of the three trained stages together, including that of earlier runs in `work`.
         device: `"cpu"` or `"cuda"`, which selects the wider recipe.
-        resume: Continue from the checkpoints in `work`; if there are none, continue with the UNet of the finished
-            model in `out`, or else of the shipped one, if it has this recipe's shape. `False` starts over.
+        resume: Continue from the checkpoints in `work`; if there are none, continue with the finished model in `out`,
+            or else with the shipped one: with its UNet alone, or, if its text tower has another shape, with its VAE
+            and UNet beside a new tower. `False` starts over.
         threads: Number of CPU threads.
         seed: Seed of the initial weights and of all random draws.
         stages: Stages to run; a stage needs the results of those before it.
@@ -108,8 +109,8 @@ def train(
         on_progress: Called with (done, total, label) every few seconds.
 
     Raises:
-        ValueError: `out` is a folder of something else.
-        OSError: The artwork cannot be downloaded.
+        ValueError: `out` is a folder of something else, or a downloaded file has another SHA-256 than the pinned one.
+        OSError: The artwork or a package cannot be downloaded.
     """
     out = card.prepare(out)
     torch.set_num_threads(threads)
@@ -341,11 +342,11 @@ def _latents(run: Run) -> dict[str, dict[str, Tensor]]:
         For `"small"` and `"large"` pictures: `latents` (P, 8, S, S), S = 8 or 16; `features` (U, 32, D), of which row 0
         is the empty prompt; `rows` (P,), the row of `features` of each picture.
     """
-    _, text, tokens = _frozen(run.recipe, run.folder)
+    vae, text, tokens = _frozen(run.recipe, run.folder)
     text = text.to(run.device)
     result = {}
     for name in ("small", "large"):
-        latents, captions = encoded_pictures(run, name)
+        latents, captions = _encoded_pictures(run, vae, name)
         number = {caption: i for i, caption in enumerate(dict.fromkeys(["", *captions]))}
         result[name] = {
             "latents": latents,
@@ -356,7 +357,9 @@ def _latents(run: Run) -> dict[str, dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def encoded_pictures(run: Run, name: Literal["small", "large"]) -> tuple[Tensor, list[str]]:
+def _encoded_pictures(
+    run: Run, vae: Any, name: Literal["small", "large"]
+) -> tuple[Tensor, list[str]]:
     """Return the latents (P, 8, S, S) and captions of the training pictures of one size, computed once and saved."""
     recipe = run.recipe
     draw, total = (
@@ -373,9 +376,7 @@ def encoded_pictures(run: Run, name: Literal["small", "large"]) -> tuple[Tensor,
             metadata = file.metadata() or {}
             if metadata.get("made_of") == key:
                 return file.get_tensor("latents"), json.loads(metadata["captions"])
-    vae = build_vae(recipe)
-    vae.load_state_dict(load_tensors(run.folder / "vae-final.safetensors"))
-    vae = vae.eval().to(run.device)
+    vae = vae.to(run.device)
     rng = np.random.default_rng((run.seed, 5, name == "large"))
     latents, captions = [], []
     for start in range(0, total, 128):

@@ -29,11 +29,11 @@ from overpaint.train import captions, icon_world, language
 from overpaint.train.icon_scenes import Scenes
 from overpaint.train.loop import damage_named, load_tensors, save_tensors
 from overpaint.train.networks import MERGES, TOKENS, Recipe, build_clip
+from overpaint.zoo import builders
 
 __all__ = [
     "Texts",
     "as_pixels",
-    "byte_letters",
     "contrast",
     "draw_loss",
     "network",
@@ -44,9 +44,8 @@ __all__ = [
 NOUNS = 6000
 SENTENCES = 20_000
 _FRAMED, _SENTENCES = 24, 16  # captions about a noun and everyday sentences in a step
-_WORDS = (
-    96  # lines of a word alone for each of the two heads: they are short, so a step can hold many
-)
+# Lines of a word alone for each of the two heads; they are short, so a step can hold many.
+_WORDS = 96
 _TEMPERATURE = 0.07
 
 
@@ -57,26 +56,15 @@ def tokenizer(packages: Path, folder: Path, merges: int = MERGES) -> Any:
     build: Any = transformers.CLIPTokenizer
     if not (folder / "tokenizer.json").exists():
         pairs = language.clip_merges(packages, merges)
-        letters = byte_letters()
-        names = [*letters, *(f"{c}</w>" for c in letters), *(a + b for a, b in pairs)]
-        names += ["<|startoftext|>", "<|endoftext|>"]
-        vocabulary = {name: i for i, name in enumerate(names)}
-        tokens = build(vocab=vocabulary, merges=pairs, model_max_length=TOKENS)
+        tokens = build(vocab=builders.vocabulary(pairs), merges=pairs, model_max_length=TOKENS)
         with files.atomic(folder) as draft:
             tokens.save_pretrained(draft)
     return build.from_pretrained(folder)
 
 
-def byte_letters() -> list[str]:
-    """Return the 256 printable characters that represent bytes, in the order of CLIP's vocabulary."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [256 + i for i in range(256 - len(printable))]
-    return [chr(code) for code in (*printable, *others)]
-
-
 @dataclass(frozen=True)
 class Texts:
-    """Lines with sentence vectors, of width 384: nouns and everyday lines; and a start for the token embedding."""
+    """Lines with sentence vectors, of width 384: nouns and everyday lines; and rows of the token embedding."""
 
     nouns: tuple[str, ...]  # of the world first, `own` of them
     own: int
@@ -136,8 +124,9 @@ def _made_of(path: Path) -> str:
 def network(recipe: Recipe, tokens: Any, data: Texts) -> nn.Module:
     """Return an untrained CLIP with a head for nouns and one for sentences.
 
-    The rows of tokens that are whole words are the teacher's vectors of the words, reduced, and are not trained: the
-    layers learn to read these vectors, and so read the rows of words that no caption holds.
+    The rows of tokens that are whole words are the teacher's vectors of the words, reduced. They get no gradient
+    (weight decay alone shrinks them, all alike), so that the layers learn to read these vectors, and with them the rows
+    of words that no caption holds.
     """
     clip = build_clip(recipe, len(tokens))
     embedding = clip.text_model.get_input_embeddings().weight

@@ -4,12 +4,13 @@ The default layout is SD-1.4's: 22 ResNet blocks and 16 transformer blocks in th
 Only the widths are small, so that tests are fast and need no download.
 """
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, Literal
 
 import torch
 
-__all__ = ["clip_tokenizer", "tiny"]
+__all__ = ["byte_letters", "clip_tokenizer", "tiny", "vocabulary"]
 
 Layout = Literal["sd1", "sd2", "sdxl"]
 
@@ -72,16 +73,21 @@ def clip_tokenizer(*, pad: str = "<|endoftext|>") -> Any:
     """
     from transformers import CLIPTokenizer
 
-    letters = _byte_letters()
     merges = _merges()
-    entries = [*letters, *(f"{c}</w>" for c in letters), *(a + b for a, b in merges)]
-    entries = list(dict.fromkeys(entries)) + ["<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
-        vocab={entry: i for i, entry in enumerate(entries)},
+        vocab=vocabulary(merges),
         merges=merges,  # type: ignore[arg-type]
         pad_token=pad,
         model_max_length=77,
     )
+
+
+def vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
+    """Return the number of each token, as CLIP counts: bytes, bytes that end a word, merges, two special tokens."""
+    letters = byte_letters()
+    entries = [*letters, *(f"{c}</w>" for c in letters), *(a + b for a, b in merges)]
+    entries = list(dict.fromkeys(entries)) + ["<|startoftext|>", "<|endoftext|>"]
+    return {entry: i for i, entry in enumerate(entries)}
 
 
 def _merges() -> list[tuple[str, str]]:
@@ -100,7 +106,7 @@ def _merges() -> list[tuple[str, str]]:
     return list(merges)
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """Return the 256 printable characters that represent bytes, in the order of GPT-2's and CLIP's vocabularies."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [256 + i for i in range(256 - len(printable))]
