@@ -1,5 +1,8 @@
 """The state of one user: applied changes, undo, strength, files."""
 
+import threading
+import time
+
 import pytest
 
 from overpaint.studio.session import AppliedChange, EditState, Session
@@ -34,6 +37,24 @@ def test_a_session_runs_one_task_at_a_time():
             session.reserved().__enter__()
         assert session.stop() and stop.is_set()
     assert not session.stop()
+
+
+def test_a_task_waits_for_a_brief_one():
+    session, order, started = Session("icons"), [], threading.Event()
+
+    def save() -> None:
+        with session.reserved(brief=True):
+            started.set()
+            time.sleep(0.2)
+            order.append("brief")
+
+    thread = threading.Thread(target=save)
+    thread.start()
+    started.wait()
+    with session.reserved():
+        order.append("next")
+    thread.join()
+    assert order == ["brief", "next"] and not session.stop()
 
 
 def test_a_session_keeps_the_eight_files_opened_last(quickfix_change):

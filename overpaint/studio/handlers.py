@@ -168,7 +168,7 @@ def set_strength(studio: Studio, key: str, strength: float | None) -> Iterator[U
             yield _strength_update(studio, key)
             return
         session.check_strength(value)  # before a drawing is replaced
-        with session.reserved():
+        with session.reserved(brief=True):  # typing and leaving the box set it at the same time
             session.set_strength(value)
             session.redraw_due = True
             update = _strength_update(studio, key)
@@ -205,7 +205,7 @@ def undo(studio: Studio, key: str, controls: Controls) -> Iterator[Update]:
     """Undo the last edit, and draw."""
     try:
         session = studio.session(key)
-        with session.reserved():
+        with session.reserved(brief=True):
             session.undo()
             update = applied_changes(studio, key)
     except (ValueError, OSError) as error:

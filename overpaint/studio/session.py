@@ -78,11 +78,13 @@ class StopEvent(threading.Event):
     Attributes:
         is_replaceable: True if the next task of the session may stop this one.
         is_replaced: True if the next task has stopped this one.
+        is_brief: True if the next task of the session waits for this one.
     """
 
-    def __init__(self, is_replaceable: bool) -> None:
+    def __init__(self, is_replaceable: bool, is_brief: bool = False) -> None:
         super().__init__()
         self.is_replaceable, self.is_replaced = is_replaceable, False
+        self.is_brief = is_brief
 
 
 class Session:
@@ -193,26 +195,30 @@ class Session:
         return versions
 
     @contextmanager
-    def reserved(self, *, replaceable: bool = False) -> Iterator["StopEvent"]:
+    def reserved(self, *, replaceable: bool = False, brief: bool = False) -> Iterator["StopEvent"]:
         """Reserve the session for one task during the `with` block, and return the event that stops the task.
 
         Args:
             replaceable: If true, the next task stops this one. If false, the next task raises while this one runs.
+            brief: If true, the task takes no longer than writing a file, and the next task waits for it.
 
         Raises:
             ValueError: Another task runs and may not be stopped, or was stopped and has not ended in time.
         """
         end = time.monotonic() + _STOP_TIMEOUT
         with self._task_ended:
-            while self._stop is not None and self._stop.is_replaceable and time.monotonic() < end:
-                self._stop.is_replaced = True
-                self._stop.set()
+            while (running := self._stop) is not None and time.monotonic() < end:
+                if running.is_replaceable:
+                    running.is_replaced = True
+                    running.set()
+                elif not running.is_brief:
+                    break
                 self._task_ended.wait(0.1)
             if self._stop is not None:
                 raise ValueError(
                     "another task of this page is still running: wait until it ends, or press Stop."
                 )
-            stop = self._stop = StopEvent(replaceable)
+            stop = self._stop = StopEvent(replaceable, brief)
         try:
             yield stop
         finally:
