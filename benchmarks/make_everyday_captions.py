@@ -2,6 +2,8 @@
 
     python benchmarks/make_everyday_captions.py
 
+The lists that ship were written by commit fe9ae3f; other held-out words in the grammar give other captions.
+
 Needs npm and pip for the packages of `overpaint.train.language`; they go to `runs/packages`.
 """
 

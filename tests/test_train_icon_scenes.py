@@ -17,6 +17,9 @@ from overpaint.train.icon_world import COLORS, COUNTS, OBJECTS, STYLES, Picture
 OBJECT_OF = {icon: name for name, icon in {**OBJECTS, **captions.more_objects()}.items()}
 STYLE_OF = {set_: style for style, set_ in STYLES.items()}
 STYLE_NAMES = "|".join([*STYLES, *captions._words()["aliases"].values()])
+COLOR = (
+    rf"(?:textured )?(?:{'|'.join(COLORS)})(?: and (?:{'|'.join(COLORS)}) (?:gradient|striped))?"
+)
 OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 
 
@@ -37,6 +40,11 @@ def fixed() -> OneObject:
     return OneObject(icon_worlds.build(colored=True))
 
 
+def colored(ground: str) -> str:
+    """Return the pattern of a way to name the background, in any color."""
+    return ground.replace("a {color}", f"an? {COLOR}").replace("{color}", COLOR)
+
+
 def patterns() -> dict[str, re.Pattern[str]]:
     """Return what no training caption may match: held-out synonyms, requests, asides, styles, grounds, orders."""
 
@@ -47,18 +55,17 @@ def patterns() -> dict[str, re.Pattern[str]]:
     texts = {s: rf"\b{re.escape(s)}\b" for s in captions.held_out_synonyms() if s not in plurals}
     texts |= {r: rf"(?:^|[,:] ){re.escape(r)}" for r in entries("requests")}
     texts |= {a: rf"{re.escape(a)}\b" for a in entries("asides")}
-    texts |= {g: g.replace("a {color}", r"an? (?:textured )?[\w ]+?") for g in entries("grounds")}
-    styles = set(entries("styles"))
-    assert styles == {"{style}", "in the {style} style"}
-    texts |= {
-        "{style}": rf"(?:^|[,;:|(.-] ?)(?:{STYLE_NAMES})(?=[,;:|).]|$)",
-        "in the {style} style": rf"\bin the (?:{STYLE_NAMES}) style\b",
-    }
+    texts |= {g: colored(g) for g in entries("grounds")}
+    texts |= {s: s.format(style=rf"(?:{STYLE_NAMES})") for s in entries("styles")}
     assert set(entries("orders")) == {
-        "{thing} - {style} - {ground}",
-        "{thing} | {style} | {ground}",
+        "{thing}, {ground}, {style}",
+        "{ground}: {request}{thing} {style}{aside}",
     }
-    texts |= {"{thing} - {style}": r" - ", "{thing} | {style}": r" \| "}
+    grounds = "|".join(colored(g) for g in captions._entries("grounds", "trained"))
+    texts |= {
+        "{thing}, {ground}, {style}": rf", (?:{grounds}), [^,]*(?:{STYLE_NAMES})",
+        "{ground}: {thing}": rf"^(?:{grounds}): ",
+    }
     return {name: re.compile(text) for name, text in texts.items()}
 
 
@@ -87,19 +94,20 @@ def test_the_patterns_find_what_is_held_out() -> None:
     for _ in range(100):
         text = words.frame("a cat", "noto", "red", rng)
         names = {name for name, p in forbidden.items() if p.search(text)}
-        assert names & {"{thing} - {style}", "{thing} | {style}"}
-        assert "in the {style} style" in names or re.search(r"[-|] noto [-|]", text)
-        assert "against a {color} background" in names
-    for request in captions._entries("requests", "held out"):
-        assert forbidden[request].search(f"{request}a cat, like noto")
-        assert forbidden[request].search(f"noto look, {request}a cat")
-    for aside in captions._entries("asides", "held out"):
-        assert forbidden[aside].search(f"a cat, like noto{aside}")
-    assert forbidden["doggy"].search("draw me a doggy, please")
-    assert forbidden["against a {color} background"].search("a cat against an orange background")
-    assert forbidden["{style}"].search("a cat, noto, on red") and not forbidden["{style}"].search(
-        "a cat, like noto, on red"
-    )
+        assert names & set(captions._entries("styles", "held out"))
+        assert names & set(captions._entries("grounds", "held out"))
+    for part in ("requests", "asides"):
+        for entry in captions._entries(part, "held out"):
+            written = (
+                f"{entry}a cat, like noto" if part == "requests" else f"a cat, like noto{entry}"
+            )
+            assert forbidden[entry].search(written)
+    assert forbidden["hound"].search("draw me a hound, please")
+    order = forbidden["{thing}, {ground}, {style}"]
+    assert order.search("a cat, on an orange card, noto style")
+    assert not order.search("a cat on red, noto style, please")
+    assert not order.search("a cat, noto style, on red, please")
+    assert forbidden["{ground}: {thing}"].search("on red: draw a cat in noto style")
 
 
 def test_a_label_is_named_by_the_caption_with_the_name_or_a_synonym_of_training(

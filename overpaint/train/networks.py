@@ -48,7 +48,7 @@ class Recipe:
     unet_layers: int = (
         1  # pairs of ResNet and transformer blocks in a level going down, one more going up
     )
-    unet_batch: int = 96  # latents in a step
+    unet_batch: int = 128  # latents in a step
     unet_lr: float = 1.5e-3  # peak learning rate
     unet_ema: float = 0.998  # decay of the average of the weights
     pictures: int = 36_864  # training pictures of the UNet of 64 pixels, drawn and encoded once
