@@ -1,6 +1,7 @@
 """Prompts: probes with the words that carry an attribute, and evaluation sets for one edit."""
 
 from overpaint.probes.csv_files import load_file
+from overpaint.probes.english import frequent_words, names
 from overpaint.probes.evaluation_sets import (
     FORMS,
     Case,
@@ -19,8 +20,10 @@ __all__ = [
     "EvaluationSet",
     "Probe",
     "everyday",
+    "frequent_words",
     "load",
     "load_file",
     "load_set",
     "load_shipped_set",
+    "names",
 ]
