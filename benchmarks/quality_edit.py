@@ -84,7 +84,9 @@ def methods(
     `evaluated` are the objects of the evaluated prompts.
     """
     return {
-        OURS: lambda pairs: op.edit.auto(model, pairs, vocabulary=known, without=evaluated),
+        OURS: lambda pairs: op.edit.auto(
+            model, pairs, vocabulary=known, without=evaluated, tokens=True
+        ),
         LAYER: lambda pairs: op.edit.auto(
             model, pairs, vocabulary=known, without=evaluated, tokens=False
         ),

@@ -30,7 +30,7 @@ from overpaint.scorers.protocols import check_size
 __all__ = ["FULL", "QUICK", "Size", "run"]
 
 PREFERRED = "automatic"  # the method whose figures go into the summary
-LAYER = "automatic, layer only"  # the same without the token embedding
+ROWS = "token rows"  # `rename`: what replacing the words of the prompt would do
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _changes(
     return {
         "quickfix": edit.quickfix(model, pairs),
         PREFERRED: preferred,
-        LAYER: edit.auto(model, pairs, tokens=False, **options),
+        ROWS: edit.rename(model, pairs, any_token=True, collateral=False),
         "swap embedding": edit.swap_embedding(model, pairs),
         "random site": edit.random_site(model, pairs, seed=seed),
     }, seconds

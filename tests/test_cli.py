@@ -107,7 +107,7 @@ def test_edit_options_update_without_strength_and_rank(run, tiny_folder, tmp_pat
         assert edited.encode(["a cat"]).equal(model.encode(["a cat"]))
 
 
-def test_an_automatic_edit_lists_the_tokens_that_it_moves(run, tiny_folder, tmp_path):
+def test_a_rename_lists_the_tokens_that_it_moves(run, tiny_folder, tmp_path):
     out = tmp_path / "a.safetensors"
     code, facts, err = run(
         "edit",
@@ -116,7 +116,8 @@ def test_an_automatic_edit_lists_the_tokens_that_it_moves(run, tiny_folder, tmp_
         "fish",
         "--replace",
         "bird",
-        "--auto",
+        "--rename",
+        "--any-token",
         "--out",
         out,
         "--json",

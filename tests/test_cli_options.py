@@ -29,7 +29,11 @@ TRACE = ("trace", "nonesuch", "--out", "{tmp}")
     ("arguments", "message"),
     [
         ((*EDIT, "--no-repair"), "--no-repair is a setting of --auto: leave it out, or give --auto too"),
-        ((*EDIT, "--no-tokens"), "--no-tokens is a setting of --auto"),
+        ((*EDIT, "--tokens"), "--tokens is a setting of --auto"),
+        ((*EDIT, "--any-token"), "--any-token is a setting of --rename"),
+        ((*EDIT, "--rename", "--ridge", "0.1"), "so --ridge has no effect: leave one out"),
+        ((*EDIT, "--rename", "--auto"), "so --auto has no effect: leave one out"),
+        ((*EDIT, "--rename", "--update", "{files}/quick.safetensors"), "--rename moves token rows alone"),
         ((*EDIT, "--update", "{files}/auto.safetensors"), "was made with --auto, and only edits of one method can be"),
         ((*EDIT, "--update", "{files}/quick.safetensors", "--auto"), "was made without --auto"),
         ((*EDIT, "--concepts", "{files}/semicolons.csv"), "line 1: the columns seem to be separated by ';': save"),

@@ -15,8 +15,8 @@ from overpaint.edit.weights import find_weight
 
 SITE = "text.0.self_attn.out_proj"
 SMALL = {
-    "tokens": False,
     "repair": False,
+    "collateral": False,
     "contexts": 24,
     "background": 32,
     "vocabulary": ["monet", "snoopy", "van dyck"],

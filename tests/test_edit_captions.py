@@ -13,11 +13,9 @@ PROMPT = "a photo of van gogh"
 LAYOUTS = ("sd1", "sd2", "sdxl")
 METHODS = {
     "quickfix": edit.quickfix,
+    "rename": lambda model, pairs: edit.rename(model, pairs, any_token=True, collateral=False),
     "auto": lambda model, pairs: edit.auto(
-        model, pairs, contexts=8, background=8, preserve_weight=5.0, vocabulary=["monet", "a dog"]
-    ),
-    "auto, layer": lambda model, pairs: edit.auto(
-        model, pairs, contexts=8, background=8, preserve_weight=5.0, vocabulary=["monet"], tokens=False
+        model, pairs, contexts=8, background=8, preserve_weight=5.0, vocabulary=["monet"], collateral=False
     ),
     "uce": edit.uce,
     "time": edit.time,
@@ -131,7 +129,7 @@ def test_edits_of_cross_attention_read_the_layer_of_clip_skip(real_vocabulary, m
 
 
 def test_the_layer_scan_ends_at_the_layer_of_clip_skip(real_vocabulary):
-    settings = {"contexts": 8, "background": 8, "vocabulary": ["monet"], "tokens": False}
+    settings = {"contexts": 8, "background": 8, "vocabulary": ["monet"], "collateral": False}
     model = overpaint.load(real_vocabulary("sd1"), clip_skip=1)
     change = edit.auto(model, GONE, layer="auto", repair=False, **settings)
     assert [row["layer"] for row in change.report["layers"]] == [0]

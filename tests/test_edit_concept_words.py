@@ -5,7 +5,7 @@ import unicodedata
 import pytest
 
 import overpaint
-from overpaint import edit
+from overpaint import edit, probes
 from overpaint.edit import concept_words, vocabulary
 from overpaint.edit.concept_words import check_special, find_aliases, unknown_words
 from overpaint.edit.methods.token_rows import edited_words
@@ -82,15 +82,22 @@ def test_an_alias_gets_the_replacement_without_words_for_styles(new, target):
     assert concept_words.alias_target(new) == target
 
 
-AUTO = {"contexts": 8, "background": 8, "preserve_weight": 5.0, "repair": False}
+AUTO = {
+    "contexts": 8,
+    "background": 8,
+    "preserve_weight": 5.0,
+    "repair": False,
+    "collateral": False,
+}
 
 
 @pytest.mark.parametrize("layout", ["sd1", "sd2", "sdxl"])
-def test_the_automatic_edit_erases_aliases_too(real_vocabulary, layout):
+def test_the_automatic_edit_erases_aliases_too(real_vocabulary, layout, monkeypatch):
+    monkeypatch.setattr(probes, "frequent_words", lambda: frozenset({"van", "apple"}))
     model = overpaint.load(real_vocabulary(layout))
     known = ["van gogh", "monet", "apple", "snoopy"]
     pairs = {"van gogh style": "noto style", "apple logo": "pear logo"}
-    change = edit.auto(model, pairs, vocabulary=known, **AUTO)
+    change = edit.auto(model, pairs, vocabulary=known, tokens=True, **AUTO)
     assert change.report["aliases"] == {"van gogh": "van gogh style"}
     assert change.report["contained_kept"] == {"apple": "apple logo"}
     assert change.pairs == {**pairs, "van gogh": "noto"}

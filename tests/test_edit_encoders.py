@@ -15,6 +15,7 @@ from overpaint.model import TextToImage
 GOGH = {"van gogh": "monet"}
 PROMPT = "a house in van gogh style"
 AUTO = {
+    "collateral": False,
     "contexts": 8,
     "background": 8,
     "preserve_weight": 5.0,
@@ -36,8 +37,8 @@ def change(xl):
 
 
 @pytest.fixture(scope="module")
-def automatic(xl):
-    return edit.auto(xl, GOGH, **AUTO)
+def renamed(xl):
+    return edit.rename(xl, GOGH, any_token=True, collateral=False)
 
 
 def weights(model):
@@ -190,20 +191,20 @@ def test_automatic_changes_are_stacked_completed_and_cut_for_each_encoder(xl, tm
     assert completed.compact(rank=4).sites == first.sites
 
 
-def test_the_automatic_edit_moves_rows_of_both_embeddings(xl, automatic):
-    assert {"text.token_embedding", "text2.token_embedding"} <= set(automatic.sites)
+def test_a_rename_moves_rows_of_both_embeddings(xl, renamed):
+    assert {"text.token_embedding", "text2.token_embedding"} <= set(renamed.sites)
     gogh, monet = xl.tokenizer("gogh monet", add_special_tokens=False).input_ids
     tables = [find_weight(xl, f"{p}.token_embedding").parameter.clone() for p in ("text", "text2")]
-    with automatic.applied(xl):
+    with renamed.applied(xl):
         for part, before in zip(("text", "text2"), tables, strict=True):
             row = find_weight(xl, f"{part}.token_embedding").parameter[gogh]
             assert torch.allclose(row, before[monet])
 
 
-def test_a_file_with_rows_of_both_embeddings_is_small_and_equal(xl, automatic, tmp_path):
-    automatic.save(tmp_path / "c.safetensors")
+def test_a_file_with_rows_of_both_embeddings_is_small_and_equal(xl, renamed, tmp_path):
+    renamed.save(tmp_path / "c.safetensors")
     loaded = overpaint.Change.load(tmp_path / "c.safetensors")
-    assert loaded.digest == automatic.digest
+    assert loaded.digest == renamed.digest
     assert (tmp_path / "c.safetensors").stat().st_size < 4_000_000
 
 

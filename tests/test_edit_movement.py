@@ -66,7 +66,7 @@ METHODS = {
     "swap_embedding": edit.swap_embedding,
     "uce": edit.uce,
     "auto": lambda model, pairs: edit.auto(
-        model, pairs, contexts=8, background=8, vocabulary=["monet", "a dog"]
+        model, pairs, contexts=8, background=8, vocabulary=["monet", "a dog"], collateral=False
     ),
 }
 

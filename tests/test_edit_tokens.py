@@ -6,15 +6,30 @@ import accelerate
 import pytest
 import torch
 
-from overpaint import demo, edit
-from overpaint.edit import Change, stack
+from overpaint import demo, edit, probes
+from overpaint.edit import Change, stack, token_rules
 from overpaint.edit.methods import token_rows
 from overpaint.edit.weights import find_weight
 from overpaint.errors import UnknownSite
 
-SMALL = {"contexts": 24, "background": 32, "vocabulary": ["monet", "snoopy", "van dyck"]}
+SMALL = {
+    "tokens": True,
+    "collateral": False,
+    "contexts": 24,
+    "background": 32,
+    "vocabulary": ["monet", "snoopy", "van dyck"],
+}
 DOG = {"dog": "cat"}
 SITE = "text.token_embedding"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def rare_words():
+    """Take the words of the tiny vocabulary off the lists of English, so that their rows may move."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probes, "frequent_words", lambda: frozenset({"and", "style"}))
+        patch.setattr(probes, "names", dict)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +112,13 @@ def test_the_layer_is_fitted_with_the_replaced_rows_as_its_input(tiny_shallow):
     before = find_weight(tiny_shallow, SITE).parameter.detach().clone()
     with Change((rows,), {"pairs": {}}, {}).applied(tiny_shallow):
         alone = edit.auto(
-            tiny_shallow, {"van gogh": "painting"}, tokens=False, repair=False, **SMALL
+            tiny_shallow, {"van gogh": "painting"}, **{**SMALL, "tokens": False, "repair": False}
         )
     assert torch.equal(edited.movements[0].keys, alone.movements[0].keys)
     assert torch.equal(edited.movements[0].delta, alone.movements[0].delta)
-    unmoved = edit.auto(tiny_shallow, {"van gogh": "painting"}, tokens=False, repair=False, **SMALL)
+    unmoved = edit.auto(
+        tiny_shallow, {"van gogh": "painting"}, **{**SMALL, "tokens": False, "repair": False}
+    )
     assert not torch.equal(edited.movements[0].keys, unmoved.movements[0].keys)
     assert torch.equal(find_weight(tiny_shallow, SITE).parameter, before)
 
@@ -259,7 +276,9 @@ def test_rows_can_be_stacked_with_the_edit_of_another_layer(tiny_shallow, change
 
 
 def test_the_edited_words_of_a_report_are_named_without_word_ends(tiny_sd1):
-    change = edit.auto(tiny_sd1, {"grumpy fish": "red bird"}, vocabulary=["a dog"])
+    change = edit.auto(
+        tiny_sd1, {"grumpy fish": "red bird"}, vocabulary=["a dog"], tokens=True, collateral=False
+    )
     assert change.report["tokens"] == {"grumpy fish": ["grumpy</w>", "fish</w>"]}
     assert token_rows.edited_words(change.report) == ["grumpy", "fish"]
     assert demo._edit_facts(change).endswith(": grumpy, fish")
@@ -276,3 +295,48 @@ def test_the_edited_words_of_a_report_are_named_without_word_ends(tiny_sd1):
 )
 def test_other_entries_of_a_report_are_not_edited_words(report, words):
     assert token_rows.edited_words(report) == words
+
+
+@pytest.mark.parametrize(
+    ("concept", "token", "reason"),
+    [
+        ("2", "2</w>", "a digit, a letter or a mark"),
+        ("d", "d</w>", "a digit, a letter or a mark"),
+        ("!", "!</w>", "a digit, a letter or a mark"),
+        ("twemoji", "tw", "a piece of a longer word"),
+        ("twemoji", "moji</w>", "a piece of a longer word"),
+        ("and", "and</w>", "a frequent word"),
+        ("dog", "dog</w>", ""),
+    ],
+)
+def test_tokens_that_may_not_move_have_a_reason(tiny_sd1, concept, token, reason):
+    reasons = token_rules.obstacles(tiny_sd1.tokenizer, concept)
+    assert reasons[tiny_sd1.tokenizer.convert_tokens_to_ids(token)] == reason
+
+
+def test_the_end_of_a_known_word_may_not_move(tiny_sd1, monkeypatch):
+    monkeypatch.setattr(probes, "frequent_words", lambda: frozenset({"hotdog"}))
+    (reason,) = token_rules.obstacles(tiny_sd1.tokenizer, "dog").values()
+    assert reason == "the end of 'hotdog'"
+
+
+def test_a_rename_moves_rare_words_and_lists_the_others(tiny_shallow):
+    change = edit.rename(tiny_shallow, {"dog and cat": "bird"}, collateral=False)
+    assert change.sites == (SITE,)
+    assert change.report["tokens"] == {"dog and cat": ["dog</w>", "cat</w>"]}
+    assert change.report["unmoved"] == {"dog and cat": {"and</w>": "a frequent word"}}
+    assert "'and</w>' stay" in change.report["notes"][0]
+    assert [row["token"] for row in change.report["token_captions"]] == ["dog</w>", "cat</w>"]
+    every = edit.rename(tiny_shallow, {"dog and cat": "bird"}, any_token=True, collateral=False)
+    assert every.report["unmoved"] == {}
+    swap = edit.swap_embedding(tiny_shallow, {"dog and cat": "bird"})
+    assert every.digest == swap.digest
+
+
+def test_a_concept_without_a_token_of_its_own_is_not_renamed(tiny_shallow):
+    with pytest.raises(
+        ValueError, match=r"'and 2' has no token of its own \('and' is a frequent word, '2' is a"
+    ):
+        edit.rename(tiny_shallow, {"and 2": "bird"})
+    with pytest.raises(ValueError, match="contradictory pairs: the token 'dog</w>' would get two"):
+        edit.rename(tiny_shallow, {"red dog": "cat", "dog": "bird"}, any_token=True)

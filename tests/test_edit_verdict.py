@@ -14,7 +14,7 @@ from overpaint.trace import Effects
 @pytest.fixture(scope="module")
 def by_auto(tiny_shallow):
     return edit.auto(
-        tiny_shallow, {"van gogh": "painting"}, tokens=False, repair=False, contexts=24, background=32,
+        tiny_shallow, {"van gogh": "painting"}, collateral=False, repair=False, contexts=24, background=32,
         vocabulary=["monet", "snoopy", "van dyck"],
     )  # fmt: skip
 
@@ -31,9 +31,18 @@ def test_one_sentence_names_weights_the_empty_prompt_and_concepts_at_risk(quickf
         not_kept=["a", "b", "c", "d", "e", "f", "g"],
     )
     assert describe(change) == (
-        "This change moves 1 weight (text.0.self_attn.out_proj); the empty prompt moves by 1.2 %; endangered, and "
-        "preserved for that reason: monet, van dyck; not preserved, likely to change too: a, b, c, d, e and 2 more."
+        "This change moves 1 weight (text.0.self_attn.out_proj); the empty prompt moves by 1.2 %; how many "
+        "everyday captions move was not measured; endangered, and preserved for that reason: monet, van dyck; not "
+        "preserved, likely to change too: a, b, c, d, e and 2 more."
     )
+
+
+def test_everyday_captions_that_move_are_counted(quickfix_change):
+    record = {"captions_moved": 3, "captions_measured": 80, "max_drift": 0.1}
+    text = describe(reported(quickfix_change, collateral=record))
+    assert "; 3 of 80 measured everyday captions move by more than 10 %;" in text
+    for damaged in ({**record, "max_drift": None}, {**record, "captions_moved": float("nan")}, {}):
+        assert "was not measured" in describe(reported(quickfix_change, collateral=damaged))
 
 
 def test_a_concept_that_was_preserved_without_success_stands_in_one_list(quickfix_change):
@@ -68,11 +77,10 @@ def test_the_drift_of_a_scaled_change_is_scaled(quickfix_change):
 
 
 def test_token_rows_are_counted_and_named(tiny_sd1):
-    change = edit.auto(
-        tiny_sd1, {"openmoji style": "noto style"}, repair=False, vocabulary=["a cat"]
-    )
+    change = edit.rename(tiny_sd1, {"openmoji style": "noto style"}, any_token=True)
     rows = sum(len(row) for row in change.report["tokens"].values())
     assert f"{rows} token row" in describe(change)
+    assert "measured everyday captions move" in describe(change)
     swap = edit.swap_embedding(tiny_sd1, {"openmoji style": "noto style"})
     text = describe(swap)
     assert f"{swap.report['tokens']} token row" in text
@@ -93,7 +101,7 @@ def test_every_method_and_every_saved_file_has_a_sentence(tiny_sd1, quickfix_cha
 
 @pytest.mark.parametrize("value", [None, "x", 3, [3, None, {}], {"a": 1}, True, float("nan")])
 def test_a_report_of_any_type_raises_nothing(quickfix_change, value):
-    keys = ("empty_prompt_drift", "endangered", "not_kept", "carried", "tokens")
+    keys = ("empty_prompt_drift", "endangered", "not_kept", "carried", "tokens", "collateral")
     assert describe(reported(quickfix_change, **dict.fromkeys(keys, value))).startswith("This")
 
 

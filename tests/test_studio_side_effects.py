@@ -60,8 +60,8 @@ def test_of_an_edit_of_the_unet_the_reason_for_no_drifts_is_given(tiny_sd1):
 def test_without_any_drift_a_sentence_is_shown_instead_of_the_table(tiny_sd1):
     settings = {"contexts": 8, "background": 8, "vocabulary": ["a dog"]}
     pairs = {"blob style": "noto style"}
-    rows = op.edit.auto(tiny_sd1, pairs, **settings)
-    layer = op.edit.auto(tiny_sd1, pairs, **settings, tokens=False)
+    rows = op.edit.rename(tiny_sd1, pairs, any_token=True)
+    layer = op.edit.auto(tiny_sd1, pairs, **settings)
     still, moving = (
         predict(tiny_sd1, change, vocabulary=["a dog", "a cat"]) for change in (rows, layer)
     )

@@ -59,8 +59,14 @@ class EditOptions:
         bool, typer.Option(help="With --auto: also fit the MLP to the projection's residual.")
     ] = True
     tokens: Annotated[
-        bool, typer.Option(help="With --auto: move token rows that no other prompt uses.")
-    ] = True
+        bool, typer.Option("--tokens", help="With --auto: also move token rows of rare words.")
+    ] = False
+    rename: Annotated[
+        bool, typer.Option("--rename", help="Move token rows of rare words and nothing else.")
+    ] = False
+    any_token: Annotated[
+        bool, typer.Option("--any-token", help="With --rename: also rows of frequent words.")
+    ] = False
     neighbours: Annotated[
         bool, typer.Option(help="Also preserve the other labels of icons-judge.")
     ] = False
@@ -141,8 +147,10 @@ def edit(
     overpaint edit icons --update a.safetensors --erase fish --replace bird
     overpaint edit icons --update a.safetensors --without cat --strength 0.5
     overpaint edit icons --concepts artists.csv --auto --dry-run
+    overpaint edit icons --erase "openmoji" --replace "noto" --rename
     """  # noqa: D301
     from overpaint.edit import Change, complete
+    from overpaint.edit.everyday_drift import with_collateral
 
     pairs = _pairs(options)
     _check(options, pairs)
@@ -150,6 +158,10 @@ def edit(
         check_absent(options.out, force=options.force)
         check_writable(options.out.parent)
     base = None if options.update is None else Change.load(options.update)
+    if base is not None and options.rename:
+        raise ValueError(
+            "--rename moves token rows alone, which cannot be solved together with --update: leave one out."
+        )
     if base is not None and pairs and ("terms" in base.protocol) != options.auto:
         raise ValueError(
             f"{str(options.update)!r} was made {'without' if options.auto else 'with'} --auto, and only edits of one "
@@ -160,6 +172,8 @@ def edit(
     change = _combine(loaded, base, addition, options)
     if options.rank is not None:
         change = complete(loaded, change).compact(rank=options.rank)
+    if "collateral" not in change.report or options.strength != 1:
+        change = with_collateral(loaded, change)
     facts = _facts(change)
     if options.dry_run:
         facts |= {
@@ -202,9 +216,13 @@ def _check(options: EditOptions, pairs: dict[str, str]) -> None:
         raise ValueError(
             f"--auto chooses the {name} itself: leave --{name} out, or leave --auto out."
         )
-    parts = {"repair": options.repair, "tokens": options.tokens}
-    for name in [name for name, on in parts.items() if not (on or options.auto)]:
-        raise ValueError(f"--no-{name} is a setting of --auto: leave it out, or give --auto too.")
+    settings = {
+        "--no-repair": not options.repair and not options.auto,
+        "--tokens": options.tokens and not options.auto,
+    }
+    for name in [name for name, astray in settings.items() if astray]:
+        raise ValueError(f"{name} is a setting of --auto: leave it out, or give --auto too.")
+    _check_rename(options)
     if not pairs:
         _check_no_edit(options)
     if options.without and options.update is None:
@@ -224,13 +242,33 @@ def _check_no_edit(options: EditOptions) -> None:
             )
 
 
+def _check_rename(options: EditOptions) -> None:
+    """Raise if an option has no effect with --rename, or needs it."""
+    if options.any_token and not options.rename:
+        raise ValueError(
+            "--any-token is a setting of --rename: leave it out, or give --rename too."
+        )
+    if not options.rename:
+        return
+    solved = ("auto", "preserve", "neighbours", "preserve_weight", "ridge", "positions", "rank")
+    for option in solved:
+        if getattr(options, option) not in (None, False, []):
+            name = option.replace("_", "-")
+            raise ValueError(
+                f"--rename copies token rows and solves nothing, so --{name} has no effect: leave one out."
+            )
+
+
 def _solve(
     loaded: Any, pairs: dict[str, str], options: EditOptions, base: "Change | None", quiet: bool
 ) -> "Change":
     """Return the change for `pairs`, with the settings of `base` where none are given."""
-    from overpaint.edit import quickfix
+    from overpaint.edit import quickfix, rename
 
     preserve = list(options.preserve or [])
+    if options.rename:
+        chosen = {} if options.encoder is None else {"encoder": options.encoder}
+        return rename(loaded, pairs, any_token=options.any_token, **chosen)
     if options.auto:
         return _automatic(loaded, pairs, preserve, options, quiet)
     settings: dict[str, Any] = {}
@@ -307,6 +345,10 @@ def moved_and_endangered(report: Mapping[str, Any]) -> dict[str, list[str]]:
     for name in ("endangered", "not_kept"):
         rows: Sequence[Any] = report.get(name) or []
         lists[name] = [row["concept"] if isinstance(row, dict) else row for row in rows]
+    collateral = report.get("collateral")
+    if isinstance(collateral, Mapping) and isinstance(collateral.get("worst"), list):
+        rows = [row for row in collateral["worst"] if isinstance(row, Mapping)]
+        lists["everyday_captions"] = [str(row.get("caption", "")) for row in rows]
     for name in ("aliases", "contained_kept", "unedited_encoders", "notes"):
         if entries := report.get(name):
             lists[name] = [str(entry) for entry in entries]

@@ -2,11 +2,13 @@
 
 from overpaint.edit import export
 from overpaint.edit.change import Change
+from overpaint.edit.everyday_drift import Collateral, collateral
 from overpaint.edit.methods.automatic import auto
 from overpaint.edit.methods.baselines import random_site, swap_embedding
 from overpaint.edit.methods.finetune import finetune
 from overpaint.edit.methods.loco import loco
 from overpaint.edit.methods.quickfix import quickfix
+from overpaint.edit.methods.rename import rename
 from overpaint.edit.methods.time_edit import time
 from overpaint.edit.methods.uce import debias, uce
 from overpaint.edit.movement import Movement
@@ -16,8 +18,10 @@ from overpaint.edit.weight_plot import plot
 
 __all__ = [
     "Change",
+    "Collateral",
     "Movement",
     "auto",
+    "collateral",
     "complete",
     "debias",
     "export",
@@ -27,6 +31,7 @@ __all__ = [
     "plot",
     "quickfix",
     "random_site",
+    "rename",
     "stack",
     "swap_embedding",
     "time",

@@ -13,6 +13,7 @@ from torch import Tensor
 from overpaint.edit import algebra
 from overpaint.edit.change import Change
 from overpaint.edit.encoders import Encoder, joined, separated
+from overpaint.edit.everyday_drift import with_collateral
 from overpaint.edit.methods.automatic import auto, preserve_terms
 from overpaint.edit.methods.cross_attention import preserved_keys
 from overpaint.edit.methods.quickfix import preserve_gram
@@ -139,7 +140,9 @@ def _with_terms(model: TextToImage, part: str, change: Change) -> Change:
         }
         aliases = change.protocol.get("aliases", {})
         pairs = {old: new for old, new in change.pairs.items() if old not in aliases}
-        again = auto(model, pairs, **settings, encoder=_named(part), aliases=aliases)
+        again = auto(
+            model, pairs, **settings, encoder=_named(part), aliases=aliases, collateral=False
+        )
         grams = {m.site: m.gram for m in again.movements}
     else:
         solved = [m.site for m in change.movements if not is_embedding(m.site)]
@@ -176,7 +179,9 @@ def _stacked_auto(
         part: _stacked_part(model, [p[part] for p in by_encoder], pairs, aliases, part, on_progress)
         for part in by_encoder[0]
     }
-    return joined(model, stacked)
+    change = joined(model, stacked)
+    measured = any("collateral" in one.report for one in changes)
+    return with_collateral(model, change) if measured else change
 
 
 def _stacked_part(
@@ -204,6 +209,7 @@ def _stacked_part(
         **settings[0],
         encoder=_named(part),
         aliases=aliases,
+        collateral=False,
         on_progress=on_progress,
     )
 

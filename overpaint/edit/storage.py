@@ -289,6 +289,8 @@ def _report_fault(report: Mapping[str, Any]) -> str:
             isinstance(row.get("concept") if isinstance(row, dict) else row, str) for row in rows
         ):
             return f"its `{name}` is no list of concepts"
+    if not isinstance(report.get("collateral") or {}, dict):
+        return "its `collateral` is of the wrong type"
     for name in ("aliases", "contained_kept", "unedited_encoders", "notes"):
         if not isinstance(report.get(name) or [], list | dict):
             return f"its `{name}` is of the wrong type"

@@ -11,7 +11,7 @@ from typing import Any
 from overpaint.edit.change import Change
 from overpaint.edit.methods.token_rows import edited_words
 
-__all__ = ["EMPTY_PROMPT_LIMIT", "describe", "warning"]
+__all__ = ["EMPTY_PROMPT_LIMIT", "describe", "everyday", "warning"]
 
 EMPTY_PROMPT_LIMIT = (
     0.05  # relative movement of the empty prompt above which `warning` is not empty
@@ -32,6 +32,7 @@ def describe(change: Change) -> str:
     report = change.report
     lost = set(_names(report.get("not_kept")))  # of them some were preserved, without success
     clauses = [f"This change moves {_moved(change)}", _empty_prompt(change)]
+    clauses.append(everyday(report) or "how many everyday captions move was not measured")
     clauses += [
         f"{words} {_listed(names)}"
         for key, words in (
@@ -49,6 +50,22 @@ def describe(change: Change) -> str:
         clauses.append("no other known concept is endangered")
     sentence = "; ".join(clauses) + "."
     return " ".join(part for part in (sentence, warning(change)) if part)
+
+
+def everyday(report: Mapping[str, Any]) -> str:
+    """Return how many everyday captions a change moves, in words; an empty string if none were measured.
+
+    Args:
+        report: Report of a change, as `edit.everyday_drift.with_collateral` completes it.
+    """
+    record = report.get("collateral")
+    keys = ("captions_moved", "captions_measured", "max_drift")
+    values = [record.get(key) for key in keys] if isinstance(record, Mapping) else []
+    numbers = [float(v) for v in values if isinstance(v, int | float) and math.isfinite(v)]
+    if len(numbers) < len(keys):
+        return ""
+    moved, measured, limit = numbers
+    return f"{moved:.0f} of {measured:.0f} measured everyday captions move by more than {100 * limit:g} %"
 
 
 def warning(change: Change) -> str:

@@ -2,15 +2,17 @@ r"""Automatic edit: preserve list, preserve weight and captions are chosen from 
 
 `quickfix` fits a concept in four captions and preserves the prompts in its argument. The automatic edit has more steps:
 
-0. tokens of a concept that occur in no other known text are replaced in the token embedding, which moves no other
-   prompt (`token_rows`); the next steps are for concepts that also have other tokens, with the new rows applied;
 1. the concept's keys come from some hundred captions around it, with words of the tokenizer's vocabulary;
 2. some thousand captions without it, and the empty prompt, are the background that should not move;
 3. concepts that would drift by more than `bound` are added to the preserve list, with a weight that each round
    multiplies by four (`preserve_search`); the report names those that remain above the bound;
 4. the weight of the background is the one with the best harmonic mean of target movement reached and drift avoided,
    measured on captions that are not fitted;
-5. the MLP of the layer is fitted to the residual that the projection cannot remove (`mlp_repair`).
+5. the MLP of the layer is fitted to the residual that the projection cannot remove (`mlp_repair`);
+6. everyday captions and names outside the vocabulary are read with and without the change (`everyday_drift`).
+
+On request (`tokens=True`) rare words of a concept are first replaced in the token embedding (`token_rows`), and the
+layer is edited for the concepts that have other tokens too.
 
 Every sum is a mean over captions, so weights do not depend on their number. Only sums over keys are stored: memory does
 not grow with the captions either, and one solve is D_in x D_in.
@@ -28,6 +30,7 @@ from typing import Literal, Unpack
 
 from torch import Tensor
 
+from overpaint import probes
 from overpaint.edit import caption_sums as texts
 from overpaint.edit import vocabulary as vocabularies
 from overpaint.edit.caption_sums import TEST_CAPTIONS, Reader
@@ -35,6 +38,7 @@ from overpaint.edit.captions import align_captions, check_pairs
 from overpaint.edit.change import Change
 from overpaint.edit.concept_words import alias_target, check_special, contains, find_aliases
 from overpaint.edit.encoders import Encoder, edited_parts, joined, unread_layer
+from overpaint.edit.everyday_drift import with_collateral
 from overpaint.edit.methods import layer_edit, token_rows
 from overpaint.edit.provenance import notes, protocol
 from overpaint.edit.weights import encoder_index, find_weight, is_embedding, text_layers
@@ -52,27 +56,28 @@ def auto(
     vocabulary: str | Sequence[str] | None = None,
     preserve: Sequence[str] = (),
     without: Sequence[str] = (),
-    tokens: bool = True,
+    tokens: bool = False,
     layer: int | Literal["auto"] = 0,
     encoder: Encoder = "all",
     aliases: Literal["auto"] | Sequence[str] | Mapping[str, str] = "auto",
     seed: int = 0,
+    collateral: bool = True,
     on_progress: Progress | None = None,
     **settings: Unpack[layer_edit.FitSettings],
 ) -> Change:
-    """Return a change of token rows or one text layer with a chosen preserve list; the model is not modified.
+    """Return a change of one text layer with a preserve list chosen from text; the model is not modified.
 
     Args:
         model: Its text encoders are edited.
         pairs: Old concept to new; several are solved jointly. `""` erases a concept: its captions are read as the
-            frames alone, its exclusive tokens as the end of text.
+            frames alone.
         vocabulary: Concepts that should not drift: `"icons"`, `"natural"`, or a list; by default the model's own.
         preserve: Further prompts that should not drift, treated like concepts of the vocabulary.
         without: Texts whose words are not used to fill captions, for example the words of a test.
-        tokens: Replace those tokens of a concept in the token embedding that occur in no preserved text, no other
-            concept and no replacement; every prompt with one of them changes, and no other prompt. The layer is edited
-            for concepts that have other tokens too, with the replaced rows as its input. `False` edits the layer alone.
-            Ordinary words that are on no list are not recognised: name a prompt with them in `preserve`.
+        tokens: Also move token rows, of whole words of letters that are no frequent words or names, end none
+            (`token_rules`), and occur in no preserved text, no other concept and no replacement. Every prompt with such
+            a word changes. The layer is edited for concepts that have other tokens too, with the replaced rows as its
+            input. To move token rows alone, use `rename`.
         layer: Text layer, from 0; or `"auto"`: each layer is edited with a quarter of the captions and without repair,
             and the one with the best result at the encoder's output is used (`layer_scan.scan`). The weights move
             during this search, and are restored bit for bit.
@@ -82,6 +87,8 @@ def auto(
             same ("van gogh" of "van gogh style", see `concept_words.find_aliases`), a list, or `()` for none. They get
             the same replacement, without "style" and the like, and become pairs of the change.
         seed: Seed of the captions.
+        collateral: Measure the drift of everyday captions and names, as many as take about a second, at least four of
+            each; see `edit.collateral`, which measures all.
         on_progress: Called with (done, total, label).
         **settings: `contexts`, `background`, `bound`, `preserve_weight`, `allowance`, `ridge` and `repair`, as in
             `layer_edit.Fit`.
@@ -90,10 +97,12 @@ def auto(
         The change. Its report holds `scan` (weight, ridge, missed share, background drift), `endangered` (concept,
         weight, drift before and after) and `not_kept` (concepts that remain above the bound), as measured for the
         projection alone; `layer_missed` and `layer_drift` are measured with the repair. Where the layer was chosen,
-        `layers` holds the result of each. `tokens` names the replaced tokens for each concept, `in_layer` the concepts
-        that the layer is edited for, and `carried` known concepts that hold a replaced token (as "apple logo" holds
-        "apple") and change with it. `aliases` holds known concepts that are erased with another one, `contained_kept`
-        those that stay although an erased one contains them; both map to that concept.
+        `layers` holds the result of each. `collateral` counts the everyday captions that move and names the worst;
+        names that move are in `not_kept` too. With `tokens=True`, `tokens` names the replaced tokens for each concept,
+        `token_captions` the everyday captions that hold them, `in_layer` the concepts that the layer is edited for,
+        and `carried` known concepts that hold a replaced token (as "apple logo" holds "apple") and change with it.
+        `aliases` holds known concepts that are erased with another one, `contained_kept` those that stay although an
+        erased one contains them; both map to that concept.
 
     Raises:
         ValueError: A concept is empty, equals its target or is to be preserved too; a number is out of range.
@@ -138,7 +147,8 @@ def auto(
         changes[part] = Change(
             change.movements, {**head, **change.protocol}, {**change.report, **shared, **remarks}
         )
-    return joined(model, changes)
+    change = joined(model, changes)
+    return with_collateral(model, change) if collateral else change
 
 
 def _edit(
@@ -172,6 +182,8 @@ def _edit(
         report["tokens"] = {
             old: token_rows.token_names(model, e.rows, part) for old, e in exclusive.items()
         }
+        everyday = probes.everyday("validation")
+        report["token_captions"] = token_rows.caption_counts(model, rows, everyday, part)
         report["in_layer"] = list(rest)
         others = [concept for concept in known if concept not in pairs]
         report["carried"] = token_rows.texts_with_tokens(model, rows, others, part)

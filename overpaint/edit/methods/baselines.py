@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
 
 from overpaint.edit.captions import Positions, check_pairs
 from overpaint.edit.change import Change
@@ -52,15 +51,8 @@ def swap_embedding(
 
 def _swapped(model: TextToImage, pairs: Mapping[str, str], part: str) -> Change:
     """Return the change of the token embedding of one encoder."""
-    rows: dict[int, Tensor] = {}
-    for old, targets in token_rows.target_rows(model, pairs, part).items():
-        for token, row in targets.items():
-            if not torch.equal(rows.setdefault(token, row), row):
-                (name,) = token_rows.token_names(model, {token: row}, part)
-                raise ValueError(
-                    f"contradictory pairs: the token {name!r} would get two embeddings, one of them from {old!r} → "
-                    f"{pairs[old]!r}. Swap these concepts one at a time, or use `quickfix`."
-                )
+    targets = token_rows.target_rows(model, pairs, part)
+    rows = token_rows.joint_rows(model, targets, pairs, part)
     movement = token_rows.movement(model, rows, part)
     rank = movement.left.shape[1]
     report = {"tokens": rank, "rank": rank, "delta_norm": float(movement.right.norm())}

@@ -22,13 +22,16 @@ from torch import Tensor
 from overpaint.edit import vocabulary
 from overpaint.edit.concept_words import GENERIC, check_special
 from overpaint.edit.movement import Movement
+from overpaint.edit.token_rules import obstacles, texts_with, token_ids
 from overpaint.edit.weights import encoder_index, find_weight
 from overpaint.model import TextToImage, hooks
 
 __all__ = [
     "ExclusiveRows",
-    "exclusive_rows",
+    "caption_counts",
     "edited_words",
+    "exclusive_rows",
+    "joint_rows",
     "movement",
     "rows_replaced",
     "target_rows",
@@ -41,7 +44,7 @@ Rows = dict[int, Tensor]  # token id to its new row, (D,)
 
 @dataclass(frozen=True, eq=False)
 class ExclusiveRows:
-    """Tokens of one concept that occur in no other text.
+    """Tokens of one concept that may move alone.
 
     Attributes:
         rows: For each token its new row, float64, shape (D,).
@@ -76,6 +79,32 @@ def target_rows(
     return {old: rows for old, rows in targets.items() if rows is not None}
 
 
+def joint_rows(
+    model: TextToImage, targets: Mapping[str, Rows], pairs: Mapping[str, str], part: str = "text"
+) -> Rows:
+    """Return the rows of all concepts in one table.
+
+    Args:
+        model: Its tokenizer spells tokens in messages.
+        targets: For each old concept its tokens and their rows, as `target_rows` returns them.
+        pairs: Old concept to new.
+        part: The text encoder.
+
+    Raises:
+        ValueError: Two concepts give one token two different rows.
+    """
+    joint: Rows = {}
+    for old, rows in targets.items():
+        for token, row in rows.items():
+            if not torch.equal(joint.setdefault(token, row), row):
+                (name,) = token_names(model, {token: row}, part)
+                raise ValueError(
+                    f"contradictory pairs: the token {name!r} would get two embeddings, one of them from {old!r} → "
+                    f"{pairs[old]!r}. Move these concepts one at a time, or use `quickfix`."
+                )
+    return joint
+
+
 def exclusive_rows(
     model: TextToImage,
     pairs: Mapping[str, str],
@@ -84,12 +113,13 @@ def exclusive_rows(
     *,
     aliases: Mapping[str, str] | None = None,
 ) -> dict[str, ExclusiveRows]:
-    """Return the target rows of tokens that occur in no other text; a concept without such tokens is left out.
+    """Return the target rows of tokens that may move alone; a concept without such tokens is left out.
 
-    Other texts are those of `preserve`, the function words of the captions that edits are fitted on, words for styles
-    and pictures ("style"), the other concepts of `pairs`, and all replacements. A concept is also left out if it or its
-    replacement holds a token that is not a word (punctuation, end of text, padding, a single byte), or if another pair
-    edits a token of its replacement.
+    Such a token passes the rules of `token_rules.obstacles` and occurs in no other text. Other texts are those of
+    `preserve`, the function words of the captions that edits are fitted on, words for styles and pictures ("style"),
+    the other concepts of `pairs`, and all replacements. A concept is also left out if it or its replacement holds a
+    token that is not a word (punctuation, end of text, padding, a single byte), or if another pair edits a token of
+    its replacement.
 
     Args:
         model: Not changed.
@@ -116,7 +146,8 @@ def exclusive_rows(
         sources = _without_common(table.read(old), table.read(new))[1]
         if others & set(sources) or not all(table.is_word(t) for t in (*rows, *sources)):
             continue
-        alone = {token: row for token, row in rows.items() if token not in shared | others}
+        barred = obstacles(table.tokenizer, old)
+        alone = {t: row for t, row in rows.items() if t not in shared | others and not barred[t]}
         if alone:
             exclusive[old] = ExclusiveRows(alone, len(alone) == len(rows))
     return exclusive
@@ -126,8 +157,18 @@ def texts_with_tokens(
     model: TextToImage, rows: Mapping[int, Tensor], texts: Sequence[str], part: str = "text"
 ) -> list[str]:
     """Return the texts that hold a token of `rows`; their features change too."""
-    tokenizer = model.tokenizers[encoder_index(model, part)]
-    return [text for text in texts if not rows.keys().isdisjoint(_read(tokenizer, text))]
+    return texts_with(model.tokenizers[encoder_index(model, part)], rows.keys(), texts)
+
+
+def caption_counts(
+    model: TextToImage, rows: Mapping[int, Tensor], captions: Sequence[str], part: str = "text"
+) -> list[dict[str, Any]]:
+    """Return for each token of `rows` how many captions hold it, and the first ten of them, ready for JSON."""
+    counts: list[dict[str, Any]] = []
+    for token, name in zip(rows, token_names(model, rows, part), strict=True):
+        holding = texts_with_tokens(model, {token: rows[token]}, captions, part)
+        counts.append({"token": name, "captions": len(holding), "examples": holding[:10]})
+    return counts
 
 
 def movement(model: TextToImage, rows: Mapping[int, Tensor], part: str = "text") -> Movement:
@@ -225,7 +266,7 @@ class _Table:
         return cls(weight, model.tokenizers[encoder_index(model, part)])
 
     def read(self, text: str) -> list[int]:
-        return _read(self.tokenizer, text)
+        return token_ids(self.tokenizer, text)
 
     def rows(self, old: str, new: str) -> Rows | None:
         """Return the tokens of a concept and their target rows; `None` if one token would get two rows."""
@@ -245,10 +286,6 @@ class _Table:
             return False
         # One byte of a letter, which many letters share, is decoded as U+FFFD, which is not alphanumeric.
         return any(c.isalnum() for c in self.tokenizer.decode([token]))
-
-
-def _read(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
 def _matched(weight: Tensor, old: Sequence[int], new: Sequence[int]) -> list[tuple[int, Tensor]]:
