@@ -103,9 +103,9 @@ def _wordings(figures: dict[str, float], intervals: dict[str, list[float]]) -> s
 
 
 METHODS = {
-    "auto": "**automatic (`edit.auto`)**",
-    "auto, layer only": "automatic, text layer only (`tokens=False`)",
-    "quickfix": "quickfix, as in the paper",
+    "auto": "with token rows (`edit.auto`, `tokens=True`)",
+    "auto, layer only": "**automatic (`edit.auto`)**",
+    "quickfix": "quickfix, as released",
     "uce": "UCE",
     "time": "TIME",
     "loco": "LocoEdit",

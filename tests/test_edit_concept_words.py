@@ -177,11 +177,13 @@ def test_concepts_in_another_unicode_form_or_case_are_the_same(real_vocabulary):
 
 
 @pytest.mark.parametrize("new", ["", "monet", "watercolor"])
-def test_words_for_styles_keep_their_rows(real_vocabulary, new):
+def test_words_for_styles_keep_their_rows(real_vocabulary, new, monkeypatch):
     """Erasing "van gogh style" must not change every prompt with the word "style"."""
+    monkeypatch.setattr(probes, "frequent_words", lambda: frozenset({"style"}))
+    monkeypatch.setattr(probes, "names", dict)
     model = overpaint.load(real_vocabulary("sd1"))
     known = ["van gogh", "monet", "snoopy"]
-    change = edit.auto(model, {"van gogh style": new}, vocabulary=known, **AUTO)
+    change = edit.auto(model, {"van gogh style": new}, vocabulary=known, tokens=True, **AUTO)
     rows = change.movements[-1]
     assert rows.site == "text.token_embedding"
     van, gogh, style = model.tokenizer("van gogh style", add_special_tokens=False).input_ids

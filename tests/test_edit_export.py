@@ -486,7 +486,7 @@ def test_the_command_line_writes_what_the_functions_write(
 def test_the_command_line_refuses_before_any_work(run, saved, tmp_path):
     out = tmp_path / "out.safetensors"
     for arguments, message in (
-        (("--format", "gguf", "--out", out), "unknown format 'gguf': choose lora, ldm or folder"),
+        (("--format", "gguf", "--out", out), "unknown format 'gguf': choose lora, kohya, comfy"),
         ((), "Missing option '--out'"),
     ):
         code, output, error = run("export", "nonesuch", saved, *arguments)

@@ -10,7 +10,7 @@ from overpaint.edit.captions import align_captions
 from overpaint.edit.weights import find_weight, text_layers
 
 SMALL = {
-    "tokens": False,
+    "collateral": False,
     "contexts": 32,
     "background": 160,
     "vocabulary": ["monet", "snoopy", "van dyck"],

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["edit"]
 
-_SETTINGS = ("preserve", "auto", "neighbours", "preserve_weight", "ridge", "positions", "encoder")
+_SETTINGS = (
+    "preserve", "auto", "rename", "neighbours", "preserve_weight", "ridge", "positions", "encoder",
+)  # fmt: skip
 # settings that a change given by --update hands on to the edit that is added to it
 _INHERITED = ("ridge", "positions", "frames", "subtract_bias", "layer", "projection", "encoder")
 

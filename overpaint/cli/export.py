@@ -10,20 +10,25 @@ from overpaint.cli.terminal import check_absent, check_writable, load_model, pri
 
 __all__ = ["export"]
 
-_FORMATS = ("lora", "ldm", "folder")
+_FORMATS = ("lora", "kohya", "comfy", "embeddings", "ldm", "folder")
+_FOLDERS = ("embeddings", "folder")
 
 
 def export(
     model: Model,
     change: Annotated[Path, typer.Argument(help="The change file.", parser=as_path)],
     out: Annotated[
-        Path, typer.Option(help="The file; a new folder for --format folder.", parser=as_path)
+        Path,
+        typer.Option(
+            help="The file; a new folder for --format folder and embeddings.", parser=as_path
+        ),
     ],
     form: Annotated[
         str,
         typer.Option(
             "--format",
-            help="lora, ldm (one checkpoint of the edited model, Stable Diffusion 1 only), or folder (diffusers).",
+            help="lora (diffusers), kohya (LoRA for web UIs), comfy (with token rows, for ComfyUI), embeddings (token "
+            "rows for AUTOMATIC1111), ldm (one edited checkpoint, Stable Diffusion 1), or folder (diffusers).",
         ),
     ] = "lora",
     force: Force = False,
@@ -35,6 +40,7 @@ def export(
 
     \b
     overpaint export icons change.safetensors --out lora.safetensors
+    overpaint export icons change.safetensors --format kohya --out webui.safetensors
     overpaint export icons change.safetensors --format ldm --out ldm.safetensors
     overpaint export icons change.safetensors --format folder --out edited
     """  # noqa: D301
@@ -42,7 +48,7 @@ def export(
 
     if form not in _FORMATS:
         raise ValueError(
-            f"unknown format {form!r}: choose lora, ldm or folder with --format, for example --format lora."
+            f"unknown format {form!r}: choose {', '.join(_FORMATS[:-1])} or folder with --format."
         )
     _check_out(out, form, force)
     if out.exists() and change.exists() and out.samefile(change):
@@ -50,8 +56,11 @@ def export(
     check_writable(out.parent)
     loaded_change = Change.load(change)
     loaded = load_model(model, device, dtype)
-    if form == "lora":
-        path = export.lora(loaded_change, out, model=loaded)
+    if form in ("lora", "kohya", "comfy"):
+        write = {"lora": export.lora, "kohya": export.kohya, "comfy": export.comfy}[form]
+        path = write(loaded_change, out, model=loaded)
+    elif form == "embeddings":
+        path = export.embeddings(loaded, loaded_change, out)
     elif form == "ldm":
         path = export.single_file(loaded, loaded_change, out)
     else:
@@ -61,7 +70,7 @@ def export(
 
 def _check_out(out: Path, form: str, force: bool) -> None:
     """Raise unless the export may be written to `out`."""
-    if form != "folder":
+    if form not in _FOLDERS:
         if out.suffix != ".safetensors":
             raise ValueError(
                 f"weights are exported as safetensors, not as {out.name!r}: end the name in '.safetensors'."

@@ -1,5 +1,6 @@
-"""Export a change: as a LoRA, a single LDM file, or a diffusers folder with a model card."""
+"""Export a change: as a LoRA, for web UIs, as a single LDM file, or as a diffusers folder with a model card."""
 
 from overpaint.edit.export.formats import folder, lora, single_file
+from overpaint.edit.export.web_ui import comfy, embeddings, kohya
 
-__all__ = ["folder", "lora", "single_file"]
+__all__ = ["comfy", "embeddings", "folder", "kohya", "lora", "single_file"]

@@ -29,7 +29,16 @@ from overpaint.model import TextToImage
 from overpaint.model.quiet import quiet
 from overpaint.model.sites import find_unet
 
-__all__ = ["folder", "lora", "single_file"]
+__all__ = [
+    "draft_at",
+    "folder",
+    "lora",
+    "lora_tensors",
+    "new_folder",
+    "safetensors_path",
+    "save",
+    "single_file",
+]
 
 _TEXT = re.compile(r"text(2?)\.(\d+)\.(self_attn\.\w+|mlp\.fc2)")
 _UNET = re.compile(r"unet\.cross_attn\.(\d+)\.(\w+)")
@@ -57,7 +66,12 @@ def lora(change: Change, path: str | Path, *, model: TextToImage | None = None) 
         UnknownSite: `model` lacks a weight of the change.
         OSError: The place cannot be written.
     """
-    target = _safetensors(path)
+    target = safetensors_path(path)
+    return save(lora_tensors(change, model), target)
+
+
+def lora_tensors(change: Change, model: TextToImage | None) -> dict[str, Tensor]:
+    """Return the factors of a LoRA under the names of diffusers and peft. Raises as `lora`."""
     modules = {_module(m.site, model): m for m in change.movements}
     if model is not None:
         _check_shapes(model, change)
@@ -68,7 +82,7 @@ def lora(change: Change, path: str | Path, *, model: TextToImage | None = None) 
         rank = max(len(d) for m, (_, d) in factors.items() if m.startswith(f"{part}."))
         tensors[f"{module}.lora_A.weight"] = pad(down, (0, 0, 0, rank - len(down)))
         tensors[f"{module}.lora_B.weight"] = pad(up, (0, rank - up.shape[1]))
-    return _save(tensors, target)
+    return tensors
 
 
 def _check_shapes(model: TextToImage, change: Change) -> None:
@@ -102,10 +116,10 @@ def single_file(model: TextToImage, change: Change, path: str | Path) -> Path:
         ValueError: The change was made for another model, or `path` has another ending.
         OSError: The place cannot be written.
     """
-    target = _safetensors(path)
+    target = safetensors_path(path)
     _check_memory(model)
     with _edited(model, change):
-        return _save(ldm.state(model, stored=model.folder is not None), target)
+        return save(ldm.state(model, stored=model.folder is not None), target)
 
 
 def folder(model: TextToImage, change: Change, path: str | Path) -> Path:
@@ -129,11 +143,7 @@ def folder(model: TextToImage, change: Change, path: str | Path) -> Path:
         ValueError: The change was made for another model.
         OSError: The place cannot be written.
     """
-    target = files.user_path(path, "path")
-    if target.exists():
-        raise FileExistsError(
-            f"{str(target)!r} exists already, and an export does not replace it: name a new folder."
-        )
+    target = new_folder(path)
     _check_memory(model)
     source = model.folder
     if source is not None and source.is_encoder:
@@ -141,7 +151,7 @@ def folder(model: TextToImage, change: Change, path: str | Path) -> Path:
             f"{model.name!r} is a text encoder alone, which is exported with its pipeline: load the folder of the "
             "whole pipeline, to which the change applies too."
         )
-    with _edited(model, change), _draft(target) as draft:
+    with _edited(model, change), draft_at(target) as draft:
         notes: tuple[str, ...] = ()
         if source is None:
             with quiet():
@@ -164,8 +174,8 @@ def _module(site: str, model: TextToImage | None) -> str:
     unet = _UNET.fullmatch(site)
     if unet is None:
         raise ValueError(
-            f"a LoRA of diffusers cannot hold {site}, only projections: export a folder or a single file, or make the "
-            "change with `tokens=False`."
+            f"a LoRA of diffusers cannot hold {site}, only projections: export a folder or a single file, write a LoRA "
+            "for ComfyUI with `export.comfy`, or make the change with `tokens=False`."
         )
     if model is None:
         raise ValueError(
@@ -209,7 +219,18 @@ def _check_memory(model: TextToImage) -> None:
             )
 
 
-def _safetensors(path: str | Path) -> Path:
+def new_folder(path: str | Path) -> Path:
+    """Return `path`, or raise `FileExistsError` if it exists."""
+    target = files.user_path(path, "path")
+    if target.exists():
+        raise FileExistsError(
+            f"{str(target)!r} exists already, and an export does not replace it: name a new folder."
+        )
+    return target
+
+
+def safetensors_path(path: str | Path) -> Path:
+    """Return `path`, or raise `ValueError` unless it ends in `.safetensors`."""
     target = files.user_path(path, "path")
     if target.suffix != ".safetensors":
         raise ValueError(
@@ -218,14 +239,15 @@ def _safetensors(path: str | Path) -> Path:
     return target
 
 
-def _save(tensors: dict[str, Tensor], target: Path) -> Path:
-    with _draft(target) as draft, torch.no_grad():
+def save(tensors: dict[str, Tensor], target: Path) -> Path:
+    """Write tensors to a safetensors file, atomically, and return its path."""
+    with draft_at(target) as draft, torch.no_grad():
         save_file({name: t.contiguous() for name, t in tensors.items()}, draft, {"format": "pt"})
     return target
 
 
 @contextmanager
-def _draft(target: Path) -> Iterator[Path]:
+def draft_at(target: Path) -> Iterator[Path]:
     """Yield the path of a draft that becomes `target` if the block succeeds; see `files.atomic`.
 
     Raises:

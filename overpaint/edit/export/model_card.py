@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from overpaint import files
+from overpaint.edit import verdict
 from overpaint.edit.change import Change
 
 __all__ = ["NAME", "plain", "save", "text"]
@@ -138,6 +139,8 @@ def _expected(report: Mapping[str, Any]) -> str:
         rows.append(f"Preserved, since they would have changed: {_listed(endangered)}.")
     if lost := [_name(row) for row in report.get("not_kept") or []]:
         rows.append(f"**Not preserved**, expect these to change too: {_listed(lost)}.")
+    if moved := verdict.everyday(report):
+        rows.append(f"{moved}.")
     if not rows:
         rows.append(
             "The edit reports nothing about other concepts: look at pictures before you use it."
