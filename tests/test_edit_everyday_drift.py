@@ -121,6 +121,12 @@ def test_reports_hold_the_record_and_name_endangered_names(tiny_sd1):
     assert automatic.report["collateral"]["captions_measured"] == 3
 
 
+def test_captions_that_the_encoder_cuts_are_measured_without_a_warning(tiny_sd1, monkeypatch):
+    long = "a red house " * 40
+    monkeypatch.setattr(probes, "everyday", lambda part: (long,))
+    assert edit.collateral(tiny_sd1, edit.quickfix(tiny_sd1, PAIR)).captions[long] > 0
+
+
 def test_progress_is_reported(tiny_sd1):
     labels = []
     change = edit.quickfix(tiny_sd1, PAIR)

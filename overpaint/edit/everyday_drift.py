@@ -9,6 +9,7 @@ No weight is written: the movements are added to the outputs of the modules whil
 """
 
 import random
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from overpaint.edit.movement import Movement
 from overpaint.edit.token_rules import texts_with
 from overpaint.edit.vocabulary import PLAIN
 from overpaint.edit.weights import encoder_index, find_weight, is_embedding
+from overpaint.errors import CutPromptWarning
 from overpaint.model import TextToImage, hooks
 from overpaint.model.offload import run_device
 from overpaint.model.sampling import Progress
@@ -228,7 +230,10 @@ class _Ruler:
             if on_progress is not None:
                 on_progress(start, len(read), "reading everyday texts")
             batch = read[start : start + _BATCH]
-            for measured in (*self._in_encoders(batch), *self._in_unet(batch)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", CutPromptWarning)  # a cut caption is a caption too
+                rows = [*self._in_encoders(batch), *self._in_unet(batch)]
+            for measured in rows:
                 for text, drift in zip(batch, measured.tolist(), strict=True):
                     drifts[text] = max(drifts[text], drift)
         return drifts
