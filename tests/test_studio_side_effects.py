@@ -111,4 +111,4 @@ def test_one_sentence_of_verdict_stands_before_the_figures(tiny_sd1, quickfix_ch
         assert page.index("op-verdict") < page.index("op-tiles")
         assert f"the empty prompt moves by {100 * effects.empty_prompt:.1f} %" in page
         assert f"likely to change too: {', '.join(d.concept for d in effects.drifts)}" in page
-    assert "not measured" not in effects.verdict
+    assert "effects on other concepts were not measured" not in effects.verdict
