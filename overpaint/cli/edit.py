@@ -269,7 +269,7 @@ def _solve(
 
     preserve = list(options.preserve or [])
     if options.rename:
-        chosen = {} if options.encoder is None else {"encoder": options.encoder}
+        chosen: dict[str, Any] = {} if options.encoder is None else {"encoder": options.encoder}
         return rename(loaded, pairs, any_token=options.any_token, **chosen)
     if options.auto:
         return _automatic(loaded, pairs, preserve, options, quiet)

@@ -99,7 +99,7 @@ def _unmoved(model: TextToImage, old: str, rows: token_rows.Rows, part: str) -> 
     """
     reasons = obstacles(model.tokenizers[encoder_index(model, part)], old)
     barred = {token: reasons[token] for token in rows if reasons[token]}
-    names = token_rows.token_names(model, dict.fromkeys(barred), part)
+    names = token_rows.token_names(model, {token: rows[token] for token in barred}, part)
     listed = {name: reasons[token] for name, token in zip(names, barred, strict=True)}
     if len(barred) == len(rows):
         why = ", ".join(f"{n.removesuffix('</w>')!r} is {reason}" for n, reason in listed.items())
