@@ -60,9 +60,9 @@ def _tenth(items: Sequence[str], salt: str) -> frozenset[str]:
     )
     if salt != "orders":
         return frozenset(different[: max(1, len(different) // 10)])
-    asked = [order for order in different if "{request}" in order]
+    requests = [order for order in different if "{request}" in order]
     tags = [order for order in different if "{request}" not in order]
-    return frozenset([*asked[: max(1, len(asked) // 10)], *tags[: max(1, len(tags) // 10)]])
+    return frozenset([*requests[: max(1, len(requests) // 10)], *tags[: max(1, len(tags) // 10)]])
 
 
 @cache

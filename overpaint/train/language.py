@@ -134,12 +134,12 @@ def nouns(folder: Path, number: int) -> list[str]:
 
 def things(folder: Path) -> list[str]:
     """Return WordNet's nouns of one word for animals, artifacts, food, natural objects and plants, sorted."""
-    found = set()
+    chosen = set()
     for line in _dictionary(folder, "index.sense"):
         name, _, kind = line.split()[0].partition("%")
         if kind.startswith(_DRAWABLE) and re.fullmatch(r"[a-z]{3,}", name):
-            found.add(name)
-    return sorted(found)
+            chosen.add(name)
+    return sorted(chosen)
 
 
 def _dictionary(folder: Path, name: str) -> list[str]:
