@@ -35,7 +35,7 @@ class Scenes:
 
     def small(self, rng: np.random.Generator) -> Picture:
         """Return a random picture of 64x64 pixels; it shows no held-out pair."""
-        kind = int(rng.choice(6, p=(0.60, 0.12, 0.05, 0.05, 0.12, 0.06)))
+        kind = int(rng.choice(6, p=(0.48, 0.14, 0.04, 0.06, 0.22, 0.06)))
         color = _color(rng)
         draws = (self._single, self._placed, self._sized, self._count, self._two)
         return draws[kind](color, rng) if kind < 5 else self._named(color, rng)
