@@ -5,10 +5,14 @@ from overpaint.edit.change import Change
 from overpaint.edit.everyday_drift import Collateral, collateral
 from overpaint.edit.methods.automatic import auto
 from overpaint.edit.methods.baselines import random_site, swap_embedding
+from overpaint.edit.methods.double_projection import dp
 from overpaint.edit.methods.finetune import finetune
+from overpaint.edit.methods.hirm import hirm
 from overpaint.edit.methods.loco import loco
+from overpaint.edit.methods.oce import oce
 from overpaint.edit.methods.quickfix import quickfix
 from overpaint.edit.methods.rename import rename
+from overpaint.edit.methods.speed import speed
 from overpaint.edit.methods.time_edit import time
 from overpaint.edit.methods.uce import debias, uce
 from overpaint.edit.movement import Movement
@@ -24,14 +28,18 @@ __all__ = [
     "collateral",
     "complete",
     "debias",
+    "dp",
     "export",
     "finetune",
+    "hirm",
     "load_pairs",
     "loco",
+    "oce",
     "plot",
     "quickfix",
     "random_site",
     "rename",
+    "speed",
     "stack",
     "swap_embedding",
     "time",

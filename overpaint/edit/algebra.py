@@ -17,6 +17,7 @@ from torch import Tensor
 
 from overpaint.edit.least_squares import Factors, compress, contradiction, factorise
 from overpaint.edit.movement import Contents, Movement, digest
+from overpaint.edit.null_space import EXACT
 from overpaint.edit.weights import is_embedding
 from overpaint.errors import listed
 
@@ -33,7 +34,14 @@ __all__ = [
 ]
 
 STRENGTH_LIMIT = 100.0  # of the factor of `scale`, and of the product of all factors
-_EQUAL = ("ridge", "positions", "subtract_bias")  # settings that added changes must share
+_EQUAL = (
+    "ridge",
+    "positions",
+    "subtract_bias",
+    "keys",
+    "rank",
+    "safe",
+)  # settings that added changes must share
 
 
 def add(first: Contents, second: Contents) -> Contents:
@@ -176,11 +184,12 @@ def order(change: Contents) -> tuple[str, str]:
 def preserve_settings(change: Contents) -> tuple[frozenset[str], float]:
     """Return the preserved prompts and their weight; no prompts and 0 if the weight is 0.
 
-    For a change by `auto`, these are its terms as JSON and 1.
+    For a change by `auto`, these are its terms as JSON and 1. The weight of exact preservation is infinite.
     """
     if terms := change.protocol.get("terms"):
         return frozenset(json.dumps(term, sort_keys=True) for term in terms), 1.0
-    weight = float(change.protocol.get("preserve_weight") or 0.0)
+    weight = change.protocol.get("preserve_weight") or 0.0
+    weight = math.inf if weight == EXACT else float(weight)
     prompts = frozenset(change.protocol.get("preserve", []))
     return (prompts, weight) if prompts and weight > 0 else (frozenset(), 0.0)
 
@@ -223,7 +232,9 @@ def _check_complete(change: Contents) -> None:
     """Raise unless the preserve terms of `change` are in memory."""
     _check_separable(change)
     check_solved(change)
-    if preserve_settings(change)[0] and any(m.gram is None for m in change.movements):
+    prompts, weight = preserve_settings(change)
+    # exact preservation has no terms: it is in the keys
+    if prompts and math.isfinite(weight) and any(m.gram is None for m in change.movements):
         raise ValueError(
             "this change preserves prompts but lacks their terms, which are saved only with `gram=True`: use "
             "`edit.stack(model, [a, b])` to add it, or `edit.complete(model, change)` first."
@@ -248,6 +259,8 @@ def _check_alike(first: Contents, second: Contents) -> None:
     preserved = [preserve_settings(change) for change in (first, second)]
     if preserved[0][0] and preserved[1][0] and preserved[0][1] != preserved[1][1]:
         names.append("preserve_weight")
+    if math.inf in (preserved[0][1], preserved[1][1]) and preserved[0][0] != preserved[1][0]:
+        names.append("preserve, which they hold exactly")
     if names:
         refuse_difference(", ".join(names))
 
@@ -392,7 +405,8 @@ def _joint_protocol(first: Contents, second: Contents, pairs: Mapping[str, str])
         protocol["preserve"] = sorted({p for c in (first, second) for p in c.protocol["preserve"]})
     else:
         protocol["preserve"] = sorted(preserved[0][0] | preserved[1][0])
-        protocol["preserve_weight"] = max(preserved[0][1], preserved[1][1])
+        weight = max(preserved[0][1], preserved[1][1])
+        protocol["preserve_weight"] = weight if math.isfinite(weight) else EXACT
     frames = [change.protocol.get("frames") for change in (first, second)]
     if frames[0] != frames[1]:
         protocol["frames"] = sorted({frame for part in frames for frame in part or []})

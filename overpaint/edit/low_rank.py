@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from overpaint.edit.movement import Contents, Movement
+from overpaint.edit.null_space import EXACT
 from overpaint.edit.weights import is_embedding
 
 __all__ = ["compact"]
@@ -54,7 +55,8 @@ def compact(change: Contents, *, rank: int = 16, dtype: torch.dtype = torch.floa
         raise ValueError(
             f"`dtype` must be torch.float16, torch.float32 or torch.float64, got {dtype!r}."
         )
-    named = change.protocol.get("preserve") and change.protocol.get("preserve_weight")
+    weight = change.protocol.get("preserve_weight")
+    named = change.protocol.get("preserve") and weight and weight != EXACT
     preserves, repaired = named or change.protocol.get("terms"), change.protocol.get("repair")
     solved = [m for m in change.movements if not is_embedding(m.site)]
     if preserves and any(m.gram is None and (repaired or len(m.keys)) for m in solved):

@@ -102,6 +102,20 @@ class Movement:
         return cls(site, fingerprint(parameter), left, right, *no_keys, (), gram, hashes)
 
     @classmethod
+    def to_weight(cls, site: str, parameter: Tensor, goal: Tensor) -> "Movement":
+        """Return the movement of `parameter` to `goal`, of full rank: one factor is the difference in float32.
+
+        Args:
+            site: Name of the weight.
+            parameter: The weight; its present numbers are the base of the movement.
+            goal: The weight after the movement, shape (D_out, D_in).
+        """
+        delta = (goal.detach().cpu().double() - parameter.detach().cpu().double()).float()
+        out, width = delta.shape
+        left, right = (torch.eye(out), delta) if out <= width else (delta, torch.eye(width))
+        return cls.of_weight(site, parameter, left, right)
+
+    @classmethod
     def from_solution(
         cls,
         site: str,

@@ -18,6 +18,7 @@ from overpaint.edit.methods.automatic import auto, preserve_terms
 from overpaint.edit.methods.cross_attention import preserved_keys
 from overpaint.edit.methods.quickfix import preserve_gram
 from overpaint.edit.movement import Movement
+from overpaint.edit.null_space import EXACT
 from overpaint.edit.stored_weights import is_base_of
 from overpaint.edit.weights import find_weights, fingerprint, is_embedding
 from overpaint.errors import check_texts
@@ -80,7 +81,7 @@ def stack(
     }
     if len(weights) > 1:
         algebra.refuse_difference("preserve_weight")
-    if weights:
+    if weights and EXACT not in weights:
         common = {"preserve_weight": weights.pop()}
         changes = [dataclasses.replace(c, protocol={**c.protocol, **common}) for c in changes]
         changes = [complete(model, c, preserve=preserve) for c in changes]
@@ -104,8 +105,8 @@ def complete(
     if "terms" in change.protocol:
         return _complete_auto(model, change)
     prompts = list(change.protocol.get("preserve", []) if preserve is None else preserve)
-    if not prompts:
-        return change
+    if not prompts or change.protocol.get("preserve_weight") == EXACT:
+        return change  # exact preservation has no terms: it is in the keys
     _check_bases(model, change)
     grams: dict[str, Tensor | None] = {}
     movements: list[Movement] = []
@@ -113,7 +114,7 @@ def complete(
         # all weights of the UNet share their keys
         source = m.site if m.site.startswith("text") else "unet"
         if source not in grams:
-            keys = preserved_keys(model, change.protocol.get("method"), m.site, prompts)
+            keys = preserved_keys(model, change.protocol, m.site, prompts)
             grams[source] = preserve_gram(keys, change.protocol["preserve_weight"])
         movements.append(dataclasses.replace(m, gram=grams[source]))
     protocol = {**change.protocol, "preserve": prompts}

@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from overpaint.edit.movement import Contents, Movement
+from overpaint.edit.null_space import EXACT
 from overpaint.edit.weights import fingerprint, is_embedding, is_site
 from overpaint.files import atomic, from_json, user_path
 
@@ -264,7 +265,11 @@ def _protocol_fault(protocol: Mapping[str, Any]) -> str:
     aliases, encoders = protocol.get("aliases", {}), protocol.get("encoders", {})
     texts = [protocol.get("preserve", []), protocol.get("frames", [])]
     names = [protocol.get(n, "") for n in ("model", "method")]
-    numbers = [protocol[n] for n in ("ridge", "preserve_weight") if protocol.get(n) is not None]
+    numbers = [
+        protocol[n]
+        for n in ("ridge", "preserve_weight")
+        if protocol.get(n) is not None and (n, protocol[n]) != ("preserve_weight", EXACT)
+    ]
     sound = (
         isinstance(pairs, dict)
         and all(isinstance(new, str) for new in pairs.values())

@@ -15,6 +15,7 @@ from overpaint.edit.change import Change
 from overpaint.edit.encoders import Encoder, edited_parts, joined
 from overpaint.edit.methods import token_rows
 from overpaint.edit.methods.quickfix import FRAMES, quickfix
+from overpaint.edit.null_space import PreserveWeight
 from overpaint.edit.provenance import notes, protocol
 from overpaint.edit.weights import PROJECTIONS, text_layers
 from overpaint.errors import check_seed
@@ -66,7 +67,7 @@ def random_site(
     *,
     seed: int = 0,
     preserve: Sequence[str] = (),
-    preserve_weight: float = 0.1,
+    preserve_weight: PreserveWeight = 0.1,
     ridge: float = 0.01,
     positions: Positions = "from_subject_to_end",
     frames: Sequence[str] = FRAMES,

@@ -1,4 +1,4 @@
-r"""Closed-form edits of the UNet's cross-attention keys and values: the part that UCE, TIME and LocoEdit share.
+r"""Closed-form edits of the UNet's cross-attention keys and values: the part that the methods share.
 
 Every layer reads the same text features, and none of the projections has a bias. So the edit is stated in text features
 alone: a weight :math:`W` should map the keys :math:`K` to its present outputs for the sources :math:`S`. The targets
@@ -8,19 +8,20 @@ Source: the objective is that of `least_squares`; the methods cite their papers.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from overpaint.edit.captions import captions, layer_inputs
+from overpaint.edit.captions import align_captions, captions, layer_inputs
 from overpaint.edit.change import Change
 from overpaint.edit.drift import weight_drift
-from overpaint.edit.least_squares import Factors, Solution, contradiction, factorise
+from overpaint.edit.least_squares import Factors, contradiction, factorise
 from overpaint.edit.methods.quickfix import preserve_gram
 from overpaint.edit.movement import Movement
+from overpaint.edit.null_space import check_room, outside
 from overpaint.edit.provenance import notes
 from overpaint.edit.provenance import protocol as shared_protocol
 from overpaint.edit.weights import encoder_index, find_weights
@@ -30,22 +31,30 @@ from overpaint.model.sites import Site, find_unet
 
 __all__ = [
     "FeatureEdit",
+    "Keys",
     "Layer",
     "Projection",
+    "check_contradictions",
+    "check_weight",
+    "drift_report",
+    "feature_edit",
     "last_tokens",
+    "pooled_remark",
     "preserved_keys",
     "projection_sites",
-    "pooled_remark",
     "read_features",
+    "rows_from_last_token",
     "solve_projections",
+    "squared_norms",
     "unconditional_features",
 ]
 
 _ALL_POSITIONS = ("quickfix", "random_site")  # methods that preserve every token of a prompt
-_LAST_TOKEN = ("uce", "debias")  # methods that preserve the last token of a prompt
+_LAST_TOKEN = ("uce", "debias")  # methods that preserve a prompt from its last token on, or at it
 
 Layer = int | str | Site
 Projection = Literal["k", "v"]
+Keys = Literal["last", "last_to_pads"]
 _BATCH = 64  # texts
 
 
@@ -163,6 +172,61 @@ def pooled_remark(model: TextToImage) -> str:
     )
 
 
+def feature_edit(
+    model: TextToImage,
+    pairs: Mapping[str, str],
+    preserve: Sequence[str],
+    *,
+    frames: Sequence[str],
+    keys: Keys = "last",
+) -> FeatureEdit:
+    """Return the edit of `pairs` in `frames`; preserved prompts have no frame.
+
+    Args:
+        model: Its text encoders and tokenizer are called.
+        pairs: Old concept to new; the source of `""` is the token before its place, begin-of-text in an empty frame.
+        preserve: Prompts whose outputs should not change.
+        frames: Captions around the concept: a prefix, or a text in which `{}` is replaced.
+        keys: `"last"` reads the concept's last token; `"last_to_pads"` also every token after it, to the last pad, each
+            aligned with the token as far from the last token of the new concept.
+
+    Raises:
+        ValueError: A concept is cut off, or `keys` is another word.
+    """
+    if keys not in get_args(Keys):
+        names = " or ".join(map(repr, get_args(Keys)))
+        raise ValueError(f"`keys` must be {names}, got {keys!r}. Leave it out for 'last'.")
+    started = time.perf_counter()
+    positions = "last_subject" if keys == "last" else "from_subject_to_end"
+    planned = align_captions(model, pairs, frames, positions)
+    ends = last_tokens(model, [(prompt, "") for prompt in preserve])
+    last = [p.old.last for p in planned] + [p.new.last for p in planned] + [e for _, e in ends]
+    length = max(last) + 2 if keys == "last" else None  # with the end of text
+    texts = [c.text for p in planned for c in (p.old, p.new)]
+    features = read_features(model, [*texts, *(text for text, _ in ends)], length=length)
+    preserved = [rows_from_last_token(features[text], place, keys) for text, place in ends]
+    width = features[texts[0]].shape[1]
+    concepts = list(pairs)
+    aligned = [(p, old, new) for p in planned for old, new in p.positions]
+    return FeatureEdit(
+        keys=torch.stack([features[p.old.text][old] for p, old, _ in aligned]),
+        sources=torch.stack([features[p.new.text][new] for p, _, new in aligned]),
+        owners=tuple(concepts.index(p.names[0]) for p, *_ in aligned),
+        labels=tuple(f"{p.names[0]!r} → {p.names[1]!r}" for p, *_ in aligned),
+        preserve=torch.cat([torch.zeros(0, width), *preserved]),
+        preserve_prompts=tuple(
+            p for p, rows in zip(preserve, preserved, strict=True) for _ in rows
+        ),
+        empty=unconditional_features(model),
+        started=started,
+    )
+
+
+def rows_from_last_token(features: Tensor, place: int, keys: Keys) -> Tensor:
+    """Return the rows of `features` (L, D) at the position `place`, and of those after it for `"last_to_pads"`."""
+    return features[place : place + 1] if keys == "last" else features[place:]
+
+
 def solve_projections(
     model: TextToImage,
     sites: Sequence[str],
@@ -170,6 +234,7 @@ def solve_projections(
     *,
     ridge: float,
     preserve_weight: float = 0.0,
+    basis: Tensor | Callable[[Tensor], Tensor] | None = None,
     protocol: Mapping[str, Any],
 ) -> Change:
     """Return the change of all `sites` by a feature edit; the model is not modified.
@@ -180,40 +245,48 @@ def solve_projections(
         edit: Keys, sources and preserved keys.
         ridge: Pull towards the old weights, in units of a key's squared norm. Positive.
         preserve_weight: Weight of one preserved key against one edited key.
+        basis: Orthonormal directions (D, R) of text features whose outputs do not change at all, or a function that
+            returns them for a weight (D_out, D) in float64.
         protocol: The method and its arguments; model, ridge, sites and versions are added.
 
     Raises:
         ValueError: Two pairs contradict one another, a preserved prompt is edited, or a weight is not finite.
         UnsupportedModel: The projections do not read the text features, or are not plain matrices in memory.
     """
-    _check_contradictions(edit)
+    check_contradictions(edit)
     weights = find_weights(model, sites)
     gram = preserve_gram(edit.preserve, preserve_weight)
+    concepts = list(protocol["pairs"])
     started = time.perf_counter()
-    factors = factorise(edit.keys, ridge=ridge, gram=gram, method="auto")
     shift = edit.sources.double() - edit.keys.double()
-    inputs = (edit.keys, edit.preserve, edit.empty)
-    projected = [rows.double() @ factors.right.T for rows in inputs]  # shared by all weights
+    systems: list[_System] = []
     movements: list[Movement] = []
     squares: list[dict[str, float]] = []
     for weight in weights:
         matrix = weight.parameter.detach().to("cpu", torch.float64)
-        _check_weight(weight.site, matrix, edit.keys.shape[1])
+        check_weight(weight.site, matrix, edit.keys.shape[1])
+        if callable(basis) or not systems:
+            directions = basis(matrix) if callable(basis) else basis
+            systems.append(_system(edit, directions, concepts, ridge=ridge, gram=gram))
+        system = systems[-1]
         residuals = shift @ matrix.T
-        solution = factors.solve(residuals)
+        solution = system.factors.solve(residuals)
         movements.append(
             Movement.from_solution(
-                weight.site, weight.parameter, solution, edit.keys, residuals, edit.owners, gram
+                weight.site, weight.parameter, solution, system.keys, residuals, edit.owners, gram
             )
         )
-        squares.append(_squared_norms(solution, residuals, projected, edit, weight.parameter))
-    solved = time.perf_counter()
+        squares.append(
+            squared_norms(solution.left, residuals, system.projected, edit, weight.parameter)
+        )
     report = {
         "seconds": {
             "keys": round(started - edit.started, 6),
-            "solve": round(solved - started, 6),
+            "solve": round(time.perf_counter() - started, 6),
         },
-        **_report(factors, edit, movements, squares),
+        "condition_number": max(s.factors.condition_number for s in systems),
+        "effective_rank": max(s.factors.effective_rank for s in systems),
+        **drift_report(edit, movements, squares),
     }
     method, pairs = protocol["method"], protocol["pairs"]
     full = {
@@ -223,19 +296,49 @@ def solve_projections(
     return Change(tuple(movements), full, report)
 
 
-def preserved_keys(model: TextToImage, method: Any, site: str, prompts: Sequence[str]) -> Tensor:
-    """Return the keys (M, D_in) at the weight `site` that a change by `method` preserves for `prompts`.
+@dataclass(frozen=True, eq=False)
+class _System:
+    """Keys, their factors, and the keys, preserved keys and empty prompt times the right factor."""
+
+    keys: Tensor
+    factors: Factors
+    projected: list[Tensor]
+
+
+def _system(
+    edit: FeatureEdit,
+    basis: Tensor | None,
+    concepts: Sequence[str],
+    *,
+    ridge: float,
+    gram: Tensor | None,
+) -> _System:
+    """Return the system that all weights with these keys and this basis share."""
+    keys = edit.keys
+    if basis is not None:
+        keys = outside(edit.keys, basis)
+        check_room(edit.keys, keys, edit.owners, concepts)
+    factors = factorise(keys, ridge=ridge, gram=gram, method="auto")
+    inputs = (edit.keys, edit.preserve, edit.empty)
+    return _System(keys, factors, [rows.double() @ factors.right.T for rows in inputs])
+
+
+def preserved_keys(
+    model: TextToImage, protocol: Mapping[str, Any], site: str, prompts: Sequence[str]
+) -> Tensor:
+    """Return the keys (M, D_in) at the weight `site` that a change with this protocol preserves for `prompts`.
 
     Raises:
-        ValueError: The keys of changes by `method` cannot be read again.
+        ValueError: The keys of changes by this method cannot be read again.
     """
+    method, keys = protocol.get("method"), protocol.get("keys", "last")
     if method in _ALL_POSITIONS:
         ids = model.tokenize(prompts, encoder=encoder_index(model, site.partition(".")[0]))
         return layer_inputs(model, site, ids).flatten(0, 1)
     if method in _LAST_TOKEN:
         places = last_tokens(model, [(prompt, "") for prompt in prompts])
         features = read_features(model, [text for text, _ in places])
-        return torch.stack([features[text][place] for text, place in places])
+        return torch.cat([rows_from_last_token(features[text], end, keys) for text, end in places])
     raise ValueError(
         f"the preserve terms of a change made by {method!r} cannot be read again: save it with `gram=True`, or make "
         "one change of all concepts."
@@ -254,7 +357,8 @@ def _index(layer: Layer) -> int:
     return int(number)
 
 
-def _check_contradictions(edit: FeatureEdit) -> None:
+def check_contradictions(edit: FeatureEdit) -> None:
+    """Raise a `ValueError` if one key has two targets, also if a preserved key is edited."""
     rows = contradiction(
         torch.cat([edit.keys, edit.preserve]), torch.cat([edit.sources, edit.preserve])
     )
@@ -273,7 +377,13 @@ def _check_contradictions(edit: FeatureEdit) -> None:
     )
 
 
-def _check_weight(site: str, weight: Tensor, width: int) -> None:
+def check_weight(site: str, weight: Tensor, width: int) -> None:
+    """Raise unless a weight reads text features of `width` numbers, and all its own numbers are finite.
+
+    Raises:
+        UnsupportedModel: It reads something else.
+        ValueError: It holds NaN or infinity.
+    """
     if weight.shape[1] != width:
         raise UnsupportedModel(
             f"{site} reads {weight.shape[1]} numbers for each token, but the text features have {width}: this UNet "
@@ -284,20 +394,24 @@ def _check_weight(site: str, weight: Tensor, width: int) -> None:
         raise ValueError(f"the weight at {site} holds NaN or infinity: load an undamaged model.")
 
 
-def _squared_norms(
-    solution: Solution,
+def squared_norms(
+    left: Tensor,
     residuals: Tensor,
     projected: Sequence[Tensor],
     edit: FeatureEdit,
     parameter: Tensor,
 ) -> dict[str, float]:
-    """Return squared norms that are summed over the weights for the report.
+    """Return squared norms of the movement of one weight, which `drift_report` sums over the weights.
 
-    `projected` holds keys, preserved keys and the empty prompt times the right factor, which all weights share. The
-    rows of that factor are orthonormal, so these products with the left factor have the same norms as the inputs with
-    the whole movement.
+    Args:
+        left: Left factor of the movement, shape (D_out, R). The right one has orthonormal rows.
+        residuals: Targets minus present outputs of the keys, shape (N, D_out).
+        projected: Keys, preserved keys and empty prompt times the right factor, which weights share: their products
+            with `left` have the norms of the inputs' products with the whole movement.
+        edit: The edit.
+        parameter: The weight.
     """
-    left, weight = solution.left, parameter.detach().cpu().float()
+    weight = parameter.detach().cpu().float()
     keys, preserve, empty = projected
     norms = {
         "delta": weight_drift(left),
@@ -313,12 +427,10 @@ def _squared_norms(
     return {name: norm**2 for name, norm in norms.items()}
 
 
-def _report(
-    factors: Factors,
-    edit: FeatureEdit,
-    movements: Sequence[Movement],
-    squares: Sequence[Mapping[str, float]],
+def drift_report(
+    edit: FeatureEdit, movements: Sequence[Movement], squares: Sequence[Mapping[str, float]]
 ) -> dict[str, Any]:
+    """Return the part of a report about residuals and drift, from the `squared_norms` of all weights."""
     sums = {name: sum(square[name] for square in squares) for name in squares[0]}
 
     def ratio(part: str, whole: str) -> float:
@@ -328,8 +440,6 @@ def _report(
         "weights": len(movements),
         "keys": len(edit.keys),
         "preserved_keys": len(edit.preserve),
-        "condition_number": factors.condition_number,
-        "effective_rank": factors.effective_rank,
         "rank": max(m.left.shape[1] for m in movements),
         "delta_norm": max(sums["delta"], 0.0) ** 0.5,
         "relative_delta_norm": ratio("delta", "weight"),

@@ -163,7 +163,8 @@ def finetune(
     drawn = time.perf_counter()
     tuned = [nn.Parameter(p.detach().float().clone()) for p in parameters]
     losses = _train(model, parameters, tuned, examples, settings, on_progress)
-    movements = tuple(_movement(*row) for row in zip(sites, parameters, tuned, strict=True))
+    rows = zip(sites, parameters, tuned, strict=True)
+    movements = tuple(Movement.to_weight(*row) for row in rows)
     tenth = max(1, settings.steps // 10)
     report = {
         "weights": len(sites),
@@ -282,15 +283,6 @@ def _loss(
         predictor, cast, (noisy, t, example.old.expand(batch_size, -1, -1))
     )
     return (prediction.float() - target.float()).square().mean()
-
-
-def _movement(site: str, parameter: nn.Parameter, tuned: Tensor) -> Movement:
-    """Return the whole difference of two weights as factors, the smaller of which is the identity."""
-    weight = parameter.detach().cpu()
-    delta = (tuned.detach().cpu().double() - weight.double()).float()
-    out, width = delta.shape
-    left, right = (torch.eye(out), delta) if out <= width else (delta, torch.eye(width))
-    return Movement.of_weight(site, parameter, left, right)
 
 
 def _check_positive(numbers: Mapping[str, float]) -> None:

@@ -9,20 +9,15 @@ Source: Basu et al., 2024 (LocoGen and LocoEdit), https://arxiv.org/abs/2405.010
 Deviations: the target is any concept (theirs is fixed to "a painting"); solved in float64.
 """
 
-import time
 from collections.abc import Mapping, Sequence
 
-import torch
-
-from overpaint.edit.captions import align_captions, check_frames, check_pairs
+from overpaint.edit.captions import check_frames, check_pairs
 from overpaint.edit.change import Change
 from overpaint.edit.methods.cross_attention import (
-    FeatureEdit,
     Layer,
+    feature_edit,
     projection_sites,
-    read_features,
     solve_projections,
-    unconditional_features,
 )
 from overpaint.edit.methods.quickfix import FRAMES
 from overpaint.model import TextToImage
@@ -66,22 +61,7 @@ def loco(
     sites = projection_sites(
         model, _middle(model, window) if layers is None else layers, ("k", "v")
     )
-    started = time.perf_counter()
-    planned = align_captions(model, pairs, frames, "last_subject")
-    concepts = list(pairs)
-    length = max(max(p.old.last, p.new.last) for p in planned) + 2  # with the end of text
-    texts = [c.text for p in planned for c in (p.old, p.new)]
-    features = read_features(model, texts, length=length)
-    edit = FeatureEdit(
-        keys=torch.stack([features[p.old.text][p.old.last] for p in planned]),
-        sources=torch.stack([features[p.new.text][p.new.last] for p in planned]),
-        owners=tuple(concepts.index(p.names[0]) for p in planned),
-        labels=tuple(f"{p.names[0]!r} → {p.names[1]!r}" for p in planned),
-        preserve=torch.zeros(0, features[planned[0].old.text].shape[1]),
-        preserve_prompts=(),
-        empty=unconditional_features(model),
-        started=started,
-    )
+    edit = feature_edit(model, pairs, (), frames=frames)
     protocol = {"method": "loco", "pairs": dict(pairs), "frames": list(frames)}
     return solve_projections(model, sites, edit, ridge=ridge, protocol=protocol)
 

@@ -6,7 +6,8 @@ The layer's inputs at the old concept are the keys :math:`k`; the weight's outpu
 Source: Basu et al., 2024, https://arxiv.org/abs/2310.13730, equations 8 and 9.
 Deviations: targets are computed from the layer's inputs in float64, without the bias (the release fits the weight to
 outputs that include the bias; `subtract_bias=False` does the same). The forward pass stops at the layer, and all
-captions are read in batches. The paper has no preserve list: `preserve` is the term of UCE, and 0.1 its default weight.
+captions are read in batches. The paper has no preserve list: `preserve` is the term of UCE, and 0.1 its default weight;
+`preserve_weight="exact"` is the projection of `null_space`.
 """
 
 import math
@@ -42,6 +43,7 @@ from overpaint.edit.least_squares import (
     product,
 )
 from overpaint.edit.movement import Movement, Targets
+from overpaint.edit.null_space import EXACT, PreserveWeight, check_room, outside, span
 from overpaint.edit.provenance import notes, protocol
 from overpaint.edit.weights import PROJECTIONS, Weight, find_weight, text_layers
 from overpaint.errors import UnknownSite, check_texts
@@ -59,7 +61,7 @@ def quickfix(
     pairs: Mapping[str, str],
     *,
     preserve: Sequence[str] = (),
-    preserve_weight: float = 0.1,
+    preserve_weight: PreserveWeight = 0.1,
     ridge: float = 0.01,
     positions: Positions = "from_subject_to_end",
     frames: Sequence[str] = FRAMES,
@@ -79,7 +81,9 @@ def quickfix(
             captions are read as the frames alone.
         preserve: Whole prompts whose outputs should not change, at every position from begin-of-text to the last pad:
             SD-1.x reads pads too, and begin-of-text is the same in every prompt. `""` is allowed; guidance reads it.
-        preserve_weight: Weight of one preserved key against one edited key; 0 leaves the preserve term out.
+        preserve_weight: Weight of one preserved key against one edited key; 0 leaves the preserve term out. `"exact"`,
+            the limit of a growing weight: the keys are projected onto the complement of the preserved keys' span, so
+            that no output of the layer at a preserved prompt moves. A prompt takes up to 77 of the D_in directions.
         ridge: Pull towards the old weight, in units of a key's squared norm. Positive.
         positions: Which tokens become keys: from the concept's last token to the end of the padding (the release),
             the last token alone (the paper's text), the last token and the end of text, all tokens of the concept
@@ -100,7 +104,7 @@ def quickfix(
 
     Raises:
         ValueError: A concept is empty, cut off or its own target, two targets claim one key, a number is out of range
-            or not finite.
+            or not finite, or exactly preserved prompts leave no direction for a concept.
         TypeError: A list of texts is one text.
         UnknownSite: The model has no such layer or encoder.
         UnsupportedModel: The text encoder's attention does not run through the projection, or its weight is not a plain
@@ -124,7 +128,7 @@ class _Request:
     model: TextToImage
     pairs: Mapping[str, str]
     preserve: tuple[str, ...]
-    preserve_weight: float
+    preserve_weight: PreserveWeight
     ridge: float
     positions: Positions
     frames: tuple[str, ...]
@@ -153,12 +157,17 @@ def _edit(request: _Request, encoder: str) -> Change:
     clock.record("keys")
     _check_targets(planned, targets)
     clock.record("values")
-    gram = preserve_gram(preserved, request.preserve_weight)
-    factors = factorise(targets.keys, ridge=request.ridge, gram=gram, method=request.solver)
-    fit = _fit(targets, factors)
+    owners = _owners(pairs, planned)
+    if request.preserve_weight == EXACT:
+        gram, keys = None, outside(targets.keys, span(preserved))
+        check_room(targets.keys, keys, owners, list(pairs))
+    else:
+        gram, keys = preserve_gram(preserved, request.preserve_weight), targets.keys
+    factors = factorise(keys, ridge=request.ridge, gram=gram, method=request.solver)
+    fit = _fit(targets, factors) if keys is targets.keys else _fit_rows(targets, factors)
     movement = Movement.from_solution(
-        site, weight.parameter, fit.solution, targets.keys, fit.residual_data, _owners(pairs, planned), gram
-    )  # fmt: skip
+        site, weight.parameter, fit.solution, keys, fit.residual_data, owners, gram
+    )
     clock.record("solve")
     report = _report(movement, fit, preserved=preserved, empty=empty, weight=targets.weight)
     report |= {
@@ -177,7 +186,7 @@ def _edit(request: _Request, encoder: str) -> Change:
     return Change((movement,), head | settings, report | {"seconds": clock.seconds})
 
 
-def preserve_gram(keys: Tensor, preserve_weight: float) -> Tensor | None:
+def preserve_gram(keys: Tensor, preserve_weight: PreserveWeight) -> Tensor | None:
     r"""Return :math:`a P^\top P` of preserved keys, float64, (D_in, D_in); `None` without keys or at weight 0.
 
     Args:
@@ -187,7 +196,9 @@ def preserve_gram(keys: Tensor, preserve_weight: float) -> Tensor | None:
     Raises:
         ValueError: The weight is negative or not finite.
     """
-    if not (math.isfinite(preserve_weight) and preserve_weight >= 0):
+    if isinstance(preserve_weight, str) or not (
+        math.isfinite(preserve_weight) and preserve_weight >= 0
+    ):
         raise ValueError(
             f"`preserve_weight` must be 0 or more and finite, got {preserve_weight!r}. 0.1 is the usual choice."
         )

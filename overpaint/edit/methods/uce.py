@@ -12,7 +12,8 @@ https://github.com/rohitgandikota/unified-concept-editing.
 Deviations: solved in float64 and in the dual form; for an empty new concept in a frame ("painting by ") the target is
 that of the frame's last token. Their erase scale is left out: dividing ridge and preserve weight by it is the same. In
 `debias` the part of an attribute along the concept is removed and its length is set to the concept's, so that the
-attribute's weight has a unit; the caller provides the function that counts attributes.
+attribute's weight has a unit; the caller provides the function that counts attributes. `keys="last_to_pads"` makes
+keys of the end of text and the pads too, since SD-1.x reads them; the present release has the last token alone.
 """
 
 import dataclasses
@@ -27,13 +28,13 @@ from torch import Tensor
 from overpaint.edit.captions import check_frames, check_pairs
 from overpaint.edit.change import Change
 from overpaint.edit.methods.cross_attention import (
-    FeatureEdit,
+    Keys,
     Layer,
+    feature_edit,
     last_tokens,
     projection_sites,
     read_features,
     solve_projections,
-    unconditional_features,
 )
 from overpaint.errors import check_one_text, check_texts
 from overpaint.model import TextToImage
@@ -52,6 +53,7 @@ def uce(
     preserve: Sequence[str] = (),
     preserve_weight: float = 1.0,
     ridge: float = 0.5,
+    keys: Keys = "last",
     frames: Sequence[str] = OBJECTS,
     layers: Sequence[Layer] | None = None,
 ) -> Change:
@@ -61,9 +63,10 @@ def uce(
         model: The model to edit.
         pairs: Old concept to new, as `{"van gogh": "painting"}`; `""` erases a concept: it is mapped to the token
             before its place, begin-of-text where the frame is empty.
-        preserve: Concepts whose outputs should not change, at their last token.
+        preserve: Concepts whose outputs should not change, at the tokens that `keys` names.
         preserve_weight: Weight of one preserved key against one edited key.
         ridge: Pull towards the old weights, in units of a key's squared norm. Positive.
+        keys: `"last"`, the concept's last token, as released; `"last_to_pads"`, every token from it to the last pad.
         frames: Captions around the concept; `OBJECTS` and `ARTISTS` are the paper's two sets, `("",)` is the bare
             concept.
         layers: Cross-attention layers, all if `None`.
@@ -81,10 +84,10 @@ def uce(
     check_texts(preserve, "preserve")
     check_frames(frames)
     sites = projection_sites(model, layers, ("k", "v"))
-    edit = _feature_edit(model, pairs, preserve, frames)
+    edit = feature_edit(model, pairs, preserve, frames=frames, keys=keys)
     protocol = {
         "method": "uce", "pairs": dict(pairs), "preserve": list(preserve), "preserve_weight": preserve_weight,
-        "frames": list(frames),
+        "keys": keys, "frames": list(frames),
     }  # fmt: skip
     return solve_projections(
         model, sites, edit, ridge=ridge, preserve_weight=preserve_weight, protocol=protocol
@@ -161,7 +164,7 @@ def debias(
     check_frames(frames)
     search = search or Search()
     sites = projection_sites(model, layers, ("k", "v"))
-    edit = _feature_edit(model, {concept: ""}, preserve, frames)
+    edit = feature_edit(model, {concept: ""}, preserve, frames=frames)
     directions = _directions(model, edit.keys, list(shares))
     weights = torch.zeros(len(shares), dtype=torch.float64)
     best: tuple[float, Change] | None = None
@@ -191,36 +194,6 @@ def debias(
     assert best is not None
     report = {**best[1].report, "rounds": history, "off": best[0]}
     return Change(best[1].movements, best[1].protocol, report)
-
-
-def _feature_edit(
-    model: TextToImage, pairs: Mapping[str, str], preserve: Sequence[str], frames: Sequence[str]
-) -> FeatureEdit:
-    """Return the edit of the last tokens of `pairs` in `frames`; preserved prompts have no frame."""
-    started = time.perf_counter()
-    framed = [(i, old, new, f) for i, (old, new) in enumerate(pairs.items()) for f in frames]
-    olds = last_tokens(model, [(old, frame) for _, old, _, frame in framed])
-    news = last_tokens(model, [(new, frame) for _, _, new, frame in framed])
-    preserved = last_tokens(model, [(prompt, "") for prompt in preserve])
-    places = [*olds, *news, *preserved]
-    length = max(place for _, place in places) + 2  # with the end of text
-    features = read_features(model, [text for text, _ in places], length=length)
-
-    def rows(places: Sequence[tuple[str, int]]) -> Tensor:
-        if not places:
-            return torch.zeros(0, features[olds[0][0]].shape[1])
-        return torch.stack([features[text][place] for text, place in places])
-
-    return FeatureEdit(
-        keys=rows(olds),
-        sources=rows(news),
-        owners=tuple(i for i, *_ in framed),
-        labels=tuple(f"{old!r} → {new!r}" for _, old, new, _ in framed),
-        preserve=rows(preserved),
-        preserve_prompts=tuple(preserve),
-        empty=unconditional_features(model),
-        started=started,
-    )
 
 
 def _directions(model: TextToImage, keys: Tensor, attributes: Sequence[str]) -> Tensor:
