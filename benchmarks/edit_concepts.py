@@ -2,10 +2,10 @@
 
     python benchmarks/edit_concepts.py      # writes edit_concepts.toml again; a test compares the two
 
-`SEEN` are the thirty pairs that earlier versions of the benchmark showed four times. Three of each kind are drawn for
-validation. Test pairs come from labels that no earlier benchmark of edits lists, as far as there are any; the others are
-concepts that were only a replacement before, or that were erased before and now get another replacement. The file marks
-both. `many` has fifty pairs that are edited at once. There is no choice by eye: a seeded generator draws all of them.
+`SEEN` are the thirty pairs that earlier versions of the benchmark showed four times; three of each kind are drawn for
+validation. Test pairs come from labels that no earlier benchmark of edits lists, as far as there are any. The others
+were only a replacement before, or were erased before and now get another replacement; the file marks both. `many` has
+fifty pairs that are edited at once. There is no choice by eye: a seeded generator draws all of them.
 """
 
 import random
@@ -129,10 +129,10 @@ def load(path: Path = FILE) -> dict[str, dict[str, Pairs]]:
 def text(lists: Mapping[str, Mapping[str, Mapping[str, str]]]) -> str:
     """Return the contents of the file for these pairs."""
     lines = [
-        "# Pairs of quality_edit, old concept = new concept; `python benchmarks/edit_concepts.py` draws and writes them.",
+        "# Pairs of quality_edit, old = new; `python benchmarks/edit_concepts.py` draws and writes them.",
         "# `validation` may be looked at at any time. `test` is run once for given weights; a second look is recorded.",
-        "# Labels that no earlier benchmark of edits lists: enough objects, trademarks and flags, but no style, color or",
-        "# action. A remark marks the concepts of these three kinds: the pairs are new, the concepts are not.",
+        "# Labels that no earlier benchmark of edits lists: enough objects, trademarks and flags, but no style, color",
+        "# or action. A remark marks the concepts of these three kinds: the pairs are new, the concepts are not.",
     ]
     for name, kinds in lists.items():
         for kind, pairs in kinds.items():

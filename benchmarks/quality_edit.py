@@ -1,414 +1,207 @@
-"""Does an edit erase, redirect and preserve, on thirty concepts of six kinds, and for how many concepts at once?
+"""Does an edit erase, redirect and preserve, next to other methods that were tuned by the same rule?
 
-    python benchmarks/quality_edit.py [--quick] [--json] [--size N] [--steps S] [--threads N]
+    python benchmarks/quality_edit.py --tune    # chooses every method's settings on the validation concepts
+    python benchmarks/quality_edit.py           # runs the test concepts, once
+    options: [--quick] [--json] [--size N] [--steps S] [--attack] [--again] [--captions N] [--device D] [--threads N]
 
-Five concepts of each kind (styles, objects, trademarks, colors, actions, facts) are edited one at a time by every
-method on `icons`. `icons-judge` classifies the pictures of the same prompts and start noise. The figures of each method
-are shares of pictures, with 95 % intervals over concepts (see `metrics.share`):
+Each concept of `edit_concepts.toml` is edited alone by each method of `edit_methods.METHODS` on `icons`, and
+`icons-judge` names what the pictures show. `edit_prompts` says what is asked for, `edit_figures` what is counted: the
+concept that is left, in trained and in held-out wordings and by synonyms, redirection, what else is kept, everyday
+captions that move, attacks (`--attack`), seconds and bytes. Intervals are over concepts. Then 1, 10 and 50 concepts in
+one solve, and the kernel distance (KID) of unrelated pictures.
 
-  - target: pictures of the concept that are still recognised as it; `before` is the share in the unedited model;
-  - redirection: pictures of the concept recognised as its replacement; `replacement, unedited` is the share for the
-    unedited model's pictures of the replacement, an upper bound;
-  - others_drop, rest_drop: labels that are no longer recognised, of other concepts of the kind and of other kinds;
-  - harmonic: harmonic mean of efficacy (1 - target) and specificity (share of all other labels still recognised).
+Settings are chosen on validation concepts, for every method by the best harmonic mean of efficacy and specificity, and
+stored with all scores in `results/quality_edit_tuning.json`. The contest does not run without this file. A second run
+of the same test concepts on the same weights is refused; with `--again` it runs, and the result counts the looks.
 
-Then the same for 1, 5, 10, 25 and 50 concepts in one solve. Then the kernel distance (KID) between pictures of
-unrelated prompts after an edit and pictures of the unedited model from other seeds, with a permutation test; the KID of
-two sets of seeds of the unedited model is shown for comparison.
-
-The objects in the evaluated prompts are not used to fit edits or in preserve lists, and `auto` fills its captions
-without their names. Finished concepts are stored in `runs/quality_edit`, so that a stopped run can continue.
-Writes `benchmarks/results/quality_edit.json`.
+Finished results are stored in `runs/quality_edit`, so that a stopped run can continue. Writes
+`benchmarks/results/quality_edit.json`; `--quick` has a validation concept, few methods and the first settings of each,
+and writes to `runs/benchmarks`.
 """
 
 import argparse
-import hashlib
-import math
+import datetime
 import os
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import edit_concepts
+import edit_run
 import torch
-from torch import Tensor
+from edit_measure import Bench
+from edit_methods import METHODS, OURS
+from edit_more import kid_rows, many_rows
+from edit_prompts import Sizes
+from edit_report import as_json, flat, markdown, tables
+from edit_run import PLAIN, NotTuned, Run
+from edit_store import AlreadyRun, Store, digest, earlier_looks, refuse_second_run
 
 import overpaint as op
-from overpaint import evaluate, files, metrics
-from overpaint.edit import Change
-from overpaint.evaluate.results import Comparison, Scores
-from overpaint.metrics import Interval, paired_share, share
+from overpaint import files
 from overpaint.model import sampling
-from overpaint.probes import questions
-from overpaint.scorers import judge as features
+from overpaint.scorers import judge
 from overpaint.trace.provenance import fingerprint
+from overpaint.train import card
 
 RESULTS = Path(__file__).parent / "results"
-STEPS, SIZE = 8, 3
-CONCEPTS = {
-    "style": {
-        "openmoji style": "noto style", "high contrast style": "twemoji style", "fluent style": "blob style",
-        "blob style": "fluent style", "twemoji style": "openmoji style",
-    },
-    "object": {
-        "cat": "dog", "banana": "lemon", "rocket": "airplane", "umbrella": "balloon", "castle": "house",
-    },
-    "trademark": {
-        "apple logo": "twitter logo", "python logo": "swift logo", "facebook logo": "dropbox logo",
-        "chrome logo": "opera logo", "ubuntu logo": "vue logo",
-    },
-    "color": {
-        "red background": "blue background", "green background": "white background",
-        "yellow background": "gray background", "purple background": "orange background",
-        "pink background": "green background",
-    },
-    "action": {
-        "person running": "person walking", "person biking": "person golfing", "person surfing": "person swimming",
-        "person bowing": "person juggling", "person golfing": "person running",
-    },
-    "fact": {
-        "flag of france": "flag of italy", "flag of japan": "flag of china", "flag of canada": "flag of switzerland",
-        "flag of brazil": "flag of india", "flag of greece": "flag of finland",
-    },
-}  # fmt: skip
-MANY = (1, 5, 10, 25, 50)
-OURS = "auto"
-LAYER = "auto, layer only"  # the same without the token embedding
-
-
-def methods(
-    model: op.TextToImage, known: Sequence[str], evaluated: Sequence[str]
-) -> dict[str, Callable[[dict[str, str]], Change]]:
-    """Return a function for each method, by name, that returns its change for some pairs.
-
-    `evaluated` are the objects of the evaluated prompts.
-    """
-    return {
-        OURS: lambda pairs: op.edit.auto(
-            model, pairs, vocabulary=known, without=evaluated, tokens=True
-        ),
-        LAYER: lambda pairs: op.edit.auto(
-            model, pairs, vocabulary=known, without=evaluated, tokens=False
-        ),
-        "quickfix": lambda pairs: op.edit.quickfix(model, pairs),
-        "uce": lambda pairs: op.edit.uce(model, pairs),
-        "time": lambda pairs: op.edit.time(model, pairs),
-        "loco": lambda pairs: op.edit.loco(model, pairs),
-        "swap embedding": lambda pairs: op.edit.swap_embedding(model, pairs),
-    }
-
-
-def concept_scores(
-    model: op.TextToImage, judge: features.Judge, kind: str, old: str, new: str, plan: Any
-) -> tuple[dict[str, Scores], bool]:
-    """Return the scores of every method for one concept, and whether `auto` moves the token embedding alone.
-
-    Stored scores are read from disk. The scores of `auto` are stored under the digest of its change, because other
-    settings give another change; the scores of the other methods are stored separately.
-    """
-    edits = methods(model, *questions.split_concepts(judge.labels))
-    options: dict[str, Any] = {
-        "scorer": judge, "size": plan.size, "steps": plan.steps, "seed": plan.seed, "gallery": 1,
-    }  # fmt: skip
-    name = hashlib.sha256(f"{kind} {old} {new}".encode()).hexdigest()[:12]
-    ours = {n: edits.pop(n)({old: new}) for n in (OURS, LAYER)}
-    digests = "-".join(change.digest[:12] for change in ours.values())
-    automatic = stored_scores(plan.folder / f"{name}-{digests}", model, lambda: ours, options)
-    rivals = stored_scores(
-        plan.folder / name,
-        model,
-        lambda: {n: edit({old: new}) for n, edit in edits.items()},
-        options,
-    )
-    return {**rivals, **automatic}, ours[OURS].sites == ("text.token_embedding",)
-
-
-def stored_scores(
-    folder: Path,
-    model: op.TextToImage,
-    changes: Callable[[], Mapping[str, Change]],
-    options: dict[str, Any],
-) -> Mapping[str, Scores]:
-    """Return the scores stored in `folder`; if there are none, compute the changes, score them and store the scores."""
-    if not (folder / "comparison.json").exists():
-        evaluate.compare(model, changes(), **options).save(folder)
-    return Comparison.load(folder).scores
-
-
-def replacement_share(model: op.TextToImage, judge: features.Judge, new: str, plan: Any) -> float:
-    """Return the share of the unedited model's pictures of the replacement that are recognised as it."""
-    kind, label = questions.parse_concept(new, judge.labels)
-    prompts = questions.build(
-        kind, label, labels=judge.labels, held_out=model.held_out, size=plan.size, seed=plan.seed
-    )
-    prompts = tuple(q for q in prompts if q.role == "target")
-    labels = judge.predict(
-        draw(model, [q.prompt for q in prompts], [q.seed for q in prompts], plan), kind
-    )
-    return sum(v == label for v in labels) / len(prompts)
-
-
-def draw(model: op.TextToImage, prompts: Sequence[str], seeds: Sequence[int], plan: Any) -> Tensor:
-    return (
-        model.generate(list(prompts), seed=list(seeds), steps=plan.steps, batch_size=64)
-        .images.float()
-        .cpu()
-    )
-
-
-def specificity(score: Scores) -> float:
-    """Return the share of the correct labels before the edit that are correct after it, without the erased concept."""
-    pairs = list(score.specificity.values())
-    before = sum(p.before.mean * p.before.n for p in pairs if p.before.n)
-    after = sum(p.after.mean * p.after.n for p in pairs if p.after.n)
-    return min(1.0, after / before) if before else math.nan
-
-
-def harmonic(score: Scores) -> float:
-    """Return the harmonic mean of efficacy and specificity."""
-    a, b = 1 - score.efficacy.after.mean, specificity(score)
-    return 2 * a * b / max(a + b, 1e-9)
-
-
-def summary(scores: Sequence[Scores], ceilings: Sequence[float]) -> dict[str, Interval]:
-    """Return the figures of one method, as means over concepts.
-
-    `ceilings` are the results of `replacement_share`.
-    """
-    others = [s.specificity[s.kind].drop for s in scores]
-    rest = [
-        (s.erase, p.drop)
-        for s in scores
-        for k, p in s.specificity.items()
-        if k != s.kind and p.before.n
-    ]
-    return {
-        "before": share([s.efficacy.before.mean for s in scores]),
-        "target": share([s.efficacy.after.mean for s in scores]),
-        "unseen wordings": share([s.generality["unseen wordings"].after.mean for s in scores]),
-        "redirection": share([s.redirection.after.mean for s in scores]),
-        "replacement, unedited": share(ceilings),
-        "others_drop": paired_share([0.0] * len(others), others),
-        "rest_drop": paired_share(
-            [0.0] * len(rest), [drop for _, drop in rest], groups=[erase for erase, _ in rest]
-        ),
-        "kept": share([specificity(s) for s in scores]),
-        "harmonic": share([harmonic(s) for s in scores]),
-    }
-
-
-def many_pairs(labels: Mapping[str, Sequence[str]], count: int) -> dict[str, str]:
-    """Return `count` pairs of objects, logos, flags and persons, each replaced by one that is not edited."""
-    names = sorted(labels["object"], key=lambda n: hashlib.sha256(f"many {n}".encode()).hexdigest())
-    families: dict[str, list[str]] = {}
-    for name in names:
-        families.setdefault(questions.family(name), []).append(name)
-    result: dict[str, str] = {}
-    for family in families.values():
-        half = len(family) // 2
-        result |= dict(zip(family[:half], family[half:], strict=False))
-    order = sorted(result, key=lambda n: hashlib.sha256(f"order {n}".encode()).hexdigest())
-    return {name: result[name] for name in order[:count]}
-
-
-def many_rows(model: op.TextToImage, judge: features.Judge, plan: Any) -> list[dict[str, Any]]:
-    """Return the figures of 1 to 50 concepts in one solve: target, redirection, unedited objects still recognised."""
-    all_pairs = many_pairs(judge.labels, MANY[-1])
-    untouched = [n for n in judge.labels["object"] if n not in all_pairs]
-    styles = judge.labels["style"]
-    words = [
-        questions.caption(n, "" if questions.is_sign(n) else styles[i % len(styles)], "")
-        for i, n in enumerate(untouched)
-    ]
-    captions = {n: [questions.caption(n, "", "", frame=f) for f in range(2)] for n in all_pairs}
-    rows: list[dict[str, Any]] = []
-    edits = methods(model, *questions.split_concepts(judge.labels))
-    seeds = [plan.seed + i for i in range(len(words))]
-    before = judge.predict(draw(model, words, seeds, plan), "object")
-    right = [v == n for v, n in zip(before, untouched, strict=True)]
-    for count in plan.many:
-        pairs = dict(list(all_pairs.items())[:count])
-        prompts = [p for n in pairs for p in captions[n]]
-        prompt_seeds = [plan.seed + i for i in range(len(prompts))]
-        for name in (OURS, LAYER, "quickfix", "uce"):
-            start = time.perf_counter()
-            change = edits[name](pairs)
-            seconds = time.perf_counter() - start
-            with change.applied(model):
-                labels = judge.predict(draw(model, prompts, prompt_seeds, plan), "object")
-                after = judge.predict(draw(model, words, seeds, plan), "object")
-            concepts = [
-                n for n in pairs for _ in captions[n]
-            ]  # two captions of a concept are one unit
-            still = [v == n for v, n in zip(labels, concepts, strict=True)]
-            moved = [v == pairs[n] for v, n in zip(labels, concepts, strict=True)]
-            same = [v == n for v, n, r in zip(after, untouched, right, strict=True) if r]
-            rows.append({"concepts": count, "method": name, "target": share(still, groups=concepts),
-                         "redirection": share(moved, groups=concepts), "kept": share(same),
-                         "seconds": round(seconds, 2)})  # fmt: skip
-    return rows
-
-
-def kid_rows(model: op.TextToImage, judge: features.Judge, plan: Any) -> list[dict[str, Any]]:
-    """Return the KID (x 1,000) between pictures of unrelated prompts after an edit and unedited ones from other seeds.
-
-    There is one edit of each kind. Two more rows have the KID of two sets of seeds of the unedited model. `p` is the
-    share of random splits with a KID that is at least as large.
-    """
-    objects = [o for o in judge.labels["object"] if not questions.is_sign(o)]
-    sets = [[plan.seed + 100_000 * k + i for i in range(plan.unrelated)] for k in range(3)]
-    words = [
-        questions.caption(objects[(7 * i) % len(objects)], "", "", frame=i)
-        for i in range(plan.unrelated)
-    ]
-
-    def read(seeds: Sequence[int]) -> Tensor:
-        unit = judge.image_features(draw(model, words, seeds, plan))
-        return unit.double() * unit.shape[1] ** 0.5
-
-    def row(name: str, first: Tensor, second: Tensor) -> dict[str, Any]:
-        test = metrics.kid_test(first, second, groups=(words, words))
-        return {"set": name, "kid": round(1000 * test.value, 3), "p": round(test.p, 3)}
-
-    first, second, third = (read(seeds) for seeds in sets)
-    rows = [
-        row("two sets of seeds", first, second),
-        row("two other sets of seeds", third, second),
-    ]
-    edits = methods(model, *questions.split_concepts(judge.labels))
-    for kind, pairs in plan.concepts.items():
-        old, new = next(iter(pairs.items()))
-        for name in (OURS, LAYER):
-            with edits[name]({old: new}).applied(model):
-                rows.append(
-                    row(f"{kind}: {old}, {name}, against other seeds", read(sets[0]), second)
-                )
-    return rows
-
-
-def table(rows: Sequence[Mapping[str, Any]], title: str) -> str:
-    """Return a Markdown table."""
-    names = list(rows[0])
-    lines = [f"\n### {title}\n", f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
-    return "\n".join([*lines, *("| " + " | ".join(str(r[n]) for n in names) + " |" for r in rows)])
-
-
-def plain(value: Any) -> Any:
-    if isinstance(value, Interval):
-        return {"mean": value.mean, "low": value.low, "high": value.high, "n": value.n}
-    return value
+QUICK = (OURS, "quickfix", "uce, to pads", "token rows", "prompt filter", PLAIN)
+MANY, UNRELATED = (1, 10, 50), 96
+TUNING_SIZE = 4
 
 
 def main() -> None:
     """Run the benchmark."""
+    plan = arguments()
+    start = time.perf_counter()
+    torch.set_num_threads(plan.threads)
+    model = op.load("icons", device=plan.device)
+    model.pipe.scheduler = sampling.make_scheduler(model, "dpm")  # few steps, close to many
+    bench = Bench(model, judge.load(device=plan.device), plan.steps, plan.seed)
+    out = Path("runs/benchmarks") if plan.quick else RESULTS
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        result = (tuned if plan.tune else contested)(plan, bench, out)
+    except (AlreadyRun, NotTuned) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+    if plan.json:
+        print(files.to_json({**result, "seconds": round(time.perf_counter() - start, 1)}))
+
+
+def tuned(plan: argparse.Namespace, bench: Bench, out: Path) -> dict[str, float]:
+    """Choose the settings of the methods on the validation concepts, write them, and return the best scores."""
+    concepts: Mapping[str, Mapping[str, str]] = edit_concepts.load()["validation"]
+    if plan.quick:
+        concepts = first(concepts)
+    sizes = small() if plan.quick else Sizes.of(plan.size or TUNING_SIZE, only_trained=True)
+    run = started(plan, bench, sizes, captions=0)
+    layers = edit_run.layers_by_kind(run, concepts) if "loco" in plan.methods else {}
+    run = started(plan, bench, sizes, captions=0, layers=layers)
+    found = edit_run.tune(run, concepts, plan.methods)
+    path = out / "quality_edit_tuning.json"
+    if plan.methods != list(METHODS) and path.is_file():  # some methods again
+        old = files.from_json(path.read_bytes())
+        if old["weights"] == run.weights:
+            found = {**old["methods"], **found}
+            layers = layers or old["layers"]
+    content = {
+        "weights": run.weights, "concepts": concepts, "layers": layers, "methods": found,
+        "rule": "best harmonic mean of 1 - target and kept, averaged over validation concepts",
+        "protocol": protocol(plan, run), "commit": card.commit(),
+    }  # fmt: skip
+    files.write_json(path, content)
+    for name, entry in found.items():
+        print(f"\n{name}: {entry['chosen']}")
+        for row in entry["tried"]:
+            scores = (f"{key} {row[key]:.3f}" for key in ("harmonic", "target", "kept"))
+            print(f"  {', '.join(scores)}: {row['settings']}")
+    best = {n: max(row["harmonic"] for row in entry["tried"]) for n, entry in found.items()}
+    return {f"{name.replace(', ', '_').replace(' ', '_')}": round(v, 4) for name, v in best.items()}
+
+
+def contested(plan: argparse.Namespace, bench: Bench, out: Path) -> dict[str, float]:
+    """Run the test concepts, write tables and figures, and return the flat figures."""
+    lists = edit_concepts.load()
+    concepts: Mapping[str, Mapping[str, str]] = lists["test"]
+    weights, path = fingerprint(bench.model), out / "quality_edit.json"
+    looks: list[dict[str, Any]] = []
+    if plan.quick:
+        concepts = first(lists["validation"])
+        chosen = {name: dict(METHODS[name].grid[0]) for name in plan.methods}
+        layers: Mapping[str, Sequence[int]] = {}
+        sizes, many, unrelated = small(), MANY[:1], 8
+    else:
+        looks = earlier_looks(path, digest(concepts), weights)
+        refuse_second_run(looks, path, plan.again)
+        tuning = edit_run.load_tuning(out / "quality_edit_tuning.json", weights, plan.methods)
+        chosen = {name: tuning["methods"][name]["chosen"] for name in plan.methods}
+        layers = tuning["layers"]
+        sizes, many, unrelated = Sizes.of(plan.size or Sizes().targets), MANY, UNRELATED
+    run = started(plan, bench, sizes, captions=plan.captions, layers=layers)
+    together = lists["validation"]["object"] if plan.quick else lists["many"]["all"]
+    asked, rows = edit_run.contest(run, concepts, chosen)
+    found = tables(
+        rows,
+        [one.kind for one in asked],
+        chosen,
+        many_rows(run, together, many, chosen, 4 if plan.quick else None),
+        kid_rows(run, concepts, chosen[OURS], unrelated),
+    )
+    for title, part in found.items():
+        print(markdown(title, part))
+    result = flat(found)
+    look = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "list": digest(concepts), "weights": weights,
+        "commit": card.commit(), "again": plan.again,
+    }  # fmt: skip
+    content = {
+        "result": result, "tables": found, "settings": chosen, "protocol": protocol(plan, run),
+        "test": {"concepts": concepts, "looks": [*looks, look]}, "commit": card.commit(),
+    }  # fmt: skip
+    files.write_json(path, as_json(content))
+    return result
+
+
+def started(plan: argparse.Namespace, bench: Bench, sizes: Sizes, **more: Any) -> Run:
+    """Return a run whose results are stored; those of a quick run in a folder of its own."""
+    weights = fingerprint(bench.model)
+    folder = Path("runs/quality_edit") / (f"quick-{os.getpid()}" if plan.quick else weights)
+    return Run(bench, Store(folder), weights, sizes, attack=plan.attack and not plan.tune, **more)
+
+
+def protocol(plan: argparse.Namespace, run: Run) -> dict[str, Any]:
+    """Return the settings of the pictures, ready for JSON."""
+    model = run.bench.model
+    return {
+        **model.protocol(steps=plan.steps, guidance_scale=model.guidance_scale), "weights": run.weights,
+        "pictures": {"target": run.sizes.targets, "wording": run.sizes.wordings, "others": run.sizes.others,
+                     "each": run.sizes.each, "plain": run.sizes.plain},
+        "captions": run.captions, "attack": run.attack, "seed": plan.seed, "quick": plan.quick, "judge": "icons-judge",
+        "interval": "95 % bootstrap over concepts; Clopper-Pearson where all agree",
+    }  # fmt: skip
+
+
+def first(concepts: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    """Return the first pair of the first kind."""
+    kind, pairs = next(iter(concepts.items()))
+    return {kind: dict(list(pairs.items())[:1])}
+
+
+def small() -> Sizes:
+    """Return the numbers of prompts of a quick run."""
+    return Sizes(targets=2, wordings=1, others=1, each=1, plain=1)
+
+
+def arguments() -> argparse.Namespace:
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="two concepts, few pictures, same code"
-    )
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    parser.add_argument(
-        "--size", type=int, default=SIZE, help="questions for each concept of the kind"
-    )
-    parser.add_argument("--steps", type=int, default=STEPS, help="denoising steps of a picture")
-    parser.add_argument("--seed", type=int, default=0, help="of the questions")
-    parser.add_argument("--concepts", type=int, default=5, help="of each kind")
-    parser.add_argument("--threads", type=int, default=2, help="of torch")
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a validation concept, few methods and pictures")
+    add("--json", action="store_true", help="end with one line of JSON")
+    add("--tune", action="store_true", help="choose the settings on the validation concepts")
+    add("--again", action="store_true", help="run test concepts that were run before")
+    add("--attack", action="store_true", help="attack some of the methods: takes long")
+    add("--size", type=int, help="pictures of the concept: 12, and 4 with --tune")
+    add("--steps", type=int, help="denoising steps of a picture: 8")
+    add("--captions", type=int, default=100, help="everyday captions read for each edit")
+    add("--seed", type=int, default=0, help="of prompts and start noise")
+    add("--device", default="cpu", help="of model and scorer")
+    add("--threads", type=int, default=2, help="of torch")
+    add("--methods", nargs="+", choices=list(METHODS), help="with --tune or --quick: these rows")
     plan = parser.parse_args()
-    start = time.perf_counter()
-    torch.set_num_threads(plan.threads)
-    model, judge = op.load("icons"), features.load()
-    model.pipe.scheduler = sampling.make_scheduler(model, "dpm")  # few steps, close to many
-    plan.concepts = {k: dict(list(v.items())[: plan.concepts]) for k, v in CONCEPTS.items()}
-    plan.many, plan.unrelated = MANY, 96
-    if plan.quick:
-        plan.size, plan.steps, plan.many, plan.unrelated = 1, 4, (2,), 16
-        plan.concepts = {"style": {"openmoji style": "noto style"}}
-    name = f"{fingerprint(model)}-{plan.size}-{plan.steps}-{plan.seed}"
-    plan.folder = Path("runs/quality_edit") / (f"quick-{os.getpid()}" if plan.quick else name)
-    by_method: dict[str, list[Scores]] = {}
-    ceilings: list[float] = []
-    kinds: list[str] = []
-    plan.rows_alone = 0
-    for kind, pairs in plan.concepts.items():
-        for old, new in pairs.items():
-            scores, rows_alone = concept_scores(model, judge, kind, old, new, plan)
-            plan.rows_alone += rows_alone
-            ceilings.append(replacement_share(model, judge, new, plan))
-            kinds.append(kind)
-            for method, score in scores.items():
-                by_method.setdefault(method, []).append(score)
-            ours = scores[OURS]
-            print(f"{kind}: {old} → {new}: target {ours.efficacy.after}, redirection {ours.redirection.after}, "
-                  f"kept {specificity(ours):.2f}, {time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
-    report(
-        plan,
-        model,
-        by_method,
-        ceilings,
-        kinds,
-        many_rows(model, judge, plan),
-        kid_rows(model, judge, plan),
-        start,
-    )
-
-
-def report(
-    plan: Any,
-    model: op.TextToImage,
-    by_method: Mapping[str, Sequence[Scores]],
-    ceilings: Sequence[float],
-    kinds: Sequence[str],
-    many: Sequence[dict[str, Any]],
-    kids: Sequence[dict[str, Any]],
-    start: float,
-) -> None:
-    """Print and write all tables and the flat figures."""
-    whole = {name: summary(scores, ceilings) for name, scores in by_method.items()}
-    overall = [{"method": name, **figures} for name, figures in whole.items()]
-    by_kind = [
-        {"kind": kind, "method": name,
-         **summary([s for s, k in zip(scores, kinds, strict=True) if k == kind],
-                   [c for c, k in zip(ceilings, kinds, strict=True) if k == kind])}
-        for kind in dict.fromkeys(kinds) for name, scores in by_method.items()
-    ]  # fmt: skip
-    tables = {"overall": overall, "by kind": by_kind, "many": list(many), "kid": list(kids)}
-    for title, rows in tables.items():
-        print(table(rows, title))
-    ours = whole[OURS]
-    rivals = [f["harmonic"].mean for name, f in whole.items() if name not in (OURS, LAYER)]
-    layer = whole[LAYER]
-    last = [row for row in many if row["method"] == OURS][-1]
-    result = {
-        "target_before": ours["before"].mean, "target_after": ours["target"].mean,
-        "redirection": ours["redirection"].mean, "redirection_unedited": ours["replacement, unedited"].mean,
-        "others_drop": ours["others_drop"].mean, "rest_drop": ours["rest_drop"].mean, "kept": ours["kept"].mean,
-        "harmonic": ours["harmonic"].mean, "best_rival": max(rivals),
-        "layer_target_after": layer["target"].mean, "layer_redirection": layer["redirection"].mean,
-        "layer_others_drop": layer["others_drop"].mean, "layer_rest_drop": layer["rest_drop"].mean,
-        "layer_harmonic": layer["harmonic"].mean,
-        "concepts": len(kinds), "in_embedding_alone": plan.rows_alone,
-        "beats_all": float(ours["harmonic"].mean > max(rivals)),
-        f"kept_at_{last['concepts']}": last["kept"].mean, f"target_at_{last['concepts']}": last["target"].mean,
-        "seconds": time.perf_counter() - start,
-    }  # fmt: skip
-    result = {key: round(value, 4) for key, value in result.items()}
-    protocol = {**model.protocol(steps=plan.steps, guidance_scale=model.guidance_scale), "weights": fingerprint(model),
-                "concepts": plan.concepts, "size": plan.size, "seed": plan.seed, "quick": plan.quick,
-                "judge": "icons-judge",
-                "interval": "95 % bootstrap over concepts; Clopper-Pearson where all agree"}  # fmt: skip
-    content = {
-        name: [{k: plain(v) for k, v in row.items()} for row in rows]
-        for name, rows in tables.items()
-    }
-    out = Path("runs/benchmarks") if plan.quick else RESULTS
-    out.mkdir(parents=True, exist_ok=True)
-    files.write_json(
-        out / "quality_edit.json", {"result": result, "tables": content, "protocol": protocol}
-    )
-    if plan.json:
-        print(files.to_json(result))
+    if plan.methods and not (plan.tune or plan.quick):
+        parser.error("a test has all rows: give --methods with --tune or --quick only.")
+    plan.steps = plan.steps or (4 if plan.quick else 8)
+    plan.captions = min(plan.captions, 4) if plan.quick else plan.captions
+    plan.methods = plan.methods or list(QUICK if plan.quick else METHODS)
+    if plan.quick and not plan.tune:
+        plan.methods = list(dict.fromkeys([*plan.methods, OURS, PLAIN]))
+    return plan
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def shared_tokens(model: op.TextToImage) -> float:
 
     A token occurs elsewhere if another word of WordNet has it, or if its word is part of another subject's name.
     """
-    from quality_edit import CONCEPTS
+    from edit_concepts import SEEN as CONCEPTS
 
     tokens = model.tokenizer
     packages = Path("runs/packages")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import diffgrad_sections
+import edit_sections
 from tables import Run, number, origin, percent, table, wrapped
 
 DOCS = Path(__file__).parent
@@ -115,6 +116,8 @@ METHODS = {
 
 def edit(run: Run) -> str:
     """Return the section on edits of one concept, by all methods."""
+    if edit_sections.is_contest(run):
+        return edit_sections.contest(run)
     heads = {
         "target": "still the concept",
         "unseen wordings": "in unseen wordings",
@@ -167,6 +170,8 @@ def edit(run: Run) -> str:
 
 def many(run: Run) -> str:
     """Return the section on several concepts in one solve."""
+    if edit_sections.is_contest(run):
+        return edit_sections.many(run)
     rows, by = [], {(r["concepts"], r["method"]): r for r in run["tables"]["many"]}
     shown = ("auto", "auto, layer only", "quickfix", "uce")
     for count in sorted({concepts for concepts, _ in by}):

@@ -37,7 +37,8 @@ def test_nan_is_no_json():
 
 
 def test_every_benchmark_has_a_full_result():
-    assert set(digests()) == {f"{name}.json" for name in SCRIPTS}
+    tuned = {"quality_edit_tuning.json"}  # the settings that `quality_edit --tune` chose
+    assert set(digests()) - tuned == {f"{name}.json" for name in SCRIPTS}
 
 
 @pytest.mark.slow

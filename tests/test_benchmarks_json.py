@@ -47,19 +47,18 @@ def test_equal_seeds_have_no_interval_of_width_zero():
     assert math.isnan(low) and math.isnan(high)
 
 
-def test_concepts_that_are_all_erased_have_the_exact_interval_over_concepts(tiny_sd1):
-    from overpaint.evaluate.shares import Tally
-    from overpaint.probes.questions import Question
-
-    roles = ("target", "unseen", "other", "plain")
-    items = tuple(Question("p", i, role, "cat", "blob" if role in roles[:2] else "noto", "red")
-                  for role in roles for i in range(3))  # fmt: skip
-    before = {"style": [q.style for q in items], "object": ["cat"] * 12, "color": ["red"] * 12}
-    after = {**before, "style": ["noto"] * 12}
-    tally = Tally(items, before, "style", "blob", "noto")
-    scores = [tally.scores("x", after, drift=0.0, protocol={}) for _ in range(5)]
-    rows = importlib.import_module("quality_edit").summary(scores, [1.0] * 5)
+def test_concepts_that_are_all_erased_have_the_exact_interval_over_concepts():
+    one = {
+        "target": 0.0,
+        "kept": 1.0,
+        "others_drop": 0.0,
+        "rest_drop": 0.0,
+        "scene_drop": 0.0,
+        "seconds": 1.0,
+        "bytes": 8,
+    }
+    rows = importlib.import_module("edit_figures").summary([one] * 5)
     bound = 1 - 0.025 ** (1 / 5)  # five concepts
     assert (rows["target"].low, rows["target"].high) == (0, pytest.approx(bound))
-    assert (rows["before"].low, rows["kept"].low) == (pytest.approx(1 - bound),) * 2
+    assert rows["kept"].low == pytest.approx(1 - bound)
     assert rows["others_drop"].high == pytest.approx(bound)
