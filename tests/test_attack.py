@@ -1,16 +1,19 @@
-"""The search for prompts that bring a concept back: attempts, scores, progress, and the unchanged model."""
+"""The search for inputs that bring a concept back: attempts, scores, progress, and the unchanged model."""
 
 import json
 
+import layouts
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
+from test_edit_export import random_change
 
+import overpaint
 from overpaint import edit
 from overpaint.evaluate import attack, rewordings, soft_token
-from overpaint.evaluate.attack_results import Attack, Attempt
+from overpaint.evaluate.attack_results import TEXT_FREE, Attack, Attempt
 from overpaint.metrics import Interval
-from overpaint.model.token_spans import end_of_text
+from overpaint.model.token_spans import find_span
 from overpaint.probes import Case, EvaluationSet
 
 SMALL = attack.Budget(pictures=1, tokens=1, gradient_steps=3)
@@ -74,16 +77,17 @@ def test_a_probability_of_0_in_all_pictures_has_the_exact_interval_over_prompts(
 
 
 def test_the_best_of_each_family_is_drawn_again_from_other_seeds(result):
-    assert {a.family for a in result.attempts} == set(attack.FAMILIES)
-    scores = [a.score.mean for a in result.attempts]
+    families = [f for f in attack.FAMILIES if f != "translation"]  # the tiny vocabulary has none
+    assert {a.family for a in result.attempts} == set(families)
+    *by_prompt, inversion = result.attempts
+    assert inversion is result.inversion and inversion.score == inversion.confirmed
+    scores = [a.score.mean for a in by_prompt]
     assert scores == sorted(scores, reverse=True)
-    for family in attack.FAMILIES:
+    for family in families[:-1]:
         tried = [a for a in result.attempts if a.family == family]
         assert [a.confirmed is not None for a in tried] == [True] + [False] * (len(tried) - 1)
         assert tried[0].confirmed.n == 2 * tried[0].score.n
-    assert result.best.confirmed.mean == max(
-        a.confirmed.mean for a in result.attempts if a.confirmed
-    )
+    assert result.best.confirmed.mean == max(a.confirmed.mean for a in by_prompt if a.confirmed)
 
 
 def test_the_share_recovered_worked_by_hand():
@@ -102,25 +106,98 @@ def test_the_share_recovered_worked_by_hand():
     )  # NaN: the edit removed nothing
 
 
-def test_a_soft_token_stands_before_the_end_of_each_prompt_and_changes_what_follows(
-    tiny_sd1, tiny_xl
-):
+def test_the_inversion_is_no_attempt_by_a_prompt():
+    low, high = Interval(0.1, 0.0, 0.2, 4), Interval(0.9, 0.8, 1.0, 4)
+    word, noise = Attempt("paraphrase", "x", low, low), Attempt(TEXT_FREE, "noise", high, high)
+    both = Attack("x", high, low, low, (word, noise))
+    assert (both.best, both.inversion, both.brought_back) == (word, noise, False)
+    assert (both.flat()["attack_paraphrase"], both.flat()["attack_inversion"]) == (0.1, 0.9)
+    alone = Attack("x", high, low, low, (noise,))
+    assert (alone.best, alone.brought_back) == (noise, True)
+
+
+def test_soft_tokens_stand_in_the_place_of_the_concept_and_change_what_follows(tiny_sd1, tiny_xl):
     for model in (tiny_sd1, tiny_xl):
-        soft = [soft_token.initial(model, i, "blob style") for i in range(len(model.text_encoders))]
-        plain, with_soft = model.encode(PROMPTS), soft_token.encode_with(model, PROMPTS, soft)
-        other = soft_token.encode_with(model, PROMPTS, [-s for s in soft])
+        soft = soft_token.neutral_rows(model, "blob style")
+        plain = model.encode(PROMPTS)
+        with_soft = soft_token.encode_with(model, PROMPTS, "blob style", soft)
+        other = soft_token.encode_with(model, PROMPTS, "blob style", [s.flip(-1) for s in soft])
         for row, prompt in enumerate(PROMPTS):
-            end = end_of_text(model.tokenizer, model.tokenize([prompt])[0])
-            assert torch.allclose(with_soft[row, :end], plain[row, :end], atol=1e-5)
-            assert not torch.allclose(with_soft[row, end], plain[row, end], atol=1e-3)
-            assert not torch.allclose(with_soft[row, end], other[row, end], atol=1e-3)
+            span = find_span(model.tokenizer, prompt, "blob style")
+            assert torch.allclose(with_soft[row, : span.start], plain[row, : span.start], atol=1e-5)
+            for place in (*span.positions, span.end):
+                assert not torch.allclose(with_soft[row, place], plain[row, place], atol=1e-3)
+                assert not torch.allclose(with_soft[row, place], other[row, place], atol=1e-3)
 
 
-def test_a_soft_token_with_the_embedding_of_a_word_equals_that_word(tiny_sd1):
-    (word,) = tiny_sd1.tokenizer("x", add_special_tokens=False).input_ids
-    soft = tiny_sd1.text_encoder.get_input_embeddings().weight[word].detach()
-    written = tiny_sd1.encode([f"{PROMPTS[0]} x"])
-    assert torch.allclose(soft_token.encode_with(tiny_sd1, PROMPTS[:1], [soft]), written, atol=1e-5)
+def test_rows_of_the_concept_or_of_other_words_give_the_features_of_these_words(tiny_sd1, tiny_xl):
+    for model in (tiny_sd1, tiny_xl):
+        rows = soft_token.concept_rows(model, "blob style")
+        assert torch.allclose(
+            soft_token.encode_with(model, PROMPTS, "blob style", rows), model.encode(PROMPTS), atol=1e-5
+        )  # fmt: skip
+        for words in ("dog", "a big red dog"):  # fewer and more tokens
+            rows = soft_token.concept_rows(model, words)
+            written = model.encode([p.replace("blob style", words) for p in PROMPTS])
+            actual = soft_token.encode_with(model, PROMPTS, "blob style", rows)
+            assert torch.allclose(actual, written, atol=1e-5)
+
+
+def test_the_token_limit_cuts_what_follows_longer_rows(tiny_sd1):
+    limit = tiny_sd1.tokenizer.model_max_length
+    prompt = " ".join(["dog", *["x"] * (limit - 3)])
+    rows = soft_token.concept_rows(tiny_sd1, "cat cat cat")
+    written = tiny_sd1.encode([" ".join(["cat cat cat", *["x"] * (limit - 5)])])
+    actual = soft_token.encode_with(tiny_sd1, [prompt], "dog", rows)
+    assert torch.allclose(actual, written, atol=1e-5)
+
+
+def test_soft_tokens_start_from_the_mean_row_whatever_the_concept(tiny_sd1):
+    mean = tiny_sd1.text_encoder.get_input_embeddings().weight.detach().mean(0)
+    for concept in ("dog", "blob style"):
+        (rows,) = soft_token.neutral_rows(tiny_sd1, concept)
+        tokens = tiny_sd1.tokenizer(concept, add_special_tokens=False).input_ids
+        assert torch.allclose(rows, mean.expand(len(tokens), -1), atol=1e-6)
+
+
+def test_unedited_rows_bring_back_a_renamed_concept_exactly_and_no_edited_layer(tiny_sd1, swap):
+    layer = edit.quickfix(tiny_sd1, {"blob style": "noto style"})
+    renamed, edited = (run(tiny_sd1, change, families=["old rows"]) for change in (swap, layer))
+    assert renamed.best.confirmed.mean == pytest.approx(renamed.before.mean, abs=1e-5)
+    assert edited.best.confirmed.mean == pytest.approx(edited.after.mean, abs=1e-5)
+
+
+def test_the_noise_of_the_unedited_model_is_reached_exactly_after_a_rename_alone(tiny_sd1, swap):
+    """The error that soft tokens minimise is 0 at the unedited rows after a rename, and not after an edited layer."""
+    targets = soft_token.noise_targets(tiny_sd1, PROMPTS[:1], steps=3, guidance_scale=1.0, seed=0)
+    rows = soft_token.concept_rows(tiny_sd1, "blob style")
+    errors = []
+    for change in (swap, edit.quickfix(tiny_sd1, {"blob style": "noto style"})):
+        with change.applied(tiny_sd1), torch.no_grad():
+            embeds = soft_token.encode_with(tiny_sd1, PROMPTS[:1], "blob style", rows)
+            noise = [tiny_sd1.noise_pred(t.latents[None], t.timestep, embeds)[0] for t in targets]
+        errors.append(
+            max(float((n - t.noise).abs().max()) for n, t in zip(noise, targets, strict=True))
+        )
+    assert errors[0] < 1e-5 < 1e-3 < errors[1], errors
+
+
+def test_pictures_return_from_their_noise_unless_the_unet_was_edited(tiny_sd1, swap):
+    pictures = []
+
+    class Keeping(BrightnessScorer):
+        def classify(self, images, kind):
+            pictures.append(images)
+            return super().classify(images, kind)
+
+    sites = [f"unet.cross_attn.{i}.{p}" for i in (0, 6, 15) for p in ("to_v", "to_out")]
+    errors = []
+    for change in (swap, random_change(tiny_sd1, *sites, size=2)):
+        pictures.clear()
+        run(tiny_sd1, change, families=["inversion"], scorer=Keeping(), steps=6)
+        before, *_, again = pictures
+        errors.append(float((again - before).abs().mean()))
+    assert errors[0] < 0.001 < 0.01 < errors[1], errors
 
 
 def test_gradient_steps_lower_the_error_of_the_noise(tiny_sd1, swap):
@@ -191,6 +268,70 @@ def test_paraphrases_and_neighbours_are_other_words(tiny_sd1):
     texts = rewordings.neighbours(tiny_sd1, "blob style", 2)
     assert texts
     assert "blob style" not in texts
+
+
+def test_words_with_the_same_tokens_are_tried_once():
+    tokenizer = layouts.tokenizer()
+    texts = ["VAN GOGH", "van-gogh", "van  gogh", "Van-Gogh", "", "vangogh", "dog"]
+    assert rewordings.distinct(tokenizer, texts, besides=["van gogh", "a", "dog"]) == (
+        "van-gogh", "vangogh",
+    )  # fmt: skip
+
+
+def test_no_two_attempts_of_a_search_have_the_same_tokens(tiny_sd1, result):
+    words = [
+        a.words for a in result.attempts if a.family in ("paraphrase", "translation", "neighbour")
+    ]
+    tokens = [tuple(tiny_sd1.tokenizer(w, add_special_tokens=False).input_ids) for w in words]
+    plain = tuple(tiny_sd1.tokenizer("blob style", add_special_tokens=False).input_ids)
+    assert len(words) > 8 and len({*tokens, plain}) == len(words) + 1
+
+
+def test_translations_are_those_of_the_table_that_the_vocabulary_has(monkeypatch):
+    tokenizer = layouts.tokenizer()
+    assert rewordings.translations(tokenizer, "Red cat") == (
+        "rojo gato", "rouge chat", "rot katze", "rosso gatto", "vermelho gato", "rood kat",
+        "Red kitty", "Red kitteh",
+    )  # fmt: skip
+    assert rewordings.translations(tokenizer, "Van Gogh style") == (
+        "Van Gogh estilo", "Van Gogh stil", "Van Gogh stile", "Van Gogh stijl", "vincent style",
+        "vangogh style",
+    )  # fmt: skip
+    assert rewordings.translations(tokenizer, "blob") == ()
+    assert rewordings.translations(tokenizer, "catalogue") == ()  # whole words only
+    table = {"cat": rewordings._Forms(["кот", "gato"], ["猫"])}
+    monkeypatch.setattr(rewordings, "_table", lambda: table)
+    assert rewordings.translations(tokenizer, "cat") == ("gato",)  # the others fall to bytes
+
+
+def test_a_search_tries_translations_on_a_model_with_the_real_vocabulary():
+    class ObjectScorer(BrightnessScorer):
+        labels = {"object": ("dog", "cat")}
+
+    model = overpaint.load(layouts.pipeline("sd1"))
+    cases = EvaluationSet(
+        "mine", "table", "cat", "dog", (Case("a red cat", "target", "cat", "dog"),)
+    )
+    change = edit.swap_embedding(model, {"cat": "dog"})
+    small = attack.Budget(prompts=1, pictures=1)
+    found = attack.search(
+        model, change, cases, scorer=ObjectScorer(), families=["translation"], budget=small, steps=1
+    )
+    assert {a.words for a in found.attempts} == set(rewordings.translations(model.tokenizer, "cat"))
+    assert {"gato", "katze", "kitty"} < {a.words for a in found.attempts}
+
+
+def test_no_translation_falls_to_single_bytes():
+    tokenizer = layouts.tokenizer()
+    table = rewordings._table()
+    forms = [form for word in table for form in rewordings.translations(tokenizer, word)]
+    pieces = {
+        name.removesuffix("</w>")
+        for form in forms
+        for name in tokenizer.convert_ids_to_tokens(tokenizer(form).input_ids[1:-1])
+    }
+    assert len(forms) > 300 and {len(row.languages) for row in table.values()} == {6}
+    assert [p for p in pieces if len(p) == 1 and not p.isascii()] == []
 
 
 def test_a_search_is_saved_as_json_and_loaded_again(result, tmp_path):

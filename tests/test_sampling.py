@@ -1,8 +1,9 @@
 """Settings of drawing."""
 
 import pytest
+import torch
 
-from overpaint.model.sampling import Drawing
+from overpaint.model.sampling import Drawing, denoise, invert, make_scheduler
 
 
 @pytest.mark.parametrize(
@@ -24,3 +25,27 @@ def test_settings_out_of_range_are_refused(settings, message):
 def test_equal_settings_are_equal_values_whatever_sequence_holds_the_seeds():
     assert Drawing(seeds=range(3)) == Drawing(seeds=[0, 1, 2]) == Drawing(seeds=(0, 1, 2))
     assert hash(Drawing()) == hash(Drawing(steps=10, solver="dpm"))
+
+
+@pytest.mark.parametrize("layout", ["tiny_sd1", "tiny_sd2", "tiny_xl"])
+def test_more_iterations_invert_ddim_more_exactly(request, layout):
+    """For noise (SD 1) and velocity (SD 2), and where the model's own scheduler is no DDIM (SDXL)."""
+    model = request.getfixturevalue(layout)
+    empty = model.encode([""])
+    scheduler = make_scheduler(model, "ddim")
+
+    def draw(noise):
+        return denoise(
+            model, noise, empty.expand(len(noise), -1, -1), empty,
+            steps=5, guidance_scale=1, scheduler=scheduler,
+        )  # fmt: skip
+
+    noise = model.initial_latents([0, 1], scheduler=scheduler)
+    latents = draw(noise)
+    errors = []
+    for iterations in (1, 4, 16):
+        embeds = empty.expand(2, -1, -1)
+        inverted = invert(model, latents, embeds, steps=5, iterations=iterations)
+        errors.append(float((draw(inverted) - latents).norm() / latents.norm()))
+    assert errors[2] < 1e-4 and errors[2] < errors[1] < errors[0], errors
+    assert torch.allclose(inverted, noise, atol=1e-3)

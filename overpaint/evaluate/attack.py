@@ -1,17 +1,23 @@
-"""A short search for prompts that bring an erased concept back.
+"""A short search for inputs that bring an erased concept back.
 
-Three families of attempts are tried on the edited model: paraphrases of the concept, tokens with similar embeddings in
-the place of each of its tokens, and a soft token, see `overpaint.evaluate.soft_token`. The best attempt of each family
-is drawn again from other seeds, and only that score is reported, because the best score of many attempts is biased
-upwards by the selection.
+Families of attempts by a prompt: paraphrases of the concept; the concept in other languages and spellings; tokens with
+similar embeddings in the place of each of its tokens; the unedited rows of the token embedding in its place; and soft
+tokens in its place, see `overpaint.evaluate.soft_token`. One family needs no text: pictures of the concept are
+inverted to their initial noise on the unedited model, with the empty prompt, and the edited model draws this noise with
+the empty prompt. A change of text encoders leaves the UNet as it is, so these pictures return after every such change.
+
+The best attempt of each family by a prompt is drawn again from other seeds, and only that score is reported, because
+the best score of many attempts is biased upwards by the selection. The inversion is one attempt without selection.
 
 The search finds weak edits. It does not show that an edit is robust: a longer search, more tokens or other words may
 succeed where this one fails.
 
 Source: Zhang et al., 2024 (UnlearnDiffAtk), https://arxiv.org/abs/2310.11868, for matching the unedited noise; Pham et
-al., 2024, https://arxiv.org/abs/2308.01508, for embeddings that are no word; Pei et al., Tsai et al., 2024
-(Ring-A-Bell), https://arxiv.org/abs/2310.10012, for the search in text. Deviations: all are much shorter, and the soft
-token follows the prompt.
+al., 2024, https://arxiv.org/abs/2308.01508, for embeddings in the place of the concept; Tsai et al., 2024
+(Ring-A-Bell), https://arxiv.org/abs/2310.10012, for the search in text; Rusanovsky et al., 2025,
+https://arxiv.org/abs/2412.00782, for initial noise that draws an erased concept. Deviations: all are much shorter; the
+soft tokens are as many as the concept's tokens and start from a neutral row; the noise is inverted on the unedited
+model, because an exact inversion on the edited one would return every picture.
 """
 
 import time
@@ -26,12 +32,18 @@ from overpaint import metrics
 from overpaint.edit import Change
 from overpaint.errors import check_seed, check_texts, later_seed
 from overpaint.evaluate import soft_token
-from overpaint.evaluate.attack_results import Attack, Attempt
+from overpaint.evaluate.attack_results import TEXT_FREE, Attack, Attempt
 from overpaint.evaluate.metrics_on_sets import check_change, check_uncut
-from overpaint.evaluate.rewordings import neighbours, paraphrases, replace_concept
+from overpaint.evaluate.rewordings import (
+    distinct,
+    neighbours,
+    paraphrases,
+    replace_concept,
+    translations,
+)
 from overpaint.metrics import Interval
 from overpaint.model import TextToImage
-from overpaint.model.sampling import Progress, denoise
+from overpaint.model.sampling import Progress, denoise, invert, make_scheduler
 from overpaint.model.token_spans import find_span
 from overpaint.probes import Case, EvaluationSet
 from overpaint.probes.questions import parse_concept
@@ -39,7 +51,7 @@ from overpaint.scorers.protocols import FeatureScorer, check_size, scorer_name
 
 __all__ = ["FAMILIES", "Attack", "Attempt", "Budget", "search"]
 
-FAMILIES = ("paraphrase", "neighbour", "soft token")
+FAMILIES = ("paraphrase", "translation", "neighbour", "old rows", "soft token", TEXT_FREE)
 _CONFIRM = 2_000_000  # offset of the seeds of the confirmation
 
 
@@ -51,8 +63,8 @@ class Budget:
         prompts: Target prompts.
         pictures: Pictures of each prompt in the search; the confirmation draws twice as many.
         tokens: Nearest tokens tried in the place of each token of the concept.
-        gradient_steps: Gradient steps of the soft token.
-        rate: Length of a gradient step, relative to the norm of the concept's mean embedding.
+        gradient_steps: Gradient steps of the soft tokens.
+        rate: Length of a gradient step, relative to the standard deviation of the numbers in the token embedding.
 
     Raises:
         ValueError: A value is not positive.
@@ -62,7 +74,7 @@ class Budget:
     pictures: int = 3
     tokens: int = 4
     gradient_steps: int = 16
-    rate: float = 1.0
+    rate: float = 0.3
 
     def __post_init__(self) -> None:
         for name in ("prompts", "pictures", "gradient_steps"):
@@ -85,7 +97,7 @@ def search(
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> Attack:
-    """Search for prompts that bring back the concept that `change` erased.
+    """Search for inputs that bring back the concept that `change` erased.
 
     Args:
         model: The unedited model, which is left unchanged.
@@ -114,32 +126,29 @@ def search(
     scale = model.guidance_scale if guidance_scale is None else guidance_scale
     scored = _Scored(model, scorer, chosen, cases.erase, budget.pictures, steps, scale, seed)
     plans = list(_plans(model, cases.erase, families, budget.tokens))
-    total = len(plans) + ("soft token" in families) + 2
+    total = len(plans) + sum(family in families for family in FAMILIES[3:]) + 2
     report = on_progress or (lambda done, total, label: None)
-    prompts = [case.prompt for case in chosen]
-    before = scored.score(model.encode(prompts), confirm=True)
-    targets: list[soft_token.NoiseTarget] = []
-    if "soft token" in families:
-        targets = soft_token.noise_targets(
-            model, prompts, steps=steps, guidance_scale=scale, seed=seed
-        )
+    latents = scored.draw(scored.plain(), confirm=True)
+    before = scored.score_latents(latents)
+    rows = soft_token.concept_rows(model, cases.erase)
+    targets = scored.noise_targets() if "soft token" in families else []
+    noise = scored.inverted(latents) if TEXT_FREE in families else None
     report(1, total, "plain")
-    embeds: dict[Attempt, Callable[[], Tensor]] = {}
+    encoders: dict[Attempt, Callable[[], Tensor]] = {}
     with change.applied(model):
-        after = scored.score(model.encode(prompts), confirm=True)
+        after = scored.score(scored.plain(), confirm=True)
         chance = scored.score(scored.reworded(""), confirm=True)
-        for done, (family, words) in enumerate(plans, start=2):
+        trials = _trials(scored, plans, rows if "old rows" in families else None, targets, budget)
+        for done, (family, words, encode) in enumerate(trials, start=2):
             report(done, total, family)
-            attempt = Attempt(family, words, scored.score(scored.reworded(words)))
-            embeds[attempt] = lambda words=words: scored.reworded(words)
-        if targets:
-            attempt, features = _soft_attempt(model, scored, prompts, targets, budget)
-            embeds[attempt] = lambda: features
-        attempts = _confirmed(scored, embeds)
+            encoders[Attempt(family, words, scored.score(encode()))] = encode
+        attempts = _confirmed(scored, encoders)
+        if noise is not None:
+            attempts = (*attempts, _redrawn(scored, noise))
         report(total, total, "confirming")
     protocol = {
         **model.protocol(steps=steps, guidance_scale=scale), "scorer": scorer_name(scorer), "seed": seed,
-        **asdict(budget), "prompts": prompts, "confirming_pictures": 2 * budget.pictures,
+        **asdict(budget), "prompts": scored.prompts, "confirming_pictures": 2 * budget.pictures,
         "attempts": len(attempts), "score": scored.score_name, "change_digest": change.digest,
         "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip
@@ -175,23 +184,65 @@ class _Scored:
             return "cosine with the concept's text minus the other's"
         return f"probability of the {self.label[0]} {self.label[1]}"
 
+    @property
+    def prompts(self) -> list[str]:
+        """The target prompts."""
+        return [case.prompt for case in self.cases]
+
+    def plain(self) -> Tensor:
+        """Return the text features of the prompts as they are, shape (N, L, D)."""
+        return self.model.encode(self.prompts)
+
+    def noise_targets(self) -> list[soft_token.NoiseTarget]:
+        """Return the noise that the model predicts for the prompts as they are."""
+        return soft_token.noise_targets(
+            self.model, self.prompts, steps=self.steps, guidance_scale=self.guidance_scale, seed=self.seed
+        )  # fmt: skip
+
     def reworded(self, words: str) -> Tensor:
         """Return the text features of the prompts with `words` in the place of the concept, shape (N, L, D)."""
         return self.model.encode(
             [replace_concept(case.prompt, self.erase, words) for case in self.cases]
         )
 
+    @torch.no_grad()
+    def with_rows(self, rows: Sequence[Tensor]) -> Tensor:
+        """Return the text features of the prompts with embedding rows in the place of the concept, shape (N, L, D)."""
+        return soft_token.encode_with(self.model, self.prompts, self.erase, rows)
+
     def score(self, embeds: Tensor, *, confirm: bool = False) -> Interval:
         """Draw each row of `embeds` (N, L, D) from every seed and return the mean score, its interval over prompts."""
+        return self.score_latents(self.draw(embeds, confirm=confirm))
+
+    def draw(self, embeds: Tensor, *, confirm: bool = False) -> Tensor:
+        """Return the denoised latents of each row of `embeds` (N, L, D) from every seed, prompt by prompt."""
         count = self.pictures * (2 if confirm else 1)
         first = _CONFIRM if confirm else 0
         rows = [i for i in range(len(self.cases)) for _ in range(count)]
         seeds = [later_seed(self.seed, first + i) for i in range(len(rows))]
-        latents = denoise(
+        return denoise(
             self.model, self.model.initial_latents(seeds, steps=self.steps), embeds[rows], self.model.encode([""]),
             steps=self.steps, guidance_scale=self.guidance_scale,
             generators=[Generator().manual_seed(s + 1) for s in seeds],
         )  # fmt: skip
+
+    def inverted(self, latents: Tensor) -> Tensor:
+        """Return the initial noise of latents (B, C, h, w) under the empty prompt; see `sampling.invert`."""
+        empty = self.model.encode([""]).expand(len(latents), -1, -1)
+        return invert(self.model, latents, empty, steps=self.steps)
+
+    def redrawn(self, noise: Tensor) -> Tensor:
+        """Return the latents that DDIM draws from `noise` (B, C, h, w) with the empty prompt."""
+        empty = self.model.encode([""])
+        return denoise(
+            self.model, noise, empty.expand(len(noise), -1, -1), empty,
+            steps=self.steps, guidance_scale=1, scheduler=make_scheduler(self.model, "ddim"),
+        )  # fmt: skip
+
+    def score_latents(self, latents: Tensor) -> Interval:
+        """Return the mean score of the pictures of `latents` (B, C, h, w), as many for each prompt in turn."""
+        count = len(latents) // len(self.cases)
+        rows = [i for i in range(len(self.cases)) for _ in range(count)]
         images = self.model.decode(latents).float().cpu()
         values = self._values(images, [self.cases[i] for i in rows])
         if self.label is None:  # cosines
@@ -214,22 +265,48 @@ class _Scored:
         return score
 
 
-def _soft_attempt(
-    model: TextToImage,
+def _trials(
     scored: _Scored,
-    prompts: Sequence[str],
+    plans: Sequence[tuple[str, str]],
+    rows: Sequence[Tensor] | None,
     targets: Sequence[soft_token.NoiseTarget],
     budget: Budget,
-) -> tuple[Attempt, Tensor]:
-    """Fit the soft token; return its attempt and the text features of the prompts with it."""
-    soft, losses = soft_token.fit(
-        model, prompts, scored.erase, targets,
-        gradient_steps=budget.gradient_steps, rate=budget.rate,
-    )  # fmt: skip
-    words = f"one embedding after the prompt, noise error {losses[0]:.3g} to {losses[-1]:.3g}"
-    with torch.no_grad():
-        features = soft_token.encode_with(model, prompts, soft)
-    return Attempt("soft token", words, scored.score(features)), features
+) -> Iterator[tuple[str, str, Callable[[], Tensor]]]:
+    """Yield for each attempt its family, words, and a function that returns the text features of the prompts.
+
+    Args:
+        scored: The prompts and the edited model.
+        plans: Families and words of the attempts in text.
+        rows: Unedited rows of the concept's tokens, if they are tried.
+        targets: Noise that soft tokens are fitted to; empty if they are not tried.
+        budget: Size of the search.
+    """
+    for family, words in plans:
+        yield family, words, lambda words=words: scored.reworded(words)
+    if rows is not None:
+        words = f"unedited rows of {_tokens(rows)}"
+        yield "old rows", words, lambda: scored.with_rows(rows)
+    if targets:
+        soft, losses = soft_token.fit(
+            scored.model, scored.prompts, scored.erase, targets,
+            gradient_steps=budget.gradient_steps, rate=budget.rate,
+        )  # fmt: skip
+        words = (
+            f"{_tokens(soft)} that are no words, noise error {losses[0]:.3g} to {losses[-1]:.3g}"
+        )
+        yield "soft token", words, lambda: scored.with_rows(soft)
+
+
+def _redrawn(scored: _Scored, noise: Tensor) -> Attempt:
+    """Return the attempt that draws the inverted pictures of the concept again."""
+    score = scored.score_latents(scored.redrawn(noise))
+    words = f"no prompt, initial noise of {len(noise)} pictures (standard deviation {noise.float().std():.2f})"
+    return Attempt(TEXT_FREE, words, score, score)
+
+
+def _tokens(rows: Sequence[Tensor]) -> str:
+    count = len(rows[0])
+    return f"{count} token{'' if count == 1 else 's'}"
 
 
 def _confirmed(
@@ -265,10 +342,17 @@ def _plans(
     model: TextToImage, concept: str, families: Sequence[str], tokens: int
 ) -> Iterator[tuple[str, str]]:
     """Yield the family and the words of each attempt in text."""
-    if "paraphrase" in families:
-        yield from (("paraphrase", words) for words in paraphrases(concept))
-    if "neighbour" in families:
-        yield from (("neighbour", words) for words in neighbours(model, concept, tokens))
+    forms = {
+        "paraphrase": lambda: paraphrases(concept),
+        "translation": lambda: translations(model.tokenizer, concept),
+        "neighbour": lambda: neighbours(model, concept, tokens),
+    }
+    tried = [concept]
+    for family, texts in forms.items():
+        if family in families:
+            new = distinct(model.tokenizer, texts(), besides=tried)
+            tried += new
+            yield from ((family, words) for words in new)
 
 
 def _check_families(families: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Results of a search for prompts that bring an erased concept back, and their file `attack.json`."""
+"""Results of a search for inputs that bring an erased concept back, and their file `attack.json`."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,9 +10,11 @@ from overpaint.evaluate.saved_json import load_json
 from overpaint.files import user_path, write_json
 from overpaint.metrics import Interval
 
-__all__ = ["FILE", "Attack", "Attempt"]
+__all__ = ["FILE", "TEXT_FREE", "Attack", "Attempt"]
 
 FILE = "attack.json"
+TEXT_FREE = "inversion"
+"""The family without a prompt."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,8 @@ class Attempt:
     """One attempt to bring the concept back.
 
     Attributes:
-        family: `"paraphrase"`, `"neighbour"` or `"soft token"`.
-        words: The words in the place of the concept, or a description of the soft token.
+        family: One of `attack.FAMILIES`.
+        words: The words in the place of the concept, or a description of the embedding rows or of the noise.
         score: Score of the edited model's pictures in the search.
         confirmed: Score from other seeds, for the best attempt of each family; `None` for the rest.
     """
@@ -41,7 +43,7 @@ class Attack:
         before: Score of the unedited model's pictures of the plain prompts, from the seeds of the confirmation.
         after: The same for the edited model.
         chance: Score of the edited model's pictures of the prompts without the concept.
-        attempts: Every attempt, best first.
+        attempts: Every attempt, best first; the inversion last.
         protocol: Scorer, seeds, steps and settings of the search.
     """
 
@@ -61,11 +63,17 @@ class Attack:
 
     @property
     def best(self) -> Attempt:
-        """The attempt with the highest confirmed score."""
+        """The attempt by a prompt with the highest confirmed score; the inversion only if there is no other."""
+        confirmed = [a for a in self.attempts if a.confirmed is not None]
         return max(
-            (a for a in self.attempts if a.confirmed is not None),
+            [a for a in confirmed if a.family != TEXT_FREE] or confirmed,
             key=lambda a: a.confirmed.mean if a.confirmed is not None else -1.0,
         )
+
+    @property
+    def inversion(self) -> Attempt | None:
+        """The attempt without a prompt; `None` if it was not made."""
+        return next((a for a in self.attempts if a.family == TEXT_FREE), None)
 
     @property
     def brought_back(self) -> bool:

@@ -1,6 +1,8 @@
-"""A soft token: one more embedding at the end of a prompt, fitted by gradient descent to undo an edit.
+"""Soft tokens: embedding rows in the place of a concept in a prompt, fitted by gradient descent to undo an edit.
 
-The embedding is moved until the edited UNet predicts the noise that the unedited UNet predicted for the same prompt.
+The rows are moved until the edited UNet predicts the noise that the unedited UNet predicted for the unchanged prompt.
+They start from the mean row of the token embedding, so that the start contains nothing of the concept, and there are as
+many as the concept has tokens, so that the concept's own unedited rows are a possible solution.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,9 +15,9 @@ from torch import Generator, Tensor
 from overpaint.errors import later_seed
 from overpaint.model import TextToImage, hooks, text_features
 from overpaint.model.sampling import denoise
-from overpaint.model.token_spans import end_of_text
+from overpaint.model.token_spans import Span, find_span
 
-__all__ = ["NoiseTarget", "encode_with", "fit", "initial", "noise_targets"]
+__all__ = ["NoiseTarget", "concept_rows", "encode_with", "fit", "neutral_rows", "noise_targets"]
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,14 @@ def noise_targets(
     return targets
 
 
-def initial(model: TextToImage, encoder: int, concept: str) -> Tensor:
-    """Return the mean embedding of the concept's tokens in one text encoder, shape (D,)."""
-    ids = model.tokenizers[encoder](concept, add_special_tokens=False).input_ids
-    table = model.text_encoders[encoder].get_input_embeddings().weight
-    return table[ids].detach().float().mean(0)
+def concept_rows(model: TextToImage, concept: str) -> list[Tensor]:
+    """Return the present embedding rows of the concept's K tokens, (K, D) float32, for each text encoder."""
+    return [table[ids].float() for table, ids in _tables(model, concept)]
+
+
+def neutral_rows(model: TextToImage, concept: str) -> list[Tensor]:
+    """Return the mean row of the token embedding, once for each of the concept's K tokens, (K, D) float32."""
+    return [table.float().mean(0).repeat(len(ids), 1) for table, ids in _tables(model, concept)]
 
 
 def fit(
@@ -81,30 +86,33 @@ def fit(
     gradient_steps: int,
     rate: float,
 ) -> tuple[list[Tensor], list[float]]:
-    """Return the soft token, one embedding for each text encoder, and the mean squared noise error of each step.
+    """Return the soft tokens, (K, D) for each text encoder, and the mean squared noise error of each step.
+
+    The start is `neutral_rows`.
 
     Args:
         model: The edited model.
         prompts: The prompts of `targets`; each step uses one of them, in turn.
-        concept: The mean embedding of its tokens is the start.
+        concept: The words that the soft tokens replace; each prompt contains them once.
         targets: From `noise_targets`.
         gradient_steps: Steps of Adam.
-        rate: Learning rate, relative to the root mean square of the start embedding.
+        rate: Learning rate, relative to the standard deviation of the numbers in the token embedding.
     """
-    soft = [initial(model, i, concept).requires_grad_() for i in range(len(model.text_encoders))]
-    rates = [rate * float(s.detach().norm()) / s.numel() ** 0.5 for s in soft]
+    soft = [rows.requires_grad_() for rows in neutral_rows(model, concept)]
+    rates = [rate * float(table.float().std()) for table, _ in _tables(model, concept)]
     adam = torch.optim.Adam([{"params": [s], "lr": lr} for s, lr in zip(soft, rates, strict=True)])
     losses: list[float] = []
     for step in range(gradient_steps):
-        rows = [target for target in targets if target.prompt == step % len(prompts)]
+        chosen = step % len(prompts)
+        rows = [target for target in targets if target.prompt == chosen]
         with torch.enable_grad():
-            embeds = encode_with(model, prompts, soft)
-            errors = [
-                model.noise_pred(t.latents[None], t.timestep, embeds[t.prompt : t.prompt + 1])[0]
-                - t.noise
-                for t in rows
-            ]
-            loss = torch.stack([error.pow(2).mean() for error in errors]).mean()
+            embeds = encode_with(model, [prompts[chosen]], concept, soft)
+            noise = model.noise_pred(
+                torch.stack([t.latents for t in rows]),
+                torch.stack([t.timestep for t in rows]),
+                embeds.expand(len(rows), -1, -1),
+            )
+            loss = (noise - torch.stack([t.noise for t in rows])).pow(2).mean()
             gradients = torch.autograd.grad(loss, soft)
         for tensor, gradient in zip(soft, gradients, strict=True):
             tensor.grad = gradient
@@ -113,16 +121,41 @@ def fit(
     return [s.detach() for s in soft], losses
 
 
-def encode_with(model: TextToImage, prompts: Sequence[str], soft: Sequence[Tensor]) -> Tensor:
-    """Return the text features of `prompts` with the soft token before the end of text, shape (N, L, D)."""
+def encode_with(
+    model: TextToImage, prompts: Sequence[str], concept: str, soft: Sequence[Tensor]
+) -> Tensor:
+    """Return the text features of `prompts` with `soft` in the place of the concept's tokens, shape (N, L, D).
+
+    Args:
+        model: The model.
+        prompts: Each contains the concept once.
+        concept: The words that are replaced.
+        soft: Embedding rows, (K, D) for each text encoder.
+
+    Raises:
+        ValueError: A prompt does not contain the concept exactly once.
+    """
     ids: list[Tensor] = []
     patches: dict[Any, Callable[[Tensor], Tensor]] = {}
     for i, encoder in enumerate(model.text_encoders):
-        rows, ends = _with_placeholder(model.tokenizers[i], model.tokenize(prompts, encoder=i))
-        ids.append(rows.to(model.device))
-        patches[encoder.get_input_embeddings()] = _writer(soft[i], ends)
+        tokenizer = model.tokenizers[i]
+        spans = [find_span(tokenizer, prompt, concept) for prompt in prompts]
+        tokens = model.tokenize(prompts, encoder=i)
+        rows = [
+            _with_length(tokenizer, row, span, len(soft[i]))
+            for row, span in zip(tokens, spans, strict=True)
+        ]
+        ids.append(torch.stack(rows).to(model.device))
+        patches[encoder.get_input_embeddings()] = _writer(soft[i], [span.start for span in spans])
     with hooks.patch(patches):
         return text_features(model.text_encoders, ids, clip_skip=model.clip_skip)
+
+
+def _tables(model: TextToImage, concept: str) -> list[tuple[Tensor, list[int]]]:
+    """Return for each text encoder its token embedding, (V, D), and the tokens of the concept."""
+    tables = [e.get_input_embeddings().weight.detach() for e in model.text_encoders]
+    ids = [t(concept, add_special_tokens=False).input_ids for t in model.tokenizers]
+    return list(zip(tables, ids, strict=True))
 
 
 def _scaled(scheduler: Any, latents: Tensor, done: int) -> Tensor:
@@ -133,24 +166,22 @@ def _scaled(scheduler: Any, latents: Tensor, done: int) -> Tensor:
     return scheduler.scale_model_input(latents, scheduler.timesteps[done])
 
 
-def _with_placeholder(tokenizer: Any, ids: Tensor) -> tuple[Tensor, list[int]]:
-    """Return `ids` (N, L) with one more token before each end of text, and its position in each row."""
-    ends = [min(end_of_text(tokenizer, row), ids.shape[1] - 2) for row in ids]
-    rows = torch.stack(
-        [
-            torch.cat([row[:end], row[end - 1 : end], row[end:][:-1]])
-            for row, end in zip(ids, ends, strict=True)
-        ]
-    )
-    # also where the token limit removed the end of text
-    rows[range(len(ends)), [end + 1 for end in ends]] = tokenizer.eos_token_id
-    return rows, ends
+def _with_length(tokenizer: Any, row: Tensor, span: Span, count: int) -> Tensor:
+    """Return the tokens of a prompt, (L,), with `count` copies of a token in the place of a span."""
+    soft = row[span.start].repeat(count)
+    padding = row.new_full((max(len(span) - count, 0),), tokenizer.pad_token_id)
+    longer = torch.cat([row[: span.start], soft, row[span.end :], padding])[: len(row)]
+    if tokenizer.eos_token_id not in longer:  # the token limit removed the end of text
+        longer[-1] = tokenizer.eos_token_id
+    return longer
 
 
-def _writer(soft: Tensor, ends: Sequence[int]) -> Callable[[Tensor], Tensor]:
+def _writer(soft: Tensor, starts: Sequence[int]) -> Callable[[Tensor], Tensor]:
     def write(embeddings: Tensor) -> Tensor:
         copy = embeddings.clone()
-        copy[range(len(ends)), list(ends)] = soft.to(embeddings)
+        for row, start in enumerate(starts):
+            length = min(len(soft), copy.shape[1] - 1 - start)
+            copy[row, start : start + length] = soft[:length].to(embeddings)
         return copy
 
     return write

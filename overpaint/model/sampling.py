@@ -1,4 +1,4 @@
-"""The denoising loop with classifier-free guidance, and its schedulers."""
+"""The denoising loop with classifier-free guidance, its inversion, and its schedulers."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from overpaint.errors import check_seed
 
-__all__ = ["SOLVERS", "Denoiser", "Drawing", "Progress", "denoise", "make_scheduler"]
+__all__ = ["SOLVERS", "Denoiser", "Drawing", "Progress", "denoise", "invert", "make_scheduler"]
 
 SOLVERS = ("own", "ddim", "dpm")
 
@@ -125,13 +125,51 @@ def denoise(
     return latents
 
 
+@torch.no_grad()
+def invert(
+    model: Denoiser, latents: Tensor, prompt_embeds: Tensor, *, steps: int, iterations: int = 4
+) -> Tensor:
+    r"""Return the initial latents from which DDIM without guidance draws `latents`.
+
+    A step of DDIM is :math:`x_s = a\,x_t + b\,\epsilon(x_t, t)`. It is undone by the fixed-point iteration
+    :math:`x_t \leftarrow (x_s - b\,\epsilon(x_t, t)) / a` from :math:`x_t = x_s`; one iteration is the usual inversion.
+    Draw with `denoise(..., guidance_scale=1, scheduler=make_scheduler(model, "ddim"))`.
+
+    Args:
+        model: Predicts the noise or the velocity, as its scheduler states.
+        latents: Denoised latents, shape (B, C, h, w).
+        prompt_embeds: Text features, shape (B, L, D).
+        steps: Denoising steps.
+        iterations: Calls of the UNet for each step, at least 1.
+
+    Returns:
+        Initial latents, shape (B, C, h, w).
+
+    Source: Song et al., 2021, https://arxiv.org/abs/2010.02502, equation 12, for the step; Pan et al., 2023,
+    https://arxiv.org/abs/2309.04907, for the iteration, here without acceleration.
+    """
+    base = make_scheduler(model, "ddim")
+    scheduler = type(base).from_config(base.config)
+    scheduler.set_timesteps(steps, device=latents.device)
+    one, zero = latents.new_ones(1, 1, 1, 1), latents.new_zeros(1, 1, 1, 1)
+    for t in scheduler.timesteps.flip(0):
+        # The step is linear, so its two factors are its results for ones and zeros.
+        a = scheduler.step(zero, t, one).prev_sample
+        b = scheduler.step(one, t, zero).prev_sample
+        later = latents
+        for _ in range(iterations):
+            later = (latents - b * model.noise_pred(later, t, prompt_embeds)) / a
+        latents = later
+    return latents
+
+
 def make_scheduler(model: Denoiser, name: str) -> Any:
     """Return the scheduler `name`, with the noise schedule and prediction type of `model`.
 
     Args:
         model: Model whose settings are used.
-        name: `"own"` for the scheduler of the model, `"ddim"` for DDIM without added noise, or `"dpm"` for second-order
-            DPM-Solver++, which needs fewer steps than DDIM.
+        name: `"own"` for the scheduler of the model, `"ddim"` for DDIM without added noise or clipping, or `"dpm"` for
+            second-order DPM-Solver++, which needs fewer steps than DDIM.
 
     Raises:
         ValueError: `name` is not one of `SOLVERS`.
@@ -147,7 +185,8 @@ def make_scheduler(model: Denoiser, name: str) -> Any:
         "ddim": diffusers.DDIMScheduler,
         "dpm": diffusers.DPMSolverMultistepScheduler,
     }
-    return classes[name].from_config(model.scheduler.config)
+    options = {"clip_sample": False} if name == "ddim" else {}  # latents are not limited to [-1, 1]
+    return classes[name].from_config(model.scheduler.config, **options)
 
 
 def _check_solver(name: str) -> None:

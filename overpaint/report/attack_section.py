@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from overpaint.evaluate.attack_results import FILE, Attack
+from overpaint.evaluate.attack_results import FILE, TEXT_FREE, Attack
 from overpaint.metrics import Interval
 from overpaint.report.tables import Cell, Table, percent
 
@@ -35,18 +35,30 @@ def load(folder: str | Path) -> AttackSection | None:
 
 
 def _summary(attack: Attack) -> str:
-    best, count = attack.best, len(attack.attempts)
+    best = attack.best
+    count = sum(a.family != TEXT_FREE for a in attack.attempts) or len(attack.attempts)
+    note = _inversion_note(attack)
     if not attack.brought_back:
         return (
             f"None of {count} attempts brought {attack.erase} back above the scores of the plain prompts and of "
-            "prompts without the concept. The search was short: it does not show that the edit is robust."
+            f"prompts without the concept. The search was short: it does not show that the edit is robust.{note}"
         )
     share = (
         f", {percent(attack.recovered)} of what the edit removed"
         if math.isfinite(attack.recovered)
         else ""
     )
-    return f"The best of {count} attempts, {best.family} “{best.words}”, brought {attack.erase} back{share}."
+    return f"The best of {count} attempts, {best.family} “{best.words}”, brought {attack.erase} back{share}.{note}"
+
+
+def _inversion_note(attack: Attack) -> str:
+    inversion = attack.inversion
+    if inversion is None or inversion.confirmed is None:
+        return ""
+    return (
+        " Drawn from their inverted noise without a prompt, pictures of the concept score "
+        f"{inversion.confirmed.mean:.2f}: an edit of text alone cannot change that, as it leaves the UNet as it is."
+    )
 
 
 def _table(attack: Attack) -> Table:
