@@ -89,24 +89,25 @@ def _follow(path: Path, paths: set[Path]) -> None:
                     _follow(file, paths)
 
 
-def earlier_looks(path: Path, test: str, weights: str) -> list[dict[str, Any]]:
-    """Return the runs that a result file records of the test list with the digest `test` on `weights`."""
+def earlier_looks(path: Path, test: str) -> list[dict[str, Any]]:
+    """Return the runs that a result file records of the test list with the digest `test`, on any weights."""
     if not path.is_file():
         return []
-    looks: Sequence[dict[str, Any]] = (
-        files.from_json(path.read_bytes()).get("test", {}).get("looks", [])
-    )
-    return [dict(look) for look in looks if (look["list"], look["weights"]) == (test, weights)]  # fmt: skip
+    looks: Sequence[dict[str, Any]] = files.from_json(path.read_bytes()).get("test", {}).get("looks", [])  # fmt: skip
+    return [dict(look) for look in looks if look["list"] == test]
 
 
-def refuse_second_run(looks: Sequence[Mapping[str, Any]], path: Path, again: bool) -> None:
-    """Raise if there are earlier runs, unless `again` is true.
+def refuse_second_run(
+    looks: Sequence[Mapping[str, Any]], weights: str, path: Path, again: bool
+) -> None:
+    """Raise if one of the earlier runs was on `weights`, unless `again` is true.
 
     Raises:
         AlreadyRun: The test list was run before on these weights.
     """
-    if looks and not again:
+    dates = [look["date"] for look in looks if look["weights"] == weights]
+    if dates and not again:
         raise AlreadyRun(
-            f"{path.name} holds a run of these test concepts on these weights, of {looks[-1]['date']}: a test is run "
-            "once. Draw other concepts with another seed in edit_concepts.py, or pass --again, which is recorded."
+            f"{path.name} holds a run of these test concepts on these weights, of {dates[-1]}: a test is run once. "
+            "Draw other concepts with another seed in edit_concepts.py, or pass --again, which is recorded."
         )

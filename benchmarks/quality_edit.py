@@ -114,8 +114,8 @@ def contested(plan: argparse.Namespace, bench: Bench, out: Path) -> dict[str, fl
         layers: Mapping[str, Sequence[int]] = {}
         sizes, many, unrelated = small(), MANY[:1], 8
     else:
-        looks = earlier_looks(path, digest(concepts), weights)
-        refuse_second_run(looks, path, plan.again)
+        looks = earlier_looks(path, digest(concepts))
+        refuse_second_run(looks, weights, path, plan.again)
         tuning = edit_run.load_tuning(out / "quality_edit_tuning.json", weights, plan.methods)
         chosen = {name: tuning["methods"][name]["chosen"] for name in plan.methods}
         layers = tuning["layers"]

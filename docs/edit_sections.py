@@ -39,7 +39,6 @@ def contest(run: Run) -> str:
     kinds = list(dict.fromkeys(row["kind"] for row in tables["by kind"]))
     counts = ", ".join(f"{len(pairs)} {kind}s" for kind, pairs in run["test"]["concepts"].items())
     pictures = run["protocol"]["pictures"]["target"]
-    looks = len(run["test"]["looks"])
     plain = rows["no edit"]
     return (
         "## Edits of one concept\n\n"
@@ -47,7 +46,7 @@ def contest(run: Run) -> str:
             COMMAND, run["protocol"], commit=run["commit"], more=f"seed {run['protocol']['seed']}"
         )
         + f"\nTest concepts ({counts}), one edit each, at least {pictures} pictures of each, the same prompts and "
-        f"start noise for all rows; intervals over concepts. {_looks(looks)} Every method's settings were chosen on "
+        f"start noise for all rows; intervals over concepts. {_looks(run)} Every method's settings were chosen on "
         "other concepts, by the best harmonic mean, and methods with a preserve list got the same one. The unedited "
         f"model is recognised to draw the concept in {percent(plain['target'])} of its pictures, in held-out wordings "
         f"in {percent(plain['wording'])}, and the replacement, when the prompt names it, in "
@@ -55,7 +54,8 @@ def contest(run: Run) -> str:
         + _erased(rows)
         + "\nWhat else changes. *Lost* are labels of pictures without the concept; *scene* is what else pictures of "
         "the concept show, such as the object in an edited style; *captions* are everyday captions that move by more "
-        "than a tenth of their distance from the empty prompt.\n\n"
+        f"than a tenth of their distance from the empty prompt, of {run['protocol']['captions']} for each concept, "
+        "first those that share a word with it.\n\n"
         + _kept(rows)
         + f"\n{_outcome(tables['auto minus the row'])}\n\n"
         + _paired(tables["auto minus the row"])
@@ -89,10 +89,14 @@ def many(run: Run) -> str:
     )
 
 
-def _looks(count: int) -> str:
-    if count == 1:
+def _looks(run: Run) -> str:
+    """Return a sentence on how often the test concepts were looked at."""
+    looks = run["test"]["looks"]
+    if len(looks) == 1:
         return "The test concepts were written down before, and run once."
-    return f"**The test concepts were run {count} times on these weights.**"
+    here = sum(look["weights"] == run["protocol"]["weights"] for look in looks)
+    times = "1 time" if here == 1 else f"{here} times"
+    return f"**The test concepts were run {len(looks)} times, {times} on these weights.**"
 
 
 def _erased(rows: Run) -> str:

@@ -240,17 +240,18 @@ def test_the_code_of_a_method_covers_the_modules_that_it_imports(store):
 
 def test_a_second_run_of_the_test_is_refused_and_recorded_if_forced(store, tmp_path):
     path = tmp_path / "quality_edit.json"
-    assert store.earlier_looks(path, "list", "weights") == []
+    assert store.earlier_looks(path, "list") == []
     path.write_text('{"result": {}, "tables": {}}')  # of the benchmark before
-    assert store.earlier_looks(path, "list", "weights") == []
+    assert store.earlier_looks(path, "list") == []
     look = {"date": "2026-12-01", "list": "list", "weights": "weights"}
     path.write_text(json.dumps({"test": {"looks": [look]}}))
-    looks = store.earlier_looks(path, "list", "weights")
+    looks = store.earlier_looks(path, "list")
+    assert looks == [look]
     with pytest.raises(store.AlreadyRun, match="of 2026-12-01: a test is run once.*pass --again"):
-        store.refuse_second_run(looks, path, again=False)
-    store.refuse_second_run(looks, path, again=True)
-    for other in (("another list", "weights"), ("list", "other weights")):
-        store.refuse_second_run(store.earlier_looks(path, *other), path, again=False)
+        store.refuse_second_run(looks, "weights", path, again=False)
+    store.refuse_second_run(looks, "weights", path, again=True)
+    store.refuse_second_run(looks, "other weights", path, again=False)
+    assert store.earlier_looks(path, "another list") == []
 
 
 def test_the_contest_needs_settings_of_these_weights_and_all_methods(runs, tmp_path):
@@ -389,12 +390,13 @@ def test_the_page_shows_every_method_with_its_settings_and_says_with_whom_it_is_
     assert "attack_after" not in result
     content = report.as_json({
         "result": result, "tables": tables, "commit": "abcdef012345",
-        "test": {"concepts": {"object": dict.fromkeys(map(str, range(30)), "")}, "looks": [{}, {}]},
-        "protocol": {"steps": 8, "seed": 0, "pictures": {"target": 12}},
+        "test": {"concepts": {"object": dict.fromkeys(map(str, range(30)), "")},
+                 "looks": [{"weights": "a"}, {"weights": "b"}]},
+        "protocol": {"steps": 8, "seed": 0, "weights": "b", "captions": 100, "pictures": {"target": 12}},
     })  # fmt: skip
     page = sections.contest(json.loads(json.dumps(content)))
     assert "a draw with UCE, last token to pads; worse than DP." in page
-    assert "run 2 times" in page and "No attacks were run" in page
+    assert "were run 2 times, 1 time on these weights" in page and "No attacks were run" in page
     for name in methods:
         assert page.count(f"| {sections.NAMES[name]} |") >= 4, name
     assert "erase weight 1" in page
