@@ -156,6 +156,10 @@ def _rename(given: Given, **settings: Any) -> Change:
 
 
 KEYS = ("last", "last_to_pads")  # the concept's last token alone, or all from it to the last pad
+_OCE = [
+    *_grid(keys=KEYS[:1], erase_weight=(1.0, 0.1, 10.0)),
+    *_grid(keys=KEYS[1:], form=("vector",), erase_weight=(1.0, 0.1, 10.0)),  # pads span all outputs
+]
 METHODS: dict[str, Method] = {
     OURS: Method("ours", _auto, many=True, attacked=True),
     "auto, weight tuned": Method(
@@ -183,9 +187,7 @@ METHODS: dict[str, Method] = {
     "time": Method("rival", _time, _grid(matrices=(("v",), ("k", "v")), ridge=(0.1, 1.0, 10.0))),
     "loco": Method("rival", _loco, _grid(ridge=(0.01, 0.1, 1.0)), subject="bare"),
     "finetune": Method("rival", _finetune, _grid(lr=(1e-3, 3e-4), steps=(60,)), subject="whole"),
-    "oce": Method(
-        "rival", _oce, _grid(keys=KEYS, erase_weight=(1.0, 0.1, 10.0)), "bare", many=True
-    ),
+    "oce": Method("rival", _oce, _OCE, "bare", many=True),
     "dp": Method("rival", _dp, _grid(keys=KEYS, rank=(None, 64, 128)), "bare", many=True),
     "speed": Method(
         "rival", _speed, _grid(keys=KEYS, null_below=(0.1, 1.0, 10.0)), "bare", many=True

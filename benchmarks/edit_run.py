@@ -117,9 +117,12 @@ class Run:
         prompts = digest([[p.text, p.seed, p.role] for p in asked.prompts])
 
         def edited() -> Any:
-            return make_edit(
+            edit = make_edit(
                 self.bench, method, settings, pairs, kinds, self.layers.get(asked.kind)
             )
+            if edit.refused:
+                print(f"{name} refuses {asked.old} → {asked.new}: {edit.refused}", flush=True)
+            return edit
 
         more = {"prompts": prompts, "captions": self.captions}
         key = self.edit_key("edit", name, settings, pairs, kinds) | more

@@ -96,7 +96,7 @@ def tuned(plan: argparse.Namespace, bench: Bench, out: Path) -> dict[str, float]
     for name, entry in found.items():
         print(f"\n{name}: {entry['chosen']}")
         for row in entry["tried"]:
-            scores = (f"{key} {row[key]:.3f}" for key in ("harmonic", "target", "kept"))
+            scores = (f"{key} {row[key]:.3f}" for key in ("harmonic", "target", "kept", "refused"))
             print(f"  {', '.join(scores)}: {row['settings']}")
     best = {n: max(row["harmonic"] for row in entry["tried"]) for n, entry in found.items()}
     return {f"{name.replace(', ', '_').replace(' ', '_')}": round(v, 4) for name, v in best.items()}
