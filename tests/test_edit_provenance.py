@@ -37,12 +37,20 @@ def test_a_relative_folder_that_looks_like_a_hub_id_is_cut(tiny_sd1, tmp_path, m
     assert named(tiny_sd1, ".") == "sd15"
 
 
-@pytest.mark.parametrize("method", ["quickfix", "auto", "swap_embedding", "uce", "time", "loco"])
+@pytest.mark.parametrize(
+    "method",
+    ["quickfix", "auto", "swap_embedding", "uce", "time", "loco", "oce", "dp", "speed", "hirm"],
+)
 def test_no_change_holds_a_local_path(real_vocabulary, tmp_path, method):
     folder = shutil.copytree(real_vocabulary("sd1"), tmp_path / "secret" / "sd15")
     model = overpaint.load(folder)
-    settings = {"contexts": 8, "background": 8, "vocabulary": ["monet"]} if method == "auto" else {}
-    change = getattr(edit, method)(model, {"van gogh": "dog"}, **settings)
+    settings = {
+        "auto": {"contexts": 8, "background": 8, "vocabulary": ["monet"]},
+        "oce": {"captions": ["a cat"]},
+        "speed": {"empty_tokens": 2},
+        "hirm": {"steps": 1},
+    }
+    change = getattr(edit, method)(model, {"van gogh": "dog"}, **settings.get(method, {}))
     assert change.protocol["model"] == "sd15"
     change.save(tmp_path / "c.safetensors")
     assert b"secret" not in (tmp_path / "c.safetensors").read_bytes()

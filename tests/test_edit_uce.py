@@ -65,6 +65,54 @@ def test_every_weight_equals_the_papers_formula(tiny_sd2, preserve):
         assert close(movement.delta, expected - w, to=1e-5)
 
 
+@pytest.mark.parametrize("name", ["tiny_sd1", "tiny_sd2"])
+def test_keys_to_the_last_pad_equal_the_formula_over_these_tokens(request, name):
+    model = request.getfixturevalue(name)
+    pairs, preserve = {"van gogh": "painting", "snoopy": ""}, ("monet",)
+    change = edit.uce(
+        model, pairs, preserve=preserve, preserve_weight=0.7, keys="last_to_pads", frames=("",), layers=[2, 7]
+    )  # fmt: skip
+
+    def rows(text):
+        mask = model.tokenizer(text, padding="max_length", truncation=True).attention_mask
+        return model.encode([text])[
+            0, sum(mask) - 2 :
+        ].double()  # from the last word, or begin-of-text, on
+
+    olds = [rows(old) for old in pairs]
+    news = [rows(new)[: len(old)] for new, old in zip(pairs.values(), olds, strict=True)]
+    # an old concept that ends later has fewer tokens after it, one that ends earlier repeats the last pad
+    news = [
+        torch.cat([new, new[-1:].expand(len(old) - len(new), -1)])
+        for new, old in zip(news, olds, strict=True)
+    ]
+    c, g, p = torch.cat(olds), torch.cat(news), rows("monet")
+    assert change.report["preserved_keys"] == len(p) == 76
+    system = 0.5 * torch.eye(64).double() + c.T @ c + 0.7 * p.T @ p
+    for movement in change.movements:
+        w = exact(model, movement.site)
+        expected = torch.linalg.solve(
+            system, w @ (0.5 * torch.eye(64).double() + g.T @ c + 0.7 * p.T @ p), left=False
+        )
+        assert close(movement.delta, expected - w, to=1e-4)
+
+
+def test_changes_with_other_keys_are_not_added_and_preserve_terms_are_read_again(tiny_sd1):
+    options = {"preserve": ["monet"], "layers": [4], "frames": ("",)}
+    pads = [
+        edit.uce(tiny_sd1, {old: new}, keys="last_to_pads", **options)
+        for old, new in MONET.items()
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="these changes differ in keys"):
+        pads[0] + edit.uce(tiny_sd1, {"snoopy": ""}, **options)
+    joint = edit.uce(tiny_sd1, MONET, keys="last_to_pads", **options)
+    whole = {m.site: m.delta for m in joint.movements}
+    stacked = edit.stack(tiny_sd1, pads)  # computes the preserve terms again
+    assert all(close(m.delta, whole[m.site], to=1e-6) for m in stacked.movements)
+    with pytest.raises(ValueError, match="`keys` must be 'last' or 'last_to_pads', got 'pads'"):
+        edit.uce(tiny_sd1, MONET, keys="pads")
+
+
 def test_without_preserve_the_change_equals_the_shared_solver(tiny_sd1):
     change = edit.uce(tiny_sd1, {"van gogh": "painting"}, frames=("",))
     for movement in change.movements[:4]:

@@ -15,6 +15,10 @@ METHODS = {
     "quickfix": (edit.quickfix, {}),
     "auto": (edit.auto, FEW),
     "uce": (edit.uce, {}),
+    "oce": (edit.oce, {"captions": ()}),
+    "dp": (edit.dp, {}),
+    "speed": (edit.speed, {"empty_tokens": 1}),
+    "hirm": (edit.hirm, {"steps": 1}),
     "time": (edit.time, {}),
     "loco": (edit.loco, {}),
     "finetune": (edit.finetune, BRIEF),
@@ -45,8 +49,19 @@ def test_several_replacements_or_a_list_of_concepts_are_refused(tiny_sd1, name):
 @pytest.mark.parametrize("name", ["preserve", "frames", "without", "aliases"])
 def test_a_text_or_a_nested_list_for_a_list_is_refused(tiny_sd1, name):
     takers = {
-        "preserve": ("quickfix", "auto", "uce", "finetune", "random_site"),
-        "frames": ("quickfix", "uce", "time", "loco", "finetune", "random_site"),
+        "preserve": ("quickfix", "auto", "uce", "oce", "dp", "speed", "finetune", "random_site"),
+        "frames": (
+            "quickfix",
+            "uce",
+            "oce",
+            "dp",
+            "speed",
+            "hirm",
+            "time",
+            "loco",
+            "finetune",
+            "random_site",
+        ),
         "without": ("auto",),
         "aliases": ("auto",),
     }

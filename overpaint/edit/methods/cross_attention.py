@@ -194,8 +194,9 @@ def feature_edit(
         ValueError: A concept is cut off, or `keys` is another word.
     """
     if keys not in get_args(Keys):
-        names = " or ".join(map(repr, get_args(Keys)))
-        raise ValueError(f"`keys` must be {names}, got {keys!r}. Leave it out for 'last'.")
+        raise ValueError(
+            f"`keys` must be 'last' or 'last_to_pads', got {keys!r}. Leave it out for 'last'."
+        )
     started = time.perf_counter()
     positions = "last_subject" if keys == "last" else "from_subject_to_end"
     planned = align_captions(model, pairs, frames, positions)

@@ -76,8 +76,8 @@ def hirm(
         and scaled but not added. Its report holds the loss before and after the training, and the seconds.
 
     Raises:
-        ValueError: A concept is empty, cut off or equals its target, a number or choice is out of range, or the
-            training diverged.
+        ValueError: A concept is empty, cut off or equals its target, a number or choice is out of range, the UNet does
+            not read the layer, or the training diverged.
         TypeError: A list of texts is one text.
         UnknownSite: The model has no such layer or encoder.
         UnsupportedModel: The text encoder is no CLIP, or its weights are not plain matrices in memory.
@@ -97,7 +97,6 @@ def hirm(
             tower, ids, targets, steps, lr, _shifted(on_progress, place, len(parts), steps)
         )
         movements = tuple(map(Movement.to_weight, tower.sites, tower.parameters, tuned))
-        remark = unread_layer(model, part, layer, tower.count)
         report = {
             "loss_before": losses[0],
             "loss_after": losses[-1],
@@ -108,7 +107,7 @@ def hirm(
             "towards": towards, "scale": scale, "steps": steps, "lr": lr, "layer": layer, "frames": list(frames),
             "encoder": part, "seed": seed,
         }  # fmt: skip
-        report |= notes(model, [*pairs, *pairs.values()], remark)
+        report |= notes(model, [*pairs, *pairs.values()])
         changes[part] = Change(movements, protocol("hirm", model, pairs) | settings, report)
     return joined(model, changes)
 
@@ -117,18 +116,19 @@ class _Tower:
     """One text encoder up to the state that the UNet reads, with the weights of one layer replaced.
 
     Attributes:
-        count: Number of layers.
         sites: Names of the weights that are trained.
         parameters: These weights.
     """
 
     def __init__(self, model: TextToImage, part: str, layer: int) -> None:
         self.part = part
-        self.count = len(text_layers(model, part))
-        if not 0 <= layer < self.count:
+        count = len(text_layers(model, part))
+        if not 0 <= layer < count:
             raise UnknownSite(
-                f"`layer` must be 0 to {self.count - 1} in {part!r}, got {layer}. Name one of those."
+                f"`layer` must be 0 to {count - 1} in {part!r}, got {layer}. Name one of those."
             )
+        if remark := unread_layer(model, part, layer, count):
+            raise ValueError(f"no gradient reaches layer {layer} of {part!r}: {remark}")
         names = [f"self_attn.{name}_proj" for name in PROJECTIONS] + ["mlp.fc2"]
         self.sites = [f"{part}.{layer}.{name}" for name in names]
         self.parameters = [weight.parameter for weight in find_weights(model, self.sites)]

@@ -23,6 +23,7 @@ rank, so its file is as large as the weights.
 
 import math
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
@@ -41,7 +42,6 @@ from overpaint.edit.methods.cross_attention import (
     check_weight,
     drift_report,
     feature_edit,
-    last_tokens,
     pooled_remark,
     projection_sites,
     read_features,
@@ -53,9 +53,10 @@ from overpaint.edit.null_space import span
 from overpaint.edit.provenance import notes
 from overpaint.edit.provenance import protocol as shared_protocol
 from overpaint.edit.weights import find_weights
-from overpaint.errors import check_texts
+from overpaint.errors import CutPromptWarning, check_texts
 from overpaint.model import TextToImage
 from overpaint.model.sampling import Progress
+from overpaint.model.token_spans import end_of_text
 
 __all__ = ["oce", "orthogonal", "subspace_term"]
 
@@ -92,13 +93,14 @@ def oce(
             length.
         ridge: Pull towards the old weights, in units of a key's squared norm. Positive.
         form: `"subspace"` erases the span of all old concepts, `"vector"` each key; preserved keys count one by one in
-            both.
+            both. Many keys, as with pads, span nearly all outputs: take the vector form then.
         keys: As in `uce`.
         frames: Captions around the concept. Each frame adds directions to the erased subspace, so the default is the
             bare concept.
         layers: Cross-attention layers, all if `None`.
         captions: Everyday captions, which are read at the tokens that `keys` names; `probes.everyday("validation")` if
-            `None`, and the empty list leaves the term out. Reading takes most of the time.
+            `None`, and the empty list leaves the term out. Reading takes most of the time. Captions that are too long
+            are cut.
         on_progress: Called with (captions read, all captions, label).
 
     Returns:
@@ -106,7 +108,7 @@ def oce(
 
     Raises:
         ValueError: A concept is empty, cut off or equals its target, two pairs contradict one another, a preserved
-            concept is edited, or a number or a choice is out of range.
+            concept is edited, the new concepts' outputs span the old ones', or a number or a choice is out of range.
         TypeError: A list of texts is one text.
         UnknownSite: The UNet has no such layer.
         UnsupportedModel: The projections do not read the text features, or are not plain matrices in memory.
@@ -179,6 +181,11 @@ def _rotation(
     )
     erased, anchors = edit.keys.double() @ inner.T, edit.sources.double() @ inner.T
     term = subspace_term(erased, anchors) if form == "subspace" else anchors.T @ erased
+    if form == "subspace" and float(term.norm()) < 1e-6:
+        raise ValueError(
+            f"the outputs of the new concepts span those of the old ones, {len(inner)} numbers each, so nothing is "
+            "erased: give fewer `frames`, keys='last', or form='vector'."
+        )
     turn = orthogonal(erase_weight * term + inner @ still @ inner.T)
     return basis @ (turn - torch.eye(len(turn), dtype=torch.float64)), inner
 
@@ -195,10 +202,17 @@ def _second_moment(
     total, count = torch.zeros(width, width, dtype=torch.float64), 0
     for start in range(0, len(captions), _BATCH):
         batch = captions[start : start + _BATCH]
-        places = last_tokens(model, [(caption, "") for caption in batch])
-        length = max(place for _, place in places) + 2 if keys == "last" else None
-        features = read_features(model, [text for text, _ in places], length=length)
-        rows = torch.cat([rows_from_last_token(features[text], p, keys) for text, p in places])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CutPromptWarning)  # a cut caption is a caption too
+            ends = [end_of_text(model.tokenizer, ids) for ids in model.tokenize(batch)]
+            length = max(ends) + 1 if keys == "last" else None
+            features = read_features(model, batch, length=length)
+        rows = torch.cat(
+            [
+                rows_from_last_token(features[caption], max(end - 1, 0), keys)
+                for caption, end in zip(batch, ends, strict=True)
+            ]
+        )
         total += product(rows)
         count += len(rows)
         if on_progress is not None:

@@ -83,7 +83,7 @@ def quickfix(
             SD-1.x reads pads too, and begin-of-text is the same in every prompt. `""` is allowed; guidance reads it.
         preserve_weight: Weight of one preserved key against one edited key; 0 leaves the preserve term out. `"exact"`,
             the limit of a growing weight: the keys are projected onto the complement of the preserved keys' span, so
-            that no output of the layer at a preserved prompt moves. A prompt takes up to 77 of the D_in directions.
+            that no output of the layer at a preserved prompt moves. A prompt takes up to L of the D_in directions.
         ridge: Pull towards the old weight, in units of a key's squared norm. Positive.
         positions: Which tokens become keys: from the concept's last token to the end of the padding (the release),
             the last token alone (the paper's text), the last token and the end of text, all tokens of the concept
