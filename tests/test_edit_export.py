@@ -179,6 +179,22 @@ def test_stock_diffusers_fuses_a_lora_to_the_weights_of_the_applied_change(copie
 
 
 @needs_peft
+@pytest.mark.parametrize("write", [export.lora, export.kohya])
+def test_stock_diffusers_reads_a_lora_of_an_mlp_alone(copied, tmp_path, write):
+    """diffusers refuses factors of a text encoder without one of self-attention, so the file has one of zeros."""
+    change = random_change(copied, "text.3.mlp.fc2")
+    pipe = plain_pipeline(copied)
+    pipe.load_lora_weights(write(change, tmp_path / "c.safetensors", model=copied))
+    pipe.fuse_lora(components=["text_encoder"])
+    pipe.unload_lora_weights()
+    fused = TextToImage(pipe, name="fused")
+    moved = applied_weights(copied, change)["text.3.mlp.fc2"]
+    for site in ("text.3.mlp.fc2", "text.3.self_attn.out_proj"):
+        expected = moved if "mlp" in site else find_weight(copied, site).parameter
+        assert float((find_weight(fused, site).parameter - expected).abs().max()) <= 1e-6
+
+
+@needs_peft
 @pytest.mark.parametrize("layout", ["tiny_sd2", "tiny_xl"])
 def test_loras_of_other_layouts_are_read(request, tmp_path, layout):
     model = request.getfixturevalue(layout)

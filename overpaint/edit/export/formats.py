@@ -82,7 +82,23 @@ def lora_tensors(change: Change, model: TextToImage | None) -> dict[str, Tensor]
         rank = max(len(d) for m, (_, d) in factors.items() if m.startswith(f"{part}."))
         tensors[f"{module}.lora_A.weight"] = pad(down, (0, 0, 0, rank - len(down)))
         tensors[f"{module}.lora_B.weight"] = pad(up, (0, rank - up.shape[1]))
-    return tensors
+    return tensors | _attention_of_mlps(tensors)
+
+
+def _attention_of_mlps(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return zero factors of a self-attention for each text encoder whose factors are those of MLPs alone.
+
+    diffusers recognises the LoRA of a text encoder by the names of self-attention, and refuses others.
+    """
+    zeros: dict[str, Tensor] = {}
+    for part in ("text_encoder.", "text_encoder_2."):
+        names = [n for n in tensors if n.startswith(part) and n.endswith(".lora_B.weight")]
+        if not names or any(".self_attn." in name for name in names):
+            continue
+        up = torch.zeros_like(tensors[names[0]])  # (D, R)
+        module = names[0].replace(".mlp.fc2.lora_B.weight", ".self_attn.out_proj")
+        zeros |= {f"{module}.lora_A.weight": up.T, f"{module}.lora_B.weight": up}
+    return zeros
 
 
 def _check_shapes(model: TextToImage, change: Change) -> None:
