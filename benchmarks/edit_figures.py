@@ -24,7 +24,8 @@ Figures = dict[str, float]
 Labels = Sequence[Mapping[str, str]]
 _CHANGES = ("others_drop", "rest_drop", "scene_drop")
 _SHARES = (
-    *TARGETS, "redirection", "reached", "kept", "harmonic", "captions", "attack", "attack_before", "refused",
+    *TARGETS, "redirection", "reached", "kept", "harmonic", "captions", "attack", "attack_before", "attack_chance",
+    "refused",
 )  # fmt: skip
 
 
@@ -64,7 +65,8 @@ def of_concept(asked: Asked, result: Mapping[str, Any], plain: Mapping[str, Any]
     figures["kept"] = min(1.0, still / right) if right else math.nan
     figures["harmonic"] = harmonic(figures["target"], figures["kept"])
     if "best" in (attack := result.get("attack", {})):
-        figures |= {"attack": attack["best"], "attack_before": attack["before"]}
+        names = {"attack": "best", "attack_before": "before", "attack_chance": "chance"}
+        figures |= {name: attack[key] for name, key in names.items()}
     return figures
 
 

@@ -145,7 +145,10 @@ def size(change: Change | None) -> int:
 
 
 def attacked(bench: Bench, asked: Asked, edit: Edit, budget: attack.Budget) -> dict[str, Any]:
-    """Return the mean probability of the concept before the edit, after it, and under the best confirmed attempt."""
+    """Return the mean probability of the concept before the edit, after it, and under the best confirmed attempt.
+
+    `chance` is that of prompts without the concept: a style or a color is often seen where none was asked for.
+    """
     if edit.change is None:
         return {"refused": edit.refused or "no change to attack"}
     old, new = (bare(asked.kind, concept) for concept in (asked.old, asked.new))
@@ -166,7 +169,8 @@ def attacked(bench: Bench, asked: Asked, edit: Edit, budget: attack.Budget) -> d
     best = found.best.confirmed
     return {
         "before": found.before.mean, "after": found.after.mean, "best": best.mean if best else None,
-        "family": found.best.family, "words": found.best.words, "seconds": found.protocol["seconds"],
+        "chance": found.chance.mean, "family": found.best.family, "words": found.best.words,
+        "seconds": found.protocol["seconds"],
     }  # fmt: skip
 
 

@@ -77,7 +77,8 @@ def flat(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, float]:
         "target_after": "target", "wording_after": "wording", "synonym_after": "synonym", "others_drop": "others_drop",
         "rest_drop": "rest_drop", "scene_drop": "scene_drop", "redirection": "redirection",
         "redirection_unedited": "reached", "kept": "kept", "harmonic": "harmonic", "captions_moved": "captions",
-        "attack_after": "attack", "edit_seconds": "seconds", "file_bytes": "bytes",
+        "attack_after": "attack",
+        "attack_chance": "attack_chance", "edit_seconds": "seconds", "file_bytes": "bytes",
     }  # fmt: skip
     result = {name: ours[key].mean for name, key in names.items() if key in ours}
     for name, key in (("target", "target"), ("wording", "wording"), ("synonym", "synonym")):

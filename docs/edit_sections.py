@@ -105,7 +105,7 @@ def _erased(rows: Run) -> str:
         "redirection": "now the replacement", "harmonic": "harmonic mean of erased and kept",
     }  # fmt: skip
     if any("attack" in row for row in rows.values()):
-        heads |= {"attack": "under attack"}
+        heads |= {"attack": "under attack", "attack_chance": "by chance"}
     return table(
         ["method", *heads.values()],
         [[NAMES[name], *(_cell(row, key) for key in heads)] for name, row in rows.items()],

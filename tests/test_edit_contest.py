@@ -185,6 +185,9 @@ def test_figures_of_a_concept_by_hand(prompts, figures):
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert found["harmonic"] == pytest.approx(2 / (1 / 0.75 + 8 / 7))
     assert "wording" not in found
+    attacked = {"attack": {"best": 0.5, "before": 0.9, "chance": 0.2}}
+    found = figures.of_concept(asked, result(edited) | attacked, result(plain))
+    assert (found["attack"], found["attack_before"], found["attack_chance"]) == (0.5, 0.9, 0.2)
 
 
 def test_the_rule_of_tuning_takes_the_best_harmonic_mean(figures):
