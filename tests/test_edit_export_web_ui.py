@@ -103,10 +103,13 @@ def test_factors_of_kohya_are_the_movement(copied, tmp_path):
 def test_the_encoders_of_sdxl_are_numbered(tiny_xl, tmp_path):
     change = random_change(tiny_xl, "text.0.self_attn.out_proj", "text2.1.self_attn.v_proj")
     moved = products(export.kohya(change, tmp_path / "a.safetensors"))
+    zero = "lora_te2_text_model_encoder_layers_1_self_attn_out_proj"  # as diffusers wants one
     assert set(moved) == {
         "lora_te1_text_model_encoder_layers_0_self_attn_out_proj",
         "lora_te2_text_model_encoder_layers_1_self_attn_v_proj",
+        zero,
     }
+    assert not moved[zero].any()
     assert set(moved) <= comfy_keys(tiny_xl)
     first = edit.quickfix(tiny_xl, {"cat": "dog"}, encoder="text")
     for i, model in enumerate((None, tiny_xl)):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from overpaint.model.sampling import Drawing, denoise, invert, make_scheduler
 
@@ -49,3 +50,17 @@ def test_more_iterations_invert_ddim_more_exactly(request, layout):
         errors.append(float((draw(inverted) - latents).norm() / latents.norm()))
     assert errors[2] < 1e-4 and errors[2] < errors[1] < errors[0], errors
     assert torch.allclose(inverted, noise, atol=1e-3)
+
+
+def test_a_single_step_from_pure_noise_cannot_be_inverted(copied):
+    settings = {
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+    }
+    settings |= {"set_alpha_to_one": True}
+    copied.pipe.scheduler = DDIMScheduler.from_config(copied.scheduler.config, **settings)
+    latents, empty = copied.initial_latents([0]), copied.encode([""])
+    with pytest.raises(ValueError, match="discards its input with `steps` 1, .* use more steps"):
+        invert(copied, latents, empty, steps=1)
+    assert invert(copied, latents, empty, steps=2).isfinite().all()

@@ -227,16 +227,16 @@ class _Scored:
         )  # fmt: skip
 
     def inverted(self, latents: Tensor) -> Tensor:
-        """Return the initial noise of latents (B, C, h, w) under the empty prompt; see `sampling.invert`."""
+        """Return the initial noise of latents (B, C, h, w) under the empty prompt, by two steps or more."""
         empty = self.model.encode([""]).expand(len(latents), -1, -1)
-        return invert(self.model, latents, empty, steps=self.steps)
+        return invert(self.model, latents, empty, steps=max(self.steps, 2))
 
     def redrawn(self, noise: Tensor) -> Tensor:
         """Return the latents that DDIM draws from `noise` (B, C, h, w) with the empty prompt."""
         empty = self.model.encode([""])
         return denoise(
             self.model, noise, empty.expand(len(noise), -1, -1), empty,
-            steps=self.steps, guidance_scale=1, scheduler=make_scheduler(self.model, "ddim"),
+            steps=max(self.steps, 2), guidance_scale=1, scheduler=make_scheduler(self.model, "ddim"),
         )  # fmt: skip
 
     def score_latents(self, latents: Tensor) -> Interval:

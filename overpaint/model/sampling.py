@@ -145,6 +145,9 @@ def invert(
     Returns:
         Initial latents, shape (B, C, h, w).
 
+    Raises:
+        ValueError: A step discards its input, as a single step from pure noise does.
+
     Source: Song et al., 2021, https://arxiv.org/abs/2010.02502, equation 12, for the step; Pan et al., 2023,
     https://arxiv.org/abs/2309.04907, for the iteration, here without acceleration.
     """
@@ -156,6 +159,10 @@ def invert(
         # The step is linear, so its two factors are its results for ones and zeros.
         a = scheduler.step(zero, t, one).prev_sample
         b = scheduler.step(one, t, zero).prev_sample
+        if not a.abs() > 1e-6:
+            raise ValueError(
+                f"a step of DDIM discards its input with `steps` {steps}, so it cannot be inverted: use more steps."
+            )
         later = latents
         for _ in range(iterations):
             later = (latents - b * model.noise_pred(later, t, prompt_embeds)) / a

@@ -38,6 +38,7 @@ __all__ = [
     "safetensors_path",
     "save",
     "single_file",
+    "with_attention",
 ]
 
 _TEXT = re.compile(r"text(2?)\.(\d+)\.(self_attn\.\w+|mlp\.fc2)")
@@ -67,7 +68,7 @@ def lora(change: Change, path: str | Path, *, model: TextToImage | None = None) 
         OSError: The place cannot be written.
     """
     target = safetensors_path(path)
-    return save(lora_tensors(change, model), target)
+    return save(with_attention(lora_tensors(change, model), ".self_attn."), target)
 
 
 def lora_tensors(change: Change, model: TextToImage | None) -> dict[str, Tensor]:
@@ -82,23 +83,28 @@ def lora_tensors(change: Change, model: TextToImage | None) -> dict[str, Tensor]
         rank = max(len(d) for m, (_, d) in factors.items() if m.startswith(f"{part}."))
         tensors[f"{module}.lora_A.weight"] = pad(down, (0, 0, 0, rank - len(down)))
         tensors[f"{module}.lora_B.weight"] = pad(up, (0, rank - up.shape[1]))
-    return tensors | _attention_of_mlps(tensors)
+    return tensors
 
 
-def _attention_of_mlps(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return zero factors of a self-attention for each text encoder whose factors are those of MLPs alone.
+def with_attention(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return `tensors` with zero factors of an output projection for each text encoder that has none of `name`.
 
     diffusers recognises the LoRA of a text encoder by the names of self-attention, and refuses others.
+
+    Args:
+        tensors: From `lora_tensors`.
+        name: Part of the names that are recognised: `".self_attn."`, or for kohya's names `".self_attn.out_proj."`.
     """
     zeros: dict[str, Tensor] = {}
     for part in ("text_encoder.", "text_encoder_2."):
         names = [n for n in tensors if n.startswith(part) and n.endswith(".lora_B.weight")]
-        if not names or any(".self_attn." in name for name in names):
+        if not names or any(name in n for n in names):
             continue
         up = torch.zeros_like(tensors[names[0]])  # (D, R)
-        module = names[0].replace(".mlp.fc2.lora_B.weight", ".self_attn.out_proj")
+        layer = re.split(r"\.(?:self_attn|mlp)\.", names[0])[0]
+        module = f"{layer}.self_attn.out_proj"
         zeros |= {f"{module}.lora_A.weight": up.T, f"{module}.lora_B.weight": up}
-    return zeros
+    return tensors | zeros
 
 
 def _check_shapes(model: TextToImage, change: Change) -> None:

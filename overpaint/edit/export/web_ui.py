@@ -133,7 +133,8 @@ def _kohya_tensors(change: Change, model: TextToImage | None) -> dict[str, Tenso
     """Return the factors of the LoRA under kohya's names."""
     from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 
-    tensors = convert_state_dict_to_kohya(formats.lora_tensors(change, model))
+    factors = formats.with_attention(formats.lora_tensors(change, model), ".self_attn.out_proj.")
+    tensors = convert_state_dict_to_kohya(factors)
     two = any(m.site.startswith("text2.") for m in change.movements)
     two = two or bool(change.report.get("unedited_encoders"))
     if two or (model is not None and len(model.text_encoders) > 1):
