@@ -40,7 +40,7 @@ def export(
 
     \b
     overpaint export icons change.safetensors --out lora.safetensors
-    overpaint export icons change.safetensors --format kohya --out webui.safetensors
+    overpaint export icons change.safetensors --format kohya --out ui.safetensors
     overpaint export icons change.safetensors --format ldm --out ldm.safetensors
     overpaint export icons change.safetensors --format folder --out edited
     """  # noqa: D301

@@ -122,7 +122,8 @@ class _Tower:
 
     def __init__(self, model: TextToImage, part: str, layer: int) -> None:
         self.part = part
-        count = len(text_layers(model, part))
+        layers = text_layers(model, part)
+        count = len(layers)
         if not 0 <= layer < count:
             raise UnknownSite(
                 f"`layer` must be 0 to {count - 1} in {part!r}, got {layer}. Name one of those."
@@ -133,7 +134,7 @@ class _Tower:
         self.sites = [f"{part}.{layer}.{name}" for name in names]
         self.parameters = [weight.parameter for weight in find_weights(model, self.sites)]
         self._encoder = model.text_encoders[encoder_index(model, part)]
-        self._read = -1 - model.clip_skip - (len(model.text_encoders) == 2)
+        self._last = layers[-1 - model.clip_skip - (len(model.text_encoders) == 2)]
         owned = {id(p): name for name, p in self._encoder.named_parameters()}
         if any(id(p) not in owned for p in self.parameters):
             raise UnsupportedModel(
@@ -149,10 +150,15 @@ class _Tower:
     def states(self, ids: Tensor, tuned: Sequence[Tensor]) -> Tensor:
         """Return the states (B, L, D) of token ids (B, L) with the weights `tuned`, float32."""
         replaced = self._float | dict(zip(self._names, tuned, strict=True))
-        output = torch.func.functional_call(
-            self._encoder, replaced, (ids.to(tuned[0].device),), {"output_hidden_states": True}
-        )
-        return output.hidden_states[self._read]
+        outputs: list[
+            Any
+        ] = []  # of the layer; transformers' own recording leaves hooks on the model
+        hook = self._last.register_forward_hook(lambda _, __, output: outputs.append(output))
+        try:
+            torch.func.functional_call(self._encoder, replaced, (ids.to(tuned[0].device),))
+        finally:
+            hook.remove()
+        return outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
 
 
 def _examples(
