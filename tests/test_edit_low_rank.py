@@ -79,15 +79,15 @@ def test_the_report_has_the_errors_and_they_fall_with_the_rank(openmoji):
         )
         errors.append((error, small.report["compact_residual"]))
     assert errors == sorted(errors, reverse=True)
-    assert errors[1][1] <= 1.2 * missed(openmoji, openmoji.delta)
+    assert errors[1][1] <= 1.5 * missed(openmoji, openmoji.delta)
 
 
 def test_sums_of_compact_changes_are_close_to_sums_of_whole_ones(openmoji, twemoji):
     """The plain sum of two movements with the same target misses nearly all of it."""
     whole, small = openmoji + twemoji, openmoji.compact() + twemoji.compact()
     assert missed(whole, openmoji.delta + twemoji.delta) > 0.8
-    assert missed(whole, small.delta) <= 0.1
-    assert missed(twemoji, small.without("openmoji style").delta) <= 0.1
+    assert missed(whole, small.delta) <= 0.15
+    assert missed(twemoji, small.without("openmoji style").delta) <= 0.15
 
 
 def test_many_concepts_share_the_rank(icons):

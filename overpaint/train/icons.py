@@ -7,8 +7,8 @@ everyday language, whose text tower is then frozen; an `AutoencoderKL` of 64x64 
     overpaint train icons --minutes 150                 # two CPU cores, resumable
     overpaint train icons --minutes 20 --device cuda    # the same recipe, wider
 
-The shipped weights were made by the recipe before this one: 2,304 tokens, captions of four forms, 64x64 pixels. Their
-figures are on their card, `overpaint/zoo/weights/icons/card.json`.
+The shipped weights began as those of the recipe before this one. Their card,
+`overpaint/zoo/weights/icons/card.json`, has both runs and the figures.
 """
 
 import hashlib
