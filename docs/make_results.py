@@ -109,7 +109,7 @@ def _wordings(figures: dict[str, float], intervals: dict[str, list[float]]) -> s
 
 METHODS = {
     "auto": "with token rows (`edit.auto`, `tokens=True`)",
-    "auto, layer only": "**automatic (`edit.auto`)**",
+    "auto, layer only": "layer alone (`edit.auto`, `tokens=False`)",
     "quickfix": "quickfix, as released",
     "uce": "UCE",
     "time": "TIME",
@@ -147,7 +147,9 @@ def edit(run: Run) -> str:
     more = f"{result['concepts']} concepts, one edit each; seed {run['protocol']['seed']}"
     return (
         "## Edits of one concept\n\n"
-        + origin("python benchmarks/quality_edit.py", run["protocol"], more=more)
+        + origin("python benchmarks/quality_edit.py", run["protocol"], commit="7a6bc82", more=more)
+        + "\nMeasured on the weights before 2026-11-29, with the benchmark of that commit; rivals were not tuned. The "
+        "contest that replaces it has not been run.\n"
         + f"\n{result['concepts']} concepts of {len(kinds)} kinds ({', '.join(kinds)}), the same "
         "prompts and start noise "
         "for all methods, intervals over concepts. The unedited model's pictures are recognised "
@@ -187,7 +189,7 @@ def many(run: Run) -> str:
     labels = sorted({row["kept"]["n"] for row in run["tables"]["many"]})
     return (
         "## Several concepts in one solve\n\n"
-        + origin("python benchmarks/quality_edit.py", run["protocol"])
+        + origin("python benchmarks/quality_edit.py", run["protocol"], commit="7a6bc82")
         + f"\n*Kept* is the share of {' to '.join(map(str, labels))} untouched objects, logos and "
         "flags that are still recognised. "
         "The aim is 90 % kept at 50 concepts.\n\n"

@@ -131,3 +131,14 @@ def test_patch_inputs_leaves_no_hook_after_an_exception():
     ):
         raise RuntimeError("stop")
     assert hook_count(layer) == 0
+
+
+def test_recorded_outputs_keep_their_gradient_without_copies(net):
+    x = torch.randn(2, 5, 3, dtype=torch.float64)
+    module = next(m for m in net.modules() if isinstance(m, torch.nn.Linear))
+    with hooks.record([module], copies=False) as (outputs,):
+        net(x)
+    assert outputs[0].requires_grad
+    with hooks.record([module]) as (outputs,):
+        net(x)
+    assert not outputs[0].requires_grad

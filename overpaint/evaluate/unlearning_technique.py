@@ -40,6 +40,7 @@ class UnlearningTechnique:
         method: str = "auto",
         preserve: Sequence[str] = (),
         change: str | None = None,
+        any_token: bool = False,
         device: str | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float | None = None,
@@ -53,16 +54,17 @@ class UnlearningTechnique:
             model: A zoo name, a folder or a hub id; by default the model of the benchmark's own techniques.
             method: One of `METHODS`, with its default settings.
             preserve: Prompts that should not change; `rename` takes none.
-            change: A change file, which is applied instead of a new edit; `replace`, `method` and `preserve` are then
-                not used.
+            change: A change file, which is applied instead of a new edit.
+            any_token: With `rename`: also move rows of frequent words.
             device: Device of the model; by default CUDA if there is one, else the CPU.
             num_inference_steps: Denoising steps of each picture.
             guidance_scale: Weight of the prompt; by default the model's.
             seed: Seed of the first picture where `generate` is called without one; the next pictures count up.
 
         Raises:
-            ValueError: The concept is empty, the method is unknown or takes no preserve list, or the change file erases
-                another concept; or as `overpaint.load` and the method raise.
+            ValueError: The concept is empty, the method is unknown or does not take a setting, or the change file
+                erases another concept or comes with settings of a new edit; or as `overpaint.load` and the method
+                raise.
             TypeError: A setting is unknown.
             FileNotFoundError: There is no such change file.
         """
@@ -72,11 +74,18 @@ class UnlearningTechnique:
         check_texts(preserve, "preserve")
         if not erase_concept.strip():
             raise ValueError("`erase_concept` is empty: name the concept to erase, as in 'van gogh'.")  # fmt: skip
-        _check_method(method, preserve)
+        _check_method(method, preserve, any_token)
+        if change is not None and (replace or preserve or any_token or method != "auto"):
+            raise ValueError(
+                "`change` is an edit that was made before, and `replace`, `method`, `preserve` and `any_token` make "
+                "a new one: leave those out, or leave `change` out."
+            )
         stored = None if change is None else _stored(change, erase_concept)
         default = "cuda" if torch.cuda.is_available() else "cpu"
         self.model: TextToImage = load(model, device=device or default)
-        self.change = stored or _made(self.model, {erase_concept: replace}, method, preserve)
+        self.change = stored or _made(
+            self.model, {erase_concept: replace}, method, preserve, any_token
+        )
         self.change.apply(self.model)
         self._steps = num_inference_steps
         self._guidance_scale = guidance_scale
@@ -116,9 +125,13 @@ class UnlearningTechnique:
         return pictures.pil()
 
 
-def _check_method(method: str, preserve: Sequence[str]) -> None:
+def _check_method(method: str, preserve: Sequence[str], any_token: bool) -> None:
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}.")
+    if any_token and method != "rename":
+        raise ValueError(
+            "`any_token` is a setting of `rename`: leave it out, or choose `rename` as the method."
+        )
     if method == "rename" and preserve:
         raise ValueError(
             "`rename` takes no preserve list, as it moves only prompts with its tokens: leave `preserve` out, "
@@ -138,10 +151,10 @@ def _stored(path: str, concept: str) -> Change:
 
 
 def _made(
-    model: TextToImage, pairs: dict[str, str], method: str, preserve: Sequence[str]
+    model: TextToImage, pairs: dict[str, str], method: str, preserve: Sequence[str], any_token: bool
 ) -> Change:
     if method == "rename":
-        return edit.rename(model, pairs, collateral=False)
+        return edit.rename(model, pairs, any_token=any_token, collateral=False)
     if method == "auto":
         return edit.auto(model, pairs, preserve=preserve, collateral=False)
     if method == "quickfix":

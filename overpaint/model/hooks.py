@@ -22,20 +22,20 @@ class _Stop(BaseException):
 
 
 @contextmanager
-def record(modules: Sequence[Module]) -> Iterator[list[list[Tensor]]]:
+def record(modules: Sequence[Module], *, copies: bool = True) -> Iterator[list[list[Tensor]]]:
     """Record the outputs of `modules`.
 
     Args:
         modules: The modules.
+        copies: Detach and clone the outputs; otherwise they are the outputs themselves, with their gradients.
 
     Yields:
-        One list for each module, in the order of `modules`; each call of a module appends its output, detached and
-        cloned.
+        One list for each module, in the order of `modules`; each call of a module appends its output.
     """
     outputs: list[list[Tensor]] = [[] for _ in modules]
     with _removed_on_exit(
         [
-            module.register_forward_hook(_recorder(recorded))
+            module.register_forward_hook(_recorder(recorded, copies))
             for module, recorded in zip(modules, outputs, strict=True)
         ]
     ):
@@ -125,10 +125,10 @@ def patch_inputs(
         yield calls
 
 
-def _recorder(recorded: list[Tensor]) -> Callable[..., None]:
+def _recorder(recorded: list[Tensor], copies: bool) -> Callable[..., None]:
     def hook(_: Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
         first = output[0] if isinstance(output, tuple) else output
-        recorded.append(first.detach().clone())
+        recorded.append(first.detach().clone() if copies else first)
 
     return hook
 

@@ -197,7 +197,7 @@ def _module(site: str, model: TextToImage | None) -> str:
     if unet is None:
         raise ValueError(
             f"a LoRA of diffusers cannot hold {site}, only projections: export a folder or a single file, write a LoRA "
-            "for ComfyUI with `export.comfy`, or make the change with `tokens=False`."
+            "for ComfyUI with `export.comfy`, or make the change with `edit.auto` without `tokens=True`."
         )
     if model is None:
         raise ValueError(

@@ -31,6 +31,7 @@ from overpaint.edit.provenance import notes, protocol
 from overpaint.edit.weights import PROJECTIONS, encoder_index, find_weights, text_layers
 from overpaint.errors import UnknownSite, UnsupportedModel, check_seed
 from overpaint.model import TextToImage
+from overpaint.model.hooks import record
 from overpaint.model.sampling import Progress
 
 __all__ = ["hirm"]
@@ -150,15 +151,10 @@ class _Tower:
     def states(self, ids: Tensor, tuned: Sequence[Tensor]) -> Tensor:
         """Return the states (B, L, D) of token ids (B, L) with the weights `tuned`, float32."""
         replaced = self._float | dict(zip(self._names, tuned, strict=True))
-        outputs: list[
-            Any
-        ] = []  # of the layer; transformers' own recording leaves hooks on the model
-        hook = self._last.register_forward_hook(lambda _, __, output: outputs.append(output))
-        try:
+        # Not `output_hidden_states`, for which transformers leaves hooks on the model.
+        with record([self._last], copies=False) as (outputs,):
             torch.func.functional_call(self._encoder, replaced, (ids.to(tuned[0].device),))
-        finally:
-            hook.remove()
-        return outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+        return outputs[0]
 
 
 def _examples(
