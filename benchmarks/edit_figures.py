@@ -88,8 +88,13 @@ def summary(rows: Sequence[Figures]) -> dict[str, Interval]:
 def differences(
     ours: Sequence[Figures], theirs: Sequence[Figures], name: str = "harmonic"
 ) -> Interval:
-    """Return the mean of ours minus theirs, paired by concept; above 0 where ours is better."""
-    return paired_share([row[name] for row in theirs], [row[name] for row in ours])
+    """Return the mean of ours minus theirs, paired by concept; above 0 where ours is better.
+
+    Concepts for which a figure is not known are left out: `n` of the interval counts the others.
+    """
+    pairs = [(b[name], a[name]) for a, b in zip(ours, theirs, strict=True)]
+    known = [pair for pair in pairs if all(map(math.isfinite, pair))]
+    return paired_share([b for b, _ in known], [a for _, a in known])
 
 
 def best_settings(tried: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

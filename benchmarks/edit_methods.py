@@ -157,8 +157,18 @@ def _rename(given: Given, **settings: Any) -> Change:
 
 KEYS = ("last", "last_to_pads")  # the concept's last token alone, or all from it to the last pad
 _OCE = [
-    *_grid(keys=KEYS[:1], erase_weight=(1.0, 0.1, 10.0)),
-    *_grid(keys=KEYS[1:], form=("vector",), erase_weight=(1.0, 0.1, 10.0)),  # pads span all outputs
+    # With a long preserve list the subspace form moves nothing below a weight of about 100.
+    *_grid(keys=KEYS[:1], erase_weight=(100.0, 1e3, 1e4), preserve_weight=(1.0, 0.01)),
+    *_grid(keys=KEYS[:1], form=("vector",), erase_weight=(1.0, 10.0, 100.0)),
+    *_grid(
+        keys=KEYS[1:], form=("vector",), erase_weight=(1.0, 10.0, 100.0)
+    ),  # pads span all outputs
+]
+_DP = [
+    *_grid(keys=KEYS[:1], rank=(None, 64), ridge=(1e-6, 0.1)),
+    *_grid(
+        keys=KEYS[1:], rank=(64, 128), ridge=(0.1, 1.0, 10.0)
+    ),  # pads leave no room without a rank
 ]
 METHODS: dict[str, Method] = {
     OURS: Method("ours", _auto, many=True, attacked=True),
@@ -166,12 +176,12 @@ METHODS: dict[str, Method] = {
         "ours", _auto, [{}, *_grid(preserve_weight=(5.0, 50.0))]
     ),
     "quickfix": Method(
-        "rival", _quickfix, _grid(ridge=(0.01, 0.1, 1.0, 10.0)), many=True, attacked=True
+        "rival", _quickfix, _grid(ridge=(0.01, 0.1, 1.0, 10.0, 100.0)), many=True, attacked=True
     ),
     "quickfix, list": Method(
         "rival",
         _quickfix_list,
-        _grid(ridge=(0.01, 1.0), preserve_weight=(0.1, 0.01, 0.001)),
+        _grid(ridge=(0.01, 1.0, 10.0), preserve_weight=(0.1, 0.01, 0.001)),
         many=True,
     ),
     "quickfix, last token": Method(
@@ -188,11 +198,13 @@ METHODS: dict[str, Method] = {
     "loco": Method("rival", _loco, _grid(ridge=(0.01, 0.1, 1.0)), subject="bare"),
     "finetune": Method("rival", _finetune, _grid(lr=(1e-3, 3e-4), steps=(60,)), subject="whole"),
     "oce": Method("rival", _oce, _OCE, "bare", many=True),
-    "dp": Method("rival", _dp, _grid(keys=KEYS, rank=(None, 64, 128)), "bare", many=True),
+    "dp": Method("rival", _dp, _DP, "bare", many=True),
     "speed": Method(
-        "rival", _speed, _grid(keys=KEYS, null_below=(0.1, 1.0, 10.0)), "bare", many=True
+        "rival", _speed, _grid(keys=KEYS, null_below=(0.1, 10.0, 100.0, 1000.0)), "bare", many=True
     ),
-    "hirm": Method("rival", _hirm, _grid(lr=(5e-5, 3e-4, 2e-3))),
+    "hirm": Method(
+        "rival", _hirm, _grid(towards=("replacement", "random"), lr=(5e-5, 3e-4, 2e-3))
+    ),
     "random site": Method(
         "control", _random_site, _grid(ridge=(0.01, 1.0), preserve_weight=(0.1, 0.001))
     ),
@@ -200,5 +212,5 @@ METHODS: dict[str, Method] = {
         "control", _rename, _grid(any_token=(True, False)), "bare", many=True, attacked=True
     ),
     "prompt filter": Method("control", _nothing, subject="bare", many=True, rewrites=True),
-    "no edit": Method("control", _nothing, subject="whole"),
+    "no edit": Method("control", _nothing, subject="whole", many=True),
 }  # fmt: skip

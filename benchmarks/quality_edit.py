@@ -2,12 +2,12 @@
 
     python benchmarks/quality_edit.py --tune    # chooses every method's settings on the validation concepts
     python benchmarks/quality_edit.py           # runs the test concepts, once
-    options: [--quick] [--json] [--size N] [--steps S] [--attack] [--again] [--captions N] [--device D] [--threads N]
+    options: [--quick] [--json] [--size N] [--steps S] [--no-attack] [--again] [--captions N] [--device D] [--threads N]
 
 Each concept of `edit_concepts.toml` is edited alone by each method of `edit_methods.METHODS` on `icons`, and
 `icons-judge` names what the pictures show. `edit_prompts` says what is asked for, `edit_figures` what is counted: the
 concept that is left, in trained and in held-out wordings and by synonyms, redirection, what else is kept, everyday
-captions that move, attacks (`--attack`), seconds and bytes. Intervals are over concepts. Then 1, 10 and 50 concepts in
+captions that move, attacks, seconds and bytes. Intervals are over concepts. Then 1, 10 and 50 concepts in
 one solve, and the kernel distance (KID) of unrelated pictures.
 
 Settings are chosen on validation concepts, for every method by the best harmonic mean of efficacy and specificity, and
@@ -185,7 +185,7 @@ def arguments() -> argparse.Namespace:
     add("--json", action="store_true", help="end with one line of JSON")
     add("--tune", action="store_true", help="choose the settings on the validation concepts")
     add("--again", action="store_true", help="run test concepts that were run before")
-    add("--attack", action="store_true", help="attack some of the methods: takes long")
+    add("--no-attack", action="store_true", help="leave the attacks out, which take long")
     add("--size", type=int, help="pictures of the concept: 12, and 4 with --tune")
     add("--steps", type=int, help="denoising steps of a picture: 8")
     add("--captions", type=int, default=100, help="everyday captions read for each edit")
@@ -196,6 +196,7 @@ def arguments() -> argparse.Namespace:
     plan = parser.parse_args()
     if plan.methods and not (plan.tune or plan.quick):
         parser.error("a test has all rows: give --methods with --tune or --quick only.")
+    plan.attack = not (plan.no_attack or plan.quick)
     plan.steps = plan.steps or (4 if plan.quick else 8)
     plan.captions = min(plan.captions, 4) if plan.quick else plan.captions
     plan.methods = plan.methods or list(QUICK if plan.quick else METHODS)

@@ -1,11 +1,15 @@
 """The contest of edits: its concepts, its rule of tuning, its stored results and its one look at the test concepts."""
 
 import importlib
+import inspect
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from overpaint import edit
 
 ROOT = Path(__file__).parent.parent
 LABELS = json.loads((ROOT / "overpaint/zoo/weights/icons-judge/labels.json").read_text())
@@ -359,7 +363,7 @@ def test_tuning_tries_every_setting_and_whole_words_against_bare_ones(runs, run)
     found = runs.tune(run, CONCEPTS, ["quickfix", "prompt filter"])
     tried = [row["settings"] for row in found["quickfix"]["tried"]]
     assert tried[:4] == [{"ridge": ridge} for ridge in (0.01, 0.1, 1.0, 10.0)]
-    assert tried[4]["subject"] == "bare" and len(tried) == 5
+    assert tried[5]["subject"] == "bare" and len(tried) == 6
     assert found["quickfix"]["chosen"] in tried
     assert len(found["prompt filter"]["tried"]) == 1
 
@@ -407,3 +411,20 @@ def test_the_page_shows_every_method_with_its_settings_and_says_with_whom_it_is_
         json.loads(json.dumps(content))
     )
     assert not sections.is_contest({"result": {}, "tables": {}})
+
+
+def test_a_concept_without_a_figure_is_left_out_of_the_paired_difference(figures):
+    ours, theirs = (
+        [{"harmonic": v} for v in row] for row in ((0.9, 0.8, math.nan), (0.5, 0.6, 0.7))
+    )
+    found = figures.differences(ours, theirs)
+    assert found.mean == pytest.approx(0.3) and found.n == 2
+
+
+@pytest.mark.parametrize("name", ["oce", "dp", "speed", "hirm", "uce", "loco", "time", "finetune"])
+def test_every_setting_of_a_grid_is_an_argument_of_its_method(name):
+    methods = importlib.import_module("edit_methods").METHODS
+    grids = [s for row, method in methods.items() if row.split(",")[0] == name for s in method.grid]
+    parameters = inspect.signature(getattr(edit, name)).parameters
+    settings = {key for grid in grids for key in grid} - {"steps", "lr"}
+    assert grids and settings <= set(parameters)
