@@ -49,7 +49,7 @@ def of_concept(asked: Asked, result: Mapping[str, Any], plain: Mapping[str, Any]
     figures = {
         "seconds": result["seconds"],
         "bytes": result["bytes"],
-        "captions": result["captions"],
+        "captions": result.get("captions", math.nan),  # a refused edit moves none
     }
     figures["refused"] = float(bool(result["refused"]))
     for role in TARGETS:

@@ -1,5 +1,6 @@
 """Measurements of `quality_edit`: the pictures of one edit, the captions that it moves, its size, and an attack."""
 
+import random
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -118,18 +119,22 @@ def measure(
         bench: Model, scorer and settings.
         asked: The concept and its prompts.
         edit: The edit.
-        captions: Everyday captions to read; 0 for none.
+        captions: Everyday captions of the test half to read, the same for all edits; 0 for none. Those that hold an
+            erased concept are left out; a method that rewrites prompts moves those that it rewrites.
         replacement: Draw the prompts of the replacement too.
     """
     prompts = [p for p in asked.prompts if replacement or p.role != "replacement"]
     result: dict[str, Any] = {
         "labels": labelled(bench, prompts, edit), "seconds": edit.seconds, "refused": edit.refused,
-        "bytes": size(edit.change), "captions": 0.0,
+        "bytes": size(edit.change),
     }  # fmt: skip
+    if not edit.refused:
+        drawn = random.Random(0).sample(probes.everyday("test"), captions)
+        result["captions"] = sum(edit.prompt(c) != c for c in drawn) / max(1, captions)
     if edit.change is not None:
         result["digest"] = edit.change.digest
         if captions:
-            moved = op.edit.collateral(bench.model, edit.change, limit=captions)
+            moved = op.edit.collateral(bench.model, edit.change, captions=drawn, names=())
             result["captions"] = moved.moved / max(1, len(moved.captions))
     return result
 

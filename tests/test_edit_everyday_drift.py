@@ -156,3 +156,18 @@ def test_an_applied_change_and_weights_that_read_no_text_are_refused(copied):
     moved = edit.Movement.of_weight(site, weight, *factors)
     with pytest.raises(ValueError, match="reads the picture, not the prompt"):
         edit.collateral(copied, edit.Change((moved,), {"pairs": PAIR}, {}))
+
+
+def test_given_captions_and_names_are_measured_instead(tiny_sd1):
+    change = edit.quickfix(tiny_sd1, PAIR)
+    found = edit.collateral(
+        tiny_sd1, change, captions=["a red box", "a red cat"], names=["Red Sea"]
+    )
+    assert set(found.captions) == {"a red box"} and set(found.names) == {"Red Sea"}
+    assert found.captions["a red box"] == pytest.approx(
+        drift(tiny_sd1, change, "a red box"), rel=1e-4
+    )
+    none = edit.collateral(tiny_sd1, change, captions=["a red box"], names=())
+    assert none.names == {} and none.total == (1, 0)
+    with pytest.raises(TypeError, match="captions"):
+        edit.collateral(tiny_sd1, change, captions="a red box")

@@ -27,7 +27,7 @@ from overpaint.edit.movement import Movement
 from overpaint.edit.token_rules import texts_with
 from overpaint.edit.vocabulary import PLAIN
 from overpaint.edit.weights import encoder_index, find_weight, is_embedding
-from overpaint.errors import CutPromptWarning
+from overpaint.errors import CutPromptWarning, check_texts
 from overpaint.model import TextToImage, hooks
 from overpaint.model.offload import run_device
 from overpaint.model.sampling import Progress
@@ -104,6 +104,8 @@ def collateral(
     *,
     max_drift: float = 0.1,
     limit: int | None = None,
+    captions: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
     on_progress: Progress | None = None,
 ) -> Collateral:
     """Return how far a change moves 5,000 everyday captions and some 5,500 names; nothing is drawn.
@@ -118,9 +120,12 @@ def collateral(
         max_drift: Drift above which a text counts as moved, as a share of the text's distance from the empty prompt.
         limit: Read at most so many captions and so many names: first those that share a word with an erased concept,
             then others drawn at random with a fixed seed. By default all are read.
+        captions: Captions to measure; by default `probes.everyday("validation")`.
+        names: Names to measure; by default all of `probes.names()`.
         on_progress: Called with (done, total, label).
 
     Raises:
+        TypeError: `captions` or `names` is one text.
         ValueError: The change is applied to `model`, moves weights that read no text, or a number is out of range.
         UnknownSite: The model lacks a weight of the change.
     """
@@ -134,18 +139,21 @@ def collateral(
         raise ValueError(
             "the change is applied to this model: `revert` it, then measure what it moves."
         )
+    check_texts(captions or (), "captions")
+    check_texts(names or (), "names")
     ruler = _Ruler.of(model, change)
-    captions = _unrelated(probes.everyday("validation"), change)
-    names = {name: _FRAME.format(name) for name in _unrelated([*probes.names()], change)}
-    chosen = _chosen(captions, change, limit, ruler)
-    chosen_names = _chosen(list(names), change, limit, ruler)
-    texts = list(dict.fromkeys([*chosen, *(names[n] for n in chosen_names)]))
+    everyday = _unrelated(probes.everyday("validation") if captions is None else captions, change)
+    known = _unrelated([*probes.names()] if names is None else names, change)
+    framed = {name: _FRAME.format(name) for name in known}
+    chosen = _chosen(everyday, change, limit, ruler)
+    chosen_names = _chosen(known, change, limit, ruler)
+    texts = list(dict.fromkeys([*chosen, *(framed[n] for n in chosen_names)]))
     drifts = ruler.drifts(texts, on_progress)
     return Collateral(
         max_drift,
         _sorted({c: drifts[c] for c in chosen}),
-        _sorted({n: drifts[names[n]] for n in chosen_names}),
-        (len(captions), len(names)),
+        _sorted({n: drifts[framed[n]] for n in chosen_names}),
+        (len(everyday), len(known)),
     )
 
 
