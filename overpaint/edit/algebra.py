@@ -34,14 +34,8 @@ __all__ = [
 ]
 
 STRENGTH_LIMIT = 100.0  # of the factor of `scale`, and of the product of all factors
-_EQUAL = (
-    "ridge",
-    "positions",
-    "subtract_bias",
-    "keys",
-    "rank",
-    "safe",
-)  # settings that added changes must share
+# settings that added changes must share
+_EQUAL = ("ridge", "positions", "subtract_bias", "keys", "rank", "safe")
 
 
 def add(first: Contents, second: Contents) -> Contents:

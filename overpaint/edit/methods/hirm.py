@@ -177,9 +177,8 @@ def _examples(
             direction = (direction / direction.norm()).to(weights[0].device)
             return olds, (scale * direction).expand(*olds.shape, width)
         news = tower.states(torch.stack([p.new.ids for p in planned]), weights)
-    rows = torch.arange(olds.shape[1]).repeat(
-        len(planned), 1
-    )  # before the concept, the tokens are equal
+    # Before the concept, the tokens are equal.
+    rows = torch.arange(olds.shape[1]).repeat(len(planned), 1)
     for places, pair in zip(rows, planned, strict=True):
         for old, new in pair.positions:
             places[old] = new
@@ -242,7 +241,11 @@ def _scale(towards: str, scale: float | None) -> float:
 
 
 def _check_training(steps: int, lr: float) -> None:
-    wrong = {"steps": steps} if steps < 1 else {"lr": lr}
-    if steps < 1 or not (math.isfinite(lr) and lr > 0):
-        name, value = next(iter(wrong.items()))
-        raise ValueError(f"`{name}` must be positive, got {value!r}. Leave it out for the default.")
+    for name, value, is_valid in (
+        ("steps", steps, steps >= 1),
+        ("lr", lr, math.isfinite(lr) and lr > 0),
+    ):
+        if not is_valid:
+            raise ValueError(
+                f"`{name}` must be positive, got {value!r}. Leave it out for the default."
+            )
