@@ -17,6 +17,16 @@ import torch
 from overpaint.train import language
 
 NOUNS = {"door": 60, "table": 40, "puppy": 9, "river": 8, "toad": 5, "hot dog": 3, "ai": 99}
+# Synsets by offset: words, and the offsets of the kinds.
+KINDS = {
+    "0010": (("dog", "domestic_dog"), ("0011", "0012")),
+    "0011": (("poodle", "poodle_dog"), ("0013",)),
+    "0012": (("hound", "blue", "slut"), ()),
+    "0013": (("toy_poodle", "cat_dog", "queen"), ()),
+    "0014": (("queen",), ()),
+    "0015": (("cat",), ("0016",)),
+    "0016": (("tabby", "poodle_dog"), ()),
+}
 SENTENCES = {
     "noun": ("He opened the door", "the river was frozen", "a toad sat on the stone", "two words"),
     "verb": ("She runs every morning", "the water boils", "the café is closed"),
@@ -41,10 +51,24 @@ def _wordnet(path: Path) -> None:
     files = {}
     for part, said in SENTENCES.items():
         lines = [f'000{i} 03 n 01 word 0 000 | a gloss; "{text}"' for i, text in enumerate(said)]
+        if part == "noun":
+            lines += [_synset(offset, *synset) for offset, synset in KINDS.items()]
         files[f"data.{part}"] = header + "\n".join(lines) + "\n"
     senses = [f"{noun.replace(' ', '_')}%1:05:00:: 0001 1 {n}" for noun, n in NOUNS.items()]
+    kinds = [("queen%1:18:00::", "0014", 1), ("queen%1:05:00::", "0013", 2)]
+    kinds += [
+        (f"{word}%1:05:00::", offset, 1)
+        for offset, (names, _) in KINDS.items()
+        for word in names
+        if word != "queen"
+    ]
     files["index.sense"] = "\n".join(
-        [*senses, "door%1:06:01:: 0002 2 2", "walk%2:38:00:: 0003 1 70"]
+        [
+            *senses,
+            *(f"{key} {offset} {order} 0" for key, offset, order in kinds),
+            "door%1:06:01:: 0002 2 2",
+            "walk%2:38:00:: 0003 1 70",
+        ]
     )
     with tarfile.open(path, "w:gz") as archive:
         for name, text in files.items():
@@ -52,6 +76,12 @@ def _wordnet(path: Path) -> None:
             member = tarfile.TarInfo(f"package/dict/{name}")
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
+
+
+def _synset(offset: str, words: tuple[str, ...], below: tuple[str, ...]) -> str:
+    lemmas = " ".join(f"{word} 0" for word in words)
+    pointers = " ".join(f"~ {kind} n 0000" for kind in below)
+    return f"{offset} 05 n {len(words):02x} {lemmas} {len(below):03} {pointers} | a gloss"
 
 
 def _open_clip(path: Path) -> None:

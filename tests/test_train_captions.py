@@ -19,33 +19,44 @@ WORDS = captions._words()
 @pytest.mark.parametrize("name", LISTS)
 def test_a_tenth_of_each_list_is_held_out(name: str) -> None:
     different = {entry for entry in WORDS[name] if entry}
-    trained, reserved = (set(captions._entries(name, part)) for part in ("trained", "held out"))
-    assert trained - {""} == different - reserved
-    assert reserved < different and len(reserved) == max(1, len(different) // 10)
+    trained, *reserved = (
+        set(captions._entries(name, part)) for part in ("trained", "validation", "held out")
+    )
+    assert trained - {""} == different - reserved[0] - reserved[1]
+    assert not reserved[0] & reserved[1]
+    for part in reserved:
+        assert part < different and len(part) == max(1, len(different) // 10)
 
 
-def test_what_is_held_out_never_changes() -> None:
+@pytest.mark.parametrize(
+    ("part", "expected"), [("validation", "cbc715474f3e"), ("held out", "7bf3cab81100")]
+)
+def test_what_is_held_out_never_changes(part: captions.Part, expected: str) -> None:
     """The shipped weights were trained without exactly these."""
-    entries = {name: captions._entries(name, "held out") for name in LISTS}
-    reserved = (captions.held_out_synonyms(), sorted(entries.items()))
+    entries = {name: captions._entries(name, part) for name in LISTS}
+    reserved = (captions.held_out_synonyms(part), sorted(entries.items()))
     digest = hashlib.sha256(repr(reserved).encode()).hexdigest()
-    assert digest[:12] == "cbc715474f3e"
+    assert digest[:12] == expected
 
 
-def test_a_tenth_of_the_synonyms_is_held_out_and_each_names_one_object() -> None:
+@pytest.mark.parametrize("part", ["validation", "held out"])
+def test_a_tenth_of_the_synonyms_is_held_out_and_each_names_one_object(
+    part: captions.Part,
+) -> None:
     owners = [(s, name) for name, others in captions.synonyms().items() for s in others]
     assert len(dict(owners)) == len(owners) > 280
     assert not set(dict(owners)) & {*icon_world.OBJECTS, *captions.more_objects()}
     assert set(captions.synonyms()) == set(icon_world.OBJECTS)
-    reserved = captions.held_out_synonyms()
+    reserved = captions.held_out_synonyms(part)
     assert len(reserved) == len(owners) // 10
+    assert len(captions.unseen_synonyms()) == 2 * len(reserved)
     assert all(dict(owners)[s] == name for s, name in reserved.items())
 
 
 def test_no_other_name_holds_a_held_out_synonym() -> None:
     names = [*icon_world.subjects(), *captions.more_objects()]
     names += [s for others in captions.synonyms().values() for s in others]
-    for synonym in captions.held_out_synonyms():
+    for synonym in captions.unseen_synonyms():
         words = re.compile(rf"\b{re.escape(synonym)}\b")
         assert [name for name in names if words.search(name)] in ([synonym], [])
 
@@ -54,15 +65,19 @@ def test_frames_are_the_product_of_their_parts() -> None:
     assert captions.frame_count() == 20 * 77 * 36 * 20 * 18  # the sixth list is of adjectives
 
 
-def test_names_are_synonyms_of_training_in_two_of_five_captions() -> None:
-    rng, words = np.random.default_rng(0), Captions()
+def test_names_are_synonyms_of_training_or_kinds_in_half_of_the_captions() -> None:
+    rng, words = np.random.default_rng(0), Captions(kinds={"dog": ("poodle",)})
     drawn = [words.name("dog", rng) for _ in range(1000)]
-    assert set(drawn) == {"dog", *captions.synonyms()["dog"]} - set(captions.held_out_synonyms())
-    assert 0.55 < drawn.count("dog") / 1000 < 0.65
+    synonyms = {*captions.synonyms()["dog"]} - set(captions.unseen_synonyms())
+    assert set(drawn) == {"dog", "poodle"} | synonyms
+    assert 0.45 < drawn.count("dog") / 1000 < 0.55
+    assert 0.15 < drawn.count("poodle") / 1000 < 0.25
     assert words.name("orange", rng) == "orange"
+    drawn = [Captions().name("dog", rng) for _ in range(1000)]
+    assert set(drawn) == {"dog"} | synonyms and 0.65 < drawn.count("dog") / 1000 < 0.75
 
 
-@pytest.mark.parametrize("part", ["trained", "held out"])
+@pytest.mark.parametrize("part", ["trained", "validation", "held out"])
 def test_a_caption_has_the_parts_of_its_side(part: captions.Part) -> None:
     rng, words = np.random.default_rng(0), Captions(part)
     for name in LISTS:

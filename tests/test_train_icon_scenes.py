@@ -20,6 +20,7 @@ STYLE_NAMES = "|".join([*STYLES, *captions._words()["aliases"].values()])
 COLOR = (
     rf"(?:textured )?(?:{'|'.join(COLORS)})(?: and (?:{'|'.join(COLORS)}) (?:gradient|striped))?"
 )
+UNSEEN: tuple[captions.Part, ...] = ("validation", "held out")
 OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 
 
@@ -49,22 +50,28 @@ def patterns() -> dict[str, re.Pattern[str]]:
     """Return what no training caption may match: held-out synonyms, requests, asides, styles, grounds, orders."""
 
     def entries(name: str) -> Sequence[str]:
-        return captions._entries(name, "held out")
+        return [e for part in UNSEEN for e in captions._entries(name, part)]
 
     plurals = {icon_world.plural(name) for name in OBJECTS}  # "two carrots" must be said
-    texts = {s: rf"\b{re.escape(s)}\b" for s in captions.held_out_synonyms() if s not in plurals}
+    texts = {s: rf"\b{re.escape(s)}\b" for s in captions.unseen_synonyms() if s not in plurals}
     texts |= {r: rf"(?:^|[,:] ){re.escape(r)}" for r in entries("requests")}
     texts |= {a: rf"{re.escape(a)}\b" for a in entries("asides")}
     texts |= {g: colored(g) for g in entries("grounds")}
-    texts |= {s: s.format(style=rf"(?:{STYLE_NAMES})") for s in entries("styles")}
+    # The name alone is a part of every other way to name a style.
+    styles = [s for s in entries("styles") if s != "{style}"]
+    texts |= {s: s.format(style=rf"(?:{STYLE_NAMES})") for s in styles}
     assert set(entries("orders")) == {
         "{thing}, {ground}, {style}",
         "{ground}: {request}{thing} {style}{aside}",
+        "{request}{thing}. {style}. {ground}.{aside}",
+        "{style}, {thing}, {ground}",
     }
     grounds = "|".join(colored(g) for g in captions._entries("grounds", "trained"))
     texts |= {
         "{thing}, {ground}, {style}": rf", (?:{grounds}), [^,]*(?:{STYLE_NAMES})",
         "{ground}: {thing}": rf"^(?:{grounds}): ",
+        "{thing}. {style}": rf"\. [^.]*(?:{STYLE_NAMES})[^.]*(?:\.|$)",
+        "{style}, {thing}, {ground}": rf"^[^,]*(?:{STYLE_NAMES})[^,]*, [^,]+, (?:{grounds})$",
     }
     return {name: re.compile(text) for name, text in texts.items()}
 
@@ -90,14 +97,15 @@ def test_no_training_caption_holds_what_is_held_out(draws: int) -> None:
 def test_the_patterns_find_what_is_held_out() -> None:
     """The test above would notice a caption of the held-out parts."""
     rng, forbidden = np.random.default_rng(0), patterns()
-    words = captions.Captions("held out")
-    for _ in range(100):
-        text = words.frame("a cat", "noto", "red", rng)
-        names = {name for name, p in forbidden.items() if p.search(text)}
-        assert names & set(captions._entries("styles", "held out"))
-        assert names & set(captions._entries("grounds", "held out"))
+    for part in UNSEEN:
+        words, names = captions.Captions(part), set[str]()
+        for _ in range(100):
+            text = words.frame("a cat", "noto", "red", rng)
+            names |= {name for name, p in forbidden.items() if p.search(text)}
+        assert {*captions._entries("styles", part)} - {"{style}"} <= names
+        assert {*captions._entries("grounds", part)} <= names
     for part in ("requests", "asides"):
-        for entry in captions._entries(part, "held out"):
+        for entry in (e for of in UNSEEN for e in captions._entries(part, of)):
             written = (
                 f"{entry}a cat, like noto" if part == "requests" else f"a cat, like noto{entry}"
             )
@@ -107,6 +115,9 @@ def test_the_patterns_find_what_is_held_out() -> None:
     assert order.search("a cat, on an orange card, noto style")
     assert not order.search("a cat on red, noto style, please")
     assert not order.search("a cat, noto style, on red, please")
+    assert forbidden["{thing}. {style}"].search("a cat. noto style. on red.")
+    assert forbidden["{style}, {thing}, {ground}"].search("noto style, a cat, on red")
+    assert not forbidden["{style}, {thing}, {ground}"].search("noto style, draw a cat, please")
     assert forbidden["{ground}: {thing}"].search("on red: draw a cat in noto style")
 
 

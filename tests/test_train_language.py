@@ -7,7 +7,7 @@ import layouts
 import pytest
 import torch
 
-from overpaint.train import language
+from overpaint.train import captions, icon_world, language
 
 PINNED = {name: getattr(language, name) for name in ("WORDNET", "OPEN_CLIP", "MINILM")}
 
@@ -100,7 +100,21 @@ def test_sentences_are_quoted_texts_of_3_to_14_words(packages: Path) -> None:
 
 def test_nouns_are_ordered_by_use_in_all_senses(packages: Path) -> None:
     assert language.nouns(packages, 2) == ["door", "table"]  # `ai` is too short, `walk` a verb
-    assert language.nouns(packages, 99) == ["door", "hot dog", "puppy", "river", "table", "toad"]
+    assert language.nouns(packages, 6) == ["door", "hot dog", "puppy", "river", "table", "toad"]
+
+
+def test_kinds_are_the_names_below_a_thing_in_their_first_sense(packages: Path) -> None:
+    found = language.kinds(packages, ["dog", "cat", "unicorn"], ["hound", "blue"])
+    # "poodle dog" names two things, "cat dog" holds one, "queen" is a person first.
+    assert found == {"dog": ("poodle", "toy poodle", "domestic dog"), "cat": ("tabby",)}
+
+
+def test_kinds_of_objects_are_no_words_that_training_never_shows(packages: Path) -> None:
+    found = language.kinds_of_objects(packages)
+    assert set(found) <= {*icon_world.OBJECTS, *captions.more_objects()} and found["dog"]
+    never = {*captions.unseen_synonyms(), *icon_world.COLORS, *icon_world.STYLES}
+    for names in found.values():
+        assert not never & {word for name in names for word in (name, *name.split())}
 
 
 def test_merges_are_the_first_of_clip(packages: Path) -> None:

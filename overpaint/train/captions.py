@@ -1,4 +1,6 @@
-"""Captions of `icons`: a grammar of frames, names and synonyms, a tenth of each of which training never shows.
+"""Captions of `icons`: a grammar of frames, names and synonyms, two tenths of each of which training never shows.
+
+One tenth is for validation and may be looked at; the other is for the test.
 
 The words lie in `captions.toml`. A **frame** is an order of the parts with one request, one aside, one way to name the
 style and one way to name the background. Synonyms come from the keywords of Unicode CLDR and emojibase (npm
@@ -8,8 +10,8 @@ style and one way to name the background. Synonyms come from the keywords of Uni
 import hashlib
 import re
 import tomllib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -17,20 +19,25 @@ from typing import Any, Literal
 import numpy as np
 
 __all__ = [
+    "HELD_OUT",
     "SIDES",
     "Captions",
     "Part",
+    "adjectives",
     "frame_count",
     "held_out_synonyms",
     "more_objects",
     "synonyms",
+    "unseen_synonyms",
 ]
 
-Part = Literal["trained", "held out"]
+Part = Literal["trained", "validation", "held out"]
 SIDES = ("left", "right", "top", "bottom")
-# Another one whenever the held-out tenths have been looked at: the next of which no other name holds a held-out synonym
-# and which leaves the wording of the probes, "in {style} style" and "on a {color} background", to training.
-_DRAW = "draw 3"
+# The tenth of the test is drawn again whenever it has been looked at; the old one is then for validation. It is the
+# next draw of which no other name holds a held-out synonym and which leaves the wording of the probes, "in {style}
+# style", "{style} style" and "on a {color} background", to training.
+_DRAWS = {"validation": "draw 3", "held out": "draw 7"}
+HELD_OUT = ", ".join(_DRAWS.values())
 _LISTS = ("orders", "requests", "asides", "adjectives", "styles", "grounds")
 
 
@@ -49,27 +56,43 @@ def more_objects() -> dict[str, str]:
     return dict(_words()["more_objects"])
 
 
-def _tenth(items: Sequence[str], salt: str) -> frozenset[str]:
-    """Return the tenth of the different `items` that have the smallest hashes, at least one.
-
-    Of the orders, a tenth of those with a request and a tenth of those without: lists of tags are easier to read.
-    """
-    different = sorted(
-        {item for item in items if item},
-        key=lambda item: hashlib.sha256(f"{_DRAW}:{salt}:{item}".encode()).digest(),
-    )
-    if salt != "orders":
-        return frozenset(different[: max(1, len(different) // 10)])
-    requests = [order for order in different if "{request}" in order]
-    tags = [order for order in different if "{request}" not in order]
-    return frozenset([*requests[: max(1, len(requests) // 10)], *tags[: max(1, len(tags) // 10)]])
+def adjectives() -> tuple[str, ...]:
+    """Return the adjectives of the captions, in training or held out."""
+    return tuple(_words()["adjectives"])
 
 
 @cache
-def held_out_synonyms() -> dict[str, str]:
-    """Return the synonyms that no training caption holds: synonym to object."""
+def _reserved(items: tuple[str, ...], salt: str, part: Part) -> frozenset[str]:
+    """Return the tenth of the different `items` that is held out for `part`: those with the smallest hashes.
+
+    Of the orders, a tenth of those with a request and a tenth of those without: lists of tags are easier to read.
+    """
+    earlier = _reserved(items, salt, "validation") if part == "held out" else frozenset()
+    different = sorted(
+        {item for item in items if item},
+        key=lambda item: hashlib.sha256(f"{_DRAWS[part]}:{salt}:{item}".encode()).digest(),
+    )
+    groups = [different]
+    if salt == "orders":
+        groups = [[o for o in different if ("{request}" in o) == asked] for asked in (True, False)]
+    chosen = []
+    for group in groups:
+        number = max(1, len(group) // 10)
+        chosen += [item for item in group if item not in earlier][:number]
+    return frozenset(chosen)
+
+
+@cache
+def held_out_synonyms(part: Part = "held out") -> dict[str, str]:
+    """Return the synonyms that no training caption holds and that are for `part`: synonym to object."""
     owners = {s: name for name, others in synonyms().items() for s in others}
-    return {s: owners[s] for s in sorted(_tenth(tuple(owners), "synonyms"))}
+    return {s: owners[s] for s in sorted(_reserved(tuple(owners), "synonyms", part))}
+
+
+@cache
+def unseen_synonyms() -> dict[str, str]:
+    """Return all synonyms that no training caption holds, for validation and for the test: synonym to object."""
+    return {**held_out_synonyms("validation"), **held_out_synonyms()}
 
 
 def frame_count() -> int:
@@ -79,18 +102,22 @@ def frame_count() -> int:
 
 @dataclass(frozen=True)
 class Captions:
-    """Writes captions whose frames are those of training, or those that it never shows."""
+    """Writes captions whose frames are those of training, or one of the two tenths that it never shows."""
 
     part: Part = "trained"
+    kinds: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # more names of objects
 
     def pick(self, name: str, rng: np.random.Generator) -> str:
         """Return a random entry of the list `name` that belongs to this part."""
         return str(rng.choice(_entries(name, self.part)))
 
     def name(self, object_: str, rng: np.random.Generator) -> str:
-        """Return the object's name or, in two captions of five, one of its synonyms of training."""
-        known = _trained_synonyms().get(object_, ())
-        return str(rng.choice(known)) if known and rng.random() < 0.4 else object_
+        """Return the object's name or, in half of the captions, a synonym of training or the name of a kind of it."""
+        draw = rng.random()
+        known = _trained_synonyms().get(object_, ()) if draw < 0.3 else ()
+        if 0.3 <= draw < 0.5:
+            known = self.kinds.get(object_, ())
+        return str(rng.choice(known)) if known else object_
 
     def noun_phrase(
         self, noun: str, rng: np.random.Generator, *, size: str = "", determiner: str | None = None
@@ -130,15 +157,15 @@ class Captions:
 @cache
 def _entries(name: str, part: Part) -> tuple[str, ...]:
     items = tuple(_words()[name])
-    reserved = _tenth(items, name)
-    if part == "held out":
-        return tuple(sorted(reserved))
-    return tuple(item for item in items if item not in reserved)
+    validation, test = (_reserved(items, name, of) for of in ("validation", "held out"))
+    if part == "trained":
+        return tuple(item for item in items if item not in validation | test)
+    return tuple(sorted(test if part == "held out" else validation))
 
 
 @cache
 def _trained_synonyms() -> dict[str, tuple[str, ...]]:
-    reserved = held_out_synonyms()
+    reserved = unseen_synonyms()
     return {
         name: tuple(s for s in others if s not in reserved) for name, others in synonyms().items()
     }

@@ -35,14 +35,16 @@ class Scenes:
 
     def small(self, rng: np.random.Generator) -> Picture:
         """Return a random picture of 64x64 pixels; it shows no held-out pair."""
-        kind = int(rng.choice(6, p=(0.48, 0.14, 0.04, 0.06, 0.22, 0.06)))
+        kind = int(rng.choice(6, p=(0.54, 0.1, 0.04, 0.06, 0.2, 0.06)))
         color = _color(rng)
         draws = (self._single, self._placed, self._sized, self._count, self._two)
         return draws[kind](color, rng) if kind < 5 else self._named(color, rng)
 
     def large(self, rng: np.random.Generator) -> Picture:
         """Return a random scene of 128x128 pixels: one to four icons of 16 to 80 pixels on a ground."""
-        number = int(rng.choice(4, p=(0.4, 0.3, 0.18, 0.12))) + 1
+        number = int(rng.choice(4, p=(0.3, 0.46, 0.14, 0.1))) + 1
+        if number == 2 and rng.random() < 0.6:
+            return self._large_two(rng)
         color, kind = _color(rng), str(rng.choice(GROUNDS, p=(0.4, 0.2, 0.2, 0.2)))
         names, style = self._names(number, color, rng)
         second = [
@@ -54,10 +56,10 @@ class Scenes:
         canvas = ground(kind, color, other, rng, LARGE)
         boxes: list[tuple[int, int, int]] = []
         largest = {1: 80, 2: 60, 3: 52, 4: 48}[number]
-        for name in names:
-            box = _free_box(boxes, largest, rng)
-            boxes.append(box)
-            size, left, top = box
+        for _ in names:
+            boxes.append(_free_box(boxes, largest, rng))
+        boxes.sort(key=lambda box: box[1] + box[0] / 2)  # things are named from left to right
+        for name, (size, left, top) in zip(names, boxes, strict=True):
             place(canvas, self.world.icon(_icon(name), STYLES[style], size), left, top)
         phrases = [self._phrase(name, rng) for name in names]
         thing = ", ".join(phrases[:-1]) + " and " + phrases[-1] if number > 1 else phrases[0]
@@ -66,6 +68,19 @@ class Scenes:
         text = self._frame(thing, style, words, rng)
         pixels = (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
         return Picture(pixels, text, names[0] if number == 1 else "", style, color)
+
+    def _large_two(self, rng: np.random.Generator) -> Picture:
+        """Return a picture of two objects as `_two` draws them, of 128 pixels."""
+        color = _color(rng)
+        names, style = self._names(2, color, rng)
+        thing, sides = self._pair(names, rng)
+        size = int(rng.integers(50, 62))
+        canvas = ground("plain", color, color, rng, LARGE)
+        for name, side in zip(names, sides, strict=True):
+            left, top = _at(side, size, rng, LARGE)
+            place(canvas, self.world.icon(_icon(name), STYLES[style], size), left, top)
+        pixels = (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
+        return Picture(pixels, self._frame(thing, style, color, rng), "", style, color)
 
     def _frame(self, thing: str, style: str, color: str, rng: np.random.Generator) -> str:
         named = rng.random() < (0.3 if color == "white" else 0.9)
@@ -115,7 +130,7 @@ class Scenes:
 
     def _count(self, color: str, rng: np.random.Generator) -> Picture:
         (name,), style = self._names(1, color, rng)
-        while icon_world.plural(name) in captions.held_out_synonyms():
+        while icon_world.plural(name) in captions.unseen_synonyms():
             (name,), style = self._names(1, color, rng)
         word = str(rng.choice(list(COUNTS)))
         size = 30 if word == "two" else 28
@@ -125,29 +140,32 @@ class Scenes:
         return Picture(pixels, self._frame(thing, style, color, rng), "", style, color)
 
     def _two(self, color: str, rng: np.random.Generator) -> Picture:
-        """Return a picture of two objects, half of them with words for their places."""
+        """Return a picture of two objects."""
         names, style = self._names(2, color, rng)
-        relation = str(rng.choice(list(_RELATIONS)))
-        side = _RELATIONS[relation]
-        size = int(rng.integers(27, 31))
-        opposite = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}[side]
-        one, other = (self._phrase(name, rng) for name in names)
-        if rng.random() < 0.5:
-            form = rng.random() < 0.7
-            thing = (
-                f"{one} {relation} {other}"
-                if form
-                else f"{one} on the {side} and {other} on the {opposite}"
-            )
-        else:
-            thing = self.words.pair(one, other, rng)
+        thing, sides = self._pair(names, rng)
+        size = int(rng.integers(28, 33))
         icons = [
-            (name, size, *_at(where, size, rng))
-            for name, where in zip(names, (side, opposite), strict=True)
+            (name, size, *_at(side, size, rng)) for name, side in zip(names, sides, strict=True)
         ]
         return Picture(
             self._draw(icons, style, color), self._frame(thing, style, color, rng), "", style, color
         )
+
+    def _pair(self, names: Sequence[str], rng: np.random.Generator) -> tuple[str, tuple[str, str]]:
+        """Return words for two objects, and the side of each; without words for places the first is on the left."""
+        one, other = (self._phrase(name, rng) for name in names)
+        if rng.random() < 0.6:
+            return self.words.pair(one, other, rng), ("left", "right")
+        relation = str(rng.choice(list(_RELATIONS)))
+        side = _RELATIONS[relation]
+        opposite = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}[side]
+        form = rng.random() < 0.7
+        thing = (
+            f"{one} {relation} {other}"
+            if form
+            else f"{one} on the {side} and {other} on the {opposite}"
+        )
+        return thing, (side, opposite)
 
     def _named(self, color: str, rng: np.random.Generator) -> Picture:
         """Return a person, a flag or a logo, with a caption of the frames."""
@@ -196,9 +214,11 @@ def _color(rng: np.random.Generator) -> str:
     return "white" if rng.random() < 0.3 else str(rng.choice(list(COLORS)))
 
 
-def _at(side: str, size: int, rng: np.random.Generator) -> tuple[int, int]:
-    """Return left and top of an icon at a side of a picture of 64 pixels, at most two pixels from its place."""
-    free = icon_world.SIZE - size
+def _at(
+    side: str, size: int, rng: np.random.Generator, width: int = icon_world.SIZE
+) -> tuple[int, int]:
+    """Return left and top of an icon at a side of a picture, at most two pixels from its place."""
+    free = width - size
     x, y = {"left": (0.06, 0.5), "right": (0.94, 0.5), "top": (0.5, 0.06), "bottom": (0.5, 0.94)}[
         side
     ]

@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from overpaint import files, zoo
 from overpaint.model.sampling import Progress
-from overpaint.train import card, icon_world, language, text_tower
+from overpaint.train import captions, card, icon_world, language, text_tower
 from overpaint.train.icon_scenes import Scenes
 from overpaint.train.loop import (
     Schedule,
@@ -119,8 +119,9 @@ def train(
     recipe = CUDA if device.startswith("cuda") else CPU
     work.mkdir(parents=True, exist_ok=True)
     files.remove_drafts_in(work)
-    scenes = Scenes(icon_world.World(icon_world.fetch(artwork)))
     language.fetch(packages)
+    words = captions.Captions(kinds=language.kinds_of_objects(packages))
+    scenes = Scenes(icon_world.World(icon_world.fetch(artwork)), words)
     shares = _shares(recipe, work, out, resume=resume)
     if not resume:
         remove_checkpoints(work, [stage for stage in shares if stage in stages])
@@ -184,7 +185,7 @@ def _same_shapes(folder: Path, recipe: Recipe) -> set[str]:
     unet = ("text_width", "vae_channels", "latent_channels", "unet_channels", "unet_layers")
     if any(saved.get(name) != expected[name] for name in unet):
         return set()
-    same = all(saved.get(name) == expected[name] for name in ("text_layers", "merges"))
+    same = all(saved.get(name) == expected[name] for name in ("text_layers", "merges", "held_out"))
     return {"unet", "text"} if same else {"unet"}
 
 
@@ -300,9 +301,9 @@ def _train_unet(run: Run, minutes: float) -> Any:
     @sdpa_kernel(SDPBackend.MATH)  # a fifth faster for latents as small as these
     def loss(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(run.seed * 1_000_003 + step)
-        # Every fifth batch shows scenes of 128 pixels, a quarter as many.
+        # Every fifth batch shows scenes of 128 pixels, half as many.
         large = step % 5 == 4
-        data, batch = sets["large" if large else "small"], recipe.unet_batch // (4 if large else 1)
+        data, batch = sets["large" if large else "small"], recipe.unet_batch // (2 if large else 1)
         rows = torch.randint(len(data["latents"]), (batch,), generator=generator)
         clean = data["latents"][rows].to(device).float()
         noise = torch.randn(clean.shape, generator=generator).to(device)
@@ -355,12 +356,12 @@ def _latents(run: Run) -> dict[str, dict[str, Tensor]]:
     text = text.to(run.device)
     result = {}
     for name in ("small", "large"):
-        latents, captions = _encoded_pictures(run, vae, name)
-        number = {caption: i for i, caption in enumerate(dict.fromkeys(["", *captions]))}
+        latents, texts = _encoded_pictures(run, vae, name)
+        number = {caption: i for i, caption in enumerate(dict.fromkeys(["", *texts]))}
         result[name] = {
             "latents": latents,
             "features": _features(text, tokens, list(number), run.device),
-            "rows": torch.tensor([number[caption] for caption in captions]),
+            "rows": torch.tensor([number[caption] for caption in texts]),
         }
     return result
 
@@ -377,7 +378,7 @@ def _encoded_pictures(
         else (run.scenes.large, recipe.scenes)
     )
     path = run.folder / f"latents-{name}.safetensors"
-    digest = hashlib.sha256(f"{total} {run.seed}".encode())
+    digest = hashlib.sha256(f"{total} {run.seed} {recipe.held_out}".encode())
     for part in (vae.encoder, vae.quant_conv):  # the latents do not depend on the decoder
         for tensor in part.state_dict().values():
             digest.update(tensor.numpy().tobytes())
@@ -389,25 +390,25 @@ def _encoded_pictures(
                 return file.get_tensor("latents"), json.loads(metadata["captions"])
     vae = vae.to(run.device)
     rng = np.random.default_rng((run.seed, 5, name == "large"))
-    latents, captions = [], []
+    latents, texts = [], []
     for start in range(0, total, 128):
         pictures = [draw(rng) for _ in range(min(128, total - start))]
         pixels = as_pixels(pictures).to(run.device)
         latents.append(vae.encode(pixels).latent_dist.mean.half().cpu())
-        captions += [p.caption for p in pictures]
+        texts += [p.caption for p in pictures]
         if run.on_progress:
             run.on_progress(min(start + 128, total), total, f"pictures, {name}")
     stack = torch.cat(latents)
-    save_tensors({"latents": stack}, path, {"made_of": key, "captions": json.dumps(captions)})
-    return stack, captions
+    save_tensors({"latents": stack}, path, {"made_of": key, "captions": json.dumps(texts)})
+    return stack, texts
 
 
-def _features(text: Any, tokens: Any, captions: list[str], device: str) -> Tensor:
+def _features(text: Any, tokens: Any, prompts: list[str], device: str) -> Tensor:
     """Return the states of the text tower, float16 (N, 32, D)."""
     states = []
-    for start in range(0, len(captions), 512):
+    for start in range(0, len(prompts), 512):
         ids = tokens(
-            captions[start : start + 512],
+            prompts[start : start + 512],
             padding="max_length",
             truncation=True,
             return_tensors="pt",
@@ -451,6 +452,10 @@ def _unpack(folder: Path, work: Path, *, with_text: bool) -> None:
             pipe.tokenizer.save_pretrained(draft)
         save_tensors(dict(_tower(pipe.text_encoder).state_dict()), work / "text-final.safetensors")
     files.write_json(work / "history.json", card.history(folder))
+    if not with_text:  # nothing is left of how the earlier text tower's features were read
+        for name, module in pipe.unet.named_modules():
+            if name.endswith(("attn2.to_k", "attn2.to_v")):
+                module.reset_parameters()
     save_tensors(dict(pipe.unet.state_dict()), work / "unet-start.safetensors")
     files.write_json(work / "start.json", {"text": with_text})
 

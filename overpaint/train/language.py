@@ -31,6 +31,8 @@ __all__ = [
     "clip_merges",
     "everyday_captions",
     "fetch",
+    "kinds",
+    "kinds_of_objects",
     "nouns",
     "sentences",
     "sources",
@@ -140,6 +142,81 @@ def things(folder: Path) -> list[str]:
         if kind.startswith(_DRAWABLE) and re.fullmatch(r"[a-z]{3,}", name):
             chosen.add(name)
     return sorted(chosen)
+
+
+def kinds(folder: Path, names: Sequence[str], without: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return WordNet's names of the kinds of each thing in `names`: "labrador" and "poodle" for "dog".
+
+    Args:
+        folder: Holds the packages.
+        names: Things of the world. Of each the most used drawable sense counts; of a kind, the most used sense.
+        without: Names that no kind may be or hold, beside `names`.
+
+    Returns:
+        At most 40 names of letters, of one or two words, for each thing that WordNet knows; no name for two things.
+    """
+    synsets: dict[str, tuple[list[str], list[str]]] = {}  # by offset: words, offsets of the kinds
+    for line in _dictionary(folder, "data.noun"):
+        fields = line.partition("|")[0].split()
+        number = int(fields[3], 16)
+        lemmas = [fields[4 + 2 * i].replace("_", " ") for i in range(number)]
+        pointers = fields[5 + 2 * number :]
+        below = [pointers[i + 1] for i in range(0, len(pointers) - 3, 4) if pointers[i] == "~"]
+        synsets[fields[0]] = lemmas, below
+    senses: dict[str, tuple[int, str]] = {}  # by name: number of the sense, offset
+    uses: dict[str, int] = {}
+    first: dict[str, str] = {}  # by name: offset of its most used sense as a noun
+    for line in _dictionary(folder, "index.sense"):
+        key, offset, order, count = line.split()
+        name, _, kind = key.partition("%")
+        name = name.replace("_", " ")
+        if kind.startswith("1"):
+            uses[name] = uses.get(name, 0) + int(count)
+            if order == "1":
+                first[name] = offset
+        if kind.startswith(_DRAWABLE) and (int(order), offset) < senses.get(name, (1000, "")):
+            senses[name] = int(order), offset
+    barred = re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted({*names, *without})))})s?\b")
+    found: dict[str, set[str]] = {}
+    for name in names:
+        waiting = [senses[name][1]] if name in senses else []
+        reached: set[str] = set()
+        while waiting:
+            offset = waiting.pop()
+            if offset not in reached:
+                reached.add(offset)
+                waiting += synsets[offset][1]
+        every = {lemma for offset in reached for lemma in synsets[offset][0]}
+        held = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)")
+        found[name] = {
+            lemma for lemma in every
+            if re.fullmatch(r"[a-z]{3,}( [a-z]{3,})?", lemma) and lemma != name
+            and first.get(lemma) in reached and not barred.search(held.sub("", lemma)) and not _COARSE.search(lemma)
+        }  # fmt: skip
+    owners: dict[str, int] = {}
+    for lemmas in found.values():
+        for lemma in lemmas:
+            owners[lemma] = owners.get(lemma, 0) + 1
+    result = {}
+    for name, lemmas in found.items():
+        own = sorted(
+            (lemma for lemma in lemmas if owners[lemma] == 1),
+            key=lambda n: (-uses.get(n, 0), len(n), n),
+        )
+        if own:
+            result[name] = tuple(own[:40])
+    return result
+
+
+def kinds_of_objects(folder: Path) -> dict[str, tuple[str, ...]]:
+    """Return the names of the kinds of each object of the world that training may show, from the archives in `folder`.
+
+    No name is or holds a synonym that training never shows, a color, a style, an adjective of the captions or another
+    name of the world.
+    """
+    barred = [*captions.unseen_synonyms(), *icon_world.COLORS, *icon_world.STYLES]
+    barred += [*icon_world.subjects(), *captions.adjectives()]
+    return kinds(folder, [*icon_world.OBJECTS, *captions.more_objects()], barred)
 
 
 def _dictionary(folder: Path, name: str) -> list[str]:

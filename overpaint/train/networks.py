@@ -7,7 +7,7 @@ Diffusion too.
 from dataclasses import dataclass
 from typing import Any
 
-from overpaint.train import icon_world
+from overpaint.train import captions, icon_world
 
 __all__ = [
     "CPU",
@@ -30,6 +30,7 @@ class Recipe:
     """Settings of the recipe."""
 
     merges: int = MERGES  # of the tokenizer
+    held_out: str = captions.HELD_OUT  # the tenths of the captions' words that training never shows
     text_layers: int = 6  # depth of the text tower
     text_width: int = 192  # width of the text tower, and of the UNet's cross-attention
     vision_layers: int = 4  # depth of the image tower, which only trains the text tower
@@ -51,8 +52,8 @@ class Recipe:
     unet_batch: int = 128  # latents in a step
     unet_lr: float = 1.5e-3  # peak learning rate
     unet_ema: float = 0.998  # decay of the average of the weights
-    pictures: int = 36_864  # training pictures of the UNet of 64 pixels, drawn and encoded once
-    scenes: int = 8192  # of 128 pixels
+    pictures: int = 49_152  # training pictures of the UNet of 64 pixels, drawn and encoded once
+    scenes: int = 12_288  # of 128 pixels
     drop_caption: float = 0.1  # part of the rows that get the empty prompt, for guidance
     shares: tuple[float, float, float] = (
         0.14,

@@ -1,15 +1,18 @@
 """The tokenizer and the text tower of `icons`.
 
 The tokenizer has CLIP's first 16,000 merges, so that words share pieces as they do in Stable Diffusion: a quarter of
-the world's names has several tokens. The tower is trained on three tasks at once:
+the world's names has several tokens. The tower is trained on four tasks at once:
 
-- contrastive, as CLIP: captions of pictures against an image tower;
-- nouns: the state at the end of text of a caption about any noun predicts the sentence vector of that noun alone, so
-  that a caption about a `puppy` has a state like one about a `dog`, in every frame;
-- sentences: the same state of an everyday sentence predicts the vector of the sentence.
+- contrastive, as CLIP: captions of pictures against an image tower, with a small weight, because it sets the words of
+  captions apart from all other words;
+- nouns: a state of a caption about any noun predicts the sentence vector of that noun alone, so that a caption about a
+  `puppy` has a state like one about a `dog`, in every frame;
+- attributes: the same state predicts the style and the color that the caption names, beside any noun;
+- sentences: the state at the end of text of an everyday sentence predicts the vector of the sentence.
 
-The sentence vectors are those of a teacher, `language.Teacher`. Synonyms that are held out occur in no caption. Like
-all other English, they occur in WordNet's example sentences and, alone, among its nouns.
+The state is that at the end of text or, in half of the captions, at a random padding token behind it, because the UNet
+reads these too. The sentence vectors are those of a teacher, `language.Teacher`. Synonyms that are held out occur in no
+caption. Like all other English, they occur in WordNet's example sentences and, alone, among its nouns.
 """
 
 import hashlib
@@ -44,9 +47,11 @@ __all__ = [
 
 NOUNS = 6000
 SENTENCES = 20_000
-_FRAMED, _SENTENCES = 24, 16  # captions about a noun and everyday sentences in a step
+_FRAMED, _SENTENCES = 48, 16  # captions about a noun and everyday sentences in a step
 # Lines of a word alone for each of the two heads; they are short, so a step can hold many.
-_WORDS = 96
+_WORDS = 64
+_CONTRASTIVE = 0.15  # weight of the contrastive loss; that of the nouns and the sentences is 1
+_ATTRIBUTES = 0.5
 _TEMPERATURE = 0.07
 
 
@@ -78,11 +83,12 @@ class Texts:
 @torch.no_grad()
 def texts(packages: Path, folder: Path, tokens: Any, width: int) -> Texts:
     """Return the texts, with their vectors computed once and saved in `folder`."""
-    reserved = captions.held_out_synonyms()
+    reserved = captions.unseen_synonyms()
     own = [*icon_world.OBJECTS, *captions.more_objects()]
     own += [s for others in captions.synonyms().values() for s in others if s not in reserved]
-    named = [noun for noun in language.nouns(packages, NOUNS) if noun not in reserved]
-    nouns = tuple(dict.fromkeys([*own, *named]))
+    own += [s for others in language.kinds_of_objects(packages).values() for s in others]
+    named = [*language.nouns(packages, NOUNS), *language.things(packages)]
+    nouns = tuple(dict.fromkeys([*own, *(noun for noun in named if noun not in reserved)]))
     unseen = {*probes.everyday("validation"), *probes.everyday("test")}
     said = [line for line in language.sentences(packages) if line not in unseen]
     drawn = np.random.default_rng(6).permutation(said)[:SENTENCES]
@@ -123,7 +129,7 @@ def _made_of(path: Path) -> str:
 
 
 def network(recipe: Recipe, tokens: Any, data: Texts) -> nn.Module:
-    """Return an untrained CLIP with a head for nouns and one for sentences.
+    """Return an untrained CLIP with a head for nouns, one for sentences and one for styles and colors.
 
     The rows of tokens that are whole words are the teacher's vectors of the words, reduced. They get no gradient
     (weight decay alone shrinks them, all alike), so that the layers learn to read these vectors, and with them the rows
@@ -135,9 +141,9 @@ def network(recipe: Recipe, tokens: Any, data: Texts) -> nn.Module:
     with torch.no_grad():
         embedding.copy_(torch.where(free, embedding, data.rows))
     embedding.register_hook(lambda gradient: gradient * free.to(gradient))
-    heads = {
-        name: nn.Linear(recipe.text_width, language.Teacher.WIDTH) for name in ("noun", "sentence")
-    }
+    widths = {"noun": language.Teacher.WIDTH, "sentence": language.Teacher.WIDTH,
+              "attribute": len(icon_world.STYLES) + len(icon_world.COLORS) + 2}  # fmt: skip
+    heads = {name: nn.Linear(recipe.text_width, width) for name, width in widths.items()}
     return nn.ModuleDict({"clip": clip, "projection_heads": nn.ModuleDict(heads)})
 
 
@@ -145,7 +151,7 @@ def network(recipe: Recipe, tokens: Any, data: Texts) -> nn.Module:
 def draw_loss(
     model: Any, tokens: Any, scenes: Scenes, data: Texts, rng: np.random.Generator, batch: int, device: str = "cpu"
 ) -> Tensor:  # fmt: skip
-    """Return the sum of the three losses on randomly drawn pictures and lines."""
+    """Return the weighted sum of the four losses on randomly drawn pictures and lines."""
     pictures = [scenes.small(rng) for _ in range(batch)]
     pixels = as_pixels(pictures)
     noise = torch.from_numpy(rng.normal(0, 0.05, pixels.shape).astype(np.float32))
@@ -155,7 +161,9 @@ def draw_loss(
     index = {noun: i for i, noun in enumerate(data.nouns[: data.own])}
     single = [(row, index[p.object]) for row, p in enumerate(pictures) if p.object in index]
     drawn = rng.integers(0, len(data.nouns), _FRAMED)
-    framed = [_framed(data.nouns[i], scenes.words, rng) for i in drawn]
+    framed, attributes = zip(
+        *(_framed(data.nouns[i], scenes.words, rng) for i in drawn), strict=True
+    )
     alone = rng.integers(0, len(data.nouns), _WORDS)
     articles = rng.choice(("", "a ", "the ", "one ", "my "), _WORDS)
     bare = [article + data.nouns[i] for article, i in zip(articles, alone, strict=True)]
@@ -165,36 +173,54 @@ def draw_loss(
     words = rng.integers(SENTENCES, len(data.lines), _WORDS)
     clip = model["clip"]
     with torch.autocast(device.split(":")[0], torch.bfloat16):
-        said = _pooled(clip, tokens, [data.lines[i] for i in read], device)
-        short = _pooled(clip, tokens, [*bare, *(data.lines[i] for i in words)], device)
-        states = torch.cat([_pooled(clip, tokens, [*shown, *framed], device), short[:_WORDS]])
+        said, _ = _states(clip, tokens, [data.lines[i] for i in read], rng, device)
+        short, _ = _states(clip, tokens, [*bare, *(data.lines[i] for i in words)], rng, device)
+        ends, states = _states(clip, tokens, [*shown, *framed], rng, device)
         images = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
-        captioned = clip.text_projection(states[:batch])
-        nouns = model["projection_heads"]["noun"](states[of_noun])
+        captioned = clip.text_projection(ends[:batch])
+        nouns = model["projection_heads"]["noun"](torch.cat([states, short[:_WORDS]])[of_noun])
+        named = model["projection_heads"]["attribute"](states[batch:])
         sentences = model["projection_heads"]["sentence"](torch.cat([said, short[_WORDS:]]))
     logits = (
         clip.logit_scale.exp()
         * F.normalize(captioned.float(), dim=1)
         @ F.normalize(images.float(), dim=1).t()
     )
-    total = contrast(logits, shown)
+    total = _CONTRASTIVE * contrast(logits, shown)
+    labels = torch.tensor(attributes, device=device)
+    for kind, scores in enumerate(
+        named.float().split([len(icon_world.STYLES) + 1, len(icon_world.COLORS) + 1], dim=1)
+    ):
+        total = total + _ATTRIBUTES * F.cross_entropy(scores, labels[:, kind])
     total = total + _distance(nouns.float(), data.noun_vectors[chosen].to(device))
     return total + _distance(sentences.float(), data.line_vectors[[*read, *words]].to(device))
 
 
-def _pooled(clip: Any, tokens: Any, lines: Sequence[str], device: str) -> Tensor:
-    """Return the state at the end of text of each line, (B, D)."""
+def _states(
+    clip: Any, tokens: Any, lines: Sequence[str], rng: np.random.Generator, device: str
+) -> tuple[Tensor, Tensor]:
+    """Return two states of each line, (B, D): at the end of text, and there or at a padding token, half and half."""
     ids = tokens(lines, padding="longest", truncation=True, return_tensors="pt").input_ids
-    return clip.text_model(input_ids=ids.to(device)).pooler_output
+    states = clip.text_model(input_ids=ids.to(device)).last_hidden_state
+    end = (ids == tokens.eos_token_id).int().argmax(1)
+    behind = torch.from_numpy(rng.integers(end.numpy(), ids.shape[1]))
+    moved = torch.where(torch.from_numpy(rng.random(len(end)) < 0.5), behind, end)
+    rows = torch.arange(len(end))
+    return states[rows, end], states[rows, moved]
 
 
-def _framed(noun: str, words: captions.Captions, rng: np.random.Generator) -> str:
+def _framed(
+    noun: str, words: captions.Captions, rng: np.random.Generator
+) -> tuple[str, tuple[int, int]]:
+    """Return a caption about a noun, with the number of the style and the color that it names, from 1, or 0."""
     phrase = words.noun_phrase(noun, rng)
     if rng.random() < 0.15:
         phrase = words.placed(phrase, str(rng.choice(captions.SIDES)), rng)
     style = str(rng.choice(list(icon_world.STYLES))) if rng.random() < 0.85 else ""
     color = str(rng.choice(list(icon_world.COLORS))) if rng.random() < 0.7 else ""
-    return words.frame(phrase, style, color, rng)
+    text = words.frame(phrase, style, color, rng)
+    styles, colors = ["", *icon_world.STYLES], ["", *icon_world.COLORS]
+    return text, (styles.index(style), colors.index(color) if color in text else 0)
 
 
 def _distance(predicted: Tensor, target: Tensor) -> Tensor:
