@@ -14,7 +14,18 @@ from overpaint.probes.text import article
 from overpaint.scorers import judge as scorers
 from overpaint.train import captions, icon_world
 
-__all__ = ["FREE", "Row", "frames", "hits", "obeyed", "places", "seen_objects", "synonyms", "two"]
+__all__ = [
+    "FREE",
+    "Row",
+    "frames",
+    "hits",
+    "obeyed",
+    "places",
+    "seen_objects",
+    "synonyms",
+    "two",
+    "two_on_artwork",
+]
 
 # Free wordings for the grid, written by hand and not drawn from the grammar, which has some of their words too.
 FREE = (
@@ -88,6 +99,41 @@ def two(number: int, seed: int = 0) -> list[tuple[str, str, str]]:
     return rows
 
 
+def two_on_artwork(
+    model: op.TextToImage,
+    judge: scorers.Judge,
+    rows: Sequence[tuple[str, str, str]],
+    world: icon_world.World,
+    size: int,
+) -> tuple[list[float], list[float]]:
+    """Return for each row of `two` whether both objects are seen on the real artwork, and behind the autoencoder.
+
+    The artwork of the two is drawn side by side as in training, in pictures of `size` pixels.
+    """
+    drawn = []
+    for text, *names in rows:
+        set_ = icon_world.STYLES[text.rpartition(" in ")[2].removesuffix(" style")]
+        canvas = np.ones((size, size, 3), np.float32)
+        width = size * 15 // 32
+        for name, left in zip(names, (size // 32, size - size // 32 - width), strict=True):
+            icon = world.icon(icon_world.OBJECTS[name], set_, width)
+            icon_world.place(canvas, icon, left, (size - width) // 2)
+        drawn.append(torch.from_numpy(np.clip(canvas, 0, 1)).permute(2, 0, 1))
+    real = torch.stack(drawn)
+    vae = model.pipe.vae
+    decoded = []
+    with torch.no_grad():
+        for batch in real.split(32):
+            pixels = (2 * batch - 1).to(vae.device, vae.dtype)
+            decoded.append(vae.decode(vae.encode(pixels).latent_dist.mode()).sample.float().cpu())
+    coded = (torch.cat(decoded) / 2 + 0.5).clamp(0, 1)
+    verdicts = []
+    for images in (real, coded):
+        seen = seen_objects(judge, images)
+        verdicts.append([float({a, b} <= s) for (_, a, b), s in zip(rows, seen, strict=True)])
+    return verdicts[0], verdicts[1]
+
+
 def hits(
     model: op.TextToImage, judge: scorers.Judge, rows: Sequence[Row], *, seeds: range, steps: int
 ) -> dict[str, list[float]]:
@@ -134,7 +180,12 @@ def _background(image: Tensor) -> Tensor:
 
 
 def seen_objects(judge: scorers.Judge, images: Tensor) -> list[set[str]]:
-    """Return the objects that the judge sees in parts of each picture: the pieces of what is drawn, and the halves."""
+    """Return the objects that the judge sees in parts of each picture: the pieces of what is drawn, and the halves.
+
+    Args:
+        judge: Names the parts, scaled to the 64 pixels that it was trained on.
+        images: (N, 3, S, S) in [0, 1].
+    """
     parts, owners = [], []
     for index, image in enumerate(images):
         for part in _parts(image):
@@ -153,13 +204,13 @@ def _parts(image: Tensor) -> list[Tensor]:
     mask = drawn(image)
     labels, _ = ndimage.label(ndimage.binary_dilation(mask, iterations=1))
     for rows, columns in ndimage.find_objects(labels):
-        if (rows.stop - rows.start) * (columns.stop - columns.start) >= 100:
+        if (rows.stop - rows.start) * (columns.stop - columns.start) >= 100 * (side / 64) ** 2:
             boxes.append((rows.start, rows.stop, columns.start, columns.stop))
     return [_square(image, mask, box) for box in boxes]
 
 
 def _square(image: Tensor, drawn_mask: np.ndarray, box: tuple[int, int, int, int]) -> Tensor:
-    """Return what is drawn in a box, scaled to four fifths of a picture on the picture's background."""
+    """Return what is drawn in a box, scaled to four fifths of 64 pixels on the picture's background."""
     top, bottom, left, right = box
     mask = drawn_mask[top:bottom, left:right]
     if mask.any():
@@ -167,7 +218,7 @@ def _square(image: Tensor, drawn_mask: np.ndarray, box: tuple[int, int, int, int
         top, bottom = top + int(rows[0]), top + int(rows[-1]) + 1
         left, right = left + int(columns[0]), left + int(columns[-1]) + 1
     cut = image[:, top:bottom, left:right]
-    size = image.shape[-1]
+    size = icon_world.SIZE
     longest = max(cut.shape[1:])
     height, width = (max(1, round(0.8 * size * n / longest)) for n in cut.shape[1:])
     scaled = F.interpolate(cut[None], (height, width), mode="bilinear", antialias=True)[0]

@@ -11,7 +11,9 @@ its card, is the upper bound. Measured are
   name (`synonyms_other_words_ratio`), and synonyms of training;
 - places: the centre of the drawn pixels of "a fox on the left, noto style" lies nearer to that side than to any other
   (`place_obeyed`);
-- two objects: both are recognised in parts of the picture (`two_seen`; `two_control`: two other names);
+- two objects: both are recognised in parts of a picture of 128 pixels (`two_seen`; `two_control`: two other names), and
+  of 64 pixels (`two_64_seen`); on the artwork itself side by side, and behind the autoencoder (`two_artwork`,
+  `two_autoencoder`, `two_64_artwork`, `two_64_autoencoder`), which bound them;
 - tokens: concepts of `quality_edit` all of whose tokens occur in another word of WordNet, or whose words are in another
   name (`shared_tokens`).
 
@@ -107,13 +109,13 @@ def measure_wordings(
 
     add("frames_trained", wordings.frames(chosen, "trained", 2))
     add("frames_heldout", wordings.frames(chosen, "held out", 2))
-    reserved = captions.held_out_synonyms()
+    reserved, unseen = captions.held_out_synonyms(), captions.unseen_synonyms()
     number = 2 if quick else 5
     for name, words in {
         "synonyms": reserved,
         "synonyms_trained": dict(
             random.Random(2).sample(
-                [(s, o) for o, v in captions.synonyms().items() for s in v if s not in reserved], 28
+                [(s, o) for o, v in captions.synonyms().items() for s in v if s not in unseen], 28
             )
         ),
     }.items():
@@ -135,24 +137,31 @@ def measure_wordings(
     for side in captions.SIDES:
         of_side = [i for i, (_, s) in enumerate(rows) if s == side]
         table[f"place_{side}"] = [verdicts[i] for i in of_side], [units[i] for i in of_side]
-    texts = wordings.two(size)
-    images = model.generate([text for text, *_ in texts], seed=list(range(size)), steps=20).images
-    seen = wordings.seen_objects(judge, images)
-    labels = [text for text, *_ in texts]
-    table["two_seen"] = (
-        [float({a, b} <= s) for (_, a, b), s in zip(texts, seen, strict=True)],
-        labels,
-    )
-    table["two_one_seen"] = (
-        [float(bool({a, b} & s)) for (_, a, b), s in zip(texts, seen, strict=True)],
-        labels,
-    )
-    others = [*texts[1:], texts[0]]
-    table["two_control"] = (
-        [float({a, b} <= s) for (_, a, b), s in zip(others, seen, strict=True)],
-        labels,
-    )
+    for name, side in (("two", 128), ("two_64", 64)):
+        table |= {f"{name}_{k}": v for k, v in measure_two(model, judge, size, side).items()}
     return table
+
+
+def measure_two(
+    model: op.TextToImage, judge: scorers.Judge, number: int, side: int
+) -> dict[str, tuple[list[float], list[str]]]:
+    """Return verdicts of 0 and 1 with their units for prompts that name two objects, in pictures of `side` pixels."""
+    texts = wordings.two(number)
+    labels = [text for text, *_ in texts]
+    images = model.generate(
+        labels, seed=list(range(number)), steps=20, height=side, width=side
+    ).images
+    seen = wordings.seen_objects(judge, images)
+    others = [*texts[1:], texts[0]]
+    world = icon_world.World(icon_world.fetch(Path("runs/artwork")))
+    artwork, coded = wordings.two_on_artwork(model, judge, texts, world, side)
+    verdicts = {
+        "seen": [float({a, b} <= s) for (_, a, b), s in zip(texts, seen, strict=True)],
+        "one_seen": [float(bool({a, b} & s)) for (_, a, b), s in zip(texts, seen, strict=True)],
+        "control": [float({a, b} <= s) for (_, a, b), s in zip(others, seen, strict=True)],
+        "artwork": artwork, "autoencoder": coded,
+    }  # fmt: skip
+    return {name: (values, labels) for name, values in verdicts.items()}
 
 
 def shared_tokens(model: op.TextToImage) -> float:
