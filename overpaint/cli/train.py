@@ -29,7 +29,9 @@ class TrainOptions:
     device: Device = "cpu"
     seed: Annotated[
         int,
-        typer.Option(help="Seed of weights and draws (icons, matcher).", callback=seed_in_range),
+        typer.Option(
+            help="Seed of weights and draws (icons, lettering, matcher).", callback=seed_in_range
+        ),
     ] = 0
     diffusion: Annotated[bool, typer.Option(help="Off: train the one-shot control (matcher).")] = (
         True
@@ -41,6 +43,12 @@ class TrainOptions:
             callback=within(1, 10**9),
         ),
     ] = None
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only this stage; may be repeated (lettering): grey, single, fonts, photographs."
+        ),
+    ] = None
     work: Annotated[
         Path | None, typer.Option(help="Checkpoints. Default: runs/MODEL.", parser=as_path)
     ] = None
@@ -48,16 +56,18 @@ class TrainOptions:
 
 @with_options
 def train(
-    model: Annotated[str, typer.Argument(help="icons, icons-judge or matcher.")],
+    model: Annotated[str, typer.Argument(help="icons, icons-judge, lettering or matcher.")],
     options: TrainOptions,
     as_json: Json = False,
 ) -> None:
-    """Train a zoo model. Icons from artwork and words (fetched by npm and pip), matcher from photographs (by apt).
+    """Train a zoo model. Icons from artwork and words (fetched by npm and pip), lettering from fonts (by npm), matcher
+    from photographs (by apt).
 
     \b
     overpaint train icons --minutes 150
     overpaint train icons-judge --minutes 30 --no-resume
     overpaint train matcher --minutes 100 --threads 1
+    overpaint train lettering --minutes 900 --threads 1
     """  # noqa: D301
     from overpaint.model.loading import check_device
 
@@ -77,18 +87,23 @@ def train(
 
 def _recipe(name: str, options: TrainOptions) -> Any:
     """Return the training function of `name`; refuse options that it does not have."""
-    from overpaint.train import icons, judge, matcher
+    from overpaint.train import icons, judge, lettering, matcher
 
     seed, steps = options.seed, options.steps or ()
     recipes: dict[str, Any] = {
         "icons": partial(icons.train, seed=seed),
         "icons-judge": judge.train,
+        "lettering": partial(lettering.train, seed=seed, stages=options.stage or ()),
         "matcher": partial(matcher.train, seed=seed, diffusion=options.diffusion, steps=steps),
     }
     if name not in recipes:
-        raise ValueError(f"no recipe for {name!r}: choose icons, icons-judge or matcher.")
+        raise ValueError(
+            f"no recipe for {name!r}: choose icons, icons-judge, lettering or matcher."
+        )
     if name == "icons-judge" and seed:
         raise ValueError(f"`seed` of icons-judge is fixed, got {seed}: leave it out.")
+    if name != "lettering" and options.stage:
+        raise ValueError(f"`--stage` is for lettering: leave it out for {name}.")
     if name != "matcher" and (steps or not options.diffusion):
         raise ValueError(
             f"`--steps` and `--no-diffusion` are for matcher: leave them out for {name}."

@@ -1,7 +1,7 @@
 """The 95 characters of DiffSTE's character encoder and their numbers.
 
-Source: the character tokenizer of UCSB-NLP-Chang/DiffSTE, https://arxiv.org/abs/2304.05568: printable ASCII, case-sensitive; number
-0 is space, padding and unknown character at once.
+Source: the character tokenizer of UCSB-NLP-Chang/DiffSTE, https://arxiv.org/abs/2304.05568: printable ASCII,
+case-sensitive; number 0 is space, padding and unknown character at once.
 """
 
 import string
@@ -13,7 +13,9 @@ from torch import Tensor
 
 __all__ = ["CHARACTERS", "CutTextWarning", "check", "encode", "unknown"]
 
-CHARACTERS = " " + string.digits + string.ascii_lowercase + string.ascii_uppercase + string.punctuation
+CHARACTERS = (
+    " " + string.digits + string.ascii_lowercase + string.ascii_uppercase + string.punctuation
+)
 _NUMBERS = {character: number for number, character in enumerate(CHARACTERS)}
 
 

@@ -1,9 +1,9 @@
 r"""Cross-attention to two encoders, averaged: :math:`h \leftarrow h + \frac12 f_{inst}(h) + \frac12 f_{char}(h)`.
 
-`install_branches` builds the network of DiffSTE's public code: at each place two whole transformers. `install_decoupled`
-gives the existing cross-attention keys and values of its own for the characters, as IP-Adapter does for pictures; query
-and output are shared. Both read `Conditions`, which diffusers' UNet passes on as its `encoder_hidden_states`. A
-condition that is `None` is left out of the mean.
+`install_branches` builds the network of DiffSTE's public code: at each place two whole transformers.
+`install_decoupled` gives the existing cross-attention keys and values of its own for the characters, as IP-Adapter does
+for pictures; query and output are shared. Both read `Conditions`, which diffusers' UNet passes on as its
+`encoder_hidden_states`. A condition that is `None` is left out of the mean.
 
 Source: Ji et al., 2023 (DiffSTE), https://arxiv.org/abs/2304.05568, figure 2; Ye et al., 2023 (IP-Adapter),
 https://arxiv.org/abs/2308.06721, equation 5, for the decoupled form.
@@ -18,9 +18,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-__all__ = ["Branches", "CharacterProcessor", "Conditions", "DecoupledProcessor", "install_branches", "install_decoupled"]  # fmt: skip
+__all__ = [
+    "Branches",
+    "CharacterProcessor",
+    "Conditions",
+    "DecoupledProcessor",
+    "SelfProcessor",
+    "install_branches",
+    "install_decoupled",
+    "install_plain_attention",
+]
 
 
 @dataclass(frozen=True)
@@ -48,13 +56,20 @@ class CharacterProcessor(nn.Module):
         self.bias_scale = nn.Parameter(torch.ones(heads))
 
     def forward(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Conditions, *_: Any, **__: Any
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Conditions,
+        *_: Any,
+        **__: Any,
     ) -> Tensor:
         """Return the output of the attention layer `attn`, shape of `hidden_states` (B, N, C)."""
         tokens = encoder_hidden_states.characters
         query = _heads(attn.to_q(hidden_states), attn.heads)
         key, value = _heads(attn.to_k(tokens), attn.heads), _heads(attn.to_v(tokens), attn.heads)
-        output = _attend(query, key, value, _bias(encoder_hidden_states, hidden_states, self.bias_scale))
+        output = _attend(
+            query, key, value, _bias(encoder_hidden_states, hidden_states, self.bias_scale)
+        )
         return attn.to_out[1](attn.to_out[0](output))
 
 
@@ -68,7 +83,12 @@ class DecoupledProcessor(nn.Module):
         self.bias_scale = nn.Parameter(torch.ones(heads)) if has_layout else None
 
     def forward(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Conditions, *_: Any, **__: Any
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Conditions,
+        *_: Any,
+        **__: Any,
     ) -> Tensor:
         """Return the output of the attention layer `attn`, shape of `hidden_states` (B, N, C)."""
         conditions = encoder_hidden_states
@@ -78,7 +98,10 @@ class DecoupledProcessor(nn.Module):
             key, value = attn.to_k(conditions.instructions), attn.to_v(conditions.instructions)
             outputs.append(_attend(query, _heads(key, attn.heads), _heads(value, attn.heads), None))
         if conditions.characters is not None:
-            key, value = self.to_k_char(conditions.characters), self.to_v_char(conditions.characters)
+            key, value = (
+                self.to_k_char(conditions.characters),
+                self.to_v_char(conditions.characters),
+            )
             bias = _bias(conditions, hidden_states, self.bias_scale)
             outputs.append(_attend(query, _heads(key, attn.heads), _heads(value, attn.heads), bias))
         return attn.to_out[1](attn.to_out[0](sum(outputs) / len(outputs)))
@@ -105,10 +128,12 @@ class Branches(nn.Module):
             has_layout = branch is self.char and encoder_hidden_states.bias
             passed = encoder_hidden_states if has_layout else tokens
             outputs.append(branch(hidden_states, encoder_hidden_states=passed, **options)[0])
-        return (sum(outputs) / len(outputs),)
+        return (torch.stack(outputs).mean(0),)
 
 
-def install_branches(unet: Any, character_width: int, *, heads: int = 2, has_layout: bool = False) -> None:
+def install_branches(
+    unet: Any, character_width: int, *, heads: int = 2, has_layout: bool = False
+) -> None:
     """Replace each transformer of `unet` by two: itself, and a new one for characters.
 
     Args:
@@ -128,6 +153,31 @@ def install_branches(unet: Any, character_width: int, *, heads: int = 2, has_lay
             for layer in new.transformer_blocks:
                 layer.attn2.set_processor(CharacterProcessor(heads))
         block.attentions[number] = Branches(old, new)
+
+
+class SelfProcessor:
+    """Attention processor of self-attention by plain products."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        *_: Any,
+        **__: Any,
+    ) -> Tensor:
+        """Return the output of the attention layer `attn`, shape of `hidden_states` (B, N, C)."""
+        query, key, value = (
+            _heads(f(hidden_states), attn.heads) for f in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        return attn.to_out[1](attn.to_out[0](_attend(query, key, value, None)))
+
+
+def install_plain_attention(unet: Any) -> None:
+    """Compute the self-attention of `unet` by plain products."""
+    for module in unet.modules():
+        if hasattr(module, "attn1"):
+            module.attn1.set_processor(SelfProcessor())
 
 
 def install_decoupled(unet: Any, character_width: int, *, has_layout: bool = False) -> None:
@@ -166,9 +216,14 @@ def _bias(conditions: Conditions, hidden_states: Tensor, scale: Tensor | None) -
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    """Return attention (B, N, C) of (B, heads, N, d)."""
-    bias = bias.to(query.dtype) if bias is not None else None
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2).flatten(2)
+    """Return attention (B, N, C) of (B, heads, N, d).
+
+    On a CPU with few tokens the plain products are twice as fast to train as torch's fused attention.
+    """
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2).flatten(2)
 
 
 def _heads(tokens: Tensor, heads: int) -> Tensor:

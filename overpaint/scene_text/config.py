@@ -28,18 +28,23 @@ class Config:
     """
 
     line: Line = field(default_factory=Line)
-    codec: str = "luma"  # latents: luma and half-size chroma, "rgb" pixels, or those of an "autoencoder"
+    codec: str = (
+        "luma"  # latents: luma and half-size chroma, "rgb" pixels, or those of an "autoencoder"
+    )
     prediction: str = "sample"  # the clean latents x, or the velocity: "v_prediction"
     mode: str = "decoupled"  # keys and values of their own for the characters, or whole transformers: "branch"
     layout: str = "both"  # letter widths enter as input "features", as attention "bias", as "both" or not: "none"
     characters: bool = True  # False: no character attention; an ablation
     instructions: bool = True  # False: no instruction attention; an ablation
 
-    channels: tuple[int, ...] = (96, 160)  # of the levels of the UNet; multiples of `groups` and `head_width`
+    channels: tuple[int, ...] = (
+        80,
+        160,
+    )  # of the levels of the UNet; multiples of `groups` and `head_width`
     layers: int = 1  # ResNet blocks in a level
     middle: bool = False  # a middle block below the last level
     groups: int = 16  # of the group normalisation
-    head_width: int = 32  # channels of an attention head
+    head_width: int = 40  # channels of an attention head
 
     text_length: int = 16  # characters that the encoder holds
     text_width: int = 64  # of its tokens
@@ -68,12 +73,18 @@ class Config:
         for name, most in _LARGEST.items():
             value = getattr(self, name)
             sizes = value if isinstance(value, tuple) else (value,)
-            if not 1 <= len(sizes) <= 8 or not all(type(n) is int and 1 <= n <= most for n in sizes):
-                raise ValueError(f"`{name}` must be 1 to {most}, got {value!r}: take it from `Config()`.")
+            if not 1 <= len(sizes) <= 8 or not all(
+                type(n) is int and 1 <= n <= most for n in sizes
+            ):
+                raise ValueError(
+                    f"`{name}` must be 1 to {most}, got {value!r}: take it from `Config()`."
+                )
         for entry in fields(self):
             value = getattr(self, entry.name)
             if entry.type is bool and type(value) is not bool:
-                raise ValueError(f"`{entry.name}` must be true or false, got {value!r}: give one of them.")
+                raise ValueError(
+                    f"`{entry.name}` must be true or false, got {value!r}: give one of them."
+                )
         if any(n % self.groups or n % self.head_width for n in self.channels):
             raise ValueError(
                 f"`channels` must be multiples of `groups` and `head_width`, got {self.channels}, {self.groups} and "
@@ -99,7 +110,7 @@ class Config:
 
     @property
     def has_layout(self) -> bool:
-        """Whether letter widths enter the network."""
+        """True if letter widths enter the network."""
         return self.layout != "none" and self.characters
 
     @property

@@ -66,7 +66,13 @@ class InstructionEncoder(nn.Module):
             self.embedding.weight[0] = 0
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
-                width, max(1, width // 24), 2 * width, 0.0, "gelu", batch_first=True, norm_first=True
+                width,
+                max(1, width // 24),
+                2 * width,
+                0.0,
+                "gelu",
+                batch_first=True,
+                norm_first=True,
             )
             for _ in range(layers)
         )

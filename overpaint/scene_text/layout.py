@@ -20,7 +20,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Edges", "LayoutHead", "coverage_bias", "edges_from_logits", "geometry", "layout_loss", "letter_features"]
+__all__ = [
+    "Edges",
+    "LayoutHead",
+    "coverage_bias",
+    "edges_from_logits",
+    "geometry",
+    "layout_loss",
+    "letter_features",
+]
 
 GEOMETRY = 18  # features of `geometry`
 _UNIT = 16.0  # pixels; scale of letter widths in features
@@ -106,7 +114,9 @@ def geometry(edges: Edges, line_width: int) -> Tensor:
     turns = 2 * math.pi * torch.cat([places, 4 * places], -1)
     wide = ((edges.right - edges.left) / _UNIT)[..., None]
     ones = torch.ones_like(wide)
-    return torch.cat([places, wide, turns.sin(), turns.cos(), ones, ones], -1) * edges.valid[..., None]
+    return (
+        torch.cat([places, wide, turns.sin(), turns.cos(), ones, ones], -1) * edges.valid[..., None]
+    )
 
 
 def coverage_bias(edges: Edges, columns: int, line_width: int) -> Tensor:
@@ -116,13 +126,17 @@ def coverage_bias(edges: Edges, columns: int, line_width: int) -> Tensor:
     """
     step = line_width / columns
     start = torch.arange(columns, device=edges.left.device)[None, :, None] * step
-    common = torch.minimum(start + step, edges.right[:, None]) - torch.maximum(start, edges.left[:, None])
+    common = torch.minimum(start + step, edges.right[:, None]) - torch.maximum(
+        start, edges.left[:, None]
+    )
     cover = common.clamp(min=0) / step * edges.valid[:, None]
     rest = (1 - cover.sum(-1, keepdim=True)).clamp(min=0) * (1 - edges.valid[:, None])
     return (cover + rest + 1e-3).log()
 
 
-def letter_features(edges: Edges, embeddings: Tensor, columns: int, subcolumns: int, line_width: int) -> Tensor:
+def letter_features(
+    edges: Edges, embeddings: Tensor, columns: int, subcolumns: int, line_width: int
+) -> Tensor:
     """Return features of the letter in each column of latents, (B, subcolumns * (D + 6), columns).
 
     For each of `subcolumns` points of a column: the embedding of the letter there; the place within the letter from -1
@@ -137,8 +151,13 @@ def letter_features(edges: Edges, embeddings: Tensor, columns: int, subcolumns: 
     """
     count = columns * subcolumns
     points = (torch.arange(count, device=edges.left.device) + 0.5) * (line_width / count)
-    to_left, to_right = points[None, :, None] - edges.left[:, None], edges.right[:, None] - points[None, :, None]
-    inside = torch.sigmoid(to_left / 0.4) * torch.sigmoid(to_right / 0.4) * edges.valid[:, None]  # (B, count, L)
+    to_left, to_right = (
+        points[None, :, None] - edges.left[:, None],
+        edges.right[:, None] - points[None, :, None],
+    )
+    inside = (
+        torch.sigmoid(to_left / 0.4) * torch.sigmoid(to_right / 0.4) * edges.valid[:, None]
+    )  # (B, count, L)
     width = edges.right - edges.left
     place = (2 * to_left / width.clamp(min=1)[:, None] - 1).clamp(-1.2, 1.2)
     here = (inside * place).sum(-1, keepdim=True)
@@ -149,5 +168,3 @@ def letter_features(edges: Edges, embeddings: Tensor, columns: int, subcolumns: 
         inside @ embeddings, here, turn.sin() * total, turn.cos() * total, (2 * turn).cos() * total, total, wide,
     ], -1)  # fmt: skip
     return features.unflatten(1, (columns, subcolumns)).flatten(2).transpose(1, 2)
-
-

@@ -13,13 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from overpaint.scene_text import alphabet
-from overpaint.scene_text.attention import Conditions, install_branches, install_decoupled
+from overpaint.scene_text.attention import (
+    Conditions,
+    install_branches,
+    install_decoupled,
+    install_plain_attention,
+)  # fmt: skip
 from overpaint.scene_text.codec import make_codec
 from overpaint.scene_text.config import Config
 from overpaint.scene_text.encoders import CharacterEncoder, InstructionEncoder
 from overpaint.scene_text.instructions import Tokenizer
 from overpaint.scene_text.layout import (
-    Edges, LayoutHead, coverage_bias, edges_from_logits, geometry, letter_features,
+    Edges,
+    LayoutHead,
+    coverage_bias,
+    edges_from_logits,
+    geometry,
+    letter_features,
 )  # fmt: skip
 
 __all__ = ["Inputs", "Network", "Place", "Texts"]
@@ -122,7 +132,13 @@ class Network(nn.Module):
         return logits.logsumexp(-1).exp()
 
     def inputs(
-        self, images: Tensor, mask: Tensor, texts: Texts, place: Place, *, edges: Edges | None = None
+        self,
+        images: Tensor,
+        mask: Tensor,
+        texts: Texts,
+        place: Place,
+        *,
+        edges: Edges | None = None,
     ) -> Inputs:
         """Return the fixed inputs of the UNet.
 
@@ -150,7 +166,9 @@ class Network(nn.Module):
                 bias = {n: coverage_bias(edges, n, config.line.width) for n in columns}
         if self.letter_projection is not None and edges is not None:
             embeddings = self.letter_projection(self.characters.embedding(texts.numbers))
-            columns = letter_features(edges, embeddings, width, config.subcolumns, config.line.width)
+            columns = letter_features(
+                edges, embeddings, width, config.subcolumns, config.line.width
+            )
             fixed.append(columns[:, :, None].expand(-1, -1, height, -1))
         conditions = Conditions(
             features if config.instructions else None,
@@ -158,7 +176,9 @@ class Network(nn.Module):
             bias or {},
             width / height,
         )
-        return Inputs(torch.cat(fixed, 1), conditions, logits, edges if logits is not None else None)
+        return Inputs(
+            torch.cat(fixed, 1), conditions, logits, edges if logits is not None else None
+        )
 
     def forward(self, latents: Tensor, t: Tensor, inputs: Inputs) -> Tensor:
         """Return the prediction of `config.prediction`, shape of `latents`.
@@ -212,7 +232,9 @@ def _unet(config: Config) -> Any:
         mid_block_type="UNetMidBlock2DCrossAttn" if config.middle else None,
         up_block_types=("CrossAttnUpBlock2D",) * levels,
         cross_attention_dim=config.instruction_width,
-        attention_head_dim=tuple(n // config.head_width for n in config.channels),  # the number of heads
+        attention_head_dim=tuple(
+            n // config.head_width for n in config.channels
+        ),  # the number of heads
         norm_num_groups=config.groups,
         resnet_time_scale_shift="scale_shift",
     )
@@ -221,6 +243,7 @@ def _unet(config: Config) -> Any:
         install_branches(unet, config.text_width, has_layout=has_bias)
     else:
         install_decoupled(unet, config.text_width, has_layout=has_bias)
+    install_plain_attention(unet)
     nn.init.zeros_(unet.conv_out.weight)
     nn.init.zeros_(unet.conv_out.bias)
     return unet

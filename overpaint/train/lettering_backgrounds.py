@@ -69,7 +69,9 @@ def _drawn(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     elif kind == 2:
         share = 0.5 + 0.5 * np.sin(along * rng.uniform(10, 120))
     elif kind == 3:
-        cells = rng.random((height // int(rng.integers(2, 9)) + 1, width // int(rng.integers(2, 17)) + 1))
+        cells = rng.random(
+            (height // int(rng.integers(2, 9)) + 1, width // int(rng.integers(2, 17)) + 1)
+        )
         share = cv2.resize(cells.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
     else:
         share = np.clip(rng.normal(0.5, 0.2, (height, width)), 0, 1)

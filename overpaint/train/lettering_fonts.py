@@ -26,7 +26,10 @@ __all__ = ["TABLE", "Face", "Family", "extract", "families", "fetch", "load", "s
 TABLE = Path(__file__).with_name("lettering-fonts.tsv")
 EM = 48  # pixels in which faces are drawn before they are scaled to the line
 _SUFFIXES = {"400-normal": "", "700-normal": "-Bold", "400-italic": "-Italic", "700-italic": "-BoldItalic"}  # fmt: skip
-_ASCENT, _DESCENT = 1.27, 0.5  # largest height above and depth below the baseline, in heights of the capital H
+_ASCENT, _DESCENT = (
+    1.27,
+    0.5,
+)  # largest height above and depth below the baseline, in heights of the capital H
 
 Split = Literal["training", "held-out"]
 
@@ -59,7 +62,9 @@ class Face:
     split: Split
     font: ImageFont.FreeTypeFont
     capital: float  # height of the capital H, in pixels
-    shrink: float  # 1, or less if ascenders or descenders are so long that the line would not hold them
+    shrink: (
+        float  # 1, or less if ascenders or descenders are so long that the line would not hold them
+    )
 
 
 def families() -> tuple[Family, ...]:
@@ -67,7 +72,8 @@ def families() -> tuple[Family, ...]:
     with TABLE.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     return tuple(
-        Family(**{**row, "styles": tuple(row["styles"].split(","))}) for row in rows  # type: ignore[arg-type]
+        Family(**{**row, "styles": tuple(row["styles"].split(","))})
+        for row in rows  # type: ignore[arg-type]
     )
 
 

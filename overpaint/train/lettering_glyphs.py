@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from overpaint.scene_text.line import Line
-from overpaint.train.lettering_fonts import EM, Face
+from overpaint.train.lettering_fonts import Face
 
 __all__ = ["Style", "Word", "draw_word", "paint"]
 
@@ -68,7 +68,14 @@ class Word:
         scale = capital / face.capital * face.shrink
         extra = spacing * face.capital
         advances = [face.font.getlength(text[:end]) + end * extra for end in range(len(text) + 1)]
-        return cls(face, text, scale, extra, np.array(advances, np.float32) * scale, np.zeros((1, 1), np.float32))
+        return cls(
+            face,
+            text,
+            scale,
+            extra,
+            np.array(advances, np.float32) * scale,
+            np.zeros((1, 1), np.float32),
+        )
 
     @property
     def width(self) -> float:
@@ -104,7 +111,13 @@ def draw_word(
     pen = ImageDraw.Draw(canvas)
     if word.spacing:
         for letter, edge in zip(word.text, word.edges, strict=False):
-            pen.text((_PAD + float(edge) / word.scale, up), letter, fill=255, font=word.face.font, anchor="ls")
+            pen.text(
+                (_PAD + float(edge) / word.scale, up),
+                letter,
+                fill=255,
+                font=word.face.font,
+                anchor="ls",
+            )
     else:
         pen.text((_PAD, up), word.text, fill=255, font=word.face.font, anchor="ls")
     across = word.scale * stretch

@@ -36,7 +36,9 @@ class Stage:
     in_color: bool = True  # False: grey letters on grey
     font: str | None = None  # the only face; None for all of the world
     is_plain: bool = False  # lower-case words of letters only
-    free: float = 0.0  # share of samples with free size, spacing, perspective, effects and larger masks
+    free: float = (
+        0.0  # share of samples with free size, spacing, perspective, effects and larger masks
+    )
     siblings: float = 0.0  # share of samples with a second word of the same style beside the mask
     basic: float = 0.4  # share of the eleven basic colors
     least_contrast: float = 2.0  # contrast ratio of letters and background
@@ -97,7 +99,11 @@ def photograph_names(split: str) -> tuple[str, ...]:
     Args:
         split: `"training"`, or `"held-out"` for those that monitor or measure.
     """
-    lists = photographs.TRAINING if split == "training" else photographs.VALIDATION + photographs.HELD_OUT
+    lists = (
+        photographs.TRAINING
+        if split == "training"
+        else photographs.VALIDATION + photographs.HELD_OUT
+    )
     with_text = (
         "text", "page", "notes", "sudoku", "cards", "licenseplate", "ml.png", "stanford", "building", "box_in", "stuff",
     )  # fmt: skip
@@ -165,8 +171,12 @@ def draw(
     if is_free:
         clean, image = _camera(rng, clean, image)
     mask = _mask(world.line, rng, target, second, style, is_free)
-    with_font, with_color = (rng.random(2) < 0.5) if names_style is None else (names_style, names_style)
-    instruction = _instruction(rng, text, face.name if with_font else None, name if with_color else None)
+    with_font, with_color = (
+        (rng.random(2) < 0.5) if names_style is None else (names_style, names_style)
+    )
+    instruction = _instruction(
+        rng, text, face.name if with_font else None, name if with_color else None
+    )
     if not stage.in_color:
         instruction = compose(text)
     return Sample(
@@ -289,7 +299,12 @@ def _camera(
 
 
 def _mask(
-    line: Line, rng: np.random.Generator, target: Word, second: Word | None, style: Style, is_free: bool
+    line: Line,
+    rng: np.random.Generator,
+    target: Word,
+    second: Word | None,
+    style: Style,
+    is_free: bool,
 ) -> np.ndarray:
     """Return the region to rewrite: the box of the word, in free samples larger or with slanted sides."""
     left, right = float(target.edges[0]) - 2, float(target.edges[-1]) + 2

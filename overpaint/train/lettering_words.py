@@ -6,6 +6,7 @@ random strings are split by the same rule.
 
 import functools
 import hashlib
+import re
 
 import numpy as np
 
@@ -14,6 +15,10 @@ from overpaint.probes import english
 __all__ = ["CHARACTERS", "draw", "draw_case", "is_held_out", "words"]
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+# Parts of words that are not to be shown to everybody.
+_COARSE = re.compile(
+    r"rape|nigg|slut|whor|bitch|fuck|shit|nazi|porn|sex|milf|pedo|cunt|cock|dick|tits|anal|satan|fag"
+)
 _MARKS = "!?.,-&'%$:/#+"
 # Shares of 1 to 12 letters; words of 2 to 8 are what the model is measured on.
 _LENGTHS = np.array([2, 10, 12, 13, 13, 13, 12, 11, 5, 4, 3, 2], float)
@@ -28,9 +33,12 @@ def is_held_out(text: str) -> bool:
 @functools.cache
 def words(length: int, *, held_out: bool) -> tuple[str, ...]:
     """Return the frequent English words of a length, in lower case and alphabetical order, of one split."""
-    return tuple(
-        sorted(w for w in english.frequent_words() if len(w) == length and w.isascii() and is_held_out(w) == held_out)
-    )  # fmt: skip
+    every = (
+        w
+        for w in english.frequent_words()
+        if len(w) == length and w.isascii() and not _COARSE.search(w)
+    )
+    return tuple(sorted(word for word in every if is_held_out(word) == held_out))
 
 
 def draw(
