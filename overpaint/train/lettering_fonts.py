@@ -21,7 +21,7 @@ from PIL import ImageFont
 
 from overpaint.train import programs
 
-__all__ = ["TABLE", "Face", "Family", "extract", "families", "fetch", "load", "sources"]
+__all__ = ["TABLE", "Face", "Family", "extract", "families", "fetch", "load", "make_face", "sources"]
 
 TABLE = Path(__file__).with_name("lettering-fonts.tsv")
 EM = 48  # pixels in which faces are drawn before they are scaled to the line
@@ -128,7 +128,7 @@ def load(folder: Path, packages: Collection[str] = ()) -> list[Face]:
             split = entry.split
             if style != "400-normal" and _regular_only(entry.package):
                 split = "held-out"
-            faces.append(_face(entry, style, data, split))
+            faces.append(make_face(entry.family + _SUFFIXES[style], entry.family, data, split))
     return sorted(faces, key=lambda face: face.name)
 
 
@@ -169,9 +169,17 @@ def _regular_only(package: str) -> bool:
     return hashlib.sha256(f"faces of {package}".encode()).digest()[0] % 4 == 0
 
 
-def _face(entry: Family, style: str, data: bytes, split: Split) -> Face:
+def make_face(name: str, family: str, data: bytes, split: Split = "training") -> Face:
+    """Return a face and its measures.
+
+    Args:
+        name: Name in instructions.
+        family: Name of its family.
+        data: A font file, WOFF or TrueType.
+        split: Its split.
+    """
     font = ImageFont.truetype(io.BytesIO(data), EM, layout_engine=ImageFont.Layout.BASIC)
-    capital = -font.getbbox("H", anchor="ls")[1]
+    capital = -float(font.getbbox("H", anchor="ls")[1])
     _, top, _, bottom = font.getbbox("bdfhkltgjpqyQJ", anchor="ls")
     shrink = min(1.0, _ASCENT * capital / max(-top, 1), _DESCENT * capital / max(bottom, 1))
-    return Face(entry.family + _SUFFIXES[style], entry.family, split, font, float(capital), shrink)
+    return Face(name, family, split, font, capital, shrink)

@@ -13,6 +13,7 @@ basic and XKCD colors and the second word follow Ji et al., 2023 (DiffSTE), http
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -293,7 +294,8 @@ def _camera(
         seen = np.clip(seen + noise, 0, 255).round().astype(np.uint8)
         if quality:
             _, data = cv2.imencode(".jpg", seen[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
-            seen = np.ascontiguousarray(cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1])
+            decoded: Any = cv2.imdecode(data, cv2.IMREAD_COLOR)
+            seen = np.ascontiguousarray(decoded[..., ::-1])
         results.append(seen)
     return results[0], results[1]
 
