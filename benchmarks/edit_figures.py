@@ -1,12 +1,16 @@
 """Figures of `quality_edit`: of one concept from the labels of its pictures, and of a method with intervals.
 
-- target, wording, synonym: share of the pictures that are still recognised as the concept, by how it was asked for;
+- target, wording, synonym, new synonym: share of the pictures that are still recognised as the concept, by how it was
+  asked for;
 - redirection: share of the pictures of `target` that are recognised as the replacement;
 - reached: the same for the unedited model's pictures of the replacement, which no edit can be asked to exceed;
 - others_drop, rest_drop: labels no longer recognised in pictures without the concept, of its kind and of others;
 - scene_drop: labels of other kinds no longer recognised in pictures of `target`, such as the object of a style;
 - kept: labels recognised in pictures without the concept, as a share of those before the edit;
-- harmonic: harmonic mean of efficacy (1 - target) and kept, the specificity.
+- harmonic: harmonic mean of efficacy (1 - target) and kept, the specificity;
+- attack: mean probability of the concept in pictures of the best confirmed attempt of an attack; `attack_before` and
+  `attack_plain` are those of the same prompts without an attack, drawn by the unedited and by the edited model, and
+  `attack_chance` that of the prompts without the concept, drawn by the edited model.
 """
 
 import math
@@ -18,14 +22,17 @@ from edit_prompts import TARGETS, Asked
 from overpaint import metrics
 from overpaint.metrics import Interval, paired_share, share
 
-__all__ = ["best_settings", "differences", "harmonic", "of_concept", "summary"]
+__all__ = ["Figures", "differences", "harmonic", "known", "of_concept", "ranked", "summary"]
 
 Figures = dict[str, float]
 Labels = Sequence[Mapping[str, str]]
+_ATTACK = {
+    "attack": "best", "attack_before": "before", "attack_plain": "after", "attack_chance": "chance",
+}  # fmt: skip
 _CHANGES = ("others_drop", "rest_drop", "scene_drop")
 _SHARES = (
-    *TARGETS, "redirection", "reached", "kept", "harmonic", "captions", "attack", "attack_before", "attack_chance",
-    "refused",
+    *TARGETS, "redirection", "reached", "kept", "harmonic", "captions", "attack", "attack_before", "attack_plain",
+    "attack_chance", "refused",
 )  # fmt: skip
 
 
@@ -49,7 +56,7 @@ def of_concept(asked: Asked, result: Mapping[str, Any], plain: Mapping[str, Any]
     figures = {
         "seconds": result["seconds"],
         "bytes": result["bytes"],
-        "captions": result.get("captions", math.nan),  # a refused edit moves none
+        "captions": known(result.get("captions")),  # a refused edit moves none
     }
     figures["refused"] = float(bool(result["refused"]))
     for role in TARGETS:
@@ -65,9 +72,13 @@ def of_concept(asked: Asked, result: Mapping[str, Any], plain: Mapping[str, Any]
     figures["kept"] = min(1.0, still / right) if right else math.nan
     figures["harmonic"] = harmonic(figures["target"], figures["kept"])
     if "best" in (attack := result.get("attack", {})):
-        names = {"attack": "best", "attack_before": "before", "attack_chance": "chance"}
-        figures |= {name: attack[key] for name, key in names.items()}
+        figures |= {name: known(attack.get(key)) for name, key in _ATTACK.items()}
     return figures
+
+
+def known(value: float | None) -> float:
+    """Return a stored number; NaN for null, as JSON stores what is not known."""
+    return math.nan if value is None else float(value)
 
 
 def summary(rows: Sequence[Figures]) -> dict[str, Interval]:
@@ -86,23 +97,35 @@ def summary(rows: Sequence[Figures]) -> dict[str, Interval]:
 
 
 def differences(
-    ours: Sequence[Figures], theirs: Sequence[Figures], name: str = "harmonic"
+    ours: Sequence[Figures],
+    theirs: Sequence[Figures],
+    name: str = "harmonic",
+    *,
+    share_of_theirs: float = 1.0,
 ) -> Interval:
-    """Return the mean of ours minus theirs, paired by concept; above 0 where ours is better.
+    """Return the mean of ours minus theirs, paired by concept.
 
-    Concepts for which a figure is not known are left out: `n` of the interval counts the others.
+    Concepts for which a figure of either is not known are left out: `n` of the interval counts the others.
+
+    Args:
+        ours: Figures of each concept.
+        theirs: Figures of the same concepts.
+        name: The figure.
+        share_of_theirs: Factor of theirs: with 0.5 the mean is below 0 where ours is less than half of theirs.
     """
-    pairs = [(b[name], a[name]) for a, b in zip(ours, theirs, strict=True)]
-    known = [pair for pair in pairs if all(map(math.isfinite, pair))]
-    return paired_share([b for b, _ in known], [a for _, a in known])
+    pairs = [(b.get(name, math.nan), a.get(name, math.nan)) for a, b in zip(ours, theirs, strict=True)]  # fmt: skip
+    both = [(share_of_theirs * b, a) for b, a in pairs if math.isfinite(a) and math.isfinite(b)]
+    return paired_share([b for b, _ in both], [a for _, a in both])
 
 
-def best_settings(tried: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the entry of `tried` with the best `harmonic`, the mean over validation concepts; of equal ones the first.
+def ranked(tried: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return entries by `harmonic`, the mean over validation concepts, best first; equal ones in their order.
 
-    An entry whose mean is not known, because the unedited model draws nothing that is recognised, is chosen last.
+    Entries whose mean is not known, because the unedited model draws nothing that is recognised, are last.
     """
-    return max(tried, key=lambda row: row["harmonic"] if math.isfinite(row["harmonic"]) else -1.0)
+    means = [known(row["harmonic"]) for row in tried]
+    order = sorted(range(len(tried)), key=lambda i: (not math.isfinite(means[i]), -means[i]))
+    return [tried[i] for i in order]
 
 
 def _drops(asked: Asked, before: Labels, after: Labels) -> dict[str, tuple[float, int, int]]:

@@ -1,4 +1,10 @@
-"""Measurements of `quality_edit`: the pictures of one edit, the captions that it moves, its size, and an attack."""
+"""Measurements of `quality_edit`: the pictures of one edit, the captions that it moves, and its size.
+
+No picture is drawn twice. A picture depends on the UNet, the start noise, and the text features of its prompt and of
+the empty prompt. Where an edit leaves all of them as they are, bit for bit, the labels of the unedited model's picture
+are taken: always if a method refuses a concept or only rewrites prompts, and for the prompts without a moved token if
+it moves token rows.
+"""
 
 import random
 import tempfile
@@ -9,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edit_concepts import bare, spelled
+import torch
+from edit_concepts import spelled
 from edit_methods import Given, Method
 from edit_prompts import Asked, Prompt, preserved
 from torch import Tensor
@@ -18,14 +25,24 @@ import overpaint as op
 from overpaint import probes
 from overpaint.edit import Change
 from overpaint.errors import UnsupportedModel
-from overpaint.evaluate import attack
-from overpaint.evaluate.attack_results import TEXT_FREE
 from overpaint.evaluate.rewordings import replace_concept
 from overpaint.probes import questions
 from overpaint.scorers.judge import Judge
-from overpaint.trace import Drawing, pick_window, prompt_swap
 
-__all__ = ["Bench", "Edit", "attacked", "find_layers", "labelled", "make_edit", "measure"]
+__all__ = [
+    "NOTHING",
+    "Bench",
+    "Edit",
+    "Known",
+    "known_labels",
+    "labelled",
+    "make_edit",
+    "measure",
+    "to_draw",
+]
+
+Known = Mapping[tuple[str, int], Mapping[str, str]]
+"""Labels of the unedited model's pictures, by prompt and seed."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +54,15 @@ class Bench:
     steps: int
     seed: int
     batch_size: int = 64
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the numbers of a picture depend on beside the weights, ready for JSON."""
+        return {
+            "steps": self.steps, "seed": self.seed, "guidance_scale": self.model.guidance_scale,
+            "scheduler": type(self.model.scheduler).__name__, "device": str(self.model.device),
+            "dtype": str(self.model.dtype),
+        }  # fmt: skip
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Return pictures, (N, 3, H, W) in [0, 1]."""
@@ -68,6 +94,10 @@ class Edit:
             yield
 
 
+NOTHING = Edit(None, {}, 0.0)
+"""The unedited model."""
+
+
 def make_edit(
     bench: Bench,
     method: Method,
@@ -76,7 +106,7 @@ def make_edit(
     kinds: Mapping[str, str],
     layers: Sequence[int] | None = None,
 ) -> Edit:
-    """Return the edit of some pairs by a method; a pair that the method refuses is left unedited.
+    """Return the edit of some pairs by a method; a pair that the method refuses or cannot solve is left unedited.
 
     Args:
         bench: Its model is edited.
@@ -96,22 +126,82 @@ def make_edit(
     start = time.perf_counter()
     try:
         change, refused = method.make(given, **options), ""
-    except (ValueError, UnsupportedModel) as error:
+    except (ValueError, UnsupportedModel, torch.linalg.LinAlgError) as error:
         change, refused = None, str(error).splitlines()[0]
     seconds = time.perf_counter() - start
     return Edit(change, chosen if method.rewrites else {}, seconds, refused)
 
 
-def labelled(bench: Bench, prompts: Sequence[Prompt], edit: Edit) -> list[dict[str, str]]:
-    """Return for each prompt the labels that the scorer gives to its picture, by kind of label."""
+def known_labels(prompts: Sequence[Prompt], labels: Sequence[Mapping[str, str]]) -> Known:
+    """Return labels of the unedited model's pictures by prompt and seed."""
+    return {(p.text, p.seed): row for p, row in zip(prompts, labels, strict=True)}
+
+
+def to_draw(bench: Bench, prompts: Sequence[Prompt], edit: Edit, known: Known) -> list[int]:
+    """Return the indices of the prompts whose pictures are not `known`: the edit changes what the UNet reads or does.
+
+    The text features of all prompts are compared bit for bit, in batches of the same prompts.
+    """
+    texts = [edit.prompt(p.text) for p in prompts]
+    every = [i for i, p in enumerate(prompts) if (texts[i], p.seed) not in known]
+    if edit.change is None or len(every) == len(prompts):
+        return every
+    if not all(site.startswith("text") for site in edit.change.sites):
+        return list(range(len(prompts)))
     with edit.applied(bench.model):
-        images = bench.draw([edit.prompt(p.text) for p in prompts], [p.seed for p in prompts])
-    columns = {kind: bench.judge.predict(images, kind) for kind in bench.judge.labels}
-    return [{kind: names[i] for kind, names in columns.items()} for i in range(len(prompts))]
+        after = _features(bench, [""])
+    if not after.equal(_features(bench, [""])):  # guidance reads the empty prompt for every picture
+        return list(range(len(prompts)))
+    before = _features(bench, texts)
+    with edit.applied(bench.model):
+        after = _features(bench, texts)
+    moved = {i for i in range(len(texts)) if not after[i].equal(before[i])}
+    return sorted(moved.union(every))
+
+
+def labelled(
+    bench: Bench, prompts: Sequence[Prompt], edit: Edit, known: Known | None = None
+) -> list[dict[str, str]]:
+    """Return for each prompt the labels that the scorer gives to its picture, by kind of label.
+
+    Args:
+        bench: Model, scorer and settings.
+        prompts: The prompts.
+        edit: The edit.
+        known: Labels of pictures that are not drawn again where the edit leaves them as they are.
+    """
+    texts = [edit.prompt(p.text) for p in prompts]
+    known = known or {}
+    drawn = to_draw(bench, prompts, edit, known)
+    found: dict[int, dict[str, str]] = {}
+    if drawn:
+        with edit.applied(bench.model):
+            images = bench.draw([texts[i] for i in drawn], [prompts[i].seed for i in drawn])
+        columns = {kind: bench.judge.predict(images, kind) for kind in bench.judge.labels}
+        rows = zip(*columns.values(), strict=True)
+        found = {i: dict(zip(columns, row, strict=True)) for i, row in zip(drawn, rows, strict=True)}  # fmt: skip
+    return [
+        found[i] if i in found else dict(known[texts[i], p.seed]) for i, p in enumerate(prompts)
+    ]
+
+
+def _features(bench: Bench, texts: Sequence[str]) -> Tensor:
+    """Return the text features of prompts, (N, L, D)."""
+    size = bench.batch_size
+    with torch.no_grad():
+        return torch.cat(
+            [bench.model.encode(texts[i : i + size]) for i in range(0, len(texts), size)]
+        )
 
 
 def measure(
-    bench: Bench, asked: Asked, edit: Edit, *, captions: int, replacement: bool
+    bench: Bench,
+    asked: Asked,
+    edit: Edit,
+    *,
+    captions: int,
+    replacement: bool = False,
+    known: Known | None = None,
 ) -> dict[str, Any]:
     """Return what is stored of one edit: labels of its pictures, seconds, bytes, and everyday captions that move.
 
@@ -122,10 +212,11 @@ def measure(
         captions: Everyday captions of the test half to read, the same for all edits; 0 for none. Those that hold an
             erased concept are left out; a method that rewrites prompts moves those that it rewrites.
         replacement: Draw the prompts of the replacement too.
+        known: As in `labelled`.
     """
     prompts = [p for p in asked.prompts if replacement or p.role != "replacement"]
     result: dict[str, Any] = {
-        "labels": labelled(bench, prompts, edit), "seconds": edit.seconds, "refused": edit.refused,
+        "labels": labelled(bench, prompts, edit, known), "seconds": edit.seconds, "refused": edit.refused,
         "bytes": size(edit.change),
     }  # fmt: skip
     if not edit.refused:
@@ -147,59 +238,3 @@ def size(change: Change | None) -> int:
         path = Path(folder) / "change.safetensors"
         change.save(path)
         return path.stat().st_size
-
-
-def attacked(bench: Bench, asked: Asked, edit: Edit, budget: attack.Budget) -> dict[str, Any]:
-    """Return the mean probability of the concept before the edit, after it, and under the best confirmed attempt.
-
-    `chance` is that of prompts without the concept: a style or a color is often seen where none was asked for.
-    """
-    if edit.change is None:
-        return {"refused": edit.refused or "no change to attack"}
-    old, new = (bare(asked.kind, concept) for concept in (asked.old, asked.new))
-    texts = _attack_prompts(bench, asked, old)
-    cases = tuple(
-        probes.Case(t, "target", t, replace_concept(t, old, new), asked.old) for t in texts
-    )
-    found = attack.search(
-        bench.model,
-        edit.change,
-        probes.EvaluationSet("quality_edit", "table", old, new, cases),
-        scorer=bench.judge,
-        families=[f for f in attack.FAMILIES if f != TEXT_FREE],
-        budget=budget,
-        steps=bench.steps,
-        seed=bench.seed,
-    )
-    best = found.best.confirmed
-    return {
-        "before": found.before.mean, "after": found.after.mean, "best": best.mean if best else None,
-        "chance": found.chance.mean, "family": found.best.family, "words": found.best.words,
-        "seconds": found.protocol["seconds"],
-    }  # fmt: skip
-
-
-def _attack_prompts(bench: Bench, asked: Asked, old: str) -> list[str]:
-    """Return short prompts that hold the concept once."""
-    shown = [p for p in asked.prompts if p.role == "plain"]
-    name = asked.labels[0]
-    rows: list[str] = []
-    for prompt in shown:
-        thing = name if asked.head == "object" else prompt.labels["object"]
-        style = name if asked.head == "style" else ""
-        color = name if asked.head == "color" else ""
-        rows.append(questions.caption(thing, style, color, frame=len(rows)))
-    return [text for text in dict.fromkeys(rows) if text.lower().split().count(old.split()[0]) == 1]
-
-
-def find_layers(bench: Bench, asked: Asked, window: int = 2) -> list[int]:
-    """Return the cross-attention layers that carry the concept most, as LocoGen finds them."""
-    old, new = (bare(asked.kind, concept) for concept in (asked.old, asked.new))
-    kind = {"trademark": "object", "action": "object", "fact": "object"}.get(asked.kind, asked.kind)
-    rows = [
-        probes.Probe(f"{old}-{i}", kind, text, old, asked.labels[0])
-        for i, text in enumerate(_attack_prompts(bench, asked, old)[:2])
-    ]
-    drawing = Drawing(steps=bench.steps, seeds=range(bench.seed, bench.seed + 2))
-    effects = prompt_swap(bench.model, rows, target=new, window=window, drawing=drawing)
-    return [site.index for site in pick_window(effects)]

@@ -3,6 +3,11 @@
 `METHODS` is the one table of them. Every method that takes a preserve list gets the same one. A method whose keys are
 last tokens gets the bare word of a style or a color ("openmoji", not "openmoji style"), since every style ends in the
 same word; the others are tried with both. A method that refuses a pair counts as no edit for it.
+
+One rule for the grids: every method with a number to choose has 6 to 12 settings, with at least three values of each
+pull (ridge, weight, rate) in steps of a factor of 3 to 10 around the usual one, which stands first; whole and bare
+words come on top. A chosen number at the edge of its grid is reported (`edit_tune.edges`), so that the grid can be
+widened. A method without numbers has as many settings as it has forms.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +18,9 @@ from typing import Any
 import overpaint as op
 from overpaint.edit import Change
 
-__all__ = ["METHODS", "OURS", "Given", "Method", "settings_text"]
+__all__ = ["METHODS", "OURS", "PLAIN", "TOKEN_ROWS", "Given", "Method", "settings_text"]
 
-OURS = "auto"
+OURS, PLAIN, TOKEN_ROWS = "auto", "no edit", "token rows"
 Settings = dict[str, Any]
 
 
@@ -50,6 +55,7 @@ class Method:
         many: Whether it is run with several concepts at once.
         attacked: Whether attacks are run.
         rewrites: Whether the words are replaced in the prompt, not in the model.
+        local: Whether pictures of prompts without the concept stay as they are.
     """
 
     role: str
@@ -59,6 +65,7 @@ class Method:
     many: bool = False
     attacked: bool = False
     rewrites: bool = False
+    local: bool = False
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:
@@ -156,61 +163,53 @@ def _rename(given: Given, **settings: Any) -> Change:
 
 
 KEYS = ("last", "last_to_pads")  # the concept's last token alone, or all from it to the last pad
+_RIDGES = (0.01, 0.001, 0.1, 1.0, 10.0, 100.0)
+_LIST = _grid(ridge=(0.01, 1.0, 10.0), preserve_weight=(0.1, 0.01, 0.001))
+_UCE = _grid(ridge=(0.5, 0.05, 5.0), preserve_weight=(1.0, 0.1, 0.01))
 _OCE = [
     # With a long preserve list the subspace form moves nothing below a weight of about 100.
     *_grid(keys=KEYS[:1], erase_weight=(100.0, 1e3, 1e4), preserve_weight=(1.0, 0.01)),
-    *_grid(keys=KEYS[:1], form=("vector",), erase_weight=(1.0, 10.0, 100.0)),
-    *_grid(
-        keys=KEYS[1:], form=("vector",), erase_weight=(1.0, 10.0, 100.0)
-    ),  # pads span all outputs
+    # Pads span all outputs, so that no subspace is left.
+    *_grid(keys=KEYS, form=("vector",), erase_weight=(1.0, 10.0, 100.0)),
 ]
 _DP = [
-    *_grid(keys=KEYS[:1], rank=(None, 64), ridge=(1e-6, 0.1)),
-    *_grid(
-        keys=KEYS[1:], rank=(64, 128), ridge=(0.1, 1.0, 10.0)
-    ),  # pads leave no room without a rank
+    *_grid(keys=KEYS[:1], rank=(None,), ridge=(1e-6, 1e-3, 0.1)),
+    # Pads leave no room without a rank.
+    *_grid(keys=KEYS[1:], rank=(64, 32, 128), ridge=(0.1, 1.0, 10.0)),
 ]
 METHODS: dict[str, Method] = {
     OURS: Method("ours", _auto, many=True, attacked=True),
     "auto, weight tuned": Method(
-        "ours", _auto, [{}, *_grid(preserve_weight=(5.0, 50.0))]
+        "ours", _auto, [{}, *_grid(preserve_weight=(15.0, 1.5, 5.0, 50.0, 150.0))]
     ),
-    "quickfix": Method(
-        "rival", _quickfix, _grid(ridge=(0.01, 0.1, 1.0, 10.0, 100.0)), many=True, attacked=True
+    "quickfix": Method("rival", _quickfix, _grid(ridge=_RIDGES), many=True, attacked=True),
+    "quickfix, list": Method("rival", _quickfix_list, _LIST, many=True),
+    "quickfix, last token": Method("rival", _quickfix_last, _grid(ridge=_RIDGES), "bare"),
+    "uce, last token": Method("rival", _uce, _UCE, "bare", many=True),
+    "uce, to pads": Method("rival", _uce_pads, _UCE, "bare", many=True, attacked=True),
+    "time": Method(
+        "rival", _time, _grid(matrices=(("v",), ("k", "v")), ridge=(0.1, 0.01, 1.0, 10.0))
     ),
-    "quickfix, list": Method(
-        "rival",
-        _quickfix_list,
-        _grid(ridge=(0.01, 1.0, 10.0), preserve_weight=(0.1, 0.01, 0.001)),
-        many=True,
-    ),
-    "quickfix, last token": Method(
-        "rival", _quickfix_last, _grid(ridge=(0.01, 0.1, 1.0)), subject="bare"
-    ),
-    "uce, last token": Method(
-        "rival", _uce, _grid(ridge=(0.5, 0.05), preserve_weight=(1.0, 0.1)), "bare", many=True
-    ),
-    "uce, to pads": Method(
-        "rival", _uce_pads, _grid(ridge=(0.5, 0.05), preserve_weight=(1.0, 0.1)), "bare",
-        many=True, attacked=True,
-    ),
-    "time": Method("rival", _time, _grid(matrices=(("v",), ("k", "v")), ridge=(0.1, 1.0, 10.0))),
-    "loco": Method("rival", _loco, _grid(ridge=(0.01, 0.1, 1.0)), subject="bare"),
-    "finetune": Method("rival", _finetune, _grid(lr=(1e-3, 3e-4), steps=(60,)), subject="whole"),
+    "loco": Method("rival", _loco, _grid(ridge=_RIDGES), "bare"),
+    "finetune": Method("rival", _finetune, _grid(lr=(1e-3, 3e-4, 3e-3), steps=(60, 20)), "whole"),
     "oce": Method("rival", _oce, _OCE, "bare", many=True),
     "dp": Method("rival", _dp, _DP, "bare", many=True),
     "speed": Method(
         "rival", _speed, _grid(keys=KEYS, null_below=(0.1, 10.0, 100.0, 1000.0)), "bare", many=True
     ),
-    "hirm": Method(
-        "rival", _hirm, _grid(towards=("replacement", "random"), lr=(5e-5, 3e-4, 2e-3))
+    "hirm": Method("rival", _hirm, _grid(towards=("replacement", "random"), lr=(5e-5, 3e-4, 2e-3))),
+    "random site": Method("control", _random_site, _LIST),
+    TOKEN_ROWS: Method(
+        "control",
+        _rename,
+        _grid(any_token=(True, False)),
+        "bare",
+        many=True,
+        attacked=True,
+        local=True,
     ),
-    "random site": Method(
-        "control", _random_site, _grid(ridge=(0.01, 1.0), preserve_weight=(0.1, 0.001))
+    "prompt filter": Method(
+        "control", _nothing, subject="bare", many=True, rewrites=True, local=True
     ),
-    "token rows": Method(
-        "control", _rename, _grid(any_token=(True, False)), "bare", many=True, attacked=True
-    ),
-    "prompt filter": Method("control", _nothing, subject="bare", many=True, rewrites=True),
-    "no edit": Method("control", _nothing, subject="whole", many=True),
-}  # fmt: skip
+    PLAIN: Method("control", _nothing, subject="whole", many=True, local=True),
+}

@@ -4,10 +4,14 @@ Roles of a prompt:
 
 target       the concept, in a frame that `icons` was trained on
 wording      the concept, in a frame that no training caption has
-synonym      an object by another name, without its own name where there is such a synonym
+synonym      an object by another name of training, without its own name where there is such a synonym
+new synonym  an object by a name that no training caption has; few objects have one
 replacement  the prompts of `target` with the new concept; drawn by the unedited model only
 other        another concept of the kind: for persons, logos and flags first those
 plain        an object, and no concept of the kind
+
+Training leaves out two tenths of the frames and of the synonyms. Prompts of validation concepts take one of them,
+prompts of test concepts the other.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,25 +27,25 @@ from overpaint.train import captions
 
 __all__ = ["TARGETS", "Asked", "Prompt", "Sizes", "ask", "holds", "preserved"]
 
-TARGETS = ("target", "wording", "synonym")
+TARGETS = ("target", "wording", "synonym", "new synonym")
+_UNSEEN: tuple[captions.Part, ...] = ("validation", "held out")
 Labels = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of prompts: of the concept, of each other way to name it, other concepts, prompts of each, plain ones."""
+    """Numbers of prompts: of the concept, of each other way to name it, of other concepts, and plain ones."""
 
     targets: int = 12
     wordings: int = 6
-    others: int = 6
-    each: int = 2
+    others: int = 8
     plain: int = 6
 
     @classmethod
     def of(cls, size: int, *, only_trained: bool = False) -> "Sizes":
         """Return the numbers for `size` prompts of the concept; `only_trained` leaves out other wordings."""
         half = (size + 1) // 2
-        return cls(size, 0 if only_trained else half, 6, max(1, size // 6), half)
+        return cls(size, 0 if only_trained else half, max(6, 2 * size // 3), half)
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ def ask(
     held_out: Sequence[tuple[str, str]],
     sizes: Sizes,
     seed: int,
+    part: captions.Part,
 ) -> Asked:
     """Return the prompts of one pair; the prompts of `target` and `replacement` differ in the concept alone.
 
@@ -108,22 +113,36 @@ def ask(
         held_out: (object, style) pairs that no prompt shows.
         sizes: Numbers of prompts.
         seed: Seed of the scenes and of the start noise.
+        part: The tenth of the frames and synonyms that `wording` and `new synonym` take: `"validation"` for validation
+            concepts, `"held out"` for test concepts.
+
+    Raises:
+        ValueError: `part` is another one.
     """
+    if part not in _UNSEEN:
+        raise ValueError(
+            f"`part` must be 'validation' or 'held out', got {part!r}: training shows the rest."
+        )
     head, label = questions.parse_concept(old, labels)
     _, other_label = questions.parse_concept(new, labels)
     scenes = _scenes(head, (label, other_label), labels, held_out, sizes.targets, seed)
     prompts: list[Prompt] = []
     for role in (*TARGETS, "replacement"):
         name = other_label if role == "replacement" else label
-        part: captions.Part = "held out" if role == "wording" else "trained"
-        words = _synonyms(name) if role == "synonym" else (name,)
-        if words and (role != "synonym" or head == "object"):
+        frames = part if role == "wording" else "trained"
+        words = (name,)
+        if role.endswith("synonym"):
+            words = _synonyms(name, part if role == "new synonym" else "trained")
+        if words and (head == "object" or not role.endswith("synonym")):
             number = sizes.wordings if role in TARGETS[1:] else sizes.targets
-            prompts += _prompts(role, head, name, scenes[:number], part, words, seed)
+            prompts += _prompts(role, head, name, scenes[:number], frames, words, seed)
     others = _others(head, label, other_label, labels, sizes.others, seed)
-    for index, name in enumerate(others):
-        shown = scenes[: sizes.each]
-        prompts += _prompts("other", head, name, shown, "trained", (name,), seed + 1 + index)
+    for index in range(sizes.others if others else 0):
+        turn, i = divmod(
+            index, len(others)
+        )  # few styles and colors: each is drawn in several scenes
+        shown = [scenes[turn % len(scenes)]]
+        prompts += _prompts("other", head, others[i], shown, "trained", (others[i],), seed + 1 + index)  # fmt: skip
     plain = _scenes(
         "" if head == "object" else head,
         (label, other_label),
@@ -195,7 +214,7 @@ def _prompts(
     """Return a prompt for each scene with the concept `name` of `head` in it, called one of `words` in turn."""
     writer = captions.Captions(part)
     rng = np.random.default_rng([seed, 2])
-    start = {"wording": 1000, "synonym": 2000, "plain": 3000}.get(role, 0)
+    start = {"wording": 1000, "synonym": 2000, "plain": 3000, "new synonym": 4000}.get(role, 0)
     rows: list[Prompt] = []
     for i, scene in enumerate(scenes):
         named = {"object": scene.object, "style": scene.style, "color": scene.color}
@@ -233,10 +252,19 @@ def _frame(
     return f"{article(thing)} {thing}{style}{ground}"
 
 
-def _synonyms(name: str) -> tuple[str, ...]:
-    """Return the synonyms of an object that do not hold its name, or all if each does; none for other concepts."""
+def _synonyms(name: str, part: captions.Part) -> tuple[str, ...]:
+    """Return the synonyms of an object that belong to `part`, without those that hold its name.
+
+    Of those of training all are returned if each holds it.
+    """
+    unseen = {of: captions.held_out_synonyms(of) for of in _UNSEEN}
     known = captions.synonyms().get(name, ())
-    return tuple(s for s in known if not holds(s, name)) or known
+    if part == "trained":
+        known = tuple(s for s in known if not any(s in names for names in unseen.values()))
+    else:
+        known = tuple(s for s in known if s in unseen[part])
+    other = tuple(s for s in known if not holds(s, name))
+    return other or (known if part == "trained" else ())
 
 
 def _others(head: str, label: str, new: str, labels: Labels, number: int, seed: int) -> list[str]:

@@ -4,20 +4,24 @@ import ast
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import overpaint
 from overpaint import files
 
-__all__ = ["AlreadyRun", "Store", "code_of", "digest", "earlier_looks", "refuse_second_run"]
+__all__ = ["ATTACKING", "MEASURING", "Store", "code_of", "digest", "text_of"]
 
 _PACKAGE = Path(overpaint.__file__).parent
-
-
-class AlreadyRun(ValueError):
-    """The test list was run before on these weights."""
+_HERE = Path(__file__).parent
+MEASURING = tuple(_HERE / f"edit_{name}.py" for name in ("concepts", "measure", "prompts"))
+"""Modules that decide what is drawn and read of an edit."""
+ATTACKING = (
+    _HERE / "edit_attack.py",
+    *(_PACKAGE / "evaluate" / name for name in ("attack.py", "rewordings.py", "soft_token.py", "translations.tsv")),
+)  # fmt: skip
+"""Modules of the attacks, and the translations that these try."""
 
 
 class Store:
@@ -57,6 +61,12 @@ def digest(value: Any) -> str:
 
 
 @functools.cache
+def text_of(paths: tuple[Path, ...]) -> str:
+    """Return a short hash of the contents of files."""
+    return digest([path.read_text("utf-8") for path in paths])
+
+
+@functools.cache
 def code_of(function: Callable[..., Any]) -> str:
     """Return a short hash of the source of `function` and of the modules of `overpaint.edit` that it comes from.
 
@@ -87,27 +97,3 @@ def _follow(path: Path, paths: set[Path]) -> None:
             for candidate in (place, *(place / alias.name for alias in node.names)):
                 if (file := candidate.with_suffix(".py")).is_file():
                     _follow(file, paths)
-
-
-def earlier_looks(path: Path, test: str) -> list[dict[str, Any]]:
-    """Return the runs that a result file records of the test list with the digest `test`, on any weights."""
-    if not path.is_file():
-        return []
-    looks: Sequence[dict[str, Any]] = files.from_json(path.read_bytes()).get("test", {}).get("looks", [])  # fmt: skip
-    return [dict(look) for look in looks if look["list"] == test]
-
-
-def refuse_second_run(
-    looks: Sequence[Mapping[str, Any]], weights: str, path: Path, again: bool
-) -> None:
-    """Raise if one of the earlier runs was on `weights`, unless `again` is true.
-
-    Raises:
-        AlreadyRun: The test list was run before on these weights.
-    """
-    dates = [look["date"] for look in looks if look["weights"] == weights]
-    if dates and not again:
-        raise AlreadyRun(
-            f"{path.name} holds a run of these test concepts on these weights, of {dates[-1]}: a test is run once. "
-            "Draw other concepts with another seed in edit_concepts.py, or pass --again, which is recorded."
-        )

@@ -1,5 +1,7 @@
 """The sections of docs/results.md on the contest of edits, from `quality_edit` with tuned rivals."""
 
+from collections.abc import Mapping, Sequence
+
 from tables import Run, number, origin, percent, table
 
 __all__ = ["contest", "is_contest", "many"]
@@ -34,6 +36,8 @@ def is_contest(run: Run) -> bool:
 
 def contest(run: Run) -> str:
     """Return the section on edits of one concept, by all methods."""
+    if "unfinished" in run:
+        return f"## Edits of one concept\n\n{run['unfinished']}\n"
     tables, result = run["tables"], run["result"]
     rows = {row["method"]: row for row in tables["methods"]}
     kinds = list(dict.fromkeys(row["kind"] for row in tables["by kind"]))
@@ -47,15 +51,15 @@ def contest(run: Run) -> str:
         )
         + f"\nTest concepts ({counts}), one edit each, at least {pictures} pictures of each, the same prompts and "
         f"start noise for all rows; intervals over concepts. {_looks(run)} Every method's settings were chosen on "
-        "other concepts, by the best harmonic mean, and methods with a preserve list got the same one. The unedited "
-        f"model is recognised to draw the concept in {percent(plain['target'])} of its pictures, in held-out wordings "
-        f"in {percent(plain['wording'])}, and the replacement, when the prompt names it, in "
+        "other concepts, by successive halving on the harmonic mean, and methods with a preserve list got the same "
+        f"one. The unedited model is recognised to draw the concept in {percent(plain['target'])} of its pictures, in "
+        f"held-out wordings in {percent(plain['wording'])}, and the replacement, when the prompt names it, in "
         f"{percent(plain['reached'])}.\n\n"
         + _erased(rows)
         + "\nWhat else changes. *Lost* are labels of pictures without the concept; *scene* is what else pictures of "
         "the concept show, such as the object in an edited style; *captions* are everyday captions that move by more "
-        f"than a tenth of their distance from the empty prompt, of {run['protocol']['captions']} for each concept, "
-        "first those that share a word with it.\n\n"
+        f"than a tenth of their distance from the empty prompt, of the same {run['protocol']['captions']} for all "
+        "concepts and methods.\n\n"
         + _kept(rows)
         + f"\n{_outcome(tables['auto minus the row'])}\n\n"
         + _paired(tables["auto minus the row"])
@@ -64,13 +68,16 @@ def contest(run: Run) -> str:
         + "\nSettings that were chosen, and the cost of one edit:\n\n"
         + _settings(rows)
         + _refusals(rows)
+        + _edges(run.get("edges", {}))
         + _kid(tables["kid"])
-        + ("" if "attack_after" in result else "\nNo attacks were run.\n")
+        + _attacks(tables.get("attack", []), result, run["test"].get("attacked", []))
     )
 
 
 def many(run: Run) -> str:
     """Return the section on several concepts in one solve."""
+    if "unfinished" in run:
+        return f"## Several concepts in one solve\n\n{run['unfinished']}\n"
     found = run["tables"]["many"]
     rows = [
         [
@@ -91,7 +98,8 @@ def many(run: Run) -> str:
 
 def _looks(run: Run) -> str:
     """Return a sentence on how often the test concepts were looked at."""
-    looks = run["test"]["looks"]
+    test = run["test"]
+    looks = [look for look in test["looks"] if look["list"] == test["list"]]
     if len(looks) == 1:
         return "The test concepts were written down before, and run once."
     here = sum(look["weights"] == run["protocol"]["weights"] for look in looks)
@@ -102,6 +110,7 @@ def _looks(run: Run) -> str:
 def _erased(rows: Run) -> str:
     heads = {
         "target": "still the concept", "wording": "in held-out wordings", "synonym": "by synonyms",
+        "new synonym": "by held-out synonyms",
         "redirection": "now the replacement", "harmonic": "harmonic mean of erased and kept",
     }  # fmt: skip
     if any("attack" in row for row in rows.values()):
@@ -130,21 +139,27 @@ def _cell(row: Run, key: str) -> str:
 
 
 def _outcome(rows: list[Run]) -> str:
-    """Return a sentence on which tuned rivals `auto` beats, ties with and loses to."""
+    """Return sentences on which tuned rivals, and which controls, `auto` beats, ties with and loses to."""
+    rivals, controls = (_verdicts(rows, role) for role in ("rival", "control"))
+    text = f"By the paired interval of the harmonic mean, `auto` is {rivals}."
+    return f"{text} Of the rows that cost nothing it is {controls}." if controls else text
+
+
+def _verdicts(rows: list[Run], role: str) -> str:
     parts = []
     for verdict, words in (
         ("auto is better", "better than"), ("draw", "a draw with"), ("auto is worse", "worse than"),
     ):  # fmt: skip
-        names = [NAMES[r["method"]] for r in rows if r["verdict"] == verdict and r["role"] == "rival"]  # fmt: skip
+        names = [NAMES[r["method"]] for r in rows if r["verdict"] == verdict and r["role"] == role]
         if names:
             parts.append(f"{words} {', '.join(names)}")
-    return "By the paired interval of the harmonic mean, `auto` is " + "; ".join(parts) + "."
+    return "; ".join(parts)
 
 
 def _paired(rows: list[Run]) -> str:
     return table(
-        ["`auto` minus", "harmonic mean, paired by concept", "verdict"],
-        [[NAMES[r["method"]], number(r["harmonic"]), r["verdict"]] for r in rows],
+        ["`auto` minus", "concepts", "harmonic mean, paired by concept", "verdict"],
+        [[NAMES[r["method"]], str(r["n"]), number(r["harmonic"]), r["verdict"]] for r in rows],
     )
 
 
@@ -175,6 +190,31 @@ def _refusals(rows: Run) -> str:
     if not refused:
         return ""
     return f"\nConcepts that a method refuses, which count as unedited: {', '.join(refused)}.\n"
+
+
+def _edges(remarks: Mapping[str, Sequence[str]]) -> str:
+    found = [f"{NAMES[name]} ({'; '.join(texts)})" for name, texts in remarks.items() if texts]
+    if not found:
+        return ""
+    return f"\nChosen numbers at the edge of their grids: {', '.join(found)}.\n"
+
+
+def _attacks(rows: list[Run], result: Run, concepts: Sequence[str]) -> str:
+    """Return what attacks show: `auto` against each other attacked row, paired by concept."""
+    if "attack_after" not in result:
+        return "\nNo attacks were run.\n"
+    plain, after = (percent(result[f"attack_{name}"]) for name in ("plain", "after"))
+    return (
+        f"\n{len(concepts)} of the concepts, a third of each kind, were attacked, each method with the same budget. "
+        f"The judge's mean probability of the concept in pictures of `auto`'s edits is {plain} with plain prompts and "
+        f"{after} under the best attempt that was confirmed with other seeds. Against other rows, on the concepts that "
+        "both edit (below 0, `auto` withstands more):\n\n"
+        + table(
+            ["`auto` minus", "concepts", "under attack, paired", "`auto` minus half of the row", "at most half"],
+            [[NAMES[r["method"]], str(r["n"]), number(r["difference"]), number(r["minus half"]), r["at most half"]]
+             for r in rows],
+        )
+    )  # fmt: skip
 
 
 def _kid(rows: list[Run]) -> str:

@@ -7,12 +7,13 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import contest
 import pytest
+from contest import LABELS
 
 from overpaint import edit
 
 ROOT = Path(__file__).parent.parent
-LABELS = json.loads((ROOT / "overpaint/zoo/weights/icons-judge/labels.json").read_text())
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +45,13 @@ def store():
 @pytest.fixture
 def runs():
     return importlib.import_module("edit_run")
+
+
+def ask(prompts, kind, old, new, *, seed=0, part="validation"):
+    sizes = prompts.Sizes()
+    return prompts.ask(
+        kind, old, new, labels=LABELS, held_out=[], sizes=sizes, seed=seed, part=part
+    )
 
 
 def every(lists):
@@ -106,18 +114,19 @@ def test_a_style_and_a_color_have_bare_words(concepts):
 @pytest.mark.parametrize(
     ("kind", "old", "new"),
     [("style", "noto style", "blob style"), ("color", "red background", "blue background"),
-     ("object", "bus", "frog"), ("fact", "flag of kenya", "flag of turkey")],
+     ("object", "rocket", "airplane"), ("fact", "flag of kenya", "flag of turkey")],
 )  # fmt: skip
 def test_prompts_name_what_their_labels_say(prompts, concepts, kind, old, new):
-    asked = prompts.ask(kind, old, new, labels=LABELS, held_out=[], sizes=prompts.Sizes(), seed=3)
+    asked = ask(prompts, kind, old, new, seed=3)
     by_role = {}
     for prompt in asked.prompts:
         by_role.setdefault(prompt.role, []).append(prompt)
         for label_kind, label in prompt.labels.items():
-            if (prompt.role, label_kind) != ("synonym", "object"):
+            if label_kind != "object" or not prompt.role.endswith("synonym"):
                 assert prompts.holds(prompt.text, label), prompt
     word = concepts.bare(kind, old)
-    assert len(by_role["target"]) == 12
+    assert len(by_role["target"]) == 12 and len(by_role["other"]) == 8
+    assert len({(p.text, p.seed) for p in asked.prompts}) == len(asked.prompts)
     assert all(prompts.holds(p.text, word) for p in by_role["target"] + by_role["wording"])
     for role in ("replacement", "other", "plain", "synonym"):
         assert not any(prompts.holds(p.text, word) for p in by_role.get(role, []))
@@ -128,22 +137,64 @@ def test_prompts_name_what_their_labels_say(prompts, concepts, kind, old, new):
     assert asked.prompts[-1].role == "replacement"
 
 
-def test_held_out_wordings_are_in_frames_that_training_never_shows(prompts):
+@pytest.mark.parametrize("part", ["validation", "held out"])
+def test_unseen_wordings_are_those_of_their_part(prompts, concepts, part):
     from overpaint.train import captions
 
-    asked = prompts.ask(
-        "object", "bus", "frog", labels=LABELS, held_out=[], sizes=prompts.Sizes(), seed=0
-    )
-
-    def parts(part):  # requests and asides, which stand in a prompt as they stand in the list
+    def phrases(part):  # requests and asides, which stand in a prompt as they stand in the list
         lists = (captions._entries(name, part) for name in ("requests", "asides"))
-        return [text.strip(" ,") for texts in lists for text in texts if text]
+        return {text.strip(" ,") for texts in lists for text in texts if text}
 
-    only = set(parts("held out")) - set(parts("trained"))
-    trained = [p.text for p in asked.prompts if p.role in ("target", "other", "plain")]
-    held_out = [p.text for p in asked.prompts if p.role == "wording"]
-    assert not any(prompts.holds(text, phrase) for text in trained for phrase in only)
-    assert any(prompts.holds(text, phrase) for text in held_out for phrase in only)
+    parts = ("trained", "validation", "held out")
+
+    def is_elsewhere(phrase, part):
+        return any(prompts.holds(text, phrase) for q in parts if q != part for text in phrases(q))
+
+    only = {p: {text for text in phrases(p) if not is_elsewhere(text, p)} for p in parts[1:]}
+    assert all(only.values())
+    lists = concepts.load()["validation"]  # prompts alone, nothing is drawn
+    asked = [ask(prompts, *row, part=part) for row in every(lists)]
+    texts = {"trained": [], part: []}
+    for prompt in (p for one in asked for p in one.prompts):
+        texts[part if prompt.role == "wording" else "trained"].append(prompt.text)
+    for written, rows in texts.items():
+        for other in only:
+            shown = any(prompts.holds(text, phrase) for text in rows for phrase in only[other])
+            assert shown == (other == written), (written, other)
+
+
+def test_synonyms_of_the_other_part_are_never_shown(prompts):
+    from overpaint.train import captions
+
+    unseen = {part: captions.held_out_synonyms(part) for part in ("validation", "held out")}
+    for part, other in (("validation", "held out"), ("held out", "validation")):
+        name = next(n for s, n in unseen[part].items() if not prompts.holds(s, n))
+        for object_ in {name, *list(unseen[other].values())[:5]}:
+            new = "frog" if object_ != "frog" else "bus"
+            asked = ask(prompts, "object", object_, new, part=part)
+            texts = {
+                role: [p.text for p in asked.prompts if p.role == role]
+                for role in ("synonym", "new synonym")
+            }
+            own = [s for s, n in unseen[part].items() if n == object_ and not prompts.holds(s, n)]
+            assert all(any(prompts.holds(t, s) for s in own) for t in texts["new synonym"])
+            assert bool(texts["new synonym"]) == bool(own)
+            hidden = [s for names in unseen.values() for s, n in names.items() if n == object_]
+            assert not any(prompts.holds(t, s) for t in texts["synonym"] for s in hidden)
+        assert any(n == name for n in unseen[part].values())
+    with pytest.raises(ValueError, match="must be 'validation' or 'held out', got 'trained'"):
+        ask(prompts, "object", "bus", "frog", part="trained")
+
+
+def test_validation_and_test_runs_take_their_own_part(run, runs):
+    bus = {"object": {"bus": "frog"}}
+    bench = replace(run, sizes=replace(run.sizes, wordings=6))
+    rows = [
+        [p.text for p in runs.asked_of(replace(bench, part=part), bus)[0].prompts if p.role == "wording"]
+        for part in ("validation", "held out")
+    ]  # fmt: skip
+    assert not set(rows[0]) & set(rows[1])
+    assert run.part == "validation"
 
 
 def test_the_preserve_list_holds_no_erased_concept_and_no_object_of_the_scenes(prompts):
@@ -151,9 +202,7 @@ def test_the_preserve_list_holds_no_erased_concept_and_no_object_of_the_scenes(p
     kept = prompts.preserved(pairs, kinds, LABELS)
     assert "red" not in kept and "red background" not in kept
     assert {"blue", "blue background", "noto style", "apple logo"} <= set(kept)
-    asked = prompts.ask(
-        "color", "red background", "blue background", labels=LABELS, held_out=[], sizes=prompts.Sizes(), seed=0
-    )  # fmt: skip
+    asked = ask(prompts, "color", "red background", "blue background")
     assert not {p.labels["object"] for p in asked.prompts} & set(kept)
     apple = prompts.preserved({"apple": "banana"}, {"apple": "object"}, LABELS)
     assert "apple logo" not in apple
@@ -189,17 +238,10 @@ def test_figures_of_a_concept_by_hand(prompts, figures):
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert found["harmonic"] == pytest.approx(2 / (1 / 0.75 + 8 / 7))
     assert "wording" not in found
-    attacked = {"attack": {"best": 0.5, "before": 0.9, "chance": 0.2}}
+    attacked = {"attack": {"best": 0.5, "before": 0.9, "after": 0.1, "chance": 0.2}}
     found = figures.of_concept(asked, result(edited) | attacked, result(plain))
-    assert (found["attack"], found["attack_before"], found["attack_chance"]) == (0.5, 0.9, 0.2)
-
-
-def test_the_rule_of_tuning_takes_the_best_harmonic_mean(figures):
-    shares = ((0.0, 0.5), (0.2, 0.9), (0.4, 1.0))
-    tried = [{"target": t, "kept": k, "harmonic": figures.harmonic(t, k)} for t, k in shares]
-    assert figures.best_settings(tried) is tried[1]
-    assert figures.best_settings([tried[0], dict(tried[0])]) is tried[0]
-    assert figures.best_settings([{"harmonic": float("nan")}, tried[0]]) is tried[0]
+    names = ("attack", "attack_before", "attack_plain", "attack_chance")
+    assert tuple(found[name] for name in names) == (0.5, 0.9, 0.1, 0.2)
 
 
 def test_differences_are_paired_by_concept(figures):
@@ -245,43 +287,6 @@ def test_the_code_of_a_method_covers_the_modules_that_it_imports(store):
     assert len(set(codes.values())) == 3
 
 
-def test_a_second_run_of_the_test_is_refused_and_recorded_if_forced(store, tmp_path):
-    path = tmp_path / "quality_edit.json"
-    assert store.earlier_looks(path, "list") == []
-    path.write_text('{"result": {}, "tables": {}}')  # of the benchmark before
-    assert store.earlier_looks(path, "list") == []
-    look = {"date": "2026-12-01", "list": "list", "weights": "weights"}
-    path.write_text(json.dumps({"test": {"looks": [look]}}))
-    looks = store.earlier_looks(path, "list")
-    assert looks == [look]
-    with pytest.raises(store.AlreadyRun, match="of 2026-12-01: a test is run once.*pass --again"):
-        store.refuse_second_run(looks, "weights", path, again=False)
-    store.refuse_second_run(looks, "weights", path, again=True)
-    store.refuse_second_run(looks, "other weights", path, again=False)
-    assert store.earlier_looks(path, "another list") == []
-
-
-def test_the_contest_needs_settings_of_these_weights_and_all_methods(runs, tmp_path):
-    path = tmp_path / "quality_edit_tuning.json"
-    with pytest.raises(runs.NotTuned, match="there is no quality_edit_tuning.json.*--tune` first"):
-        runs.load_tuning(path, "new", ["uce"])
-    path.write_text(json.dumps({"weights": "old", "methods": {"uce": {}}}))
-    with pytest.raises(runs.NotTuned, match="of the weights old, and the model has new"):
-        runs.load_tuning(path, "new", ["uce"])
-    with pytest.raises(runs.NotTuned, match="has no settings of dp"):
-        runs.load_tuning(path, "old", ["uce", "dp"])
-    assert runs.load_tuning(path, "old", ["uce"])["methods"] == {"uce": {}}
-
-
-def test_progress_tells_the_time_that_is_left(runs):
-    now, lines = [0.0], []
-    progress = runs.Progress(4, clock=lambda: now[0], write=lines.append)
-    progress.step("stored", stored=True)
-    now[0] = 1800.0
-    progress.step("auto", stored=False)
-    assert lines == ["2/4, about 1 h 00 min left: auto"]
-
-
 def test_every_method_states_settings_that_its_function_takes():
     import inspect
 
@@ -301,22 +306,9 @@ def test_every_method_states_settings_that_its_function_takes():
 # A run on a model with random weights.
 
 
-class Brightness:
-    """Labels pictures by their mean brightness, in steps so small that an edit of a picture changes its label."""
-
-    labels = LABELS
-
-    def predict(self, images, kind):
-        values = (images.double().mean((1, 2, 3)) * 1e9).long().tolist()
-        return [self.labels[kind][value % len(self.labels[kind])] for value in values]
-
-
 @pytest.fixture
-def run(runs, tiny_sd1, tmp_path):
-    bench = importlib.import_module("edit_measure").Bench(tiny_sd1, Brightness(), 1, 0)
-    sizes = importlib.import_module("edit_prompts").Sizes(1, 1, 1, 1, 1)
-    store = importlib.import_module("edit_store").Store(tmp_path / "runs")
-    return runs.Run(bench, store, "weights", sizes)
+def run(tiny_sd1, tmp_path):
+    return contest.make_run(tiny_sd1, tmp_path / "runs")
 
 
 CONCEPTS = {"object": {"bus": "frog"}}
@@ -359,15 +351,6 @@ def test_rows_of_the_same_edit_share_their_result(run):
     assert key("quickfix") != key("quickfix, list")
 
 
-def test_tuning_tries_every_setting_and_whole_words_against_bare_ones(runs, run):
-    found = runs.tune(run, CONCEPTS, ["quickfix", "prompt filter"])
-    tried = [row["settings"] for row in found["quickfix"]["tried"]]
-    assert tried[:4] == [{"ridge": ridge} for ridge in (0.01, 0.1, 1.0, 10.0)]
-    assert tried[5]["subject"] == "bare" and len(tried) == 6
-    assert found["quickfix"]["chosen"] in tried
-    assert len(found["prompt filter"]["tried"]) == 1
-
-
 # The page.
 
 
@@ -392,17 +375,23 @@ def test_the_page_shows_every_method_with_its_settings_and_says_with_whom_it_is_
              "kept": share([0.0, 1.0]), "seconds": 2.0}]  # fmt: skip
     tables = report.tables(rows, ["object"] * 30, chosen, many, [])
     result = report.flat(tables)
+    assert report.outcome(tables["auto minus the row"])["a draw with"] == ["uce, to pads"]
+    assert report.outcome(tables["auto minus the row"])["worse than"] == ["dp"]
     assert (result["target_after"], result["beats_all"], result["rivals_draw"]) == (0, 0, 1)
     assert (result["kept_at_50"], result["left_at_50"], result["rivals_worse"]) == (0.5, 0, 1)
     assert "attack_after" not in result
     content = report.as_json({
         "result": result, "tables": tables, "commit": "abcdef012345",
-        "test": {"concepts": {"object": dict.fromkeys(map(str, range(30)), "")},
-                 "looks": [{"weights": "a"}, {"weights": "b"}]},
+        "test": {"concepts": {"object": dict.fromkeys(map(str, range(30)), "")}, "list": "new",
+                 "looks": [{"weights": "a", "list": "old"}, {"weights": "a", "list": "new"},
+                           {"weights": "b", "list": "new"}]},
         "protocol": {"steps": 8, "seed": 0, "weights": "b", "captions": 100, "pictures": {"target": 12}},
     })  # fmt: skip
     page = sections.contest(json.loads(json.dumps(content)))
-    assert "a draw with UCE, last token to pads; worse than DP." in page
+    assert (
+        "a draw with UCE, last token to pads; worse than DP. Of the rows that cost nothing it is better than"
+        in page
+    )
     assert "were run 2 times, 1 time on these weights" in page and "No attacks were run" in page
     for name in methods:
         assert page.count(f"| {sections.NAMES[name]} |") >= 4, name
@@ -411,6 +400,10 @@ def test_the_page_shows_every_method_with_its_settings_and_says_with_whom_it_is_
         json.loads(json.dumps(content))
     )
     assert not sections.is_contest({"result": {}, "tables": {}})
+    begun = {"unfinished": "It has not ended.", "result": {}, "tables": {}, "test": {}}
+    assert sections.is_contest(begun)
+    for section in (sections.contest, sections.many):
+        assert section(begun).startswith("## ") and "It has not ended." in section(begun)
 
 
 def test_a_concept_without_a_figure_is_left_out_of_the_paired_difference(figures):
