@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         optim,
         probes,
         report,
+        scene_text,
         scorers,
         trace,
     )
@@ -60,6 +61,7 @@ __all__ = [
     "optim",
     "probes",
     "report",
+    "scene_text",
     "scorers",
     "trace",
 ]

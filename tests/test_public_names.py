@@ -20,6 +20,7 @@ ROOMS = (
     "optim",
     "probes",
     "report",
+    "scene_text",
     "scorers",
     "trace",
     "zoo",
@@ -29,7 +30,7 @@ ROOMS = (
 def test_public_names_of_the_package():
     assert set(op.__all__) >= {
         "Change", "Effects", "Pictures", "Scores", "Site", "TextToImage", "load", "trace", "edit", "evaluate",
-        "match", "optim", "probes", "report", "images", "metrics", "scorers",
+        "match", "optim", "probes", "report", "images", "metrics", "scene_text", "scorers",
     }  # fmt: skip
 
 

@@ -1,12 +1,12 @@
 r"""DiffSTE in the size of its paper: the inpainting UNet of Stable Diffusion with a second branch of characters.
 
 `build` makes the networks without weights on the meta device, or with random ones. `load_unet` copies a stock
-inpainting UNet and leaves the character branch new; `load` reads a folder that `save` wrote; `from_published` renames the entries
-of the published checkpoint, once these are saved as safetensors.
+inpainting UNet and leaves the character branch new; `load` reads a folder that `save` wrote; `from_published` renames
+the entries of the published checkpoint, once these are saved as safetensors.
 
 The published checkpoint is a file of PyTorch Lightning whose `state_dict` has four prefixes: `vae.` and
-`text_encoder.`, frozen, as in Stable Diffusion; `char_embedder.` with `char_embedding.weight` (95, 32), `position_embedding.weight`
-(20, 32) and the buffer `position_ids`; and `unet.`, whose blocks hold the transformers as
+`text_encoder.`, frozen, as in Stable Diffusion; `char_embedder.` with `char_embedding.weight` (95, 32),
+`position_embedding.weight` (20, 32) and the buffer `position_ids`; and `unet.`, whose blocks hold the transformers as
 `<block>.attentions.text.<n>.*` and `<block>.attentions.char.<n>.*`. Here they are `<block>.attentions.<n>.text.*` and
 `<block>.attentions.<n>.char.*`; all other names agree with diffusers. The file is a pickle, which is never read here.
 
@@ -195,8 +195,9 @@ def load(folder: str | Path) -> FullSize:
         try:
             part.load_state_dict(load_file(path))
         except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
             raise UnsupportedModel(
-                f"the weights in {str(path)!r} do not fit the configuration beside them ({str(error)[:200]}): save the "
+                f"the weights in {str(path)!r} do not fit the configuration beside them ({reason}): save the "
                 "model again."
             ) from error
     return model

@@ -36,7 +36,7 @@ class TextReader:
             module: Any = import_module("rapidocr")
         except ImportError as error:
             raise MissingExtra(
-                "reading words needs rapidocr and onnxruntime. Install them with: pip install 'overpaint[ocr]'."
+                "reading words needs rapidocr and onnxruntime. Install them with: pip install rapidocr onnxruntime."
             ) from error
         logger = logging.getLogger("RapidOCR")
         engine = "EngineConfig.onnxruntime."

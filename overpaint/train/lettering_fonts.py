@@ -21,7 +21,17 @@ from PIL import ImageFont
 
 from overpaint.train import programs
 
-__all__ = ["TABLE", "Face", "Family", "extract", "families", "fetch", "load", "make_face", "sources"]
+__all__ = [
+    "TABLE",
+    "Face",
+    "Family",
+    "extract",
+    "families",
+    "fetch",
+    "load",
+    "make_face",
+    "sources",
+]
 
 TABLE = Path(__file__).with_name("lettering-fonts.tsv")
 EM = 48  # pixels in which faces are drawn before they are scaled to the line

@@ -1,0 +1,138 @@
+"""The recipe of `lettering`: batches, stages that go on where they stopped, checks by reading, the autoencoder."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from lettering_worlds import small_world
+
+from overpaint.cli.train import TrainOptions, _recipe
+from overpaint.scene_text import Config, Lettering
+from overpaint.scene_text.line import Line
+from overpaint.train import lettering
+from overpaint.train.lettering_batches import batch, images, place, reading
+from overpaint.train.lettering_colors import palette
+from overpaint.train.lettering_scenes import STAGES, draw
+
+LINE = Line(width=64)
+SMOKE = replace(
+    lettering.CPU, config=replace(Config.smoke(), text_length=12), batch=4, checks=4, check_steps=2,
+    check_minutes=0.0, half=False,
+)  # fmt: skip
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    pytest.importorskip("rapidocr")
+    from overpaint.scorers.text_reader import TextReader
+
+    reader = TextReader()
+
+    def run(recipe=SMOKE, seed=0):
+        seen, unseen = small_world(line=LINE), small_world(line=LINE, held_out_words=True)
+        return lettering.Run(recipe, tmp_path, seen, unseen, seed, "cpu", reader)
+
+    return run
+
+
+def test_a_batch_holds_what_the_samples_say():
+    world = small_world(line=LINE)
+    samples = [draw(world, STAGES["photographs"], 0, i) for i in range(5)]
+    network = Lettering.build(SMOKE.config).network
+    rows = batch(network, samples)
+    pixels = torch.from_numpy(samples[2].image).permute(2, 0, 1).float()
+    assert torch.allclose(rows.images[2] * 127.5 + 127.5, pixels, atol=1e-3)
+    for row, sample in enumerate(samples):
+        count = len(sample.text)
+        assert rows.edges.valid[row].sum() == count == rows.texts.counts[row]
+        assert torch.equal(rows.edges.right[row, :count], torch.from_numpy(sample.edges[1:]))
+        assert float(rows.place.end[row]) == pytest.approx(float(sample.edges[-1]))
+    assert torch.equal(
+        rows.mask[:, 0].bool(), torch.from_numpy(np.stack([s.mask for s in samples]))
+    )
+    assert torch.equal(place(samples).start, rows.place.start) and images(samples).shape == (
+        5,
+        3,
+        32,
+        64,
+    )
+
+
+def test_reading_counts_words_with_and_without_case():
+    result = reading(["Ab", "cd", "xx"], ["Ab", "CD", "ab"])
+    assert result["words"] == pytest.approx(1 / 3) and result["words_any_case"] == pytest.approx(
+        2 / 3
+    )
+    assert result["similarity"] == pytest.approx(2 / 3)
+
+
+def test_the_instructions_of_training_are_read_as_names_and_not_as_letters():
+    config = lettering.styles(SMOKE.config, ["Lato-BoldItalic", "BadScript"])
+    tokenizer = Lettering.build(config).network.tokenizer
+    split = tokenizer.split('Write "x" in font: BadScript-BoldItalic and color: sea green')
+    assert split[-9:] == ["bad", "script", "-", "bold", "italic", "and", "color", ":", "sea"][
+        -8:
+    ] + ["green"]
+    assert config.colors == palette().names
+
+
+def test_the_loss_of_a_step_is_the_same_in_every_run(make_run):
+    first, second, other = make_run(), make_run(), make_run(seed=1)
+    losses = [float(run.loss("fonts")(7).detach()) for run in (first, second, other)]
+    assert losses[0] == losses[1] != losses[2]
+    assert losses[0] != float(first.loss("fonts")(8).detach())
+
+
+def test_a_stage_goes_on_where_it_stopped_and_is_checked_by_reading(make_run, tmp_path):
+    run = make_run()
+    run.train_stage("grey", 0.01)
+    lines = [json.loads(line) for line in (tmp_path / "checks.jsonl").read_text().splitlines()]
+    first = lines[-1]
+    assert (
+        first["stage"] == "grey"
+        and first["samples"] == 4 * first["step"]
+        and not first["gate_passed"]
+    )
+    assert first["ceiling_any_case"] >= 0.5 and 0 <= first["words"] <= 1
+    assert (tmp_path / "sheet-grey.png").is_file() and Lettering.load(
+        tmp_path / "zoo"
+    ).config.line == LINE
+    again = make_run()
+    again.train_stage("grey", 0.01)  # its time is spent: the averaged weights of the checkpoint
+    for name, value in run.model.network.state_dict().items():
+        assert torch.equal(again.model.network.state_dict()[name], value), name
+    again.train_stage("grey", 0.03)
+    later = json.loads((tmp_path / "checks.jsonl").read_text().splitlines()[-1])
+    assert later["step"] > first["step"]
+
+
+def test_the_autoencoder_is_trained_first_and_then_frozen(make_run):
+    recipe = replace(SMOKE, config=replace(SMOKE.config, codec="autoencoder"))
+    run = make_run(recipe)
+    before = run.round_trip("grey")["similarity"]
+    run.train_autoencoder(0.03)
+    assert not any(p.requires_grad for p in run.model.network.codec.parameters())
+    weights = {n: p.clone() for n, p in run.model.network.codec.named_parameters()}
+    run.train_stage("grey", 0.005)
+    assert all(torch.equal(p, weights[n]) for n, p in run.model.network.codec.named_parameters())
+    assert 0 <= before <= 1
+
+
+def test_luma_and_half_size_chroma_keep_the_letters(make_run):
+    truth = make_run().round_trip("single")
+    pixels = make_run(replace(SMOKE, config=replace(SMOKE.config, codec="rgb"))).round_trip(
+        "single"
+    )
+    assert truth["similarity"] >= pixels["similarity"] - 0.05 and pixels["similarity"] > 0.8
+
+
+def test_unknown_stages_and_options_of_other_models_are_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match="no stage 'color': choose from grey, single, fonts, photographs"
+    ):
+        lettering.train(out=tmp_path / "model", stages=("color",), work=tmp_path)
+    with pytest.raises(ValueError, match="`--stage` is for lettering: leave it out for icons"):
+        _recipe("icons", TrainOptions(stage=["grey"]))
+    assert _recipe("lettering", TrainOptions(stage=["grey"])).keywords["stages"] == ["grey"]
