@@ -69,7 +69,8 @@ def positioned(model, frames):
 def test_the_second_step_is_the_least_squares_fit_of_explicit_passes(tiny_shallow, change):
     frames, fresh = frames_of(tiny_shallow)
     pairs, old_ids, new_ids = positioned(tiny_shallow, frames)
-    groups = preserved_captions(tiny_shallow, change.protocol["terms"], fresh)
+    terms = change.protocol["terms"]
+    groups = preserved_captions(background_captions(tiny_shallow, terms[0]), terms, fresh)
     other_ids = [tiny_shallow.tokenize(captions) for captions, _ in groups]
     _, targets = layer_pass(tiny_shallow, new_ids)
     before = [layer_pass(tiny_shallow, ids)[1] for ids in other_ids]

@@ -16,6 +16,7 @@ from torch import Tensor
 from overpaint.edit import vocabulary as vocabularies
 from overpaint.edit.captions import Pair, align_captions, gather, layer_inputs
 from overpaint.edit.concept_words import contains, words
+from overpaint.edit.least_squares import product
 from overpaint.edit.weights import encoder_index, find_weight
 from overpaint.model import TextToImage
 
@@ -90,8 +91,7 @@ class Reader:
         for start in range(0, len(captions), _CHUNK):
             index = encoder_index(self.model, self.part)
             ids = self.model.tokenize(captions[start : start + _CHUNK], encoder=index)
-            rows = layer_inputs(self.model, self.site, ids).flatten(0, 1).double()
-            total += rows.T @ rows
+            total += product(layer_inputs(self.model, self.site, ids).flatten(0, 1))
         return total / len(captions)
 
     def sums(self, pairs: Sequence[Pair]) -> Sums:
@@ -106,9 +106,9 @@ class Reader:
             chunk = pairs[start : start + _CHUNK]
             ids = torch.cat([torch.stack([p.old.ids, p.new.ids]) for p in chunk])
             keys, sources = gather(layer_inputs(self.model, self.site, ids), chunk)
+            gram += product(keys)
             keys = keys.double()
             residual = (sources.double() - keys) @ self.weight.T
-            gram += keys.T @ keys
             cross += residual.T @ keys
             energy += float(residual.square().sum())
         return Sums(gram / len(pairs), cross / len(pairs), energy / len(pairs))
@@ -163,9 +163,8 @@ def extended_pair(pair: Pair, old: str, known: Sequence[str]) -> Pair:
     return dataclasses.replace(pair, positions=[*inside, (first.eos, second.eos), *pads])
 
 
-def background_gram(reader: Reader, term: Term) -> Tensor:
+def background_gram(reader: Reader, captions: Sequence[str]) -> Tensor:
     """Return the mean Gram matrix of captions that should not move, and of the empty prompt."""
-    captions = background_captions(reader.model, term)
     return (1 - _EMPTY) * reader.gram(captions) + _EMPTY * reader.gram([""])
 
 
@@ -184,16 +183,21 @@ def background_captions(model: TextToImage, term: Term) -> list[str]:
 
 
 def preserved_captions(
-    model: TextToImage, terms: Sequence[Term], frames: Sequence[str]
+    background: Sequence[str], terms: Sequence[Term], frames: Sequence[str]
 ) -> list[tuple[Sequence[str], float]]:
     """Return groups of preserved captions with their weights.
 
     Only every second caption of the background is returned, because a repair takes time for each caption.
+
+    Args:
+        background: The captions of the first term, as `background_captions` returns them.
+        terms: The preserve terms of a change by `auto`; the first is the background.
+        frames: Captions around the concepts of the other terms.
     """
-    background, *concepts = terms
-    weight = background["weight"]
+    first, *concepts = terms
+    weight = first["weight"]
     return [
-        (background_captions(model, background)[::2], (1 - _EMPTY) * weight),
+        (background[::2], (1 - _EMPTY) * weight),
         ([""], _EMPTY * weight),
         *((concept_captions(term["concept"], frames), term["weight"]) for term in concepts),
     ]

@@ -209,7 +209,7 @@ def factorise(
 
 
 def product(a: Tensor, b: Tensor | None = None) -> Tensor:
-    """Return `a.T @ b`, or `a.T @ a` in two thirds of the time, summed in float64, shape (D_a, D_b).
+    """Return `a.T @ b`, or `a.T @ a` in about 0.6 of the time, summed in float64, shape (D_a, D_b).
 
     Args:
         a: Shape (N, D_a), of any dtype; it is converted to double in blocks.
@@ -222,7 +222,7 @@ def product(a: Tensor, b: Tensor | None = None) -> Tensor:
             total.addmm_(rows.T, others)
         return total
     total = torch.zeros(width, width, dtype=torch.float64)
-    step = max(64, -(-width // 4))
+    step = max(64, min(384, -(-width // 4)))
     for rows in _blocks(a):
         for first in range(0, width, step):
             columns = slice(first, first + step)

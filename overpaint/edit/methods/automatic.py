@@ -187,6 +187,8 @@ def _edit(
         report["in_layer"] = list(rest)
         others = [concept for concept in known if concept not in pairs]
         report["carried"] = token_rows.texts_with_tokens(model, rows, others, part)
+        whole = {old: 1.0 for old in pairs if old not in rest}  # all their tokens are replaced
+        report["concept_movement"] = {**whole, **report.get("concept_movement", {})}
     seconds = {"seconds": {"all": round(time.perf_counter() - started, 3)}}
     return Change(tuple(movements), settings, report | seconds)
 
@@ -213,7 +215,8 @@ def preserve_terms(model: TextToImage, change: Change, part: str = "text") -> Te
         frames = vocabularies.frames(
             words, size=TEST_CAPTIONS, seed=term["seed"] + 1, among=term["concepts"]
         )
-        total += term["weight"] * texts.background_gram(reader, term)
+        background = texts.background_captions(model, term)
+        total += term["weight"] * texts.background_gram(reader, background)
     return total
 
 

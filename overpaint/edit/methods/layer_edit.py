@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -131,10 +132,16 @@ class Request:
         """Concepts that should not drift."""
         return texts.other_concepts(self.known, self.pairs)
 
+    @cached_property
+    def fillers(self) -> tuple[str, ...]:
+        """Words that fill captions."""
+        return vocabularies.fillers(self.model.tokenizer, without=self.banned)
+
     def frames(self, size: int, seed: int) -> tuple[str, ...]:
         """Return `size` frames with random words; their seed is that of the request plus `seed`."""
-        fillers = vocabularies.fillers(self.model.tokenizer, without=self.banned)
-        return vocabularies.frames(fillers, size=size, seed=self.seed + seed, among=self.others)
+        return vocabularies.frames(
+            self.fillers, size=size, seed=self.seed + seed, among=self.others
+        )
 
     def term(self, background: int, seed: int) -> Term:
         """Return the preserve term of `background` captions, without its weight."""
@@ -182,10 +189,8 @@ def edit_layer(
     fitted, test_sums = ([reader.sums(c) for c in group] for group in (captions, test_pairs))
     on_progress(1, 4, "reading background captions")
     term, test_term = request.term(fit.background, 0), request.term(4 * TEST_CAPTIONS, 1)
-    background, test_gram = (
-        texts.background_gram(reader, term),
-        texts.background_gram(reader, test_term),
-    )
+    others, test_others = (texts.background_captions(model, t) for t in (term, test_term))
+    background, test_gram = (texts.background_gram(reader, part) for part in (others, test_others))
     scan = preserve_search.background_scan(
         fitted,
         test_sums,
@@ -207,11 +212,16 @@ def edit_layer(
     movement = _movement(reader, fitted, owners, preserved.gram, ridge)
     drifts = list(zip(concepts, preserved.weights, preserved.before, preserved.after, strict=True))
     movements, report = (movement,), _report(reader, movement, test_sums, scan, drifts, fit.bound)
+    report["concept_movement"] = {
+        old: weight_drift(movement.delta, gram=sums.gram, relative_to=sums.energy**0.5)
+        for old, sums in zip(pairs, test_sums, strict=True)
+        if sums.energy
+    }
     if fit.repair:
         on_progress(3, 4, "fitting the MLP")
         second, layer_report = mlp_repair.repair(
-            model, movement, layer=layer, pairs=captions, preserve=texts.preserved_captions(model, terms, test_frames),
-            test_pairs=test_pairs, test_captions=texts.background_captions(model, test_term), ridge=ridge,
+            model, movement, layer=layer, pairs=captions, preserve=texts.preserved_captions(others, terms, test_frames),
+            test_pairs=test_pairs, test_captions=test_others, ridge=ridge,
         )  # fmt: skip
         movements, report = (movement, second), report | layer_report
     settings = {"terms": terms, "preserve_weight": weight, "ridge": ridge, "layer": layer}
@@ -292,5 +302,6 @@ def _report(
         ),
         "scan": [{**row, "chosen": (row["preserve_weight"], row["ridge"]) == best} for row in scan],
         "endangered": sorted(endangered, key=lambda row: -row["drift_before"]),
+        "drifts": {row[0]: row[3] for row in drifts},
         "not_kept": [row[0] for row in drifts if row[3] > bound],
     }

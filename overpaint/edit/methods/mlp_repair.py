@@ -19,15 +19,16 @@ keys and values.
 Deviations: none, the method is ours.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
 from overpaint.edit.captions import Pair, aligned_rows
+from overpaint.edit.least_squares import product
 from overpaint.edit.movement import Movement
 from overpaint.edit.weights import encoder_index, find_weight, text_layers
 from overpaint.errors import UnsupportedModel
@@ -39,26 +40,16 @@ __all__ = ["repair"]
 _CHUNK = 128  # captions in one forward pass
 
 
-@dataclass(frozen=True, eq=False)
-class _Sums:
-    """Weighted sums over captions, from the inputs K (N, D_in) and the residuals R (N, D_out).
+class _Rows(NamedTuple):
+    """Keys and residuals of a batch of captions.
 
     Attributes:
-        gram: K^T K, shape (D_in, D_in).
-        cross: R^T K, shape (D_out, D_in).
-        energy: Squared norm of R.
-        target_energy: Squared norm of the target movement: the residuals before the first step.
+        keys: Inputs of `fc2` under the first movement, shape (N, D_in), float32.
+        residuals: Residuals of the layer's output, shape (N, D_out), float32.
     """
 
-    gram: Tensor
-    cross: Tensor
-    energy: float
-    target_energy: float = 0.0
-
-    def residual_energy(self, delta: Tensor) -> float:
-        """Return the squared norm of the residuals that remain after the movement `delta`."""
-        quadratic = float((delta @ self.gram * delta).sum() - 2 * (delta * self.cross).sum())
-        return quadratic + self.energy
+    keys: Tensor
+    residuals: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,12 +72,8 @@ class _Layer:
             )
         return cls(model, encoder_index(model, part), block, delta.float())
 
-    def read(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return three tensors for token ids (B, L); old and new mean before and after the movement of `out_proj`.
-
-        Returns:
-            The old output of the layer (B, L, D), the new input of `fc2` (B, L, 4 D) and the new output (B, L, D).
-        """
+    def states(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the states behind the attention (B, L, D) for token ids (B, L), before and after the movement."""
         device = self.block.mlp.fc2.weight.device
         attention, norm = self.block.self_attn.out_proj, self.block.layer_norm2
         with (
@@ -101,19 +88,25 @@ class _Layer:
                 "`CLIPTextModel` that is not compiled and not fused."
             )
         old_state = norm_inputs[0].cpu()
-        new_state = old_state + projection_inputs[0].cpu() @ self.delta.T
-        return self._output(old_state)[1], *self._output(new_state)
+        return old_state, old_state + projection_inputs[0].cpu() @ self.delta.T
 
-    def _output(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the input of `fc2` and the output of the layer for the state behind the attention, in float32."""
+    def hidden(self, state: Tensor) -> Tensor:
+        """Return the input of `fc2` (..., 4 D) for a state behind the attention (..., D), in float32."""
         norm, mlp = self.block.layer_norm2, self.block.mlp
+        scaled = layer_norm(state, norm.normalized_shape, *_weight_and_bias(norm), norm.eps)
+        return mlp.activation_fn(linear(scaled, *_weight_and_bias(mlp.fc1)))
 
-        def weight_and_bias(module: Any) -> tuple[Tensor, Tensor]:
-            return module.weight.detach().float().cpu(), module.bias.detach().float().cpu()
+    def output(self, state: Tensor, hidden: Tensor) -> Tensor:
+        """Return the output of the layer (..., D) for a state behind the attention and its `hidden`."""
+        return state + linear(hidden, *_weight_and_bias(self.block.mlp.fc2))
 
-        scaled = layer_norm(state, norm.normalized_shape, *weight_and_bias(norm), norm.eps)
-        hidden = mlp.activation_fn(linear(scaled, *weight_and_bias(mlp.fc1)))
-        return hidden, state + linear(hidden, *weight_and_bias(mlp.fc2))
+    def moved(self, state: Tensor, hidden: Tensor) -> Tensor:
+        """Return the movement of the output (..., D) that belongs to movements of the state and of `hidden`."""
+        return state + linear(hidden, _weight_and_bias(self.block.mlp.fc2)[0])
+
+
+def _weight_and_bias(module: Any) -> tuple[Tensor, Tensor]:
+    return module.weight.detach().float().cpu(), module.bias.detach().float().cpu()
 
 
 def repair(
@@ -153,10 +146,25 @@ def repair(
     block = _Layer.find(model, part, layer, movement.delta)
     site = f"{part}.{layer}.mlp.fc2"
     parameter = find_weight(model, site).parameter
-    parts = [_pair_sums(block, group) for group in pairs]
-    parts += [_caption_sums(block, captions, weight) for captions, weight in preserve if weight]
-    gram = sum((p.gram for p in parts[1:]), parts[0].gram)
-    cross = sum((p.cross for p in parts[1:]), parts[0].cross)
+    groups: list[tuple[Iterator[_Rows], float]] = [
+        (
+            (_pair_rows(block, after, new)[0] for _, after, new in _pair_states(block, group)),
+            1 / len(group),
+        )
+        for group in pairs
+    ]
+    groups += [
+        (_caption_rows(block, captions), weight / len(captions))
+        for captions, weight in preserve
+        if weight
+    ]
+    out, width = parameter.shape
+    gram = torch.zeros(width, width, dtype=torch.float64)
+    cross = torch.zeros(out, width, dtype=torch.float64)
+    for batches, weight in groups:
+        for rows in batches:
+            gram += weight * product(rows.keys)
+            cross += weight * product(rows.residuals, rows.keys)
     system = gram + ridge * torch.eye(len(gram), dtype=torch.float64)
     delta = torch.linalg.solve(system, cross.T).T
     factors = torch.eye(len(delta), dtype=torch.float64), delta
@@ -167,68 +175,66 @@ def repair(
 def _report(
     block: _Layer, delta: Tensor, test_pairs: Sequence[Sequence[Pair]], test_captions: Sequence[str]
 ) -> dict[str, float]:
-    pair_sums = [_pair_sums(block, pairs) for pairs in test_pairs]
-    target = sum(part.target_energy for part in pair_sums) / len(pair_sums)
-    caption_sums = _caption_sums(block, test_captions, 1.0)
+    """Return missed target movement and drift, with and without the movement `delta` of `fc2`."""
+    target = 0.0
+    missed, drift = torch.zeros(2, 2, dtype=torch.float64)
+    for pairs in test_pairs:
+        share = 1 / len(pairs) / len(test_pairs)
+        for before, after, new in _pair_states(block, pairs):
+            rows, output = _pair_rows(block, after, new)
+            moved = output - block.output(before, block.hidden(before))
+            target += share * float(moved.double().square().sum())
+            missed += share * _energies(rows, delta)
+    for rows in _caption_rows(block, test_captions):
+        drift += _energies(rows, delta) / len(test_captions)
     report: dict[str, float] = {}
-    for suffix, movement in (("_before_repair", torch.zeros_like(delta)), ("", delta)):
-        missed = sum(part.residual_energy(movement) for part in pair_sums) / len(pair_sums)
-        report[f"layer_missed{suffix}"] = missed / target
-        report[f"layer_drift{suffix}"] = caption_sums.residual_energy(movement) / target
+    for i, suffix in enumerate(("_before_repair", "")):
+        report[f"layer_missed{suffix}"] = float(missed[i]) / target
+        report[f"layer_drift{suffix}"] = float(drift[i]) / target
     return report
 
 
-def _pair_sums(block: _Layer, pairs: Sequence[Pair]) -> _Sums:
-    """Return the sums over pairs of captions, divided by the number of pairs."""
-    parts: list[_Sums] = []
+def _energies(rows: _Rows, delta: Tensor) -> Tensor:
+    """Return the squared norms of the residuals without and with the movement `delta`, shape (2,), float64."""
+    residuals = rows.residuals.double()
+    after = residuals - rows.keys.double() @ delta.T
+    return torch.stack([residuals.square().sum(), after.square().sum()])
+
+
+def _pair_states(block: _Layer, pairs: Sequence[Pair]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield states behind the attention (N, D), a row for each key.
+
+    They are those of the old captions, before and after the first movement, and of the new captions, before it.
+    """
     for start in range(0, len(pairs), _CHUNK):
-        old, key_rows, new, source_rows = _rows(block, pairs[start : start + _CHUNK])
-        target = float((new[0][source_rows] - old[0][key_rows]).square().sum()) / len(pairs)
-        residual = new[0][source_rows] - old[2][key_rows]
-        parts.append(_weighted(old[1][key_rows], residual, 1 / len(pairs), target))
-    return _total(parts)
+        chunk = pairs[start : start + _CHUNK]
+        old, new = (torch.stack([getattr(p, side).ids for p in chunk]) for side in ("old", "new"))
+        key_rows, source_rows = _aligned(chunk)
+        before, after = (state.flatten(0, 1)[key_rows] for state in block.states(old))
+        yield before, after, block.states(new)[0].flatten(0, 1)[source_rows]
 
 
-def _caption_sums(block: _Layer, captions: Sequence[str], weight: float) -> _Sums:
-    """Return the sums over captions whose output should not change, times `weight` and divided by their number."""
-    parts: list[_Sums] = []
+def _pair_rows(block: _Layer, state: Tensor, target: Tensor) -> tuple[_Rows, Tensor]:
+    """Return keys and residuals of states whose outputs should be those of the states `target`, and these outputs."""
+    keys, output = block.hidden(state), block.output(target, block.hidden(target))
+    return _Rows(keys, output - block.output(state, keys)), output
+
+
+def _caption_rows(block: _Layer, captions: Sequence[str]) -> Iterator[_Rows]:
+    """Yield the rows of captions whose outputs should be those before the movement."""
     for start in range(0, len(captions), _CHUNK):
         ids = block.model.tokenize(captions[start : start + _CHUNK], encoder=block.encoder)
-        before, hidden, after = block.read(ids)
-        rows = hidden.flatten(0, 1), (before - after).flatten(0, 1)
-        parts.append(_weighted(*rows, weight / len(captions)))
-    return _total(parts)
+        old, new = (state.flatten(0, 1) for state in block.states(ids))
+        keys = block.hidden(new)
+        yield _Rows(keys, block.moved(old - new, block.hidden(old) - keys))
 
 
-def _rows(
-    block: _Layer, pairs: Sequence[Pair]
-) -> tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, ...], Tensor]:
-    """Return the outputs of `_Layer.read` and the rows to use, for the old captions and then for the new ones.
-
-    The rows of the old captions are keys; those of the new captions are their targets.
-    """
+def _aligned(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+    """Return the rows of the keys in the flattened old captions, and those of their targets in the new ones."""
     length = len(pairs[0].old.ids)
     key_rows, source_rows = aligned_rows(pairs, torch.arange(2 * len(pairs)), length)
-    old, new = (
-        block.read(torch.stack(ids))
-        for ids in zip(*((p.old.ids, p.new.ids) for p in pairs), strict=True)
-    )
     # `aligned_rows` numbers old and new captions alternately; here they are two separate batches
-    key_rows, source_rows = (
+    first, second = (
         (rows // (2 * length)) * length + rows % length for rows in (key_rows, source_rows)
     )
-    flat = [tuple(t.flatten(0, 1) for t in states) for states in (old, new)]
-    return flat[0], key_rows, flat[1], source_rows
-
-
-def _weighted(keys: Tensor, residual: Tensor, weight: float, target_energy: float = 0.0) -> _Sums:
-    keys, residual = keys.double(), residual.double()
-    energy = weight * float(residual.square().sum())
-    return _Sums(weight * keys.T @ keys, weight * residual.T @ keys, energy, target_energy)
-
-
-def _total(parts: Sequence[_Sums]) -> _Sums:
-    gram, cross = parts[0].gram, parts[0].cross
-    for part in parts[1:]:
-        gram, cross = gram + part.gram, cross + part.cross
-    return _Sums(gram, cross, sum(p.energy for p in parts), sum(p.target_energy for p in parts))
+    return first, second

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from overpaint.edit.caption_sums import Sums
 from overpaint.edit.drift import weight_drift
+from overpaint.edit.least_squares import product
 
 __all__ = [
     "RIDGES",
@@ -142,7 +143,7 @@ def preserve_concepts(
     energy, weights = mean_energy(fitted), [0.0] * len(concepts)
     delta = _solve(fitted, gram, ridge)
     limit = mean_missed(test_sums, delta) + allowance
-    before = after = [squared_drift(delta, g, energy) for g in concepts]
+    before = after = _drifts(delta, concepts, energy)
     for _ in range(_ROUNDS):
         added = [
             (3 * w or 1.0) if drift > bound else 0.0
@@ -157,8 +158,14 @@ def preserve_concepts(
         if mean_missed(test_sums, delta) > limit:
             break
         gram, weights = heavier, [w + more for w, more in zip(weights, added, strict=True)]
-        after = [squared_drift(delta, g, energy) for g in concepts]
+        after = _drifts(delta, concepts, energy)
     return Preserved(weights, before, after, gram)
+
+
+def _drifts(delta: Tensor, grams: Sequence[Tensor], energy: float) -> list[float]:
+    """Return `squared_drift` for each Gram matrix, from one product: the trace of Delta^T Delta G."""
+    square = product(delta)
+    return [max(float((square * g).sum()), 0.0) / energy if energy else 0.0 for g in grams]
 
 
 def _solve(fitted: Sequence[Sums], gram: Tensor, ridge: float) -> Tensor:
