@@ -7,6 +7,7 @@ import torch
 
 from overpaint import edit
 from overpaint.edit.captions import align_captions
+from overpaint.edit.methods import hirm
 from overpaint.edit.weights import find_weight
 from overpaint.errors import UnknownSite
 from overpaint.model.hooks import record_inputs
@@ -114,6 +115,30 @@ def test_a_random_direction_is_drawn_by_the_seed(tiny_sd1):
     assert first.report["loss_before"] == pytest.approx(500**2, rel=0.1)
     near = edit.hirm(tiny_sd1, GOGH, towards="random", scale=5.0, steps=2)
     assert near.report["loss_before"] < 0.01 * first.report["loss_before"]
+
+
+def test_batches_of_captions_give_the_change_of_one_batch(tiny_sd1, monkeypatch):
+    pairs, frames = {"van gogh": "painting", "snoopy": "dog"}, ("", "a photo of ", "art by ")
+    options = {"frames": frames, "steps": 3, "lr": 1e-3}
+    sizes = []
+    states = hirm._Tower.states
+
+    def counted(self, ids, tuned):
+        sizes.append(len(ids))
+        return states(self, ids, tuned)
+
+    monkeypatch.setattr(hirm._Tower, "states", counted)
+    whole = edit.hirm(tiny_sd1, pairs, **options)
+    assert max(sizes) == 6
+    monkeypatch.setattr(hirm, "_BATCH", 4)
+    sizes.clear()
+    parts = edit.hirm(tiny_sd1, pairs, **options)
+    assert max(sizes) == 4 and len(sizes) == 2 * (
+        2 + 3 + 1 + 1
+    )  # before, new, updates, last loss, after
+    assert parts.report["loss_after"] == pytest.approx(whole.report["loss_after"], rel=1e-5)
+    for a, b in zip(parts.movements, whole.movements, strict=True):
+        assert float((a.delta - b.delta).norm()) < 1e-3 * float(b.delta.norm())
 
 
 def test_a_layer_that_the_unet_does_not_read_is_refused(tiny_xl):

@@ -1,7 +1,8 @@
-r"""Two measures of the side effects of an edit: how far text features move, and how far a weight moves.
+r"""Measures of an edit: how far text features move, how far a weight moves, and how far an edited concept moves.
 
 `feature_drift` compares text features :math:`E` before and :math:`E'` after an edit. `weight_drift` is the norm of a
-movement :math:`\Delta` of a weight. Each is divided by a reference, `relative_to`. The reported values are:
+movement :math:`\Delta` of a weight. Each is divided by a reference, `relative_to`. `concept_movement` is no side effect
+but the effect itself. The reported values are:
 
 ================================  ==================  ==============================================
 report                            function            `relative_to`
@@ -15,15 +16,18 @@ the empty prompt in the studio    `feature_drift`     the features of the empty 
 `empty_prompt_drift`
 `drift` in the report of `auto`   `weight_drift` ²    the residuals of the edited concepts
 `relative_delta_norm`             `weight_drift`      the old weight
+`concept_movement`                `concept_movement`  the requested movement of each edited concept
 ================================  ==================  ==============================================
 
 Those marked ² are reported as squares: shares of the squared movement.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["feature_drift", "weight_drift"]
+__all__ = ["concept_movement", "feature_drift", "weight_drift"]
 
 
 def feature_drift(before: Tensor, after: Tensor, *, relative_to: Tensor | float = 1.0) -> float:
@@ -64,6 +68,31 @@ def weight_drift(
     is_weight = isinstance(relative_to, Tensor)
     reference = _norm(relative_to, inputs, gram) if is_weight else relative_to
     return _norm(delta, inputs, gram) / reference if reference else 0.0
+
+
+def concept_movement(
+    moved: Tensor, requested: Tensor, owners: Sequence[int], concepts: Sequence[str]
+) -> dict[str, float]:
+    r"""Return how far the outputs of each edited concept move, as a share of the way to its replacement.
+
+    With the movements :math:`m_k` of a concept's outputs and the requested ones :math:`r_k`, over the concept's keys
+    and all weights, it is :math:`\sqrt{\sum_k \|m_k\|^2 / \sum_k \|r_k\|^2}`. It is 1 where the outputs move as far as
+    those of the replacement are, in whatever direction, and 0 where the edit has no effect on its own concept.
+
+    Args:
+        moved: :math:`\|m_k\|^2` of N keys, shape (N,).
+        requested: :math:`\|r_k\|^2` of the same keys, shape (N,).
+        owners: For each key, the index of its concept.
+        concepts: Names of the concepts.
+
+    Returns:
+        A share for each concept; without the concepts of which no movement was requested.
+    """
+    index = torch.tensor(owners, dtype=torch.long)
+    sums = torch.zeros(2, len(concepts), dtype=torch.float64)
+    sums.index_add_(1, index, torch.stack([moved.double(), requested.double()]))
+    shares = (sums[0] / sums[1].clamp(min=1e-300)).sqrt().tolist()
+    return {c: s for c, s, whole in zip(concepts, shares, sums[1].tolist(), strict=True) if whole}
 
 
 def _root_mean_square(features: Tensor) -> float:

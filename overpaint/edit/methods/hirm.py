@@ -12,12 +12,14 @@ Source: Lee et al., 2026, https://arxiv.org/abs/2602.19631.
 Deviations: the authors' code was not read. Trained are the matrices of the layer that a change can hold: the four
 projections of its self-attention and the second of its MLP, no biases and no layer norms. :math:`L` is the layer that
 the UNet reads, before the final layer norm; in SDXL the penultimate layer of each encoder. Tokens of concepts of
-different lengths are aligned from the concept's last token. The optimiser is Adam, computed in float32.
+different lengths are aligned from the concept's last token. The optimiser is Adam, computed in float32. Captions are
+read in batches whose gradients are added, so that memory does not grow with their number.
 """
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -25,6 +27,7 @@ from torch import Generator, Tensor, nn
 
 from overpaint.edit.captions import align_captions, check_frames, check_pairs
 from overpaint.edit.change import Change
+from overpaint.edit.drift import concept_movement
 from overpaint.edit.encoders import Encoder, edited_parts, joined, unread_layer
 from overpaint.edit.movement import Movement
 from overpaint.edit.provenance import notes, protocol
@@ -38,6 +41,7 @@ __all__ = ["hirm"]
 
 Towards = Literal["replacement", "random"]
 _SCALES = {"replacement": 1.0, "random": 500.0}
+_BATCH = 64  # captions in one forward pass
 
 
 def hirm(
@@ -93,15 +97,16 @@ def hirm(
     for place, part in enumerate(parts):
         started = time.perf_counter()
         tower = _Tower(model, part, layer)
-        ids, targets = _examples(model, tower, pairs, frames, towards, scale, seed)
+        examples = _examples(model, tower, pairs, frames, towards, scale, seed)
         losses, tuned = _train(
-            tower, ids, targets, steps, lr, _shifted(on_progress, place, len(parts), steps)
+            tower, examples, steps, lr, _shifted(on_progress, place, len(parts), steps)
         )
         movements = tuple(map(Movement.to_weight, tower.sites, tower.parameters, tuned))
         report = {
             "loss_before": losses[0],
             "loss_after": losses[-1],
             "delta_norm": math.sqrt(sum(float(m.delta.square().sum()) for m in movements)),
+            "concept_movement": _concept_movement(tower, examples, tuned, list(pairs)),
             "seconds": {"train": round(time.perf_counter() - started, 6)},
         }
         settings = {
@@ -149,12 +154,36 @@ class _Tower:
         }
 
     def states(self, ids: Tensor, tuned: Sequence[Tensor]) -> Tensor:
-        """Return the states (B, L, D) of token ids (B, L) with the weights `tuned`, float32."""
+        """Return the states (B, L, D) of token ids (B, L) with the weights `tuned`, float32, in one forward pass."""
         replaced = self._float | dict(zip(self._names, tuned, strict=True))
         # Not `output_hidden_states`, for which transformers leaves hooks on the model.
         with record([self._last], copies=False) as (outputs,):
             torch.func.functional_call(self._encoder, replaced, (ids.to(tuned[0].device),))
         return outputs[0]
+
+    @torch.no_grad()
+    def all_states(self, ids: Tensor, tuned: Sequence[Tensor]) -> Tensor:
+        """Return `states` of any number of captions, without gradients."""
+        return torch.cat([self.states(batch, tuned) for batch in ids.split(_BATCH)])
+
+
+@dataclass(frozen=True, eq=False)
+class _Examples:
+    """Captions of the old concepts and the states that they should have.
+
+    Attributes:
+        ids: Token ids of B captions, shape (B, L).
+        targets: Target of each state, shape (B, L, D).
+        before: States of the unedited encoder, shape (B, L, D).
+        replacements: States of the new concepts' captions, aligned with the old ones, shape (B, L, D).
+        concepts: For each caption, the index of its concept.
+    """
+
+    ids: Tensor
+    targets: Tensor
+    before: Tensor
+    replacements: Tensor
+    concepts: list[int]
 
 
 def _examples(
@@ -165,31 +194,40 @@ def _examples(
     towards: Towards,
     scale: float,
     seed: int,
-) -> tuple[Tensor, Tensor]:
-    """Return the token ids of the old captions, shape (B, L), and the targets of their states, (B, L, D)."""
+) -> _Examples:
+    """Return the captions of the pairs in all frames, with their targets."""
     planned = align_captions(model, pairs, frames, "subject_to_end", encoder=tower.part)
     olds = torch.stack([p.old.ids for p in planned])
     weights = [p.detach().float() for p in tower.parameters]
-    with torch.no_grad():
-        if towards == "random":
-            width = tower.states(olds[:1], weights).shape[-1]
-            direction = torch.randn(width, generator=Generator().manual_seed(seed))
-            direction = (direction / direction.norm()).to(weights[0].device)
-            return olds, (scale * direction).expand(*olds.shape, width)
-        news = tower.states(torch.stack([p.new.ids for p in planned]), weights)
+    before = tower.all_states(olds, weights)
+    news = tower.all_states(torch.stack([p.new.ids for p in planned]), weights)
     # Before the concept, the tokens are equal.
     rows = torch.arange(olds.shape[1]).repeat(len(planned), 1)
     for places, pair in zip(rows, planned, strict=True):
         for old, new in pair.positions:
             places[old] = new
-    rows = rows.to(news.device)[..., None].expand_as(news)
-    return olds, scale * news.gather(1, rows)
+    replacements = news.gather(1, rows.to(news.device)[..., None].expand_as(news))
+    targets = scale * replacements
+    if towards == "random":
+        direction = torch.randn(news.shape[-1], generator=Generator().manual_seed(seed))
+        targets = (scale * (direction / direction.norm()).to(news.device)).expand_as(news)
+    concepts = [list(pairs).index(p.names[0]) for p in planned]
+    return _Examples(olds, targets, before, replacements, concepts)
+
+
+def _concept_movement(
+    tower: _Tower, examples: _Examples, tuned: Sequence[Tensor], concepts: Sequence[str]
+) -> dict[str, float]:
+    """Return the `concept_movement` of a report: that of the states, on the way to those of the replacement."""
+    moved = tower.all_states(examples.ids, tuned) - examples.before
+    requested = examples.replacements - examples.before
+    moved, requested = (part.double().square().sum((1, 2)).cpu() for part in (moved, requested))
+    return concept_movement(moved, requested, examples.concepts, concepts)
 
 
 def _train(
     tower: _Tower,
-    ids: Tensor,
-    targets: Tensor,
+    examples: _Examples,
     steps: int,
     lr: float,
     on_progress: Callable[[int], None],
@@ -199,20 +237,37 @@ def _train(
     optimizer: Any = torch.optim.Adam(tuned, lr=lr)
     losses: list[float] = []
     for done in range(steps + 1):
-        loss = (tower.states(ids, tuned) - targets).square().sum(-1).mean()
-        losses.append(loss.item())
+        loss, gradients = _loss(tower, examples, tuned, differentiate=done < steps)
+        losses.append(loss)
         if not math.isfinite(losses[-1]):
             raise ValueError(
                 f"the training diverged at update {done}: lower `lr`, {lr!r}, or look for a damaged weight."
             )
         if done == steps:
             break
-        gradients = torch.autograd.grad(loss, tuned)
         for parameter, gradient in zip(tuned, gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
         on_progress(done + 1)
     return losses, tuned
+
+
+def _loss(
+    tower: _Tower, examples: _Examples, tuned: Sequence[Tensor], *, differentiate: bool
+) -> tuple[float, list[Tensor]]:
+    """Return the mean squared distance of all states from their targets, and its gradients for the weights `tuned`."""
+    total, gradients = 0.0, [torch.zeros_like(t) for t in tuned] if differentiate else []
+    batches = zip(examples.ids.split(_BATCH), examples.targets.split(_BATCH), strict=True)
+    with torch.set_grad_enabled(differentiate):
+        for ids, targets in batches:
+            loss = (tower.states(ids, tuned) - targets).square().sum(
+                -1
+            ).sum() / examples.ids.numel()
+            total += loss.item()
+            if differentiate:
+                parts = torch.autograd.grad(loss, list(tuned))
+                gradients = [g + part for g, part in zip(gradients, parts, strict=True)]
+    return total, gradients
 
 
 def _shifted(
