@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from overpaint import edit
-from overpaint.edit.methods.cross_attention import feature_edit, read_features
-from overpaint.edit.methods.speed import Refinement
+from overpaint.edit.least_squares import factorise
+from overpaint.edit.methods.speed import Refinement, held_keys
+from overpaint.edit.methods.text_keys import feature_edit, read_features
 from overpaint.edit.null_space import span
 from overpaint.edit.weights import find_weight
 
@@ -86,10 +87,10 @@ def test_copies_lie_along_the_least_direction_of_the_weight_and_are_filtered_aga
     parts = rows(tiny_sd1)
     w = exact(tiny_sd1, "unet.cross_attn.3.to_v")
     refinement = Refinement(
-        parts, span(torch.zeros(0, 64)), ridge=1.0, influence_filter=True, copies=10, null_below=0.1,
-        generator=torch.Generator().manual_seed(3),
+        parts, factorise(parts.keys, ridge=1.0), span(torch.zeros(0, 64)), influence_filter=True, copies=10,
+        null_below=0.1,
     )  # fmt: skip
-    held = refinement.refined(w)
+    held = held_keys(refinement, w, seed=3)
     k = parts.keys.double()
     alone = (
         w @ (parts.sources.double() - k).T @ k @ torch.linalg.inv(k.T @ k + torch.eye(64).double())

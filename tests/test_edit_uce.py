@@ -7,12 +7,8 @@ import torch
 
 from overpaint import edit
 from overpaint.edit.least_squares import factorise, solve
-from overpaint.edit.methods.cross_attention import (
-    last_tokens,
-    projection_sites,
-    read_features,
-    unconditional_features,
-)
+from overpaint.edit.methods.cross_attention import projection_sites
+from overpaint.edit.methods.text_keys import last_tokens, read_features, unconditional_features
 from overpaint.edit.methods.uce import ARTISTS, OBJECTS, Search
 from overpaint.edit.weights import find_weight, fingerprint
 from overpaint.errors import UnknownSite, UnsupportedModel

@@ -458,7 +458,7 @@ def test_clip_skip_reads_earlier_layers_of_both_encoders_of_sdxl():
 
 
 def test_tracing_and_editing_read_the_features_that_the_unet_reads():
-    from overpaint.edit.methods.cross_attention import read_features
+    from overpaint.edit.methods.text_keys import read_features
     from overpaint.probes import Probe
     from overpaint.trace import Noise, TextStates, corruption, text_encoder
     from overpaint.trace.text_encoder_trace import encode_restored

@@ -8,45 +8,46 @@ Source: the objective is that of `least_squares`; the methods cite their papers.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from overpaint.edit.captions import align_captions, captions, layer_inputs
+from overpaint.edit.captions import layer_inputs
 from overpaint.edit.change import Change
-from overpaint.edit.drift import weight_drift
-from overpaint.edit.least_squares import Factors, contradiction, factorise
+from overpaint.edit.drift import concept_movement, weight_drift
+from overpaint.edit.least_squares import Factors, factorise
 from overpaint.edit.methods.quickfix import preserve_gram
+from overpaint.edit.methods.text_keys import (
+    FeatureEdit,
+    check_contradictions,
+    last_tokens,
+    read_features,
+    rows_from_last_token,
+)
 from overpaint.edit.movement import Movement
 from overpaint.edit.null_space import check_room, outside
 from overpaint.edit.provenance import notes
 from overpaint.edit.provenance import protocol as shared_protocol
 from overpaint.edit.weights import encoder_index, find_weights
 from overpaint.errors import UnknownSite, UnsupportedModel
-from overpaint.model import TextToImage, text_features
+from overpaint.model import TextToImage
 from overpaint.model.sites import Site, find_unet
 
 __all__ = [
-    "FeatureEdit",
-    "Keys",
     "Layer",
     "Projection",
-    "check_contradictions",
+    "SquaredNorms",
     "check_weight",
     "drift_report",
-    "feature_edit",
-    "last_tokens",
     "pooled_remark",
     "preserved_keys",
     "projection_sites",
-    "read_features",
-    "rows_from_last_token",
     "solve_projections",
     "squared_norms",
-    "unconditional_features",
+    "trained_movement",
 ]
 
 _ALL_POSITIONS = ("quickfix", "random_site")  # methods that preserve every token of a prompt
@@ -54,33 +55,6 @@ _LAST_TOKEN = ("uce", "debias")  # methods that preserve a prompt from its last 
 
 Layer = int | str | Site
 Projection = Literal["k", "v"]
-Keys = Literal["last", "last_to_pads"]
-_BATCH = 64  # texts
-
-
-@dataclass(frozen=True, eq=False)
-class FeatureEdit:
-    """An edit stated in text features: N keys and their sources, and M preserved keys.
-
-    Attributes:
-        keys: Features of the old concepts, shape (N, D), float32.
-        sources: For each key, the features of the new concept, shape (N, D), float32.
-        owners: For each key, the index of its concept among the pairs.
-        labels: For each key, the pair as text, for error messages.
-        preserve: Features whose outputs should not change, shape (M, D), float32.
-        preserve_prompts: For each preserved key, its prompt.
-        empty: Features of the unconditional branch of the guidance, shape (L, D), to measure its drift.
-        started: `time.perf_counter()` before the first caption was read.
-    """
-
-    keys: Tensor
-    sources: Tensor
-    owners: tuple[int, ...]
-    labels: tuple[str, ...]
-    preserve: Tensor
-    preserve_prompts: tuple[str, ...]
-    empty: Tensor
-    started: float
 
 
 def projection_sites(
@@ -114,54 +88,6 @@ def projection_sites(
     return [f"unet.cross_attn.{i}.to_{name}" for i in indices for name in ("k", "v") if name in matrices]  # fmt: skip
 
 
-def last_tokens(model: TextToImage, concepts: Sequence[tuple[str, str]]) -> list[tuple[str, int]]:
-    """Return the caption of each concept and the position of the concept's last token in it.
-
-    Args:
-        model: Its tokenizer is called once.
-        concepts: Pairs of a concept and a frame. For an empty concept the position is that of the token before its
-            place in the frame, or of begin-of-text.
-
-    Raises:
-        ValueError: The token limit cuts a concept off, or a caption holds a special token.
-    """
-    return [(c.text.strip(), c.last) for c in captions(model, concepts)]
-
-
-@torch.no_grad()
-def read_features(
-    model: TextToImage, texts: Sequence[str], *, length: int | None = None
-) -> dict[str, Tensor]:
-    """Return the text features that cross-attention reads for each text, float32 on the CPU, shape (L, D) each.
-
-    Args:
-        model: Its text encoders are causal, so a token's features do not depend on later tokens.
-        texts: Read in batches; equal texts are read once.
-        length: Number of tokens to read, which saves most of the time for short captions; all if `None`.
-    """
-    distinct = list(dict.fromkeys(texts))
-    ids = [model.tokenize(distinct, encoder=i)[:, :length] for i in range(len(model.text_encoders))]
-    parts: list[Tensor] = []
-    for start in range(0, len(distinct), _BATCH):
-        rows = [part[start : start + _BATCH].to(model.device) for part in ids]
-        features = text_features(model.text_encoders, rows, clip_skip=model.clip_skip)
-        parts.append(features.cpu().float())
-    features = torch.cat(parts)
-    if len(ids) == 2:
-        features = features[:, :-1]  # the last row is the pooled one, which no layer reads
-    return dict(zip(distinct, features, strict=True))
-
-
-def unconditional_features(model: TextToImage) -> Tensor:
-    """Return the text features of the unconditional branch of the guidance, zero in SDXL, float32 on the CPU, (L, D).
-
-    They are those of the empty prompt that `model.encode` returns. A concept that is erased is mapped to features of
-    the empty prompt as the encoders compute them, which `read_features` returns.
-    """
-    features = model.encode([""])[0].cpu().float()
-    return features[:-1] if len(model.text_encoders) == 2 else features
-
-
 def pooled_remark(model: TextToImage) -> str:
     """Return a remark that an edit of cross-attention does not change SDXL's pooled vector; empty for other models."""
     if len(model.text_encoders) == 1:
@@ -172,62 +98,6 @@ def pooled_remark(model: TextToImage) -> str:
     )
 
 
-def feature_edit(
-    model: TextToImage,
-    pairs: Mapping[str, str],
-    preserve: Sequence[str],
-    *,
-    frames: Sequence[str],
-    keys: Keys = "last",
-) -> FeatureEdit:
-    """Return the edit of `pairs` in `frames`; preserved prompts have no frame.
-
-    Args:
-        model: Its text encoders and tokenizer are called.
-        pairs: Old concept to new; the source of `""` is the token before its place, begin-of-text in an empty frame.
-        preserve: Prompts whose outputs should not change.
-        frames: Captions around the concept: a prefix, or a text in which `{}` is replaced.
-        keys: `"last"` reads the concept's last token; `"last_to_pads"` also every token after it, to the last pad, each
-            aligned with the token as far from the last token of the new concept.
-
-    Raises:
-        ValueError: A concept is cut off, or `keys` is another word.
-    """
-    if keys not in get_args(Keys):
-        raise ValueError(
-            f"`keys` must be 'last' or 'last_to_pads', got {keys!r}. Leave it out for 'last'."
-        )
-    started = time.perf_counter()
-    positions = "last_subject" if keys == "last" else "from_subject_to_end"
-    planned = align_captions(model, pairs, frames, positions)
-    ends = last_tokens(model, [(prompt, "") for prompt in preserve])
-    last = [p.old.last for p in planned] + [p.new.last for p in planned] + [e for _, e in ends]
-    length = max(last) + 2 if keys == "last" else None  # with the end of text
-    texts = [c.text for p in planned for c in (p.old, p.new)]
-    features = read_features(model, [*texts, *(text for text, _ in ends)], length=length)
-    preserved = [rows_from_last_token(features[text], place, keys) for text, place in ends]
-    width = features[texts[0]].shape[1]
-    concepts = list(pairs)
-    aligned = [(p, old, new) for p in planned for old, new in p.positions]
-    return FeatureEdit(
-        keys=torch.stack([features[p.old.text][old] for p, old, _ in aligned]),
-        sources=torch.stack([features[p.new.text][new] for p, _, new in aligned]),
-        owners=tuple(concepts.index(p.names[0]) for p, *_ in aligned),
-        labels=tuple(f"{p.names[0]!r} → {p.names[1]!r}" for p, *_ in aligned),
-        preserve=torch.cat([torch.zeros(0, width), *preserved]),
-        preserve_prompts=tuple(
-            p for p, rows in zip(preserve, preserved, strict=True) for _ in rows
-        ),
-        empty=unconditional_features(model),
-        started=started,
-    )
-
-
-def rows_from_last_token(features: Tensor, place: int, keys: Keys) -> Tensor:
-    """Return the rows of `features` (L, D) at the position `place`, and of those after it for `"last_to_pads"`."""
-    return features[place : place + 1] if keys == "last" else features[place:]
-
-
 def solve_projections(
     model: TextToImage,
     sites: Sequence[str],
@@ -235,7 +105,7 @@ def solve_projections(
     *,
     ridge: float,
     preserve_weight: float = 0.0,
-    basis: Tensor | Callable[[Tensor], Tensor] | None = None,
+    basis: Tensor | Sequence[Tensor] | None = None,
     protocol: Mapping[str, Any],
 ) -> Change:
     """Return the change of all `sites` by a feature edit; the model is not modified.
@@ -246,8 +116,8 @@ def solve_projections(
         edit: Keys, sources and preserved keys.
         ridge: Pull towards the old weights, in units of a key's squared norm. Positive.
         preserve_weight: Weight of one preserved key against one edited key.
-        basis: Orthonormal directions (D, R) of text features whose outputs do not change at all, or a function that
-            returns them for a weight (D_out, D) in float64.
+        basis: Orthonormal directions (D, R) of text features whose outputs do not change at all, float64, for all
+            weights or for each of them.
         protocol: The method and its arguments; model, ridge, sites and versions are added.
 
     Raises:
@@ -262,12 +132,15 @@ def solve_projections(
     shift = edit.sources.double() - edit.keys.double()
     systems: list[_System] = []
     movements: list[Movement] = []
-    squares: list[dict[str, float]] = []
-    for weight in weights:
+    squares: list[SquaredNorms] = []
+    shared = basis is None or isinstance(basis, Tensor)
+    bases: Sequence[Tensor | None] = (
+        [basis] * len(weights) if basis is None or isinstance(basis, Tensor) else basis
+    )
+    for weight, directions in zip(weights, bases, strict=True):
         matrix = weight.parameter.detach().to("cpu", torch.float64)
         check_weight(weight.site, matrix, edit.keys.shape[1])
-        if callable(basis) or not systems:
-            directions = basis(matrix) if callable(basis) else basis
+        if not (shared and systems):
             systems.append(_system(edit, directions, concepts, ridge=ridge, gram=gram))
         system = systems[-1]
         residuals = shift @ matrix.T
@@ -287,7 +160,7 @@ def solve_projections(
         },
         "condition_number": max(s.factors.condition_number for s in systems),
         "effective_rank": max(s.factors.effective_rank for s in systems),
-        **drift_report(edit, movements, squares),
+        **drift_report(edit, movements, squares, concepts),
     }
     method, pairs = protocol["method"], protocol["pairs"]
     full = {
@@ -358,24 +231,27 @@ def _index(layer: Layer) -> int:
     return int(number)
 
 
-def check_contradictions(edit: FeatureEdit) -> None:
-    """Raise a `ValueError` if one key has two targets, also if a preserved key is edited."""
-    rows = contradiction(
-        torch.cat([edit.keys, edit.preserve]), torch.cat([edit.sources, edit.preserve])
-    )
-    if rows is None:
-        return
-    first, second = rows
-    if second >= len(edit.keys):
-        prompt = edit.preserve_prompts[second - len(edit.keys)]
-        raise ValueError(
-            f"the preserved prompt {prompt!r} has the same key as {edit.labels[first]}, which is edited: take it off "
-            "the `preserve` list."
-        )
-    raise ValueError(
-        f"contradictory pairs: {edit.labels[first]} and {edit.labels[second]} give one key two targets. Keep one "
-        "of them."
-    )
+def trained_movement(
+    edit: FeatureEdit,
+    movements: Sequence[Movement],
+    weights: Sequence[Tensor],
+    concepts: Sequence[str],
+) -> dict[str, float]:
+    """Return the `concept_movement` of a report for movements that were not solved from the keys of `edit`.
+
+    Args:
+        edit: Keys and sources of the concepts.
+        movements: One for each weight.
+        weights: The weights that move, shape (D_out, D).
+        concepts: The concepts.
+    """
+    shift = edit.sources.double() - edit.keys.double()
+    moved, requested = torch.zeros(2, len(shift), dtype=torch.float64)
+    for m, weight in zip(movements, weights, strict=True):
+        outputs = edit.keys.double() @ m.right.double().T @ m.left.double().T
+        moved += outputs.square().sum(1)
+        requested += (shift @ weight.detach().cpu().double().T).square().sum(1)
+    return concept_movement(moved, requested, edit.owners, concepts)
 
 
 def check_weight(site: str, weight: Tensor, width: int) -> None:
@@ -395,13 +271,28 @@ def check_weight(site: str, weight: Tensor, width: int) -> None:
         raise ValueError(f"the weight at {site} holds NaN or infinity: load an undamaged model.")
 
 
+@dataclass(frozen=True, eq=False)
+class SquaredNorms:
+    """Squared norms of the movement of one weight.
+
+    Attributes:
+        totals: Norms over all keys, by name.
+        moved: Norms of the movement of each key's output, shape (N,).
+        requested: Norms of each key's residual, the requested movement, shape (N,).
+    """
+
+    totals: dict[str, float]
+    moved: Tensor
+    requested: Tensor
+
+
 def squared_norms(
     left: Tensor,
     residuals: Tensor,
     projected: Sequence[Tensor],
     edit: FeatureEdit,
     parameter: Tensor,
-) -> dict[str, float]:
+) -> SquaredNorms:
     """Return squared norms of the movement of one weight, which `drift_report` sums over the weights.
 
     Args:
@@ -414,25 +305,34 @@ def squared_norms(
     """
     weight = parameter.detach().cpu().float()
     keys, preserve, empty = projected
+    outputs = keys @ left.T
     norms = {
         "delta": weight_drift(left),
         "weight": weight_drift(weight),
         "before": float(residuals.norm()),
-        "after": float((residuals - keys @ left.T).norm()),
+        "after": float((residuals - outputs).norm()),
         "target": weight_drift(weight, inputs=edit.sources),
         "preserve_moved": weight_drift(left, inputs=preserve),
         "preserve": weight_drift(weight, inputs=edit.preserve),
         "empty_moved": weight_drift(left, inputs=empty),
         "empty": weight_drift(weight, inputs=edit.empty),
     }
-    return {name: norm**2 for name, norm in norms.items()}
+    totals = {name: norm**2 for name, norm in norms.items()}
+    return SquaredNorms(totals, outputs.square().sum(1), residuals.square().sum(1))
 
 
 def drift_report(
-    edit: FeatureEdit, movements: Sequence[Movement], squares: Sequence[Mapping[str, float]]
+    edit: FeatureEdit,
+    movements: Sequence[Movement],
+    squares: Sequence[SquaredNorms],
+    concepts: Sequence[str],
 ) -> dict[str, Any]:
-    """Return the part of a report about residuals and drift, from the `squared_norms` of all weights."""
-    sums = {name: sum(square[name] for square in squares) for name in squares[0]}
+    """Return the part of a report about residuals, drift and the edited `concepts`, from the norms of all weights."""
+    sums = {name: sum(square.totals[name] for square in squares) for name in squares[0].totals}
+    moved, requested = (
+        torch.stack([getattr(square, name) for square in squares]).sum(0)
+        for name in ("moved", "requested")
+    )
 
     def ratio(part: str, whole: str) -> float:
         return (sums[part] / sums[whole]) ** 0.5 if sums[whole] > 0 else 0.0
@@ -446,6 +346,7 @@ def drift_report(
         "relative_delta_norm": ratio("delta", "weight"),
         "residual_before": ratio("before", "target"),
         "residual_after": ratio("after", "target"),
+        "concept_movement": concept_movement(moved, requested, edit.owners, concepts),
         "preserve_drift": ratio("preserve_moved", "preserve"),
         "empty_prompt_drift": ratio("empty_moved", "empty"),
     }

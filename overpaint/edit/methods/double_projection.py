@@ -21,16 +21,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from overpaint.edit.captions import check_frames, check_pairs
 from overpaint.edit.change import Change
 from overpaint.edit.methods.cross_attention import (
-    Keys,
     Layer,
     Projection,
-    feature_edit,
     projection_sites,
     solve_projections,
 )
+from overpaint.edit.methods.text_keys import Keys, feature_edit
 from overpaint.edit.methods.uce import OBJECTS
 from overpaint.edit.null_space import EXACT, span
 from overpaint.errors import check_texts
@@ -82,10 +80,7 @@ def dp(
         TypeError: A list of texts is one text.
         UnknownSite: The UNet has no such layer.
     """
-    check_pairs(pairs)
-    check_texts(preserve, "preserve")
     check_texts(safe, "safe")
-    check_frames(frames)
     if rank is not None and rank < 1:
         raise ValueError(
             f"`rank` must be 1 or more, got {rank!r}. Leave it out to hold all directions, and leave `preserve` out to "

@@ -30,8 +30,10 @@ from overpaint.edit.methods.cross_attention import (
     Projection,
     pooled_remark,
     projection_sites,
+    trained_movement,
 )
 from overpaint.edit.methods.quickfix import FRAMES
+from overpaint.edit.methods.text_keys import feature_edit
 from overpaint.edit.movement import Movement
 from overpaint.edit.provenance import notes, protocol
 from overpaint.edit.weights import find_weights
@@ -166,11 +168,13 @@ def finetune(
     rows = zip(sites, parameters, tuned, strict=True)
     movements = tuple(Movement.to_weight(*row) for row in rows)
     tenth = max(1, settings.steps // 10)
+    edit = feature_edit(model, pairs, (), frames=frames)
     report = {
         "weights": len(sites),
         "loss_before": sum(losses[:tenth]) / tenth,
         "loss_after": sum(losses[-tenth:]) / tenth,
         "delta_norm": math.sqrt(sum(float(m.delta.square().sum()) for m in movements)),
+        "concept_movement": trained_movement(edit, movements, parameters, list(pairs)),
         "seconds": {
             "pictures": round(drawn - started, 6),
             "train": round(time.perf_counter() - drawn, 6),

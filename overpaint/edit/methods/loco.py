@@ -11,15 +11,10 @@ Deviations: the target is any concept (theirs is fixed to "a painting"); solved 
 
 from collections.abc import Mapping, Sequence
 
-from overpaint.edit.captions import check_frames, check_pairs
 from overpaint.edit.change import Change
-from overpaint.edit.methods.cross_attention import (
-    Layer,
-    feature_edit,
-    projection_sites,
-    solve_projections,
-)
+from overpaint.edit.methods.cross_attention import Layer, projection_sites, solve_projections
 from overpaint.edit.methods.quickfix import FRAMES
+from overpaint.edit.methods.text_keys import feature_edit
 from overpaint.model import TextToImage
 from overpaint.model.sites import find_unet
 
@@ -56,8 +51,6 @@ def loco(
         TypeError: A list of texts is one text.
         UnknownSite: The UNet has no such layer.
     """
-    check_pairs(pairs)
-    check_frames(frames)
     sites = projection_sites(
         model, _middle(model, window) if layers is None else layers, ("k", "v")
     )

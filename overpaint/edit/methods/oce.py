@@ -31,22 +31,24 @@ import torch
 from torch import Tensor
 
 from overpaint import probes
-from overpaint.edit.captions import check_frames, check_pairs
 from overpaint.edit.change import Change
 from overpaint.edit.least_squares import product
 from overpaint.edit.methods.cross_attention import (
-    FeatureEdit,
-    Keys,
     Layer,
-    check_contradictions,
+    SquaredNorms,
     check_weight,
     drift_report,
-    feature_edit,
     pooled_remark,
     projection_sites,
+    squared_norms,
+)
+from overpaint.edit.methods.text_keys import (
+    FeatureEdit,
+    Keys,
+    check_contradictions,
+    feature_edit,
     read_features,
     rows_from_last_token,
-    squared_norms,
 )
 from overpaint.edit.movement import Movement
 from overpaint.edit.null_space import span
@@ -113,9 +115,6 @@ def oce(
         UnknownSite: The UNet has no such layer.
         UnsupportedModel: The projections do not read the text features, or are not plain matrices in memory.
     """
-    check_pairs(pairs)
-    check_texts(preserve, "preserve")
-    check_frames(frames)
     _check_settings(preserve_weight, erase_weight, ridge, form)
     captions = probes.everyday("validation") if captions is None else captions
     check_texts(captions, "captions")
@@ -127,7 +126,7 @@ def oce(
     still += ridge * torch.eye(len(still), dtype=torch.float64)
     solving = time.perf_counter()
     movements: list[Movement] = []
-    squares: list[dict[str, float]] = []
+    squares: list[SquaredNorms] = []
     for weight in find_weights(model, sites):
         matrix = weight.parameter.detach().to("cpu", torch.float64)
         check_weight(weight.site, matrix, edit.keys.shape[1])
@@ -138,7 +137,7 @@ def oce(
         movements.append(
             Movement.of_weight(weight.site, weight.parameter, left.float(), right.float())
         )
-    report = drift_report(edit, movements, squares) | {
+    report = drift_report(edit, movements, squares, list(pairs)) | {
         "captions": len(captions),
         "seconds": {
             "keys": round(solving - edit.started, 6),

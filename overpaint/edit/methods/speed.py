@@ -24,29 +24,28 @@ otherwise. Singular vectors are those of the smaller side of :math:`W`.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
-from overpaint.edit.captions import check_frames, check_pairs
 from overpaint.edit.change import Change
-from overpaint.edit.least_squares import factorise
+from overpaint.edit.least_squares import Factors, factorise
 from overpaint.edit.methods.cross_attention import (
-    FeatureEdit,
-    Keys,
     Layer,
-    feature_edit,
+    check_weight,
     projection_sites,
-    read_features,
     solve_projections,
 )
+from overpaint.edit.methods.text_keys import FeatureEdit, Keys, feature_edit, read_features
 from overpaint.edit.methods.uce import OBJECTS
 from overpaint.edit.movement import Movement
 from overpaint.edit.null_space import span
-from overpaint.errors import check_seed, check_texts
+from overpaint.edit.weights import find_weights
+from overpaint.errors import check_seed, later_seed
 from overpaint.model import TextToImage
 
-__all__ = ["Refinement", "speed"]
+__all__ = ["Held", "Refinement", "held_directions", "held_keys", "speed"]
 
 
 def speed(
@@ -96,100 +95,98 @@ def speed(
         TypeError: A list of texts is one text.
         UnknownSite: The UNet has no such layer.
     """
-    check_pairs(pairs)
-    check_texts(preserve, "preserve")
-    check_frames(frames)
     seed = check_seed(seed)
     _check_numbers(copies, null_below, empty_tokens)
     sites = projection_sites(model, layers, ("v",))
     edit = feature_edit(model, pairs, preserve, frames=frames, keys=keys)
     empty = read_features(model, [""])[""][:empty_tokens]
     refinement = Refinement(
-        edit, span(empty), ridge=ridge, influence_filter=influence_filter, copies=copies, null_below=null_below,
-        generator=Generator().manual_seed(seed),
+        edit, factorise(edit.keys, ridge=ridge, method="auto"), span(empty), influence_filter, copies, null_below
     )  # fmt: skip
+    held: list[Held] = []
+    for place, weight in enumerate(find_weights(model, sites)):
+        matrix = weight.parameter.detach().to("cpu", torch.float64)
+        check_weight(weight.site, matrix, edit.keys.shape[1])
+        held.append(held_directions(refinement, matrix, seed=later_seed(seed, place)))
     protocol = {
         "method": "speed", "pairs": dict(pairs), "preserve": list(preserve), "influence_filter": influence_filter,
         "copies": copies, "null_below": null_below, "empty_tokens": empty_tokens, "keys": keys,
         "frames": list(frames), "seed": seed,
     }  # fmt: skip
     change = solve_projections(
-        model, sites, edit, ridge=ridge, basis=refinement.basis, protocol=protocol
+        model, sites, edit, ridge=ridge, basis=[one.basis for one in held], protocol=protocol
     )
-    report = {**change.report, "held_keys": refinement.held, "held_directions": refinement.ranks}
+    counts = {
+        "held_keys": [one.keys for one in held],
+        "held_directions": [one.basis.shape[1] for one in held],
+    }
+    report = {**change.report, **counts}
     movements = tuple(_unsolvable(m) for m in change.movements)
     return dataclasses.replace(change, movements=movements, report=report)
 
 
+@dataclass(frozen=True, eq=False)
 class Refinement:
-    """The directions that each weight must not change, and their numbers so far.
+    """Arguments of the refinement of the preserve list, the same for all weights.
 
-    Args:
+    Attributes:
         edit: The edit, with the whole preserve list.
+        factors: Factors of the edit's keys, for the edit without constraints.
         equal: An orthonormal basis (D, R) of features whose outputs do not change.
-        ridge: As in `speed`.
         influence_filter: As in `speed`.
         copies: As in `speed`.
         null_below: As in `speed`.
-        generator: Draws the copies.
-
-    Attributes:
-        held: For each weight, the number of keys that are held, with copies.
-        ranks: For each weight, the number of directions that do not change.
     """
 
-    def __init__(
-        self,
-        edit: FeatureEdit,
-        equal: Tensor,
-        *,
-        ridge: float,
-        influence_filter: bool,
-        copies: int,
-        null_below: float,
-        generator: Generator,
-    ) -> None:
-        self._edit = edit
-        self._equal = equal
-        self._factors = factorise(edit.keys, ridge=ridge, method="auto")
-        self._filter = influence_filter
-        self._copies = copies
-        self._least = math.sqrt(null_below)
-        self._generator = generator
-        self.held: list[int] = []
-        self.ranks: list[int] = []
+    edit: FeatureEdit
+    factors: Factors
+    equal: Tensor
+    influence_filter: bool
+    copies: int
+    null_below: float
 
-    def basis(self, weight: Tensor) -> Tensor:
-        """Return an orthonormal basis (D, R) of the directions that `weight` (D_out, D) must not change."""
-        rows = self.refined(weight)
-        strong = span(rows, least=self._least, beside=self._equal)
-        basis = torch.cat([self._equal, strong], 1)
-        self.held.append(len(rows))
-        self.ranks.append(basis.shape[1])
-        return basis
 
-    def refined(self, weight: Tensor) -> Tensor:
-        """Return the preserved keys that a weight holds, filtered and augmented, shape (M, D), float64."""
-        edit = self._edit
-        residuals = (edit.sources.double() - edit.keys.double()) @ weight.T
-        erasure = self._factors.solve(residuals)
-        rows = self._affected(edit.preserve.double(), erasure.left, erasure.right)
-        if not self._copies or not len(rows):
+@dataclass(frozen=True, eq=False)
+class Held:
+    """Directions that one weight holds.
+
+    Attributes:
+        keys: Number of keys, with copies.
+        basis: Orthonormal basis (D, R) of the directions that do not change.
+    """
+
+    keys: int
+    basis: Tensor
+
+
+def held_directions(refinement: Refinement, weight: Tensor, *, seed: int) -> Held:
+    """Return the directions that `weight` (D_out, D), float64, must not change; `seed` is that of the copies."""
+    rows = held_keys(refinement, weight, seed=seed)
+    strong = span(rows, least=math.sqrt(refinement.null_below), beside=refinement.equal)
+    return Held(len(rows), torch.cat([refinement.equal, strong], 1))
+
+
+def held_keys(refinement: Refinement, weight: Tensor, *, seed: int) -> Tensor:
+    """Return the preserved keys that a weight holds, filtered and augmented, shape (M, D), float64."""
+    edit, copies = refinement.edit, refinement.copies
+    residuals = (edit.sources.double() - edit.keys.double()) @ weight.T
+    erasure = refinement.factors.solve(residuals)
+
+    def affected(rows: Tensor) -> Tensor:
+        """Return the rows whose outputs the erasure changes more than the mean; all without the filter."""
+        if not refinement.influence_filter or not len(rows):
             return rows
-        least = torch.linalg.svd(weight, full_matrices=False).Vh[-1]
-        least = least * least[least.abs().argmax()].sign()  # a singular vector has no sign
-        sizes = torch.randn(
-            len(rows), self._copies, 1, generator=self._generator, dtype=torch.float64
-        )
-        copies = (rows[:, None] + sizes * least).flatten(0, 1)
-        return torch.cat([rows, self._affected(copies, erasure.left, erasure.right)])
-
-    def _affected(self, rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """Return the rows (M, D) whose outputs the movement `left @ right` changes more than the mean."""
-        if not self._filter or not len(rows):
-            return rows
-        moved = (rows @ right.T @ left.T).norm(dim=1)
+        moved = (rows @ erasure.right.T @ erasure.left.T).norm(dim=1)
         return rows[moved > moved.mean()]
+
+    rows = affected(edit.preserve.double())
+    if not copies or not len(rows):
+        return rows
+    least = torch.linalg.svd(weight, full_matrices=False).Vh[-1]
+    least = least * least[least.abs().argmax()].sign()  # a singular vector has no sign
+    generator = Generator().manual_seed(seed)
+    sizes = torch.randn(len(rows), copies, 1, generator=generator, dtype=torch.float64)
+    return torch.cat([rows, affected((rows[:, None] + sizes * least).flatten(0, 1))])
 
 
 def _unsolvable(movement: Movement) -> Movement:

@@ -17,15 +17,13 @@ import torch
 from overpaint.edit.captions import Caption, caption, check_frames, check_pairs
 from overpaint.edit.change import Change
 from overpaint.edit.methods.cross_attention import (
-    FeatureEdit,
     Layer,
     Projection,
     projection_sites,
-    read_features,
     solve_projections,
-    unconditional_features,
 )
 from overpaint.edit.methods.quickfix import FRAMES
+from overpaint.edit.methods.text_keys import FeatureEdit, read_features, unconditional_features
 from overpaint.model import TextToImage
 
 __all__ = ["align", "time"]

@@ -25,18 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from overpaint.edit.captions import check_frames, check_pairs
 from overpaint.edit.change import Change
 from overpaint.edit.methods.cross_attention import (
-    Keys,
     Layer,
-    feature_edit,
-    last_tokens,
     projection_sites,
-    read_features,
     solve_projections,
 )
-from overpaint.errors import check_one_text, check_texts
+from overpaint.edit.methods.text_keys import Keys, feature_edit, last_tokens, read_features
+from overpaint.errors import check_one_text
 from overpaint.model import TextToImage
 from overpaint.model.sampling import Progress
 
@@ -80,9 +76,6 @@ def uce(
         TypeError: A list of texts is one text.
         UnknownSite: The UNet has no such layer.
     """
-    check_pairs(pairs)
-    check_texts(preserve, "preserve")
-    check_frames(frames)
     sites = projection_sites(model, layers, ("k", "v"))
     edit = feature_edit(model, pairs, preserve, frames=frames, keys=keys)
     protocol = {
@@ -160,8 +153,6 @@ def debias(
         UnknownSite: As in `uce`.
     """
     _check_shares(concept, shares)
-    check_texts(preserve, "preserve")
-    check_frames(frames)
     search = search or Search()
     sites = projection_sites(model, layers, ("k", "v"))
     edit = feature_edit(model, {concept: ""}, preserve, frames=frames)
