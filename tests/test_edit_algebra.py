@@ -226,7 +226,7 @@ def test_changes_of_other_weights_or_without_keys_are_not_added(tiny_sd1, gogh):
     with gogh.applied(tiny_sd1):
         later = edit.quickfix(tiny_sd1, SNOOPY)
     with pytest.raises(
-        ValueError, match=r"different weights \(other base hashes\), or in .*: make both"
+        ValueError, match=r"different weights \(other base hashes\), or one is .*: make both"
     ):
         gogh + later
     swap = edit.swap_embedding(tiny_sd1, SNOOPY)

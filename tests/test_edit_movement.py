@@ -1,6 +1,7 @@
 """Movements in several dtypes: one change for all casts of a model, sums that are rounded once."""
 
 import copy
+import dataclasses
 import itertools
 import json
 
@@ -13,7 +14,14 @@ import overpaint
 from overpaint import edit
 from overpaint.edit import export, storage
 from overpaint.edit.movement import Movement
-from overpaint.edit.weights import cast_hashes, find_weight, fingerprint, is_base
+from overpaint.edit.weights import (
+    cast_hashes,
+    find_weight,
+    fingerprint,
+    half_sample,
+    is_base,
+    of_one_weight,
+)
 from overpaint.model import TextToImage
 
 GOGH = {"van gogh": "monet"}
@@ -122,13 +130,105 @@ def test_a_change_in_one_half_precision_fits_the_other_from_the_same_folder(
         assert edit.stack(model, [change]).sites == change.sites
 
 
-def test_changes_in_two_half_precisions_are_not_added(stored):
+def in_half(stored, made, pairs, path):
+    """Return a change made in a half precision, read back from its file."""
+    edit.quickfix(overpaint.load(stored / "float32", dtype=made), pairs).save(path)
+    return overpaint.Change.load(path)
+
+
+def test_changes_in_two_half_precisions_are_added_at_the_float16_weight(stored, tmp_path):
     first, second = (
-        edit.quickfix(overpaint.load(stored / "float32", dtype=made), pairs)
-        for made, pairs in zip(HALF, (GOGH, {"cat": "dog"}), strict=True)
+        in_half(stored, made, pairs, tmp_path / f"{i}.safetensors")
+        for i, (made, pairs) in enumerate(zip(HALF, (GOGH, {"cat": "dog"}), strict=True))
     )
-    with pytest.raises(ValueError, match="float16 and bfloat16, which round them .* in one dtype"):
-        first + second
+    total = first + second
+    assert total.digest == (second + first).digest
+    (half,), (brain,), (movement,) = first.movements, second.movements, total.movements
+    assert movement.base_hash == half.base_hash != brain.base_hash
+    assert movement.casts == (*half.casts, brain.base_hash)
+    assert movement.left.dtype == torch.float64
+    both = GOGH | {"cat": "dog"}
+    # the solution for the keys and residuals of both, as they were read in each dtype
+    keys, residuals = (
+        torch.cat([getattr(m, name).double() for m in (half, brain)])
+        for name in ("keys", "residuals")
+    )
+    system = keys @ keys.T + first.ridge * torch.eye(len(keys)).double()
+    expected = residuals.T @ torch.linalg.solve(system, keys)
+    assert float((total.delta - expected).norm()) < 1e-6 * float(expected.norm())
+    joint = edit.quickfix(overpaint.load(stored / "float32"), both)
+    distance = float((total.delta - joint.delta).norm())
+    assert distance < 0.1 * float(joint.delta.norm())  # 0.04 with bfloat16 alone
+    assert set(movement.owners) == {0, 1} and total.pairs == both
+    total.save(tmp_path / "sum.safetensors")
+    loaded = overpaint.Change.load(tmp_path / "sum.safetensors")
+    for made in DTYPES:
+        check(loaded, overpaint.load(stored / "float32", dtype=made))
+    model = overpaint.load(stored / "float32", dtype=torch.bfloat16)
+    check(loaded, overpaint.load(model.pipe))  # a live pipeline, without the stored numbers
+    # a third one joins in either dtype, in any order
+    third = in_half(stored, torch.bfloat16, {"tree": "house"}, tmp_path / "third.safetensors")
+    orders = [(first + second) + third, first + (second + third), third + loaded]
+    assert len({change.digest for change in orders}) == 1
+    assert edit.stack(model, [second, third, first]).digest == orders[0].digest
+
+
+def test_changes_in_two_half_precisions_of_other_weights_are_not_added(stored, tmp_path):
+    first = in_half(stored, torch.float16, GOGH, tmp_path / "a.safetensors")
+    model = overpaint.load(stored / "float32")
+    with torch.no_grad():
+        weight(model).mul_(1 + 0.004 * torch.randn(weight(model).shape))
+    second = edit.quickfix(overpaint.load(model.pipe.to(torch.bfloat16)), {"cat": "dog"})
+    message = (
+        r"different weights \(other base hashes\), or one is a file of an older release .*: make"
+    )
+    for attempt in (lambda: first + second, lambda: second + first):
+        with pytest.raises(ValueError, match=message):
+            attempt()
+    same = in_half(stored, torch.bfloat16, {"cat": "dog"}, tmp_path / "b.safetensors")
+    tensors, record = storage.pack(same.contents, gram=False)
+    del record["movements"][0]["base_sample"]  # as files were before
+    storage.write(tmp_path / "old.safetensors", tensors, record)
+    with pytest.raises(ValueError, match=message):
+        first + overpaint.Change.load(tmp_path / "old.safetensors")
+
+
+def test_a_sample_tells_roundings_of_one_weight_from_other_weights():
+    exact = torch.randn(3000, 5, generator=torch.Generator().manual_seed(1)) * 1e-2
+    half, brain = half_sample(exact.half()), half_sample(exact.bfloat16())
+    assert len(half) == len(brain) and 60 <= len(half) <= 64
+    assert of_one_weight(half, brain)
+    assert not of_one_weight(brain, half) and not of_one_weight(half, half)
+    assert not of_one_weight(brain, brain) and not of_one_weight((), ())
+    assert not of_one_weight(half, half_sample((exact * 1.003).bfloat16()))
+    assert not of_one_weight(half, brain[:-1])
+    assert half_sample(exact) == () == half_sample(exact.double())
+    tiny = exact * 1e-5  # below the smallest normal float16 number
+    assert of_one_weight(half_sample(tiny.half()), half_sample(tiny.bfloat16())) is False
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("base_norm", "x"), ("base_norm", -1.0), ("base_norm", True), ("base_sample", 3), ("base_sample", ["x"]),
+     ("base_sample", [1])],
+)  # fmt: skip
+def test_a_damaged_norm_or_sample_is_refused(tiny_sd1, tmp_path, name, value):
+    tensors, record = storage.pack(edit.quickfix(tiny_sd1, GOGH).contents, gram=False)
+    record["movements"][0][name] = value
+    storage.write(tmp_path / "c.safetensors", tensors, record)
+    with pytest.raises(ValueError, match=f"is damaged: its `{name}` is no"):
+        overpaint.Change.load(tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize("shape", [(5, 2, 7), (5, 5, 7), (2, 5, 3), (4, 0, 4)])
+def test_the_relative_norm_is_that_of_the_product(shape):
+    out, rank, width = shape
+    base, left, right = torch.randn(out, width), torch.randn(out, rank), torch.randn(rank, width)
+    movement = Movement.of_weight(SITE, base, left, right)
+    expected = float((left @ right).norm() / base.norm())
+    assert movement.relative_norm == pytest.approx(expected, rel=1e-5)
+    assert Movement.of_weight(SITE, 0 * base, left, right).relative_norm == 0.0
+    assert dataclasses.replace(movement, base_norm=None).relative_norm is None
 
 
 def test_two_roundings_without_the_stored_numbers_are_refused_with_the_remedy(stored):

@@ -174,7 +174,7 @@ def edit(
     change = _combine(loaded, base, addition, options)
     if options.rank is not None:
         change = complete(loaded, change).compact(rank=options.rank)
-    if "collateral" not in change.report or options.strength != 1:
+    if "collateral" not in change.report:  # also after a scaling, which leaves it out
         change = with_collateral(loaded, change)
     facts = _facts(change)
     if options.dry_run:

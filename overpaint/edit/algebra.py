@@ -15,10 +15,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from overpaint.edit.drift import concept_movement
 from overpaint.edit.least_squares import Factors, compress, contradiction, factorise
 from overpaint.edit.movement import Contents, Movement, digest
 from overpaint.edit.null_space import EXACT
-from overpaint.edit.weights import is_embedding
+from overpaint.edit.scaled_report import scaled_report
+from overpaint.edit.weights import is_embedding, of_one_weight
 from overpaint.errors import listed
 
 __all__ = [
@@ -44,6 +46,10 @@ def add(first: Contents, second: Contents) -> Contents:
     A concept that both send to the same target counts once. Preserve terms that are equal count once, and those of
     different prompts add up: a prompt on both lists then counts twice, which `stack` avoids.
 
+    The sum is solved in float64, whatever the dtypes of the models. Its base is the weight with more digits: of a
+    weight and its cast the weight itself, and of a float16 and a bfloat16 one the float16 one. It is accepted where
+    either of them is.
+
     Raises:
         ValueError: They differ in weights, ridge or positions, contradict one another, contain nothing that was solved,
             or lack their preserve terms.
@@ -58,25 +64,21 @@ def add(first: Contents, second: Contents) -> Contents:
     once = preserve_settings(first) == preserve_settings(second)
     others = {m.site: m for m in second.movements}
     cache = _FactorCache(_ridge(first))
-    movements: list[Movement] = []
-    reports: list[dict[str, Any]] = []
+    solved: list[_Solved] = []
     for a in first.movements:
         b = others[a.site]
         parts = [(first, a, frozenset[str]()), (second, b, shared)]
         keys, residuals, owners = _sorted_keys(parts, names)
         gram = _joint_gram(first, second, a, b, once=once)
-        movement, report = _solved(
-            _wider_base(a, b), residuals, owners, cache.factorised(keys, gram)
-        )
-        movements.append(movement)
-        reports.append(report)
+        solved.append(_solved(_joint_base(a, b), residuals, owners, cache.factorised(keys, gram)))
+    movements = tuple(one.movement for one in solved)
     _check_contradictions(movements, pairs)
     protocol = _joint_protocol(first, second, dict(pairs))
-    return Contents(tuple(movements), protocol, _summary(reports))
+    return Contents(movements, protocol, _summary(solved, protocol))
 
 
 def scale(change: Contents, factor: float) -> Contents:
-    """Return `change` with `factor` times its movement; its residuals are scaled too.
+    """Return `change` with `factor` times its movement, and the report of that; its residuals are scaled too.
 
     Raises:
         ValueError: `factor`, or the strength of a concept that results, is not finite or beyond 100.
@@ -95,7 +97,8 @@ def scale(change: Contents, factor: float) -> Contents:
     protocol = {k: v for k, v in change.protocol.items() if k != "strength"}
     if strength:
         protocol["strength"] = strength
-    return Contents(tuple(movements), protocol, change.report)
+    report = scaled_report(change.report, factor, change.protocol)
+    return Contents(tuple(movements), protocol, report)
 
 
 def check_strength(factor: float) -> None:
@@ -127,20 +130,18 @@ def without(change: Contents, concept: str) -> Contents:
     _check_complete(change)
     names = sorted(pairs)
     cache = _FactorCache(_ridge(change))
-    movements: list[Movement] = []
-    reports: list[dict[str, Any]] = []
+    solved: list[_Solved] = []
     for m in change.movements:
         keys, residuals, owners = _sorted_keys([(change, m, removed)], names)
-        movement, report = _solved(m, residuals, owners, cache.factorised(keys, m.gram))
-        movements.append(movement)
-        reports.append(report)
+        solved.append(_solved(m, residuals, owners, cache.factorised(keys, m.gram)))
     protocol = {**change.protocol, "pairs": {name: pairs[name] for name in names}}
     if "aliases" in protocol:
         protocol["aliases"] = aliases
     strength = protocol.pop("strength", {})
     if others := {old: value for old, value in strength.items() if old not in removed}:
         protocol["strength"] = others
-    return Contents(tuple(movements), protocol, _summary(reports))
+    movements = tuple(one.movement for one in solved)
+    return Contents(movements, protocol, _summary(solved, protocol))
 
 
 def remove_concept(
@@ -244,8 +245,8 @@ def _check_alike(first: Contents, second: Contents) -> None:
     bases = {m.site: m for m in first.movements}
     if not all(_have_same_base(bases[m.site], m) for m in second.movements):
         raise ValueError(
-            "these changes were made for different weights (other base hashes), or in float16 and bfloat16, which "
-            "round them differently: make both on the same unedited model in one dtype."
+            "these changes were made for different weights (other base hashes), or one is a file of an older release "
+            "made in another half precision: make both on the same unedited model."
         )
     for change in (first, second):
         check_solved(change)
@@ -260,13 +261,21 @@ def _check_alike(first: Contents, second: Contents) -> None:
 
 
 def _have_same_base(a: Movement, b: Movement) -> bool:
-    """Return whether two movements start from one weight, or one from a cast of the other's."""
-    return a.base_hash in (b.base_hash, *b.casts) or b.base_hash in a.casts
+    """Return whether two movements start from one weight, one from a cast of the other's, or both from casts of one."""
+    if a.base_hash in (b.base_hash, *b.casts) or b.base_hash in a.casts:
+        return True
+    first, second = a.base_sample, b.base_sample
+    return of_one_weight(first, second) or of_one_weight(second, first)
 
 
-def _wider_base(a: Movement, b: Movement) -> Movement:
-    """Return the movement whose base is not a cast of the other's base."""
-    return b if a.base_hash != b.base_hash and a.base_hash in b.casts else a
+def _joint_base(a: Movement, b: Movement) -> Movement:
+    """Return the movement whose base has more digits; one in float16 also accepts the bfloat16 base of the other."""
+    if a.base_hash in (b.base_hash, *b.casts):
+        return b if a.base_hash != b.base_hash else a
+    if b.base_hash in a.casts:
+        return a
+    half, brain = (a, b) if of_one_weight(a.base_sample, b.base_sample) else (b, a)
+    return dataclasses.replace(half, casts=(*half.casts, brain.base_hash))
 
 
 def _shared_concepts(first: Contents, second: Contents) -> frozenset[str]:
@@ -353,30 +362,60 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
+@dataclass(frozen=True, eq=False)
+class _Solved:
+    """The movement of one weight, solved again.
+
+    Attributes:
+        movement: The movement.
+        report: Measurements of the solve.
+        moved: Squared norm of the movement of each key's output, shape (N,).
+        requested: Squared norm of each key's residual, shape (N,).
+    """
+
+    movement: Movement
+    report: dict[str, Any]
+    moved: Tensor
+    requested: Tensor
+
+
 def _solved(
     movement: Movement, residuals: Tensor, owners: Sequence[int], shared: _Factorised
-) -> tuple[Movement, dict[str, Any]]:
-    """Return the movement of one weight, solved again, and measurements of the solve."""
+) -> _Solved:
+    """Return the movement of one weight, solved again for other residuals."""
     solution = shared.factors.solve(residuals)
     left, right = compress(solution.left, solution.right, orthonormal=solution.orthonormal)
     solved = dataclasses.replace(
         movement, left=left, right=right, keys=shared.keys, residual_data=residuals, owners=tuple(owners),
         gram=shared.gram,
     )  # fmt: skip
-    missed = float((residuals - shared.projected @ solution.left.T).norm())
-    return solved, {
+    outputs = shared.projected @ solution.left.T
+    report = {
         "keys": len(shared.keys),
         "rank": left.shape[1],
         "delta_norm": float(solution.left.norm()),  # the rows of the right factor are orthonormal
         "condition_number": solution.condition_number,
         "effective_rank": solution.effective_rank,
-        "residual_left": missed / max(float(residuals.norm()), 1e-300),
+        "residual_left": float((residuals - outputs).norm()) / max(float(residuals.norm()), 1e-300),
     }
+    return _Solved(solved, report, outputs.square().sum(1), residuals.square().sum(1))
 
 
-def _summary(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the report of one solve, or the largest values of several."""
-    return {name: max(report[name] for report in reports) for name in reports[0]}
+def _summary(solved: Sequence[_Solved], protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the report of a solve of several weights: the largest values, and the movement of each concept."""
+    reports = [one.report for one in solved]
+    report = {name: max(r[name] for r in reports) for name in reports[0]}
+    if "terms" in protocol:
+        return report  # the residuals of `auto` are sums, which do not hold the whole requested movement
+    moved, requested = (
+        torch.cat(parts)
+        for parts in zip(*((one.moved, one.requested) for one in solved), strict=True)
+    )
+    owners = [owner for one in solved for owner in one.movement.owners]
+    shares = concept_movement(moved, requested, owners, list(protocol["pairs"]))
+    strength = protocol.get("strength", {})  # a scaled change has scaled residuals
+    shares = {old: share * abs(strength.get(old, 1.0)) for old, share in shares.items()}
+    return {**report, "concept_movement": shares}
 
 
 def _check_contradictions(movements: Sequence[Movement], pairs: Sequence[tuple[str, str]]) -> None:

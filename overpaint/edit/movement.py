@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from overpaint.edit.least_squares import Solution, compress, one_thread
-from overpaint.edit.weights import cast_hashes, fingerprint
+from overpaint.edit.weights import cast_hashes, fingerprint, half_sample
 
 __all__ = ["Contents", "Movement", "Targets", "digest"]
 
@@ -72,6 +72,8 @@ class Movement:
         gram: :math:`a P^\top P` of the preserved keys, shape (D_in, D_in); `None` if there are none, or if the change
             was loaded from a file without them.
         casts: `cast_hashes` of the weight that the movement starts from; empty in old files.
+        base_norm: Frobenius norm of the weight that the movement starts from; `None` in old files.
+        base_sample: `half_sample` of the weight that the movement starts from; empty in old files.
     """
 
     site: str
@@ -83,6 +85,8 @@ class Movement:
     owners: tuple[int, ...] = field(repr=False)
     gram: Tensor | None = field(repr=False)
     casts: tuple[str, ...] = field(default=(), repr=False)
+    base_norm: float | None = field(default=None, repr=False)
+    base_sample: tuple[float, ...] = field(default=(), repr=False)
 
     @classmethod
     def of_weight(
@@ -98,8 +102,10 @@ class Movement:
             gram: As in `Movement`.
         """
         no_keys = torch.zeros(0, right.shape[1]), torch.zeros(0, len(left))
-        hashes = cast_hashes(parameter)
-        return cls(site, fingerprint(parameter), left, right, *no_keys, (), gram, hashes)
+        return cls(
+            site, fingerprint(parameter), left, right, *no_keys, (), gram, cast_hashes(parameter), _norm(parameter),
+            half_sample(parameter),
+        )  # fmt: skip
 
     @classmethod
     def to_weight(cls, site: str, parameter: Tensor, goal: Tensor) -> "Movement":
@@ -140,8 +146,10 @@ class Movement:
         left, right = compress(solution.left, solution.right, orthonormal=solution.orthonormal)
         if isinstance(residual_data, Tensor):
             residual_data = residual_data.detach().cpu()
-        base, keys, casts = fingerprint(parameter), keys.detach().cpu(), cast_hashes(parameter)
-        return cls(site, base, left, right, keys, residual_data, tuple(owners), gram, casts)
+        return cls(
+            site, fingerprint(parameter), left, right, keys.detach().cpu(), residual_data, tuple(owners), gram,
+            cast_hashes(parameter), _norm(parameter), half_sample(parameter),
+        )  # fmt: skip
 
     @cached_property
     def residuals(self) -> Tensor:
@@ -153,6 +161,17 @@ class Movement:
     def delta(self) -> Tensor:
         """The movement of the weight, shape (D_out, D_in), float64; cached after the first access."""
         return self.left.double() @ self.right.double()
+
+    @cached_property
+    def relative_norm(self) -> float | None:
+        """Frobenius norm of the movement, relative to that of its weight; `None` if the latter is not known.
+
+        It is 0 for a weight of zeros.
+        """
+        if self.base_norm is None:
+            return None
+        norm = _product_norm(self.left, self.right)
+        return norm / self.base_norm if self.base_norm else 0.0
 
     def added_to(self, weight: Tensor) -> Tensor:
         """Return `weight` plus the movement, on the CPU, in its dtype. Rows that do not move keep their bytes.
@@ -176,6 +195,19 @@ class Movement:
             for old, by in zip(result.split(_BLOCK), shift.split(_BLOCK), strict=True):
                 old.copy_(_rounded(by + old, result.dtype))
         return result
+
+
+def _norm(parameter: Tensor) -> float:
+    return float(torch.linalg.vector_norm(parameter.detach().cpu(), dtype=torch.float64))
+
+
+def _product_norm(left: Tensor, right: Tensor) -> float:
+    """Return the Frobenius norm of `left @ right`, from the smaller of the product and of both Gram matrices."""
+    (out, rank), width = left.shape, right.shape[1]
+    if rank * (out + width) > out * width:
+        return float(torch.linalg.norm(left.float() @ right.float()))
+    grams = (left.double().T @ left.double()) * (right.double() @ right.double().T)
+    return max(float(grams.sum()), 0.0) ** 0.5
 
 
 def _rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:

@@ -37,6 +37,7 @@ _UNPACKED = (
     2**23
 )  # numbers that any change may have in memory; a larger file may have 16 for each of its own
 _FIELDS = {"site": str, "base_hash": str, "keys": int, "gram": int | None}
+_LATER_FIELDS = ("casts", "base_norm", "base_sample")  # older files lack them
 
 
 def pack(change: Contents, *, gram: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -57,7 +58,8 @@ def pack(change: Contents, *, gram: bool) -> tuple[dict[str, Tensor], dict[str, 
             gram_place = places.setdefault(fingerprint(m.gram), count)
             tensors[f"gram.{gram_place}"] = m.gram
         entry = {"site": m.site, "base_hash": m.base_hash, "keys": place, "gram": gram_place}
-        movements.append({**entry, "casts": list(m.casts)})
+        base = {"casts": list(m.casts), "base_norm": m.base_norm}
+        movements.append({**entry, **base, "base_sample": list(m.base_sample)})
     record = {"movements": movements, "owners": owners}
     return tensors, {**record, "protocol": change.protocol, "report": change.report}
 
@@ -124,6 +126,8 @@ def _movement(
         owners=owners[entry["keys"]],  # one tuple for all movements of these keys
         gram=None if entry["gram"] is None else tensors[f"gram.{entry['gram']}"],
         casts=tuple(entry.get("casts", ())),
+        base_norm=entry.get("base_norm"),
+        base_sample=tuple(entry.get("base_sample", ())),
     )
 
 
@@ -233,8 +237,10 @@ def _record_fault(record: Any) -> str:
     if wrong:
         return f"its `{wrong[0]}` is of the wrong type"
     movements = record["movements"]
-    fields = (set(_FIELDS), {*_FIELDS, "casts"})  # older files have no hashes of casts
-    if not movements or not all(isinstance(m, dict) and set(m) in fields for m in movements):
+    required, known = set(_FIELDS), {*_FIELDS, *_LATER_FIELDS}
+    if not movements or not all(
+        isinstance(m, dict) and required <= set(m) <= known for m in movements
+    ):
         return "its movements have other fields than a change's"
     for m in movements:
         wrong = [name for name, kind in _FIELDS.items() if not _is(m[name], kind)]
@@ -244,6 +250,11 @@ def _record_fault(record: Any) -> str:
         hashes = [m["base_hash"], *casts] if isinstance(casts, list) else [""]
         if not is_site(m["site"]) or len(hashes) > 4 or not all(map(_is_hash, hashes)):
             return "its site or hash is not one that overpaint writes"
+        norm, sample = m.get("base_norm"), m.get("base_sample", [])
+        if norm is not None and not (_is(norm, int | float) and 0 <= norm < 1e300):
+            return "its `base_norm` is no norm of a weight"
+        if not isinstance(sample, list) or not all(_is(n, float) and abs(n) < 1e39 for n in sample):
+            return "its `base_sample` is no list of numbers of a weight"
         if not 0 <= m["keys"] < len(record["owners"]):
             return "a movement names keys that are not in the file"
     if len({m["site"] for m in movements}) < len(movements):

@@ -28,9 +28,11 @@ __all__ = [
     "find_weight",
     "find_weights",
     "fingerprint",
+    "half_sample",
     "is_base",
     "is_embedding",
     "is_site",
+    "of_one_weight",
     "text_layers",
 ]
 
@@ -40,6 +42,8 @@ _EMBEDDINGS = tuple(f"{part}.token_embedding" for part in TEXT_PARTS)
 _TEXT = re.compile(r"(text2?)\.(\d{1,3})\.(self_attn\.(?:q|k|v|out)_proj|mlp\.fc2)")
 _UNET = re.compile(r"unet\.cross_attn\.(\d{1,3})\.(to_q|to_k|to_v|to_out)")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SAMPLE = 64  # numbers of a weight in half precision that a movement stores
+_ALIKE = 0.875  # least share of a sample whose float16 numbers round to the bfloat16 ones; about 0.97 for one weight
 _EXACT_IN = {  # for each dtype, those that hold all its numbers
     torch.float16: (torch.float16, torch.float32, torch.float64),
     torch.bfloat16: (torch.bfloat16, torch.float32, torch.float64),
@@ -191,6 +195,37 @@ def is_base(tensor: Tensor, base_hash: str, casts: Sequence[str] = ()) -> bool:
         if (hashed in casts and back.equal(tensor)) or fingerprint(back) == base_hash:
             return True
     return False
+
+
+def half_sample(tensor: Tensor) -> tuple[float, ...]:
+    """Return evenly spaced numbers of a weight in half precision, for `of_one_weight`; none of other weights."""
+    if tensor.dtype not in (torch.float16, torch.bfloat16):
+        return ()
+    flat = tensor.detach().reshape(-1)
+    return tuple(flat[:: -(-len(flat) // _SAMPLE)].cpu().double().tolist())
+
+
+def of_one_weight(half: Sequence[float], brain: Sequence[float]) -> bool:
+    """Return whether two samples may be one weight rounded to float16 and to bfloat16.
+
+    No number may be further off than both roundings allow, and nearly all float16 numbers must round to the bfloat16
+    ones. Weights that differ by less than a thousandth are not told apart.
+
+    Args:
+        half: `half_sample` of the float16 weight.
+        brain: `half_sample` of the bfloat16 weight.
+    """
+    if not half or len(half) != len(brain):
+        return False
+    a, b = (torch.tensor(sample, dtype=torch.float64) for sample in (half, brain))
+    if not (a.half().double().equal(a) and b.bfloat16().double().equal(b)):
+        return False
+    rounded = a.bfloat16().double()
+    if rounded.equal(a):  # both are bfloat16
+        return False
+    # half a unit in the last place of each, and of the smallest float16 numbers
+    near = (a - b).abs() <= (2.0**-8 + 2.0**-11) * torch.maximum(a.abs(), b.abs()) + 2.0**-25
+    return bool(near.all()) and float((rounded == b).double().mean()) >= _ALIKE
 
 
 def _weight(site: str, module: Any, encoder: int | None) -> Weight:

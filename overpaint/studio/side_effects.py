@@ -20,7 +20,6 @@ from overpaint.edit.vocabulary import concepts
 from overpaint.model import TextToImage
 from overpaint.model.sampling import Progress
 from overpaint.studio.model_copy import copy_model
-from overpaint.studio.session import common_strength
 
 __all__ = ["ConceptDrift", "SideEffects", "predict"]
 
@@ -56,7 +55,7 @@ class SideEffects:
     Attributes:
         drifts: Drifts of the known concepts, the largest first; empty if text features cannot show them.
         reached: Share of the target movement that the solve, or its repair, reports; `None` if the change has another
-            strength than 1, because the report holds for strength 1.
+            strength than 1, where it does not follow from the report.
         empty_prompt: Drift of the empty prompt, which guidance uses for every picture; `None` if it is not known.
         rank: Rank of the largest movement.
         size: Norm of the movement relative to that of the weight, if reported.
@@ -94,7 +93,7 @@ def predict(
         on_progress: Called before each batch of captions.
     """
     drifts: tuple[ConceptDrift, ...] = ()
-    report = {} if change.protocol.get("strength") else change.report
+    report = change.report
     reason, empty_prompt = "", _number(report.get("empty_prompt_drift"))
     if change.pairs and all(site.startswith("text") for site in change.sites):
         names = concepts("icons" if model.name == "icons" else "natural")
@@ -123,11 +122,10 @@ def _with_measured(
     change: Change, drifts: Sequence[ConceptDrift], empty_prompt: float | None
 ) -> Change:
     """Return `change` with a report of the drifts that were measured here, for `verdict.describe`."""
-    strength = common_strength(change)
-    if not drifts or empty_prompt is None or not strength:
+    if not drifts or empty_prompt is None:
         return change
     measured = {
-        "empty_prompt_drift": empty_prompt / abs(strength),  # a report is of strength 1
+        "empty_prompt_drift": empty_prompt,
         "endangered": [one.concept for one in drifts if one.endangered and one.preserved],
         "not_kept": [one.concept for one in drifts if one.endangered and not one.preserved],
     }
