@@ -7,7 +7,7 @@ import pytest
 
 from overpaint import edit, report
 from overpaint.edit import Change
-from overpaint.edit.verdict import describe, warning
+from overpaint.edit.verdict import WEIGHT_LIMIT, describe, warnings
 from overpaint.trace import Effects
 
 
@@ -64,7 +64,7 @@ def test_a_measured_edit_reports_its_own_figures(by_auto):
 def test_a_warning_follows_where_the_empty_prompt_moves_by_more_than_five_per_cent(quickfix_change):
     for drift, warned in ((0.0499, False), (0.05, False), (0.0501, True), (0.4, True)):
         change = reported(quickfix_change, empty_prompt_drift=drift)
-        assert bool(warning(change)) == warned
+        assert bool(warnings(change)) == warned
         assert ("Warning: the empty prompt moves by more than 5 %" in describe(change)) == warned
 
 
@@ -72,7 +72,7 @@ def test_the_drift_of_a_scaled_change_is_scaled(quickfix_change):
     half = 0.5 * reported(quickfix_change, empty_prompt_drift=0.08)
     assert "moves by 4.0 %" in describe(half)
     assert "at strength 0.5" in describe(half)
-    assert not warning(half)
+    assert not warnings(half)
     assert "at strength 0;" in describe(0 * reported(quickfix_change, empty_prompt_drift=0.08))
 
 
@@ -101,8 +101,41 @@ def test_every_method_and_every_saved_file_has_a_sentence(tiny_sd1, quickfix_cha
 
 @pytest.mark.parametrize("value", [None, "x", 3, [3, None, {}], {"a": 1}, True, float("nan")])
 def test_a_report_of_any_type_raises_nothing(quickfix_change, value):
-    keys = ("empty_prompt_drift", "endangered", "not_kept", "carried", "tokens", "collateral")
+    keys = (
+        "empty_prompt_drift", "endangered", "not_kept", "carried", "tokens", "collateral", "concept_movement",
+    )  # fmt: skip
     assert describe(reported(quickfix_change, **dict.fromkeys(keys, value))).startswith("This")
+    shares = {"concept_movement": {"a": value}}
+    assert describe(reported(quickfix_change, **shares)).startswith("This")
+
+
+def test_a_weight_that_moves_by_many_times_its_norm_is_named(quickfix_change):
+    norm = quickfix_change.movements[0].relative_norm
+    for size, warned in ((0.999, False), (1.001, True), (3.0, True)):
+        change = reported((size * WEIGHT_LIMIT / norm) * quickfix_change)
+        assert bool(warnings(change)) == warned
+        if warned:
+            (text,) = warnings(change)
+            assert text.startswith(
+                f"Warning: text.0.self_attn.out_proj moves by up to {size * WEIGHT_LIMIT:.3g} times the norm"
+            )
+            assert "raise `ridge`, edit fewer tokens" in text and text in describe(change)
+
+
+def test_dp_with_pads_and_a_rank_names_the_weights_that_it_moves_too_far(tiny_sd1, tmp_path):
+    change = edit.dp(
+        tiny_sd1, {"van gogh": "painting"}, preserve=["monet", "a cat", "a dog"], rank=60, keys="last_to_pads",
+        layers=[0, 4, 9],
+    )  # fmt: skip
+    large = [m for m in change.movements if m.relative_norm > WEIGHT_LIMIT]
+    assert large
+    (text,) = [text for text in warnings(change) if "times the norm of the weight" in text]
+    worst = max(large, key=lambda m: m.relative_norm)
+    assert text.startswith(f"Warning: {worst.site}")
+    change.save(tmp_path / "c.safetensors")
+    assert text in warnings(Change.load(tmp_path / "c.safetensors"))
+    plain = edit.dp(tiny_sd1, {"van gogh": "painting"}, preserve=["monet"], layers=[0, 4, 9])
+    assert not [text for text in warnings(plain) if "times the norm of the weight" in text]
 
 
 def test_the_command_line_prints_the_sentence_before_the_figures(run, tiny_folder, tmp_path):

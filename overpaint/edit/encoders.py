@@ -33,9 +33,10 @@ def joined(model: TextToImage, changes: Mapping[str, Change]) -> Change:
     """Return one change with the movements of one change for each encoder.
 
     The entry `encoder` of the protocol is `"all"` or the name of the only encoder; `encoders` has the settings that
-    `auto` chose for each. In the report, a number is the largest of the encoders' numbers, a list joins their lists,
-    `encoders` has the report of each, and `unedited_encoders` names the encoders that do not change. If guidance reads
-    zeros for the empty prompt, its drift is 0 and the report has `guidance_reads_zeros`.
+    `auto` chose for each. In the report, a number is the largest of the encoders' numbers, that of `concept_movement`
+    the smallest, a list joins their lists, `encoders` has the report of each, and `unedited_encoders` names the
+    encoders that do not change. If guidance reads zeros for the empty prompt, its drift is 0 and the report has
+    `guidance_reads_zeros`.
 
     Args:
         model: The model that the changes were made for.
@@ -122,6 +123,8 @@ def _joint(name: str, values: Sequence[Any]) -> Any:
     """Return one entry of a report from those of several encoders."""
     if all(isinstance(v, int | float) for v in values):
         return max(values)
+    if name == "concept_movement":
+        return {key: min(v[key] for v in values if key in v) for value in values for key in value}
     if all(isinstance(v, Mapping) for v in values):
         keys = dict.fromkeys(key for value in values for key in value)
         parts = {key: [value[key] for value in values if key in value] for key in keys}

@@ -17,6 +17,8 @@ directions. The second cuts the movement of each concept alone; it fails because
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +45,7 @@ def compact(change: Contents, *, rank: int = 16, dtype: torch.dtype = torch.floa
         A new change with another digest. Its report has the distance of its movement from the whole one, relative, in
         the Frobenius norm over all weights (`compact_error`), and the residuals that remain at the keys of the whole
         change, relative to its residuals: of the compact movement (`compact_residual`) and of the whole one
-        (`compact_residual_before`).
+        (`compact_residual_before`). `concept_movement` is that of the compact movement.
 
     Raises:
         ValueError: `rank` is below 1, `dtype` is another one or its range is too small, or the change lacks its
@@ -68,21 +70,43 @@ def compact(change: Contents, *, rank: int = 16, dtype: torch.dtype = torch.floa
     return Contents(movements, change.protocol, {**change.report, **_losses(change, movements)})
 
 
-def _losses(change: Contents, movements: tuple[Movement, ...]) -> dict[str, float]:
+def _losses(change: Contents, movements: tuple[Movement, ...]) -> dict[str, Any]:
     """Return the rank of the cut movements, and their errors against those of `change`."""
     pairs = list(zip(change.movements, movements, strict=True))
     lost = torch.stack([_distance(a, b) for a, b in pairs]).norm()
     whole = torch.stack([_distance(a, None) for a, _ in pairs]).norm()
     residuals = torch.stack([a.residuals.double().norm() for a, _ in pairs]).norm()
-    report = {
+    report: dict[str, Any] = {
         "rank": max(m.left.shape[1] for m in movements),
         "compact_error": float(lost / whole) if float(whole) else 0.0,
     }
+    if isinstance(shares := change.report.get("concept_movement"), Mapping):
+        report["concept_movement"] = _concept_movement(shares, list(change.pairs), pairs)
     if float(residuals):
         missed = torch.tensor([[_missed(a, a), _missed(a, b)] for a, b in pairs])
         before, after = (missed.norm(dim=0) / residuals).tolist()
         report |= {"compact_residual_before": before, "compact_residual": after}
     return report
+
+
+def _concept_movement(
+    shares: Mapping[str, Any], concepts: Sequence[str], pairs: Sequence[tuple[Movement, Movement]]
+) -> dict[str, Any]:
+    """Return the `concept_movement` of a report times the part of it that the cut movements keep at the keys."""
+    squares = torch.zeros(2, len(concepts), dtype=torch.float64)
+    for whole, cut in pairs:
+        if len(whole.keys):
+            norms = [
+                (whole.keys.double() @ m.right.double().T @ m.left.double().T).square().sum(1)
+                for m in (whole, cut)
+            ]
+            squares.index_add_(1, torch.tensor(whole.owners), torch.stack(norms))
+    parts = dict(zip(concepts, zip(*squares.tolist(), strict=True), strict=True))
+    ratios = {old: (cut / whole) ** 0.5 for old, (whole, cut) in parts.items() if whole}
+    return {
+        old: share * ratios.get(old, 1.0) if isinstance(share, int | float) else share
+        for old, share in shares.items()
+    }
 
 
 def _missed(whole: Movement, cut: Movement) -> float:

@@ -1,7 +1,7 @@
 """Verdict of an edit: one sentence with the moved weights and the endangered concepts, from movements and report.
 
-Nothing is measured here. Reports of changes hold for strength 1. The drift of the empty prompt is linear
-in the strength, so it is scaled where all concepts have one strength; the lists of concepts are those at strength 1.
+Warnings follow it: an edited concept that hardly moves, a weight that moves by many times its own norm, and an empty
+prompt that moves. They hold for the change of any method. Nothing is measured here.
 """
 
 import math
@@ -11,11 +11,15 @@ from typing import Any
 from overpaint.edit.change import Change
 from overpaint.edit.methods.token_rows import edited_words
 
-__all__ = ["EMPTY_PROMPT_LIMIT", "describe", "everyday", "warning"]
+__all__ = [
+    "CONCEPT_LIMIT", "EMPTY_PROMPT_LIMIT", "WEIGHT_LIMIT", "describe", "everyday", "warnings"
+]  # fmt: skip
 
-EMPTY_PROMPT_LIMIT = (
-    0.05  # relative movement of the empty prompt above which `warning` is not empty
-)
+CONCEPT_LIMIT = 0.1  # `concept_movement` below which a concept hardly moves
+EMPTY_PROMPT_LIMIT = 0.05  # relative movement of the empty prompt above which a warning follows
+# Norm of a movement, relative to its weight, above which a warning follows. On `icons`, edits of every method stay
+# below 3.4; DP with pads reaches 6 to 1,900.
+WEIGHT_LIMIT = 5.0
 _EMBEDDING = ".token_embedding"  # end of the name of a token embedding, of either text encoder
 _LISTED = 5  # names in a list; the others are counted
 
@@ -23,8 +27,8 @@ _LISTED = 5  # names in a list; the others are counted
 def describe(change: Change) -> str:
     """Return one sentence: the moved weights, the movement of the empty prompt, and the endangered concepts.
 
-    The warning follows as a second sentence if there is one. A change that reports nothing of other concepts gets a
-    sentence that says so.
+    The `warnings` follow as further sentences. A change that reports nothing of other concepts gets a sentence that
+    says so.
 
     Args:
         change: The change. If it was loaded from a file, its report may hold values of any type.
@@ -49,7 +53,7 @@ def describe(change: Change) -> str:
     elif not any(_names(report.get(key)) for key in ("endangered", "not_kept")):
         clauses.append("no other known concept is endangered")
     sentence = "; ".join(clauses) + "."
-    return " ".join(part for part in (sentence, warning(change)) if part)
+    return " ".join([sentence, *warnings(change)])
 
 
 def everyday(report: Mapping[str, Any]) -> str:
@@ -68,8 +72,53 @@ def everyday(report: Mapping[str, Any]) -> str:
     return f"{moved:.0f} of {measured:.0f} measured everyday captions move by more than {100 * limit:g} %"
 
 
-def warning(change: Change) -> str:
-    """Return a warning if `change` moves the empty prompt by more than `EMPTY_PROMPT_LIMIT`, else an empty string."""
+def warnings(change: Change) -> list[str]:
+    """Return the warnings about a change, each one sentence: what is wrong, and what to do next.
+
+    They are about edited concepts whose `concept_movement` is below `CONCEPT_LIMIT`, about weights that move by more
+    than `WEIGHT_LIMIT` times their norm, and about an empty prompt that moves by more than `EMPTY_PROMPT_LIMIT`.
+
+    Args:
+        change: As in `describe`.
+    """
+    return [
+        text
+        for text in (_hardly_moved(change), _large_weights(change), _moved_empty_prompt(change))
+        if text
+    ]
+
+
+def _hardly_moved(change: Change) -> str:
+    shares = change.report.get("concept_movement")
+    rows = shares.items() if isinstance(shares, Mapping) else ()
+    small = {
+        old: s for old, share in rows if (s := _number(share)) is not None and s < CONCEPT_LIMIT
+    }
+    if not small:
+        return ""
+    verb = "moves" if len(small) == 1 else "move"
+    return (
+        f"Warning: {_listed([repr(old) for old in small])} hardly {verb}, by {_percent(max(small.values()))} of the "
+        "way to the replacement, so that pictures may still show it: preserve fewer prompts or with a smaller weight, "
+        "lower `ridge`, train for more `steps`, or raise the strength."
+    )
+
+
+def _large_weights(change: Change) -> str:
+    norms = {m.site: m.relative_norm for m in change.movements if not m.site.endswith(_EMBEDDING)}
+    large = {site: norm for site, norm in norms.items() if norm is not None and norm > WEIGHT_LIMIT}
+    if not large:
+        return ""
+    sites = sorted(large, key=lambda site: -large[site])
+    verb = "moves" if len(large) == 1 else "move"
+    return (
+        f"Warning: {_listed(sites)} {verb} by up to {max(large.values()):.3g} times the norm of the weight, so that "
+        "any other prompt may change: raise `ridge`, edit fewer tokens, preserve fewer prompts exactly, or lower the "
+        "strength, and measure with `edit.collateral`."
+    )
+
+
+def _moved_empty_prompt(change: Change) -> str:
     drift = _empty_prompt_drift(change)
     if drift is None or drift <= EMPTY_PROMPT_LIMIT:
         return ""
@@ -106,8 +155,7 @@ def _empty_prompt(change: Change) -> str:
         return "how far the empty prompt moves was not measured"
     if drift == 0:
         return "the empty prompt does not move"
-    size = f"{100 * drift:.1f}" if drift >= 0.0005 else "less than 0.1"
-    return f"the empty prompt moves by {size} %"
+    return f"the empty prompt moves by {_percent(drift)}"
 
 
 def _empty_prompt_drift(change: Change) -> float | None:
@@ -117,16 +165,23 @@ def _empty_prompt_drift(change: Change) -> float | None:
     if change.movements and all(m.site.endswith(_EMBEDDING) for m in change.movements):
         # rows of words: the empty prompt holds none of them
         return 0.0 if edited_words(change.report) else None
-    drift, strengths = change.report.get("empty_prompt_drift"), _strengths(change)
-    if isinstance(drift, bool) or not isinstance(drift, int | float) or len(strengths) > 1:
-        return None
-    scaled = abs(drift * next(iter(strengths)))
-    return scaled if math.isfinite(scaled) else None
+    return _number(change.report.get("empty_prompt_drift"))
 
 
 def _strengths(change: Change) -> set[float]:
     strength: Mapping[str, Any] = change.protocol.get("strength", {})
     return {float(strength.get(old, 1.0)) for old in change.pairs} or {1.0}
+
+
+def _number(value: Any) -> float | None:
+    """Return the size of a finite number, else `None`; the report of a file may hold any type."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return abs(float(value))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if share >= 0.0005 or not share else "less than 0.1 %"
 
 
 def _names(rows: Any) -> list[str]:

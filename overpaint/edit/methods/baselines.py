@@ -7,6 +7,7 @@ Deviations: none.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -56,7 +57,12 @@ def _swapped(model: TextToImage, pairs: Mapping[str, str], part: str) -> Change:
     rows = token_rows.joint_rows(model, targets, pairs, part)
     movement = token_rows.movement(model, rows, part)
     rank = movement.left.shape[1]
-    report = {"tokens": rank, "rank": rank, "delta_norm": float(movement.right.norm())}
+    report: dict[str, Any] = {
+        "tokens": rank,
+        "rank": rank,
+        "delta_norm": float(movement.right.norm()),
+        "concept_movement": token_rows.row_movement(model, targets, targets, part),
+    }
     report |= notes(model, [*pairs, *pairs.values()])
     return Change((movement,), protocol("swap_embedding", model, pairs), report)
 

@@ -32,7 +32,7 @@ from overpaint.edit.captions import (
 )
 from overpaint.edit.change import Change
 from overpaint.edit.concept_words import check_special
-from overpaint.edit.drift import weight_drift
+from overpaint.edit.drift import concept_movement, weight_drift
 from overpaint.edit.encoders import Encoder, edited_parts, joined, unread_layer
 from overpaint.edit.least_squares import (
     Factors,
@@ -53,6 +53,7 @@ __all__ = ["FRAMES", "preserve_gram", "quickfix"]
 
 Projection = Literal["q", "k", "v", "out"]
 _ROWS = 4096  # keys summed at a time
+_MEASURED = 8  # keys of each concept whose movement is reported
 FRAMES = ("", "a photo of ", "an image of ", "a picture of ")
 
 
@@ -171,6 +172,7 @@ def _edit(request: _Request, encoder: str) -> Change:
     clock.record("solve")
     report = _report(movement, fit, preserved=preserved, empty=empty, weight=targets.weight)
     report |= {
+        "concept_movement": _concept_movement(targets, movement, owners, list(pairs)),
         "condition_number": fit.solution.condition_number,
         "effective_rank": fit.solution.effective_rank,
     }
@@ -333,6 +335,21 @@ def _report(
         "preserve_drift": weight_drift(delta, inputs=preserved.double(), relative_to=weight),
         "empty_prompt_drift": weight_drift(delta, inputs=empty.double(), relative_to=weight),
     }
+
+
+def _concept_movement(
+    targets: Targets, movement: Movement, owners: Sequence[int], concepts: Sequence[str]
+) -> dict[str, float]:
+    """Return the `concept_movement` of a report, measured at evenly spaced keys of each concept."""
+    index = torch.tensor(owners)
+    rows = [(index == i).nonzero().flatten() for i in range(len(concepts))]
+    places = torch.cat([part[:: -(-len(part) // _MEASURED)] for part in rows])
+    keys = targets.keys[places].double()
+    shift = targets.inputs[targets.rows[places]].double() - keys
+    requested = shift @ targets.weight.T + targets.bias
+    moved = keys @ movement.delta.T
+    moved, requested = (part.square().sum(1) for part in (moved, requested))
+    return concept_movement(moved, requested, index[places].tolist(), concepts)
 
 
 def _norm(tensor: Tensor) -> float:

@@ -66,6 +66,7 @@ def _renamed(model: TextToImage, pairs: Mapping[str, str], part: str, any_token:
     """Return the change of the token embedding of one encoder."""
     started = time.perf_counter()
     targets = token_rows.target_rows(model, pairs, part)
+    every = {old: dict(rows) for old, rows in targets.items()}
     unmoved: dict[str, dict[str, str]] = {}
     if not any_token:
         unmoved = {old: _unmoved(model, old, rows, part) for old, rows in targets.items()}
@@ -84,6 +85,7 @@ def _renamed(model: TextToImage, pairs: Mapping[str, str], part: str, any_token:
         ),
         "rank": movement.left.shape[1],
         "delta_norm": float(movement.right.norm()),
+        "concept_movement": token_rows.row_movement(model, targets, every, part),
         "seconds": {"all": round(time.perf_counter() - started, 3)},
     }
     report |= notes(model, [*pairs, *pairs.values()], *remarks)

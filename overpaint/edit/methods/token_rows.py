@@ -33,6 +33,7 @@ __all__ = [
     "exclusive_rows",
     "joint_rows",
     "movement",
+    "row_movement",
     "rows_replaced",
     "target_rows",
     "texts_with_tokens",
@@ -103,6 +104,29 @@ def joint_rows(
                     f"{pairs[old]!r}. Move these concepts one at a time, or use `quickfix`."
                 )
     return joint
+
+
+def row_movement(
+    model: TextToImage, rows: Mapping[str, Rows], targets: Mapping[str, Rows], part: str = "text"
+) -> dict[str, float]:
+    """Return the `concept_movement` of a report: for each old concept, the rows that move among its target rows.
+
+    Args:
+        model: Not changed.
+        rows: For each old concept the rows that move.
+        targets: For each old concept all rows in which it differs from its replacement.
+        part: The text encoder.
+    """
+    weight = _Table.of(model, part).weight
+    squares = {
+        old: {token: float((row - weight[token]).square().sum()) for token, row in own.items()}
+        for old, own in targets.items()
+    }
+    return {
+        old: (sum(own[token] for token in rows[old]) / sum(own.values())) ** 0.5
+        for old, own in squares.items()
+        if sum(own.values())
+    }
 
 
 def exclusive_rows(
