@@ -7,7 +7,7 @@ figures come from the JSON files, except those of `make demo`, which stand in do
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import diffgrad_sections
@@ -279,6 +279,19 @@ def trace_speed(run: Run) -> str:
     )
 
 
+def _automatic(result: Mapping[str, float]) -> list[list[str]]:
+    """Return the rows of the automatic edit and of the rivals' edits; results of older runs have none."""
+    if "auto_seconds" not in result:
+        return []
+    names = ("time", "loco", "dp", "speed", "hirm", "oce")
+    times = ", ".join(f"`{name}` {result[f'{name}_seconds']:.1f} s" for name in names)
+    return [
+        ["automatic edit", f"{result['auto_seconds']:.1f} s", "10 s"],
+        ["the same without MLP and everyday captions", f"{result['auto_layer_seconds']:.1f} s", ""],
+        [f"one edit by other methods: {times}", "", ""],
+    ]
+
+
 def edit_speed(run: Run) -> str:
     """Return the section on the speed of editing."""
     r = run["result"]
@@ -289,6 +302,7 @@ def edit_speed(run: Run) -> str:
     rows = [
         [f"one edit, no preserve list ({parts})", f"{r['one_edit_seconds']:.3f} s", "0.25 s"],
         ["a hundred edits in one joint solve", f"{r['hundred_edits_seconds']:.2f} s", "2 s"],
+        *_automatic(r),
         ["apply, revert", f"{r['apply_ms']:.1f} ms, {r['revert_ms']:.1f} ms", "10 ms"],
         ["change file at rank 16, of random weights", f"{r['change_kb']:.0f} KB", "100 KB"],
         ["share of the movement that rank 16 loses there", percent(r["compact_error"]), ""],
