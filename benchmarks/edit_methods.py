@@ -165,7 +165,7 @@ def _rename(given: Given, **settings: Any) -> Change:
 KEYS = ("last", "last_to_pads")  # the concept's last token alone, or all from it to the last pad
 _RIDGES = (0.01, 0.001, 0.1, 1.0, 10.0, 100.0)
 _LIST = _grid(ridge=(0.01, 1.0, 10.0), preserve_weight=(0.1, 0.01, 0.001))
-_UCE = _grid(ridge=(0.5, 0.05, 5.0), preserve_weight=(1.0, 0.1, 0.01))
+_UCE = _grid(ridge=(0.5, 0.05, 5.0, 50.0), preserve_weight=(1.0, 0.1, 0.01))
 _OCE = [
     # With a long preserve list the subspace form moves nothing below a weight of about 100.
     *_grid(keys=KEYS[:1], erase_weight=(100.0, 1e3, 1e4), preserve_weight=(1.0, 0.01)),
