@@ -74,7 +74,7 @@ def _reserved(items: tuple[str, ...], salt: str, part: Part) -> frozenset[str]:
     )
     groups = [different]
     if salt == "orders":
-        groups = [[o for o in different if ("{request}" in o) == asked] for asked in (True, False)]
+        groups = [[o for o in different if ("{request}" in o) == named] for named in (True, False)]
     chosen = []
     for group in groups:
         number = max(1, len(group) // 10)

@@ -177,7 +177,7 @@ def kinds(folder: Path, names: Sequence[str], without: Sequence[str]) -> dict[st
         if kind.startswith(_DRAWABLE) and (int(order), offset) < senses.get(name, (1000, "")):
             senses[name] = int(order), offset
     barred = re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted({*names, *without})))})s?\b")
-    found: dict[str, set[str]] = {}
+    below_names: dict[str, set[str]] = {}
     for name in names:
         waiting = [senses[name][1]] if name in senses else []
         reached: set[str] = set()
@@ -188,17 +188,17 @@ def kinds(folder: Path, names: Sequence[str], without: Sequence[str]) -> dict[st
                 waiting += synsets[offset][1]
         every = {lemma for offset in reached for lemma in synsets[offset][0]}
         held = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)")
-        found[name] = {
+        below_names[name] = {
             lemma for lemma in every
             if re.fullmatch(r"[a-z]{3,}( [a-z]{3,})?", lemma) and lemma != name
             and first.get(lemma) in reached and not barred.search(held.sub("", lemma)) and not _COARSE.search(lemma)
         }  # fmt: skip
     owners: dict[str, int] = {}
-    for lemmas in found.values():
+    for lemmas in below_names.values():
         for lemma in lemmas:
             owners[lemma] = owners.get(lemma, 0) + 1
     result = {}
-    for name, lemmas in found.items():
+    for name, lemmas in below_names.items():
         own = sorted(
             (lemma for lemma in lemmas if owners[lemma] == 1),
             key=lambda n: (-uses.get(n, 0), len(n), n),
