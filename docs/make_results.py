@@ -106,7 +106,7 @@ def _wordings(figures: dict[str, float], intervals: dict[str, list[float]]) -> s
         "tenths of the parts of frames and of the synonyms are in no training caption; one is read here, once, the "
         "other served for validation.\n\n"
         + table(["seen in", "drawn", "pictures"], rows)
-        + f"\nHeld-out frames reach {figures['frames_ratio']:.2f} of the rate of trained frames (aim: 0.9), "
+        + f"\nHeld-out frames reach {figures['frames_ratio']:.3f} of the rate of trained frames (aim: 0.9), "
         f"held-out synonyms {figures['synonyms_ratio']:.2f} of the rate of the names (aim: 0.7), those "
         "without the name "
         f"{figures['synonyms_other_words_ratio']:.2f}. Sides: {sides} (aim: 70 % together); both of two objects, "

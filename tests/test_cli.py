@@ -188,7 +188,7 @@ def test_trace_prints_why_no_state_can_be_causal(run, tmp_path):
         (("frobnicate",), "No such command 'frobnicate'"),
         (("sites",), "Missing argument 'model'"),
         (("demo",), "Missing option '--out'"),
-        (("train", "nonesuch"), "no recipe for 'nonesuch': choose icons, icons-judge or matcher"),
+        (("train", "nonesuch"), "no recipe for 'nonesuch': choose icons, icons-judge, lettering or matcher"),
         (("train", "icons-judge", "--seed", "3"), "`seed` of icons-judge is fixed, got 3: leave it out"),
         (("train", "icons", "--no-diffusion"), "`--steps` and `--no-diffusion` are for matcher"),
         (("report", "nonesuch"), "cannot write into 'nonesuch'"),
