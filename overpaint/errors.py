@@ -7,7 +7,8 @@ OverpaintError
 """
 
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import fields
 from typing import Any, cast
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "UnsupportedModel",
     "check_one_text",
     "check_seed",
+    "check_settings",
     "check_texts",
     "later_seed",
     "listed",
@@ -68,6 +70,30 @@ def check_one_text(value: Any, name: str, remedy: str) -> None:
     """
     if not isinstance(value, str):
         raise TypeError(f"{name} must be one text, got {value!r}: {remedy}.")
+
+
+def check_settings(settings: Any, largest: Mapping[str, int], remedy: str) -> None:
+    """Raise unless sizes are whole numbers in range and switches are `True` or `False`.
+
+    Args:
+        settings: A dataclass; its fields of the type `bool` are switches.
+        largest: The largest value of each size, or of each entry of a tuple of one to eight; the smallest is 1.
+        remedy: What to do about a size out of range.
+
+    Raises:
+        ValueError: A size is out of range or no whole number, or a switch is something else.
+    """
+    for name, most in largest.items():
+        value = getattr(settings, name)
+        sizes: tuple[Any, ...] = cast(Any, value) if isinstance(value, tuple) else (value,)
+        if not 1 <= len(sizes) <= 8 or not all(type(n) is int and 1 <= n <= most for n in sizes):
+            raise ValueError(f"`{name}` must be 1 to {most}, got {value!r}: {remedy}.")
+    for entry in fields(settings):
+        value = getattr(settings, entry.name)
+        if entry.type is bool and type(value) is not bool:
+            raise ValueError(
+                f"`{entry.name}` must be true or false, got {value!r}: give one of them."
+            )
 
 
 def check_texts(values: Any, name: str) -> None:

@@ -209,7 +209,7 @@ def factorise(
 
 
 def product(a: Tensor, b: Tensor | None = None) -> Tensor:
-    """Return `a.T @ b`, or `a.T @ a` in about 0.6 of the time, summed in float64, shape (D_a, D_b).
+    """Return `a.T @ b`, or `a.T @ a` in less time, summed in float64, shape (D_a, D_b).
 
     Args:
         a: Shape (N, D_a), of any dtype; it is converted to double in blocks.

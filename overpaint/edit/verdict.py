@@ -17,8 +17,7 @@ __all__ = [
 
 CONCEPT_LIMIT = 0.1  # `concept_movement` below which a concept hardly moves
 EMPTY_PROMPT_LIMIT = 0.05  # relative movement of the empty prompt above which a warning follows
-# Norm of a movement, relative to its weight, above which a warning follows. On `icons`, edits of every method stay
-# below 3.4; DP with pads reaches 6 to 1,900.
+# Norm of a movement, relative to its weight, above which a warning follows: ours, since no source gives a bound.
 WEIGHT_LIMIT = 5.0
 _EMBEDDING = ".token_embedding"  # end of the name of a token embedding, of either text encoder
 _LISTED = 5  # names in a list; the others are counted

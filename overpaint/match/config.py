@@ -1,6 +1,8 @@
 """Sizes and switches of a matcher."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+
+from overpaint.errors import check_settings
 
 __all__ = ["Config"]
 
@@ -44,19 +46,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check types and ranges, so that no file can make a matcher of any size."""
-        for name, most in _LARGEST.items():
-            value = getattr(self, name)
-            sizes = value if isinstance(value, tuple) else (value,)
-            if not 1 <= len(sizes) <= 8 or not all(
-                type(n) is int and 1 <= n <= most for n in sizes
-            ):
-                raise ValueError(
-                    f"`{name}` must be 1 to {most}, got {value!r}: take it from `Config.tiny()`."
-                )
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is bool and type(value) is not bool:
-                raise ValueError(f"`{field.name}` must be true or false, got {value!r}.")
+        check_settings(self, _LARGEST, "take it from `Config.tiny()`")
         if type(self.flow_scale) not in (int, float) or not 0 < self.flow_scale < 1e6:
             raise ValueError(f"`flow_scale` must be positive and finite, got {self.flow_scale!r}.")
 

@@ -1,8 +1,9 @@
 """Sizes and switches of a lettering model."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from overpaint.errors import check_settings
 from overpaint.scene_text.line import Line
 
 __all__ = ["CODECS", "LAYOUTS", "MODES", "PREDICTIONS", "Config"]
@@ -21,7 +22,7 @@ _LARGEST = {
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes and switches of a lettering model; the defaults are those of the shipped one.
+    """Sizes and switches of a lettering model; the defaults are those of `overpaint train lettering`.
 
     Raises:
         ValueError: A size or switch is out of range.
@@ -70,21 +71,7 @@ class Config:
                     f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}: leave it out for "
                     f"{choices[0]}."
                 )
-        for name, most in _LARGEST.items():
-            value = getattr(self, name)
-            sizes = value if isinstance(value, tuple) else (value,)
-            if not 1 <= len(sizes) <= 8 or not all(
-                type(n) is int and 1 <= n <= most for n in sizes
-            ):
-                raise ValueError(
-                    f"`{name}` must be 1 to {most}, got {value!r}: take it from `Config()`."
-                )
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if entry.type is bool and type(value) is not bool:
-                raise ValueError(
-                    f"`{entry.name}` must be true or false, got {value!r}: give one of them."
-                )
+        check_settings(self, _LARGEST, "take it from `Config()`")
         if any(n % self.groups or n % self.head_width for n in self.channels):
             raise ValueError(
                 f"`channels` must be multiples of `groups` and `head_width`, got {self.channels}, {self.groups} and "

@@ -167,7 +167,9 @@ def sample(
     noise: Tensor,
     solver: str = "ddim",
 ) -> Tensor:
-    """Return lines with the words written under the mask, RGB in [-1, 1], (B, 3, H, W); the rest is unchanged.
+    """Return lines with the words written under the mask, RGB in [-1, 1], (B, 3, H, W).
+
+    What is beside the mask is redrawn roughly and belongs to the caller's picture.
 
     Args:
         network: The network, in evaluation mode.
@@ -185,8 +187,7 @@ def sample(
     latents = denoise(
         model, noise, empty, empty, steps=steps, guidance_scale=1.0, scheduler=make_scheduler(model, solver)
     )  # fmt: skip
-    written = network.codec.decode(latents).clamp(-1, 1)
-    return torch.where(mask > 0.5, written, images)
+    return network.codec.decode(latents).clamp(-1, 1)
 
 
 class _Guided:

@@ -99,8 +99,8 @@ def train(
         minutes: Wall time of the three trained stages together, including that of earlier runs in `work`.
         device: `"cpu"` or `"cuda"`, which selects the wider recipe.
         resume: Continue from the checkpoints in `work`; if there are none, continue with the finished model in `out`,
-            or else with the shipped one: with its UNet alone, or, if its text tower has another shape, with its VAE
-            and UNet beside a new tower. `False` starts over.
+            or else with the shipped one: with its UNet alone, or, if its text tower has another shape or read words
+            that are held out now, with its VAE and UNet beside a new tower. `False` starts over.
         threads: Number of CPU threads.
         seed: Seed of the initial weights and of all random draws.
         stages: Stages to run; a stage needs the results of those before it.
@@ -148,8 +148,8 @@ def train(
 def _shares(recipe: Recipe, work: Path, out: Path, *, resume: bool) -> dict[str, float]:
     """Return the part of the minutes of each stage, and write what the stages start from.
 
-    A run that continues a finished model of the same shapes trains its UNet only. If only its text tower has other
-    shapes, a new tower is trained, and VAE and UNet start from the finished ones. The choice is recorded by
+    A run that continues a finished model of the same shapes and held-out words trains its UNet only. If only its text
+    tower has others, a new tower is trained, and VAE and UNet start from the finished ones. The choice is recorded by
     `start.json` in `work`, so that a resumed run makes the same one.
     """
     shares: dict[str, float] = dict(zip(("clip", "vae", "unet"), recipe.shares, strict=True))
@@ -175,7 +175,10 @@ def _shares(recipe: Recipe, work: Path, out: Path, *, resume: bool) -> dict[str,
 
 
 def _same_shapes(folder: Path, recipe: Recipe) -> set[str]:
-    """Return which parts of the model in `folder` have this recipe's shapes: `"unet"` (with its VAE), `"text"`."""
+    """Return which parts of the model in `folder` can be continued: `"unet"` (with its VAE), `"text"`.
+
+    Their shapes are those of the recipe; the text tower has read the same words too.
+    """
     path = folder / "card.json"
     if not path.is_file() or not (folder / "unet").is_dir():
         return set()
@@ -437,8 +440,9 @@ def _tower(text: Any) -> Any:
 def _unpack(folder: Path, work: Path, *, with_text: bool) -> None:
     """Write the parts of the pipeline in `folder` to `work`, for a training to continue from.
 
-    With `with_text` the text tower and the VAE count as finished stages; without it only the starts of VAE and UNet
-    are written. `start.json` comes last: it marks that all parts are there.
+    With `with_text` the text tower and the VAE count as finished stages. Without it only the starts of VAE and UNet
+    are written, and the UNet's keys and values of the text are drawn anew. `start.json` comes last: it marks that all
+    parts are there.
     """
     import diffusers
 
