@@ -1,7 +1,7 @@
 r"""Latents of a line of lettering: a quarter of its height and width, in one of three forms.
 
-- `"luma"`: 16 channels of luma by pixel unshuffle, and 4 + 4 of the two chroma planes at half size (JPEG's YCbCr,
-  times two). Luma is kept without loss; letters are read by it.
+- `"luma"`: 16 channels of luma by pixel unshuffle, and 4 + 4 of the two chroma planes at half size (JPEG's YCbCr).
+  Luma is kept without loss; letters are read by it.
 - `"rgb"`: 48 channels of all pixels by pixel unshuffle.
 - `"autoencoder"`: latents of a small trained autoencoder.
 
@@ -17,7 +17,6 @@ from torch.nn import functional as F
 __all__ = ["Autoencoder", "LumaCodec", "RgbCodec", "make_codec"]
 
 _LUMA = (0.299, 0.587, 0.114)
-_CHROMA_SCALE = 2.0  # chroma of photographs is small beside luma
 
 
 class LumaCodec(nn.Module):
@@ -27,14 +26,14 @@ class LumaCodec(nn.Module):
         """Return latents (B, 24, H / 4, W / 4) of RGB images (B, 3, H, W) in [-1, 1]."""
         red, green, blue = images.unbind(1)
         luma = _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
-        chroma = torch.stack([(blue - luma) * 0.564, (red - luma) * 0.713], 1) * _CHROMA_SCALE
+        chroma = torch.stack([(blue - luma) * 0.564, (red - luma) * 0.713], 1)
         small = F.pixel_unshuffle(F.avg_pool2d(chroma, 2), 2)
         return torch.cat([F.pixel_unshuffle(luma[:, None], 4), small], 1)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return RGB images of latents, the inverse of `encode` up to the resolution of chroma."""
         luma = F.pixel_shuffle(latents[:, :16], 4)[:, 0]
-        small = F.pixel_shuffle(latents[:, 16:], 2) / _CHROMA_SCALE
+        small = F.pixel_shuffle(latents[:, 16:], 2)
         chroma = F.interpolate(small, scale_factor=2, mode="bilinear", align_corners=False)
         blue, red = luma + chroma[:, 0] / 0.564, luma + chroma[:, 1] / 0.713
         green = (luma - _LUMA[0] * red - _LUMA[2] * blue) / _LUMA[1]

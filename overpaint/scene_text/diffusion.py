@@ -14,7 +14,7 @@ https://arxiv.org/abs/2102.09672, equation 17; Salimans and Ho, 2022, https://ar
 Deviations: the two scales and the weight of clean latents are not DiffSTE's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -31,6 +31,7 @@ __all__ = [
     "MASK_WEIGHT",
     "Batch",
     "Guidance",
+    "emptied_rows",
     "masked_error",
     "sample",
     "scheduler",
@@ -101,6 +102,21 @@ def masked_error(
     return (weights * (predicted.float() - target) ** 2).flatten(1).mean(1)
 
 
+def emptied_rows(rows: int, drops: Sequence[float], generator: Generator) -> tuple[Tensor, Tensor]:
+    """Return in which rows the characters are emptied and in which the instruction, each bool (B,).
+
+    Guidance subtracts predictions for empty conditions, which are therefore trained.
+
+    Args:
+        rows: Rows of a batch, B.
+        drops: Shares of rows in which both conditions, the characters alone or the instruction alone are emptied.
+        generator: Source of the draws, on the CPU.
+    """
+    drawn = torch.rand(rows, generator=generator)
+    both, first, second = (sum(drops[: n + 1]) for n in range(3))
+    return drawn < first, (drawn < both) | ((drawn >= first) & (drawn < second))
+
+
 def training_loss(
     network: Network,
     batch: Batch,
@@ -118,7 +134,7 @@ def training_loss(
         batch: Lines.
         alphas: `alphas_cumprod` of the scheduler, (1000,).
         generator: Draws timesteps, noise and emptied conditions, on the CPU.
-        drops: Shares of rows in which both conditions, the characters or the instruction are emptied.
+        drops: Shares of emptied rows, as in `emptied_rows`.
     """
     rows, device = len(batch.images), batch.images.device
     clean = network.codec.encode(batch.images)
@@ -127,10 +143,9 @@ def training_loss(
     ) / rows
     t = (strata * len(alphas)).long().clamp(max=len(alphas) - 1)
     noise = torch.randn(clean.shape, generator=generator).to(device)
-    drawn = torch.rand(rows, generator=generator)
-    both, first, second = (sum(drops[: n + 1]) for n in range(3))
-    no_characters = (drawn < first).to(device)
-    no_instructions = ((drawn < both) | ((drawn >= first) & (drawn < second))).to(device)
+    no_characters, no_instructions = (
+        row.to(device) for row in emptied_rows(rows, drops, generator)
+    )
     inputs = network.inputs(
         batch.images, batch.mask, batch.texts.dropped(no_characters, no_instructions), batch.place, edges=batch.edges
     )  # fmt: skip
@@ -166,6 +181,7 @@ def sample(
     guidance: Guidance,
     noise: Tensor,
     solver: str = "ddim",
+    on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Return lines with the words written under the mask, RGB in [-1, 1], (B, 3, H, W).
 
@@ -181,11 +197,13 @@ def sample(
         guidance: Scales.
         noise: Initial latents, (B, C, h, w).
         solver: `"ddim"` or `"dpm"`, see `overpaint.model.sampling`.
+        on_step: Called after each step with the number of finished steps.
     """
     model = _Guided(network, images, mask, texts, place, guidance)
     empty = noise.new_zeros(len(noise), 1, 1)
     latents = denoise(
-        model, noise, empty, empty, steps=steps, guidance_scale=1.0, scheduler=make_scheduler(model, solver)
+        model, noise, empty, empty, steps=steps, guidance_scale=1.0, scheduler=make_scheduler(model, solver),
+        on_step=None if on_step is None else lambda done, _: on_step(done),
     )  # fmt: skip
     return network.codec.decode(latents).clamp(-1, 1)
 

@@ -4,9 +4,11 @@ Four stages, each resumable: grey letters of one font; one font in color on phot
 words of the same style; and free placement with effects. Sample i of a stage is a function of the seed and i, and the
 draws of a step are seeded by its number, so that a resumed run equals the uninterrupted one.
 
-The loss hides whether a model spells. Every few minutes held-out words are therefore written and read by PP-OCR (extra
-`ocr`). Each check adds a line to `<work>/checks.jsonl`: the share of words read, that of the true pictures (the
-ceiling), whether the stage's gate is passed, and the samples seen; and it draws `<work>/sheet-<stage>.png`.
+The loss hides whether a model spells. Every few minutes, and at the end of each stage, held-out words of 2 to 8 letters
+are therefore written and read by PP-OCR (extra `ocr`). Each check adds a line to `<work>/checks.jsonl`: the share of
+words read, that of the true pictures (the ceiling), whether the stage's gate is passed, and the samples seen; it draws
+`<work>/sheet-<stage>.png`, and writes the present model with its card to `<work>/zoo`. A stage ends when its part of
+the minutes is over, whether its gate is passed or not.
 
     overpaint train lettering --minutes 900 --threads 1         # one CPU core, resumable
     overpaint train lettering --minutes 2 --stage grey          # a first look
@@ -38,6 +40,7 @@ from overpaint.scene_text.instructions import pieces_of_names
 from overpaint.scene_text.lettering import Lettering
 from overpaint.scorers.text_reader import TextReader
 from overpaint.train import card, lettering_fonts, photographs
+from overpaint.train import lettering_words as words
 from overpaint.train.lettering_batches import batch, boxes, images, read_words, reading
 from overpaint.train.lettering_colors import palette
 from overpaint.train.lettering_scenes import STAGES, Sample, World, draw, world
@@ -47,6 +50,7 @@ __all__ = ["CPU", "CUDA", "GATES", "Recipe", "styles", "train"]
 
 # Share of the ceiling, ignoring case, that a stage should reach on held-out words.
 GATES = {"grey": 0.95, "single": 0.9, "fonts": 0.75, "photographs": 0.75}
+_CHECK_SEED = 7_777  # of the lines that are checked; training never uses it
 _WORDS = "write the word in with font fonts color colored is letters and a"
 
 
@@ -56,7 +60,7 @@ class Recipe:
 
     config: Config = field(default_factory=Config)  # sizes of the network
     # Parts of the minutes for the stages; only those that are run count.
-    shares: tuple[float, ...] = (0.02, 0.14, 0.34, 0.5)
+    shares: tuple[float, ...] = (0.03, 0.15, 0.32, 0.5)
     batch: int = 32  # samples in a step
     lr: float = 1.5e-3  # peak learning rate of a stage
     muon: bool = True  # update inner matrices with Muon; False: AdamW for all
@@ -67,9 +71,9 @@ class Recipe:
         0.05  # part of the minutes for the autoencoder, if the configuration has one
     )
     autoencoder_lr: float = 2e-3  # its peak learning rate
-    checks: int = 96  # held-out words that are written and read
+    checks: int = 98  # held-out words that are written and read: as many of each length from 2 to 8
     check_steps: int = 20  # denoising steps of a check
-    check_minutes: float = 12.0  # least time between two checks
+    check_minutes: float = 10.0  # least time between two checks
 
 
 CPU = Recipe()
@@ -105,16 +109,16 @@ def train(
 ) -> Path:
     """Train `lettering`, write it and its card to `out` and return that folder.
 
-    At every check the present model is written to `<work>/zoo`.
+    At every check the present model and its card are written to `<work>/zoo`.
 
     Args:
         out: The model's folder: a new one, or one that a recipe wrote before.
         minutes: Wall time of all stages together, including that of earlier runs in `work`.
         device: `"cpu"` or `"cuda"`, which selects larger batches.
-        resume: Continue from the checkpoints in `work`; `False` starts over.
+        resume: Continue from the last stage that has a checkpoint in `work`; `False` starts over.
         threads: Number of CPU threads.
         seed: Seed of the initial weights and of all random draws.
-        stages: Stages to run, of `GATES`; by default all. A stage starts from the one before it in this list.
+        stages: Stages to run, of `GATES`, in whose order they run; by default all. Each starts from the one before it.
         recipe: Instead of the recipe for the device.
         work: Folder of the checkpoints; may be deleted when the model is written.
         fonts: Folder that the fonts are downloaded to; 180 MB.
@@ -127,9 +131,9 @@ def train(
         MissingExtra: rapidocr or onnxruntime is not installed.
         OSError: Fonts or photographs cannot be downloaded.
     """
-    chosen = tuple(stages) or tuple(GATES)
-    if unknown := [stage for stage in chosen if stage not in GATES]:
+    if unknown := [stage for stage in stages if stage not in GATES]:
         raise ValueError(f"no stage {unknown[0]!r}: choose from {', '.join(GATES)}.")
+    chosen = tuple(stage for stage in GATES if stage in stages or not stages)
     out = card.prepare(out)
     recipe = recipe or (CUDA if device.startswith("cuda") else CPU)
     reader = TextReader(threads=threads)
@@ -140,27 +144,21 @@ def train(
         files.remove_drafts_in(folder)
     lettering_fonts.fetch(fonts)
     photographs.fetch(photos)
-    trained = (*(("autoencoder",) if recipe.config.codec == "autoencoder" else ()), *chosen)
     if not resume:
         remove_checkpoints(work, ["autoencoder", *GATES])
+        (work / "checks.jsonl").unlink(missing_ok=True)
     faces = lettering_fonts.load(fonts)
     run = Run(
         recipe, work, world(faces, photos), world(faces, photos, "held-out"), seed, device, reader
     )
-    total = sum(share for stage, share in zip(GATES, recipe.shares, strict=True) if stage in chosen)
-    if "autoencoder" in trained:
+    shares = dict(zip(GATES, recipe.shares, strict=True))
+    total = sum(shares[stage] for stage in chosen)
+    if recipe.config.codec == "autoencoder":
         run.train_autoencoder(minutes * recipe.autoencoder_share, on_progress)
-    figures: dict[str, float] = {}
-    for stage, share in zip(GATES, recipe.shares, strict=True):
-        if stage in chosen:
-            run.train_stage(stage, minutes * share / total, on_progress)
-            figures |= {f"{stage}_{name}": value for name, value in run.check(stage).items()}
-    with files.atomic_folder(out) as draft:
-        run.model.save(draft)
-        card.save(
-            draft, recipe=_facts(recipe), seed=seed, device=device, trained=card.stages(work, trained),
-            figures={name: round(value, 4) for name, value in figures.items()}, sources=_sources(),
-        )  # fmt: skip
+    begun = [stage for stage in chosen if (work / f"{stage}.safetensors").exists()]
+    for stage in chosen[chosen.index(begun[-1]) :] if begun else chosen:
+        run.train_stage(stage, minutes * shares[stage] / total, on_progress)
+    run.export(out)
     return out
 
 
@@ -200,6 +198,27 @@ class Run:
             self.model.network, self.loss(stage), schedule, stage=stage, folder=self.work,
             on_progress=on_progress, on_save=partial(self._maybe_check, stage),
         )  # fmt: skip
+        steps = card.stages(self.work, (stage,))[stage]["steps"]
+        if self._checks().get(stage, {}).get("step") != steps:
+            self._check_and_export(stage, int(steps))
+
+    def export(self, folder: Path) -> None:
+        """Write the present model and its card, with the last check of each stage, to `folder`."""
+        names = [
+            name for name in ("autoencoder", *GATES) if (self.work / f"{name}.safetensors").exists()
+        ]
+        figures = {
+            f"{stage}_{name}": value
+            for stage, line in self._checks().items()
+            for name, value in line.items()
+            if name != "stage"
+        }
+        with files.atomic_folder(folder) as draft:
+            self.model.save(draft)
+            card.save(
+                draft, recipe=_facts(self.recipe), seed=self.seed, device=self.device,
+                trained=card.stages(self.work, tuple(names)), figures=figures, sources=_sources(),
+            )  # fmt: skip
 
     def samples(self, stage: str, step: int) -> list[Sample]:
         """Return the samples of a step of a stage."""
@@ -240,10 +259,7 @@ class Run:
 
     def check(self, stage: str) -> dict[str, float]:
         """Return what is read in held-out words that the present model writes, and in the true pictures."""
-        held_out = [
-            draw(self.unseen, STAGES[stage], 7_777, i, names_style=True)
-            for i in range(self.recipe.checks)
-        ]
+        held_out = self.held_out(stage)
         network = self.model.network
         was_training = network.training
         network.eval()
@@ -257,9 +273,21 @@ class Run:
         _sheet(images(held_out), pictures, self.work / f"sheet-{stage}.png")
         return {**result, "ceiling": truth["words"], "ceiling_any_case": truth["words_any_case"]}
 
+    def held_out(self, stage: str) -> list[Sample]:
+        """Return the lines of a check: held-out English words of 2 to 8 letters, with font and color named."""
+        lines = []
+        for index in range(self.recipe.checks):
+            rng = np.random.default_rng([_CHECK_SEED, index])
+            text = words.draw_measured(rng, 2 + index % 7)
+            text = text if STAGES[stage].is_plain else words.draw_case(rng, text)
+            lines.append(
+                draw(self.unseen, STAGES[stage], _CHECK_SEED, index, text=text, names_style=True)
+            )
+        return lines
+
     def round_trip(self, stage: str) -> dict[str, float]:
         """Return what is read in the true pictures after encoding and decoding: the limit that the latents set."""
-        held_out = [draw(self.unseen, STAGES[stage], 7_777, i) for i in range(self.recipe.checks)]
+        held_out = self.held_out(stage)
         codec = self.model.network.codec
         with torch.no_grad():
             decoded = codec.decode(codec.encode(images(held_out) * 2 - 1))
@@ -267,10 +295,12 @@ class Run:
         return reading(texts, [s.text for s in held_out])
 
     def _maybe_check(self, stage: str, step: int) -> None:
-        """Write the model and a line of what is read, if the last one is old enough."""
-        if time.monotonic() - self.checked < 60 * self.recipe.check_minutes:
-            return
-        self.model.save(self.work / "zoo")
+        """Check and export the model if the last check is old enough."""
+        if time.monotonic() - self.checked >= 60 * self.recipe.check_minutes:
+            self._check_and_export(stage, step)
+
+    def _check_and_export(self, stage: str, step: int) -> None:
+        """Add a line of what is read to the checks, and write the model."""
         result = self.check(stage)
         passed = result["words_any_case"] >= GATES[stage] * result["ceiling_any_case"]
         line = {
@@ -279,9 +309,20 @@ class Run:
             "samples": step * self.recipe.batch,
             "gate_passed": passed,
         }
-        with (self.work / "checks.jsonl").open("a") as file:
-            file.write(files.to_json(line | {k: round(v, 4) for k, v in result.items()}) + "\n")
+        path = self.work / "checks.jsonl"
+        before = path.read_text() if path.exists() else ""
+        with files.atomic(path) as draft:
+            text = files.to_json(line | {k: round(v, 4) for k, v in result.items()})
+            draft.write_text(f"{before}{text}\n")
+        self.export(self.work / "zoo")
         self.checked = time.monotonic()
+
+    def _checks(self) -> dict[str, dict[str, Any]]:
+        """Return the last check of each stage."""
+        path = self.work / "checks.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        checks = [files.from_json(line) for line in lines]
+        return {check["stage"]: check for check in checks}
 
 
 def _sheet(truth: Tensor, written: Tensor, path: Path, *, scale: int = 2, columns: int = 4) -> None:

@@ -42,7 +42,7 @@ class Word:
         spacing: Additional space after each letter, in pixels of the face.
         edges: Edges of the letters, in pixels of the line, float32 (n + 1,); from 0 before the word is placed.
         cover: Opacity of the letters, 0 to 1, float32 (H, W).
-        capital: Row of the upper edge of capital letters.
+        capital: Row of the upper edge of capital letters, before the shrinking of the face.
         baseline: Row of their lower edge.
     """
 
@@ -134,7 +134,9 @@ def draw_word(
     middle = up - word.face.capital / 2
     edges = _move(matrix, word.edges / word.scale + _PAD, np.full(len(word.edges), middle))[:, 0]
     centre = _PAD + word.width / word.scale / 2
-    rows = _move(matrix, np.array([centre, centre]), np.array([up - word.face.capital, up]))[:, 1]
+    # Of the size that was asked for: the caller of a trained model does not know which fonts are shrunk.
+    height = word.face.capital / word.face.shrink
+    rows = _move(matrix, np.array([centre, centre]), np.array([up - height, up]))[:, 1]
     return Word(
         word.face, word.text, word.scale, word.spacing, edges.astype(np.float32), cover.astype(np.float32) / 255,
         float(rows[0]), float(rows[1]),

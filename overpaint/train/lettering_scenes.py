@@ -27,7 +27,9 @@ from overpaint.train.lettering_colors import contrast, luminance, palette
 from overpaint.train.lettering_fonts import Face
 from overpaint.train.lettering_glyphs import Style, Word, draw_word, paint
 
-__all__ = ["STAGES", "Sample", "Stage", "World", "draw", "photograph_names", "world"]
+__all__ = [
+    "STAGES", "Sample", "Stage", "World", "draw", "draw_named", "faces_of", "photograph_names", "world",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Sample:
         instruction: Names the word, and font and color or only one of them or neither.
         font: Name of the face.
         color: Name of the color.
-        capital: Row of the upper edge of capital letters.
+        capital: Row of the upper edge of capital letters; lower down if the face is shrunk to hold its ascenders.
         baseline: Row of their lower edge.
         cover: Opacity of the letters of the word, 0 to 1, float32 (H, W).
         clean: The line without the word, RGB uint8 (H, W, 3).
@@ -123,15 +125,20 @@ def world(
             `"held-out fonts"` for faces that were not either.
         line: Sizes of the line.
     """
-    fonts = "held-out" if split == "held-out fonts" else "training"
     names = photograph_names("training" if split == "training" else "held-out")
     pictures = (photographs.read(name, photos, side=384) for name in names)
     return World(
-        faces=tuple(face for face in faces if face.split == fonts),
+        faces=faces_of(faces, split),
         photos=tuple(np.ascontiguousarray(p.permute(1, 2, 0).numpy()) for p in pictures),
         line=line or Line(),
         held_out_words=split != "training",
     )
+
+
+def faces_of(faces: Sequence[Face], split: str) -> tuple[Face, ...]:
+    """Return the faces of a split of `world`: the held-out ones for `"held-out fonts"`, else those of training."""
+    wanted = "held-out" if split == "held-out fonts" else "training"
+    return tuple(face for face in faces if face.split == wanted)
 
 
 def draw(
@@ -172,9 +179,7 @@ def draw(
     if is_free:
         clean, image = _camera(rng, clean, image)
     mask = _mask(world.line, rng, target, second, style, is_free)
-    with_font, with_color = (
-        (rng.random(2) < 0.5) if names_style is None else (names_style, names_style)
-    )
+    with_font, with_color = draw_named(rng) if names_style is None else (names_style,) * 2
     instruction = _instruction(
         rng, text, face.name if with_font else None, name if with_color else None
     )
@@ -186,10 +191,16 @@ def draw(
     )  # fmt: skip
 
 
+def draw_named(rng: np.random.Generator) -> tuple[bool, bool]:
+    """Return whether an instruction names the font and whether it names the color, each with probability 1/2."""
+    with_font, with_color = rng.random(2) < 0.5
+    return bool(with_font), bool(with_color)
+
+
 def _face(world: World, stage: Stage, rng: np.random.Generator) -> Face:
     """Return the face of the stage, or a random one: each family equally often."""
     if stage.font is not None:
-        return next((face for face in world.faces if face.name == stage.font), world.faces[0])
+        return next(face for face in world.faces if face.name == stage.font)
     families = sorted({face.family for face in world.faces})
     family = families[rng.integers(len(families))]
     faces = [face for face in world.faces if face.family == family]

@@ -2,7 +2,8 @@
 
 The schedule follows wall time: the learning rate rises over the first 2 % of the minutes and falls to zero along a
 cosine over the rest. The checkpoint holds the time already spent, so a run that is killed and resumed follows the same
-schedule, and a finished run can be continued with more minutes.
+schedule, and a finished run can be continued with more minutes. A step counts for a minute at most, so that the time in
+which a process was stopped or the computer slept is not lost.
 """
 
 import json
@@ -31,6 +32,7 @@ __all__ = [
 
 CHECKPOINT_SECONDS = 180.0
 PROGRESS_SECONDS = 10.0
+LONGEST_STEP_SECONDS = 60.0  # of a step, in the time that counts
 Outer = Literal["adamw", "diffgrad"]  # updates embeddings, vectors, the first and the last layer
 
 
@@ -111,7 +113,7 @@ def fit(
             _blend(average, model, min(schedule.ema_decay, state.step / (state.step + 10)))
         state.smooth = _smooth(state.smooth, value)
         now = time.monotonic()
-        state.spent, last = state.spent + now - last, now
+        state.spent, last = state.spent + min(now - last, LONGEST_STEP_SECONDS), now
         share = schedule.share(state.step, state.spent)
         if on_progress and now - reported > PROGRESS_SECONDS:
             reported = now
