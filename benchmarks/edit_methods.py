@@ -4,7 +4,7 @@
 last tokens gets the bare word of a style or a color ("openmoji", not "openmoji style"), since every style ends in the
 same word; the others are tried with both. A method that refuses a pair counts as no edit for it.
 
-One rule for the grids: every method with a number to choose has 6 to 12 settings, with at least three values of each
+One rule for the grids: every method with a number to choose has 6 to 15 settings, with at least three values of each
 pull (ridge, weight, rate) in steps of a factor of 3 to 10 around the usual one, which stands first; whole and bare
 words come on top. A chosen number at the edge of its grid is reported (`edit_tune.edges`), so that the grid can be
 widened. A method without numbers has as many settings as it has forms.
@@ -164,18 +164,18 @@ def _rename(given: Given, **settings: Any) -> Change:
 
 KEYS = ("last", "last_to_pads")  # the concept's last token alone, or all from it to the last pad
 _RIDGES = (0.01, 0.001, 0.1, 1.0, 10.0, 100.0)
-_LIST = _grid(ridge=(0.01, 1.0, 10.0), preserve_weight=(0.1, 0.01, 0.001))
-_UCE = _grid(ridge=(0.5, 0.05, 5.0, 50.0), preserve_weight=(1.0, 0.1, 0.01))
+_LIST = _grid(ridge=(0.01, 1.0, 10.0), preserve_weight=(0.1, 0.01, 0.001, 0.0001))
+_UCE = _grid(ridge=(0.5, 0.05, 0.005, 5.0, 50.0), preserve_weight=(1.0, 0.1, 0.01))
 _OCE = [
     # With a long preserve list the subspace form moves nothing below a weight of about 100.
-    *_grid(keys=KEYS[:1], erase_weight=(100.0, 1e3, 1e4), preserve_weight=(1.0, 0.01)),
+    *_grid(keys=KEYS[:1], erase_weight=(100.0, 1e3, 1e4), preserve_weight=(1.0, 0.01, 10.0)),
     # Pads span all outputs, so that no subspace is left.
     *_grid(keys=KEYS, form=("vector",), erase_weight=(1.0, 10.0, 100.0)),
 ]
 _DP = [
     *_grid(keys=KEYS[:1], rank=(None,), ridge=(1e-6, 1e-3, 0.1)),
     # Pads leave no room without a rank.
-    *_grid(keys=KEYS[1:], rank=(64, 32, 128), ridge=(0.1, 1.0, 10.0)),
+    *_grid(keys=KEYS[1:], rank=(64, 32, 128), ridge=(0.1, 1.0, 10.0, 100.0)),
 ]
 METHODS: dict[str, Method] = {
     OURS: Method("ours", _auto, many=True, attacked=True),
@@ -184,11 +184,11 @@ METHODS: dict[str, Method] = {
     ),
     "quickfix": Method("rival", _quickfix, _grid(ridge=_RIDGES), many=True, attacked=True),
     "quickfix, list": Method("rival", _quickfix_list, _LIST, many=True),
-    "quickfix, last token": Method("rival", _quickfix_last, _grid(ridge=_RIDGES), "bare"),
+    "quickfix, last token": Method("rival", _quickfix_last, _grid(ridge=(*_RIDGES, 1e-4)), "bare"),
     "uce, last token": Method("rival", _uce, _UCE, "bare", many=True),
     "uce, to pads": Method("rival", _uce_pads, _UCE, "bare", many=True, attacked=True),
     "time": Method(
-        "rival", _time, _grid(matrices=(("v",), ("k", "v")), ridge=(0.1, 0.01, 1.0, 10.0))
+        "rival", _time, _grid(matrices=(("v",), ("k", "v")), ridge=(0.1, 0.01, 1.0, 10.0, 100.0))
     ),
     "loco": Method("rival", _loco, _grid(ridge=_RIDGES), "bare"),
     "finetune": Method("rival", _finetune, _grid(lr=(1e-3, 3e-4, 3e-3), steps=(60, 20)), "whole"),
