@@ -11,7 +11,7 @@ from lettering_worlds import small_world
 from overpaint.cli.train import TrainOptions, _recipe
 from overpaint.scene_text import Config, Lettering
 from overpaint.scene_text.line import Line
-from overpaint.train import lettering
+from overpaint.train import lettering, lettering_words
 from overpaint.train.lettering_batches import batch, images, place, reading
 from overpaint.train.lettering_colors import palette
 from overpaint.train.lettering_scenes import STAGES, draw
@@ -96,16 +96,32 @@ def test_a_stage_goes_on_where_it_stopped_and_is_checked_by_reading(make_run, tm
         and not first["gate_passed"]
     )
     assert first["ceiling_any_case"] >= 0.5 and 0 <= first["words"] <= 1
-    assert (tmp_path / "sheet-grey.png").is_file() and Lettering.load(
-        tmp_path / "zoo"
-    ).config.line == LINE
+    assert (tmp_path / "sheet-grey.png").is_file()
+    shipped = Lettering.load(tmp_path / "zoo")
+    assert shipped.config.line == LINE
+    assert torch.equal(
+        shipped.network.unet.conv_in.weight, run.model.network.unet.conv_in.weight.half().float()
+    )
+    written = json.loads((tmp_path / "zoo" / "card.json").read_text())
+    assert written["figures"]["grey_step"] == first["step"] == written["stages"]["grey"]["steps"]
     again = make_run()
     again.train_stage("grey", 0.01)  # its time is spent: the averaged weights of the checkpoint
     for name, value in run.model.network.state_dict().items():
         assert torch.equal(again.model.network.state_dict()[name], value), name
+    assert len((tmp_path / "checks.jsonl").read_text().splitlines()) == len(lines)
     again.train_stage("grey", 0.03)
     later = json.loads((tmp_path / "checks.jsonl").read_text().splitlines()[-1])
     assert later["step"] > first["step"]
+
+
+def test_a_check_reads_held_out_words_of_each_length(make_run):
+    run = make_run(replace(SMOKE, checks=14))
+    for stage in lettering.GATES:
+        lines = run.held_out(stage)
+        assert sorted(len(line.text) for line in lines) == sorted([*range(2, 9)] * 2)
+        assert all(lettering_words.is_held_out(line.text) for line in lines)
+        assert all(line.text.islower() for line in lines) is STAGES[stage].is_plain
+        assert [line.text for line in lines] == [line.text for line in run.held_out(stage)]
 
 
 def test_the_autoencoder_is_trained_first_and_then_frozen(make_run):
@@ -136,3 +152,40 @@ def test_unknown_stages_and_options_of_other_models_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`--stage` is for lettering: leave it out for icons"):
         _recipe("icons", TrainOptions(stage=["grey"]))
     assert _recipe("lettering", TrainOptions(stage=["grey"])).keywords["stages"] == ["grey"]
+
+
+@pytest.fixture
+def without_downloads(monkeypatch):
+    pytest.importorskip("rapidocr")
+
+    def small(_faces, _photos, split="training"):
+        return small_world(line=LINE, held_out_words=split != "training")
+
+    monkeypatch.setattr(lettering.lettering_fonts, "fetch", lambda folder: None)
+    monkeypatch.setattr(lettering.lettering_fonts, "load", lambda folder: [])
+    monkeypatch.setattr(lettering.photographs, "fetch", lambda folder: None)
+    monkeypatch.setattr(lettering, "world", small)
+
+
+@pytest.mark.usefixtures("without_downloads")
+def test_stages_run_in_order_whether_their_gates_are_passed_or_not_and_go_on_at_the_last(tmp_path):
+    def train(minutes, **options):
+        folder = lettering.train(
+            out=tmp_path / "model", work=tmp_path / "work", minutes=minutes, recipe=SMOKE, stages=("single", "grey"),
+            **options,
+        )  # fmt: skip
+        return json.loads((folder / "card.json").read_text())
+
+    first = train(0.02)
+    lines = (tmp_path / "work" / "checks.jsonl").read_text().splitlines()
+    stages = [json.loads(line)["stage"] for line in lines]
+    assert sorted(stages) == stages and set(stages) == {"grey", "single"}
+    assert not json.loads(lines[-1])["gate_passed"]
+    assert list(first["stages"]) == ["grey", "single"]
+    assert first["figures"]["single_step"] == first["stages"]["single"]["steps"]
+    assert Lettering.load(tmp_path / "model").config.line == LINE
+    later = train(0.06)
+    assert later["stages"]["grey"] == first["stages"]["grey"]  # only the last stage goes on
+    assert later["stages"]["single"]["steps"] > first["stages"]["single"]["steps"]
+    train(0.01, resume=False)
+    assert len((tmp_path / "work" / "checks.jsonl").read_text().splitlines()) == len(lines) == 2

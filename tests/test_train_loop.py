@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,6 +97,20 @@ def test_a_killed_process_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
     assert _progress(tmp_path)["step"] == 3
     assert load_file(tmp_path / "toy.safetensors")["model.weight"].shape == (64, 64)
+
+
+def test_the_time_in_which_a_process_was_stopped_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "LONGEST_STEP_SECONDS", 0.01)
+    model, loss = _regression([])
+
+    def slow(step: int) -> Tensor:
+        time.sleep(0.1)
+        return loss(step)
+
+    fit(model, slow, Schedule(1.0, 0.01, 3), stage="toy", folder=tmp_path)
+    assert 0.01 <= _progress(tmp_path)["spent"] <= 0.03 + 1e-6
 
 
 def test_progress_is_called_with_thousandths_and_a_label(

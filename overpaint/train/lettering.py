@@ -67,9 +67,8 @@ class Recipe:
     weight_decay: float = 0.01  # decoupled
     ema_decay: float = 0.998  # of the average of the weights, per step
     half: bool = True  # compute in bfloat16 where the processor has it
-    autoencoder_share: float = (
-        0.05  # part of the minutes for the autoencoder, if the configuration has one
-    )
+    # Part of the minutes for the autoencoder, if the configuration has one.
+    autoencoder_share: float = 0.05
     autoencoder_lr: float = 2e-3  # its peak learning rate
     checks: int = 98  # held-out words that are written and read: as many of each length from 2 to 8
     check_steps: int = 20  # denoising steps of a check

@@ -7,7 +7,10 @@ import numpy as np
 
 from overpaint.scene_text.line import Line
 
-__all__ = ["background"]
+__all__ = ["DARK", "LIGHT", "background"]
+
+# Ranges of the greys of letters and background, one of each, 0 to 255: letters of low contrast teach little.
+DARK, LIGHT = (0, 90), (165, 255)
 
 
 class _Scene(Protocol):
@@ -28,11 +31,11 @@ def background(rng: np.random.Generator, world: _Scene, *, in_color: bool = True
     """Return a background of the size of the line, RGB uint8 (H, W, 3).
 
     Seven in ten are crops of photographs, with changed light; the others are plain, a gradient or a texture. Without
-    color the background is a plain grey.
+    color the background is a plain dark or light grey.
     """
     height, width = world.line.height, world.line.width
     if not in_color:
-        return np.full((height, width, 3), rng.integers(0, 256), np.uint8)
+        return np.full((height, width, 3), rng.uniform(*(DARK, LIGHT)[rng.integers(2)]), np.uint8)
     if rng.random() < 0.7 and world.photos:
         ground = _crop(rng, world.photos[rng.integers(len(world.photos))], height, width)
         ground = ground * rng.uniform(0.7, 1.2) + rng.uniform(-25, 25)

@@ -36,10 +36,8 @@ __all__ = [
 TABLE = Path(__file__).with_name("lettering-fonts.tsv")
 EM = 48  # pixels in which faces are drawn before they are scaled to the line
 _SUFFIXES = {"400-normal": "", "700-normal": "-Bold", "400-italic": "-Italic", "700-italic": "-BoldItalic"}  # fmt: skip
-_ASCENT, _DESCENT = (
-    1.27,
-    0.5,
-)  # largest height above and depth below the baseline, in heights of the capital H
+# Largest height above and depth below the baseline, in heights of the capital H.
+_ASCENT, _DESCENT = 1.27, 0.5
 
 Split = Literal["training", "held-out"]
 
@@ -72,9 +70,8 @@ class Face:
     split: Split
     font: ImageFont.FreeTypeFont
     capital: float  # height of the capital H, in pixels
-    shrink: (
-        float  # 1, or less if ascenders or descenders are so long that the line would not hold them
-    )
+    # 1, or less if ascenders or descenders are so long that the line would not hold them.
+    shrink: float
 
 
 def families() -> tuple[Family, ...]:

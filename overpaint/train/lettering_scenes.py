@@ -22,7 +22,7 @@ from overpaint.scene_text.instructions import compose
 from overpaint.scene_text.line import Line
 from overpaint.train import lettering_words as words
 from overpaint.train import photographs
-from overpaint.train.lettering_backgrounds import background
+from overpaint.train.lettering_backgrounds import DARK, LIGHT, background
 from overpaint.train.lettering_colors import contrast, luminance, palette
 from overpaint.train.lettering_fonts import Face
 from overpaint.train.lettering_glyphs import Style, Word, draw_word, paint
@@ -39,9 +39,8 @@ class Stage:
     in_color: bool = True  # False: grey letters on grey
     font: str | None = None  # the only face; None for all of the world
     is_plain: bool = False  # lower-case words of letters only
-    free: float = (
-        0.0  # share of samples with free size, spacing, perspective, effects and larger masks
-    )
+    # Share of samples with free size, spacing, perspective, effects and larger masks.
+    free: float = 0.0
     siblings: float = 0.0  # share of samples with a second word of the same style beside the mask
     basic: float = 0.4  # share of the eleven basic colors
     least_contrast: float = 2.0  # contrast ratio of letters and background
@@ -110,7 +109,7 @@ def photograph_names(split: str) -> tuple[str, ...]:
     with_text = (
         "text", "page", "notes", "sudoku", "cards", "licenseplate", "ml.png", "stanford", "building", "box_in", "stuff",
     )  # fmt: skip
-    return tuple(name for name in lists if not any(part in name for part in with_text))
+    return tuple(name for name in lists if not any(part in name.lower() for part in with_text))
 
 
 def world(
@@ -252,7 +251,7 @@ def _style(
     under = ground[cv2.dilate(target.cover, np.ones((5, 5), np.uint8)) > 0.3]
     under = under if len(under) else ground.reshape(-1, 3)
     if not stage.in_color:
-        level = rng.uniform(0, 90) if under.mean() > 127 else rng.uniform(165, 255)
+        level = rng.uniform(*(DARK if under.mean() > 127 else LIGHT))
         return Style(np.full(3, level, np.float32)), "grey"
     behind = luminance(under)  # of each pixel
     style = Style(np.zeros(3, np.float32))

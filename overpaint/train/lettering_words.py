@@ -47,7 +47,7 @@ def draw(
     """Return a random string of one split.
 
     Half are words, since a model that sees only words learns to complete them instead of reading each letter. The
-    others are random letters, random letters and digits, or words and strings with a mark of punctuation.
+    others are random letters, random letters and digits, or words and strings with a mark of punctuation or a space.
 
     Args:
         rng: Source of the draws.
@@ -98,8 +98,9 @@ def _string(rng: np.random.Generator, length: int, held_out: bool, is_plain: boo
     text = "".join(letters[i] for i in rng.integers(len(letters), size=length))
     if is_plain or length < 3 or kind < 0.9:
         return text
-    mark = _MARKS[rng.integers(len(_MARKS))]
+    mark = " " if rng.random() < 0.25 else _MARKS[rng.integers(len(_MARKS))]
     place = int(rng.integers(1, length)) if mark in "-&'/:." else length - 1
+    place = int(rng.integers(1, length - 1)) if mark == " " else place
     base = words(length - 1, held_out=held_out) if rng.random() < 0.7 else ()
     stem = base[rng.integers(len(base))] if base else text[:-1]
     return stem[:place] + mark + stem[place:]
