@@ -128,7 +128,7 @@ def test_blending_leaves_the_outside_and_grows_inside():
     [
         (10, 20, 60, 24),
         (-10, 70, 60, 40),
-        (0, 0, 133, 91),
+        (0, 0, 133, 90),
         turned(15),
         turned(-30)[:3],
         (5, 5, 120, 6),
@@ -178,7 +178,7 @@ def test_unknown_fonts_are_answered_with_near_names_and_variants_are_allowed(mod
     ):
         rewrite(picture, (10, 20, 60, 24), "red", model=model, font="Robbto")
     rewrite(picture, (10, 20, 60, 24), "red", model=model, font="Roboto-Italic", steps=1)
-    rewrite(picture, (10, 20, 60, 24), "red", model=model, font="Allura and Mohave", steps=1)
+    rewrite(picture, (10, 20, 60, 24), "red", model=model, font="Roboto and lato-bold", steps=1)
 
 
 def test_bad_input_is_refused_before_sampling(model, picture):
@@ -187,8 +187,8 @@ def test_bad_input_is_refused_before_sampling(model, picture):
         rewrite(picture, box, " ", model=model)
     with pytest.raises(ValueError, match="may have 8 characters"):
         rewrite(picture, box, "wizards!!", model=model)
-    with pytest.raises(ValueError, match=r"RGB floats of shape \(3, H, W\), got torch.uint8"):
-        rewrite((picture * 255).byte(), box, "red", model=model)
+    with pytest.raises(ValueError, match=r"`image` must have shape \(3, H, W\)"):
+        rewrite(picture[:2], box, "red", model=model)
     with pytest.raises(ValueError, match="`instruction` replaces `font` and `color`"):
         rewrite(picture, box, "red", model=model, instruction="red", color="red")
     with pytest.raises(ValueError, match="no lettering model at 'nowhere'"):

@@ -23,6 +23,7 @@ from overpaint.cli.edit import edit
 from overpaint.cli.evaluate import evaluate
 from overpaint.cli.export import export
 from overpaint.cli.generate import generate
+from overpaint.cli.letter import letter
 from overpaint.cli.load import load
 from overpaint.cli.match import match
 from overpaint.cli.report import report
@@ -53,7 +54,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for verb in (
-    demo, load, generate, sites, trace, edit, show, diff, apply, export, evaluate, report, match, studio, train,
+    demo, load, generate, sites, trace, edit, show, diff, apply, export, evaluate, report, match, letter, studio,
+    train,
 ):  # fmt: skip
     app.command()(verb)
 

@@ -1,6 +1,6 @@
 """A lettering model: its network, stored in a folder, and the writing of words on lines."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +56,11 @@ class Lettering:
         folder = (
             zoo.folder("lettering") if source == "lettering" else files.user_path(source, "source")
         )
+        if source == "lettering" and not (folder / "config.json").is_file():
+            raise ValueError(
+                "the lettering model is not shipped with this version yet: train it with `overpaint train lettering` "
+                "(about 15 hours on one core), then name its folder, runs/lettering/model."
+            )
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
                 raise ValueError(
@@ -96,6 +101,7 @@ class Lettering:
         guidance: Guidance | None = None,
         seed: int = 0,
         solver: str = "ddim",
+        on_step: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Return lines with the words written under the mask, RGB in [0, 1], (B, 3, H, W); the rest is unchanged.
 
@@ -109,6 +115,7 @@ class Lettering:
             guidance: Scales of guidance; by default none.
             seed: Seed of the noise. Row i has the same noise in any batch.
             solver: `"ddim"` or `"dpm"`.
+            on_step: Called after each step with the number of finished steps.
 
         Raises:
             ValueError: `steps`, `seed` or the size of the pictures is out of range.
@@ -134,7 +141,7 @@ class Lettering:
         selected = mask[:, None].float().to(device)
         written = sample(
             self.network, images.float().to(device) * 2 - 1, selected, texts, place, steps=steps,
-            guidance=guidance or Guidance(), noise=noise, solver=solver,
+            guidance=guidance or Guidance(), noise=noise, solver=solver, on_step=on_step,
         )  # fmt: skip
         return torch.where(
             mask[:, None].to(device), (written + 1) / 2, images.float().to(device)
