@@ -139,6 +139,17 @@ def test_save_and_load_give_the_same_output_and_missing_weights_raise(tmp_path, 
         full_size.load(tmp_path / "decoupled")
 
 
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"mode": "sum", "unet": {}}', '{"mode": 1', "null"]
+)
+def test_a_damaged_configuration_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(
+        UnsupportedModel, match="is no configuration of DiffSTE .*: it must be what"
+    ):
+        full_size.load(tmp_path)
+
+
 def test_the_names_of_the_published_checkpoint_are_converted():
     model = full_size.build("branch", settings=SETTINGS, device="cpu")
     names = ("char_embedding.weight", "position_embedding.weight")

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -432,6 +433,24 @@ def test_sampling_with_an_exact_network_returns_the_picture():
         expected = network.codec.decode(target).clamp(-1, 1)
         inside = MASK[:, None].expand(-1, 3, -1, -1)
         assert torch.allclose(written[inside], expected[inside], atol=1e-3), solver
+
+
+def test_the_shipped_size_writes_a_line_in_seconds():
+    built = Lettering.build(Config())
+    place = Place(*(torch.tensor([v]) for v in (20.0, 90.0, 7.0, 22.0)))
+    mask = torch.zeros(1, 32, 128, dtype=torch.bool)
+    mask[:, 3:29, 18:92] = True
+    start = time.process_time()
+    built.write(
+        torch.rand(1, 3, 32, 128),
+        mask,
+        ["wizards"],
+        ["red"],
+        place,
+        steps=20,
+        guidance=Guidance(3, 3),
+    )
+    assert time.process_time() - start < 15
 
 
 def test_the_shipped_size_fits_into_twelve_megabytes():

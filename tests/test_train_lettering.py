@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from lettering_worlds import small_world
+from safetensors import safe_open
 
 from overpaint.cli.train import TrainOptions, _recipe
 from overpaint.scene_text import Config, Lettering
@@ -35,6 +36,11 @@ def make_run(tmp_path):
         return lettering.Run(recipe, tmp_path, seen, unseen, seed, "cpu", reader)
 
     return run
+
+
+def minutes_spent(checkpoint):
+    with safe_open(checkpoint, framework="pt") as file:
+        return json.loads(file.metadata()["progress"])["spent"] / 60
 
 
 def test_a_batch_holds_what_the_samples_say():
@@ -85,6 +91,15 @@ def test_the_loss_of_a_step_is_the_same_in_every_run(make_run):
     assert losses[0] != float(first.loss("fonts")(8).detach())
 
 
+def test_the_loss_in_bfloat16_is_nearly_that_in_float32(make_run):
+    run = make_run()
+    torch.nn.init.normal_(run.model.network.unet.conv_out.weight, std=0.1)
+    assert not run.half
+    exact = float(run.loss("fonts")(3).detach())
+    run.half = True
+    assert float(run.loss("fonts")(3).detach()) == pytest.approx(exact, rel=0.03)
+
+
 def test_a_stage_goes_on_where_it_stopped_and_is_checked_by_reading(make_run, tmp_path):
     run = make_run()
     run.train_stage("grey", 0.01)
@@ -109,7 +124,7 @@ def test_a_stage_goes_on_where_it_stopped_and_is_checked_by_reading(make_run, tm
     for name, value in run.model.network.state_dict().items():
         assert torch.equal(again.model.network.state_dict()[name], value), name
     assert len((tmp_path / "checks.jsonl").read_text().splitlines()) == len(lines)
-    again.train_stage("grey", 0.03)
+    again.train_stage("grey", minutes_spent(tmp_path / "grey.safetensors") + 0.005)
     later = json.loads((tmp_path / "checks.jsonl").read_text().splitlines()[-1])
     assert later["step"] > first["step"]
 
@@ -184,7 +199,7 @@ def test_stages_run_in_order_whether_their_gates_are_passed_or_not_and_go_on_at_
     assert list(first["stages"]) == ["grey", "single"]
     assert first["figures"]["single_step"] == first["stages"]["single"]["steps"]
     assert Lettering.load(tmp_path / "model").config.line == LINE
-    later = train(0.06)
+    later = train(1.2 * minutes_spent(tmp_path / "work" / "single.safetensors") + 0.01)
     assert later["stages"]["grey"] == first["stages"]["grey"]  # only the last stage goes on
     assert later["stages"]["single"]["steps"] > first["stages"]["single"]["steps"]
     train(0.01, resume=False)

@@ -70,6 +70,8 @@ def test_held_out_faces_are_in_no_world_of_training(world):
     for split in ("training", "held-out"):
         assert faces_of(every, split) == (world.faces[0],)
     assert faces_of(every, "held-out fonts") == (held_out,)
+    with pytest.raises(ValueError, match="has no face 'Roboto-Bold' of this stage: take the faces"):
+        draw(replace(world, faces=(held_out,)), STAGES["grey"], 0, 0)
 
 
 def test_the_first_hundred_labels_are_those_of_the_first_version(world):

@@ -183,13 +183,20 @@ def load(folder: str | Path) -> FullSize:
     """Return the networks of a folder that `save` wrote, on the CPU.
 
     Raises:
-        UnsupportedModel: The weights do not fit the configuration; no entry may be missing.
+        UnsupportedModel: The configuration is damaged, or the weights do not fit it; no entry may be missing.
         OSError: A file is missing.
     """
     folder = files.user_path(folder, "folder")
-    entries = files.from_json((folder / "config.json").read_bytes())
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in entries["unet"].items()}
-    model = build(entries["mode"], settings=settings, device="cpu")
+    path = folder / "config.json"
+    try:
+        entries = files.from_json(path.read_bytes())
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in entries["unet"].items()}
+        model = build(entries["mode"], settings=settings, device="cpu")
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UnsupportedModel(
+            f"{str(path)!r} is no configuration of DiffSTE ({str(error)[:200]}): it must be what `full_size.save` "
+            "writes. Save the model again."
+        ) from error
     for name, part in (("unet", model.unet), ("characters", model.characters)):
         path = folder / f"{name}.safetensors"
         try:

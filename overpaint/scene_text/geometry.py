@@ -78,11 +78,13 @@ def read_region(region: Any, size: tuple[int, int]) -> Region:
             f"`region` must be a box of 4 numbers, at least 3 points (x, y), or a mask {height}x{width}, got shape "
             f"{values.shape}: give one of them."
         )
-    mask = np.zeros(size, np.uint8)
-    # With 4 fractional bits; the centre of pixel (0, 0) is at (0.5, 0.5).
-    cv2.fillPoly(mask, [np.round((points - 0.5) * 16).astype(np.int32)], 1, shift=4)
-    if len(values) == 4 and values.ndim == 1:  # exact for boxes: fillPoly adds the border
+    if values.ndim == 1:  # exact for boxes: fillPoly adds the border
         mask = _box_mask(values, size)
+    else:
+        mask = np.zeros(size, np.uint8)
+        # With 4 fractional bits; the centre of pixel (0, 0) is at (0.5, 0.5).
+        fine = np.round((points - 0.5) * 16).clip(-(2**28), 2**28)
+        cv2.fillPoly(mask, [fine.astype(np.int32)], 1, shift=4)
     if not mask.any():
         raise ValueError(
             f"`region` is outside of the picture of {width}x{height} pixels or empty: give a region inside of it."

@@ -158,6 +158,9 @@ def draw(
         index: Number of the sample.
         text: The word, instead of a random one.
         names_style: Whether the instruction names font and color; by default each with probability 1/2.
+
+    Raises:
+        ValueError: The world does not have the face of the stage.
     """
     rng = np.random.default_rng([seed, index])
     is_free = rng.random() < stage.free
@@ -199,7 +202,12 @@ def draw_named(rng: np.random.Generator) -> tuple[bool, bool]:
 def _face(world: World, stage: Stage, rng: np.random.Generator) -> Face:
     """Return the face of the stage, or a random one: each family equally often."""
     if stage.font is not None:
-        return next(face for face in world.faces if face.name == stage.font)
+        named = [face for face in world.faces if face.name == stage.font]
+        if not named:
+            raise ValueError(
+                f"the world has no face {stage.font!r} of this stage: take the faces of training."
+            )
+        return named[0]
     families = sorted({face.family for face in world.faces})
     family = families[rng.integers(len(families))]
     faces = [face for face in world.faces if face.family == family]
