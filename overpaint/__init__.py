@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from overpaint import (
         edit,
         evaluate,
+        image_edit,
         images,
         match,
         metrics,
@@ -54,6 +55,7 @@ __all__ = [
     "UnsupportedModel",
     "edit",
     "evaluate",
+    "image_edit",
     "images",
     "load",
     "match",

@@ -17,7 +17,7 @@ LEVELS = (
     ("errors", "files"),
     ("metrics", "probes", "zoo", "optim", "images"),
     ("scorers", "model"),
-    ("trace", "edit", "match", "scene_text"),
+    ("trace", "edit", "match", "image_edit", "scene_text"),
     ("evaluate",),
     ("report",),
     ("demo", "train", "studio"),

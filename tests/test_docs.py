@@ -21,8 +21,8 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 OUTPUT = re.compile(r"^```python\n(?:.*?)^```\n\n```text\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#]+)(?:#[^)]*)?\)")
 ROOMS = [
-    "cli", "demo", "edit", "evaluate", "files", "images", "match", "metrics", "model", "optim", "probes", "report",
-    "scorers", "studio", "trace", "zoo",
+    "cli", "demo", "edit", "evaluate", "files", "image_edit", "images", "match", "metrics", "model", "optim", "probes",
+    "report", "scorers", "studio", "trace", "zoo",
 ]  # fmt: skip
 
 

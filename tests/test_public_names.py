@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = (
     "edit",
     "evaluate",
+    "image_edit",
     "images",
     "match",
     "metrics",
