@@ -172,7 +172,9 @@ def letter(
     model = Lettering.load(drawing.model)
     model.network.to(device)
     chosen, matches = _region(region, picture, size)
-    names = {"font": style.font, "color": style.color, "instruction": style.instruction}
+    names: dict[str, Any] = {
+        "font": style.font, "color": style.color, "instruction": style.instruction,
+    }  # fmt: skip
     plan = make_plan(size, chosen, text, model, **names)
     facts = _located_facts(matches, region) | _plan_facts(plan)
     if drawing.dry_run:
