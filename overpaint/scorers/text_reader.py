@@ -26,8 +26,8 @@ from overpaint.errors import MissingExtra
 __all__ = ["Box", "LocatedText", "TesseractReader", "TextReader", "similarity"]
 
 _HEIGHT = 48  # pixels, of PP-OCR's input
-_TESSERACT_HEIGHT = 96  # pixels, of a line before the border is added
-_TESSERACT_BORDER = 24  # white pixels around a line
+_TESSERACT_HEIGHT = 64  # pixels, of a line before the border is added
+_TESSERACT_BORDER = 16  # pixels around a line
 
 Box = tuple[int, int, int, int]  # left, top, right and bottom edge in pixels
 
@@ -127,10 +127,12 @@ class TextReader:
 
 
 class TesseractReader:
-    """Recogniser of a single word by Tesseract's command, without its dictionaries.
+    """Recogniser of a line of text by Tesseract's command, without its dictionaries.
 
-    Tesseract is trained on black print on white paper. Each line is therefore enlarged, split into two levels by Otsu's
-    threshold, inverted if its border is the darker level, and given a white border.
+    Tesseract is trained on black print on white paper. Each line is therefore made grey, stretched to the full range,
+    enlarged, inverted if most of its border is below Otsu's threshold, and given a border of its own edge. It reads few
+    words on photographs. The page mode is that of a single line (7): that of a single word (8) read 57 % of clean grey
+    words of one font, this one all of them.
     """
 
     def __init__(self, *, threads: int = 1) -> None:
@@ -185,7 +187,7 @@ class TesseractReader:
                 cv2.imwrite(str(path), _printed(line))
             pages = Path(folder) / "pages.txt"
             pages.write_text("\n".join(map(str, paths)) + "\n")
-            command = [self._command, str(pages), "stdout", "-l", "eng", "--oem", "1", "--psm", "8"]
+            command = [self._command, str(pages), "stdout", "-l", "eng", "--oem", "1", "--psm", "7"]
             for name in ("load_system_dawg", "load_freq_dawg"):
                 command += ["-c", f"{name}=0"]
             done = subprocess.run(
@@ -243,13 +245,16 @@ def _visible(text: str) -> str:
 
 
 def _printed(pixels: np.ndarray) -> np.ndarray:
-    """Return a line as black letters on white, enlarged, with a white border, uint8 (H, W)."""
+    """Return a line as dark letters on a light ground, enlarged, with a border, grey uint8 (H, W)."""
     grey = cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_RGB2GRAY)
     scale = _TESSERACT_HEIGHT / grey.shape[0]
     size = (max(1, round(grey.shape[1] * scale)), _TESSERACT_HEIGHT)
     large = cv2.resize(grey, size, interpolation=cv2.INTER_CUBIC)
-    _, levels = cv2.threshold(large, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
-    border = np.concatenate([levels[0], levels[-1], levels[:, 0], levels[:, -1]])
-    if border.mean() < 127:
-        levels = 255 - levels
-    return np.pad(levels, _TESSERACT_BORDER, constant_values=255)
+    low, high = int(large.min()), int(large.max())
+    level = (large.astype(np.float32) - low) * (255 / max(high - low, 1))
+    level = level.round().astype(np.uint8)
+    threshold, _ = cv2.threshold(level, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
+    border = np.concatenate([level[0], level[-1], level[:, 0], level[:, -1]])
+    if (border > threshold).mean() < 0.5:
+        level = 255 - level
+    return np.pad(level, _TESSERACT_BORDER, mode="edge")
