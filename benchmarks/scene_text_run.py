@@ -59,7 +59,9 @@ SEEN, UNSEEN = "seen word, seen font", "unseen word, seen font"
 UNSEEN_FONT = "unseen word, unseen font"
 PARTS = (CHARACTERS_OFF, INSTRUCTION_OFF)
 STAGE_SETS = {"grey": "grey line", "single": "one font"}
-ISOLATED = "Tesseract"  # the engine that reads letters in black on white, since it reads few on photographs
+# The engine that reads letters in black on white: of the validation's true lines with unseen words in seen fonts it
+# read 80 % so, and 25 % as they are.
+ISOLATED = "Tesseract"
 SAMPLES = 3  # of the pictures of `several`
 
 
