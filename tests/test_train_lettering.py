@@ -1,6 +1,7 @@
 """The recipe of `lettering`: batches, stages that go on where they stopped, checks by reading, the autoencoder."""
 
 import json
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -137,6 +138,17 @@ def test_a_check_reads_held_out_words_of_each_length(make_run):
         assert all(lettering_words.is_held_out(line.text) for line in lines)
         assert all(line.text.islower() for line in lines) is STAGES[stage].is_plain
         assert [line.text for line in lines] == [line.text for line in run.held_out(stage)]
+
+
+def test_the_next_check_waits_nine_times_as_long_as_the_last_one_took(make_run, tmp_path):
+    """On a busy machine a check takes long, and the training should not spend its time on them."""
+    run = make_run()
+    run.checked, run.check_seconds = time.monotonic() - 10.0, 100.0
+    run._maybe_check("grey", 1)
+    assert not (tmp_path / "checks.jsonl").exists()
+    run.check_seconds = 1.0
+    run.train_stage("grey", 0.0001)
+    assert (tmp_path / "checks.jsonl").exists() and run.check_seconds > 0
 
 
 def test_the_autoencoder_is_trained_first_and_then_frozen(make_run):

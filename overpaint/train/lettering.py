@@ -186,7 +186,7 @@ class Run:
         self.model = Lettering.build(config, seed=seed)
         self.model.network.to(device)
         self.alphas = scheduler(config.prediction).alphas_cumprod
-        self.checked = -math.inf
+        self.checked, self.check_seconds = -math.inf, 0.0
         self.half = recipe.half and (device.startswith("cuda") or _has_bfloat16())
 
     def train_stage(self, stage: str, minutes: float, on_progress: Progress | None = None) -> None:
@@ -296,12 +296,14 @@ class Run:
         return reading(texts, [s.text for s in held_out])
 
     def _maybe_check(self, stage: str, step: int) -> None:
-        """Check and export the model if the last check is old enough."""
-        if time.monotonic() - self.checked >= 60 * self.recipe.check_minutes:
+        """Check and export the model if the last check is old enough; checks take a tenth of the time at most."""
+        pause = max(60 * self.recipe.check_minutes, 9 * self.check_seconds)
+        if time.monotonic() - self.checked >= pause:
             self._check_and_export(stage, step)
 
     def _check_and_export(self, stage: str, step: int) -> None:
         """Add a line of what is read to the checks, and write the model."""
+        start = time.monotonic()
         result = self.check(stage)
         passed = result["words_any_case"] >= GATES[stage] * result["ceiling_any_case"]
         line = {
@@ -317,6 +319,7 @@ class Run:
             draft.write_text(f"{before}{text}\n")
         self.export(self.work / "zoo")
         self.checked = time.monotonic()
+        self.check_seconds = self.checked - start
 
     def _checks(self) -> dict[str, dict[str, Any]]:
         """Return the last check of each stage."""
