@@ -166,6 +166,7 @@ def test_a_box_is_drawn_by_mouse_and_the_word_is_written(
         browser.visit(chromium, address, width=width, dark=width < 400, accept_downloads=True) as opened,
     ):  # fmt: skip
         page = opened.page
+        page.get_by_text("No edits yet").wait_for()  # before it, no session may upload
         open_tab(page, "Letter")
         page.set_input_files("[role=tabpanel] input[type=file]", folder / "photo.png")
         page.locator("#op-letter-picture img").wait_for()
