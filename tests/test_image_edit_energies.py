@@ -124,6 +124,8 @@ def test_the_gradients_of_edit_and_content_keep_to_their_regions():
     values, _ = gradient(quadratic, latents, TARGET)
     assert torch.allclose(values[..., TARGET], 2 * latents[..., TARGET])
     assert torch.equal(values[..., ~TARGET], torch.full_like(values[..., ~TARGET], 3))
+    scaled, _ = gradient(quadratic, latents, TARGET, loss_scale=1024.0)
+    assert torch.allclose(scaled, values)
     everywhere, _ = gradient(quadratic, latents, None)
     assert torch.allclose(everywhere, 2 * latents + 3)
     only_edit, _ = gradient(quadratic, latents, torch.ones(8, 8, dtype=torch.bool))

@@ -23,6 +23,7 @@ from overpaint.cli.edit import edit
 from overpaint.cli.evaluate import evaluate
 from overpaint.cli.export import export
 from overpaint.cli.generate import generate
+from overpaint.cli.image import image
 from overpaint.cli.letter import letter
 from overpaint.cli.load import load
 from overpaint.cli.match import match
@@ -54,7 +55,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for verb in (
-    demo, load, generate, sites, trace, edit, show, diff, apply, export, evaluate, report, match, letter, studio,
+    demo, load, generate, sites, trace, edit, show, diff, apply, export, evaluate, report, match, image, letter, studio,
     train,
 ):  # fmt: skip
     app.command()(verb)

@@ -5,6 +5,7 @@ exactly. It is clipped to the range of the colors around the hole. Structure (st
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["fill", "membrane"]
+__all__ = ["fill", "membrane", "smooth"]
 
 _LARGEST = 60_000  # pixels of a hole: a system of this size is solved in about a second
 _RADIUS = 4  # pixels around each point of a larger hole that its color is computed from
@@ -37,7 +38,7 @@ def fill(picture: Tensor, hole: Tensor) -> Tensor:
         return picture
     pixels = picture[0].permute(1, 2, 0).contiguous().numpy()
     mask = hole.contiguous().numpy()
-    values = _smooth(pixels, mask) if mask.sum() <= _LARGEST else _coarse(pixels, mask)
+    values = smooth(pixels, mask) if mask.sum() <= _LARGEST else _coarse(pixels, mask)
     filled = torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))[None].to(picture)
     return torch.where(hole, filled, picture)
 
@@ -59,7 +60,7 @@ def membrane(values: Tensor, hole: Tensor) -> Tensor:
         small = F.avg_pool2d(values * known, factor, ceil_mode=True) / share.clamp(min=1e-6)
         missing = share[0, 0] == 0
     pixels = small[0].permute(1, 2, 0).contiguous().numpy()
-    surface = torch.from_numpy(_smooth(pixels, missing.contiguous().numpy(), order=1)).permute(
+    surface = torch.from_numpy(smooth(pixels, missing.contiguous().numpy(), order=1)).permute(
         2, 0, 1
     )[None]
     if factor > 1:
@@ -67,10 +68,10 @@ def membrane(values: Tensor, hole: Tensor) -> Tensor:
     return torch.where(hole, surface.to(values), values)
 
 
-def _smooth(
-    pixels: NDArray[np.float32], hole: NDArray[np.bool_], *, order: int = 2
-) -> NDArray[np.float32]:
-    """Return pixels (H, W, C) whose hole minimises the sum of squared Laplacians.
+def smooth(pixels: NDArray[Any], hole: NDArray[np.bool_], *, order: int = 2) -> NDArray[np.float32]:
+    """Return pixels (H, W, C), float32, whose hole minimises the sum of squared Laplacians.
+
+    They are clipped to the range of the pixels next to the hole.
 
     Args:
         pixels: Values.
@@ -127,4 +128,4 @@ def _coarse(pixels: NDArray[np.float32], hole: NDArray[np.bool_]) -> NDArray[np.
 
     levels = (pixels * 255).round().astype(np.uint8)
     filled = cv2.inpaint(levels, hole.astype(np.uint8), _RADIUS, cv2.INPAINT_NS)
-    return filled.astype(np.float32) / 255
+    return np.asarray(filled, np.float32) / np.float32(255)

@@ -17,6 +17,7 @@ from overpaint.images.read import load_picture
 __all__ = [
     "Frame",
     "Move",
+    "bounds",
     "box_mask",
     "cells",
     "centroid",
@@ -25,6 +26,9 @@ __all__ = [
     "feathered",
     "load_mask",
     "moved_cells",
+    "pixel_centres",
+    "placed",
+    "sample",
 ]
 
 Box = tuple[int, int, int, int]
@@ -80,7 +84,7 @@ class Move:
             return _shift(picture, *(int(v) for v in self.offset))
         height, width = picture.shape[-2:]
         parts = max(1, math.ceil(1 / self.scale))
-        grid = _points(height, width)
+        grid = pixel_centres(height, width)
         total, inside = torch.zeros_like(picture), torch.ones(height, width, dtype=torch.bool)
         for i in range(parts):
             for j in range(parts):
@@ -277,12 +281,23 @@ def moved_cells(source: Tensor, move: Move) -> tuple[Tensor, Tensor]:
         move: In cells.
     """
     height, width = source.shape
-    where = move.sources(_points(height, width)).round().long()
+    where = move.sources(pixel_centres(height, width)).round().long()
     x, y = where.unbind(-1)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     flat = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
     target = (inside & source.flatten()[flat]).flatten().nonzero().flatten()
     return target, flat.flatten()[target]
+
+
+def placed(picture: Tensor, move: Move, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return a moved picture (1, C, H, W) on a canvas of `size`, and where it covers the canvas, bool (h, w)."""
+    height, width = (max(a, b) for a, b in zip(picture.shape[-2:], size, strict=True))
+    known = torch.ones_like(picture[:, :1])
+    both = torch.cat([picture, known], 1)
+    margins = (0, width - picture.shape[-1], 0, height - picture.shape[-2])
+    moved, inside = move.apply(F.pad(both, margins))
+    moved = moved[..., : size[0], : size[1]]
+    return moved[:, :-1], inside[: size[0], : size[1]] & (moved[0, -1] > 0.999)
 
 
 def sample(picture: Tensor, where: Tensor) -> Tensor:
@@ -293,7 +308,7 @@ def sample(picture: Tensor, where: Tensor) -> Tensor:
     return F.grid_sample(picture, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-def _points(height: int, width: int) -> Tensor:
+def pixel_centres(height: int, width: int) -> Tensor:
     """Return the centre (x, y) of each pixel, float64 (H, W, 2)."""
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack([x, y], -1).double()

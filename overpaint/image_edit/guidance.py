@@ -22,7 +22,11 @@ _LEAST_ALPHA = 1e-4  # below this the picture cannot be computed from the noise 
 
 
 def gradient(
-    energy_of: Callable[[Tensor], Energy], latents: Tensor, region: Tensor | None
+    energy_of: Callable[[Tensor], Energy],
+    latents: Tensor,
+    region: Tensor | None,
+    *,
+    loss_scale: float = 1.0,
 ) -> tuple[Tensor, Energy]:
     """Return the gradient of the energies with respect to the latents, and the energies.
 
@@ -31,16 +35,18 @@ def gradient(
         latents: Shape (1, C, h, w).
         region: The gradient of the edit is used in these cells, bool (h, w), and that of the content in the others;
             `None` for the sum of both everywhere.
+        loss_scale: Factor of the energies while gradients are computed, which are divided by it. Half precision would
+            round small gradients to 0.
     """
     with torch.enable_grad():
         leaf = latents.detach().requires_grad_()
         energy = energy_of(leaf)
         if region is None:
-            (total,) = torch.autograd.grad(energy.edit + energy.content, leaf)
-            return total, energy
-        (edit,) = torch.autograd.grad(energy.edit, leaf, retain_graph=True)
-        (content,) = torch.autograd.grad(energy.content, leaf)
-    return torch.where(region, edit, content), energy
+            (total,) = torch.autograd.grad(loss_scale * (energy.edit + energy.content), leaf)
+            return total / loss_scale, energy
+        (edit,) = torch.autograd.grad(loss_scale * energy.edit, leaf, retain_graph=True)
+        (content,) = torch.autograd.grad(loss_scale * energy.content, leaf)
+    return torch.where(region, edit, content) / loss_scale, energy
 
 
 def normalised(values: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from overpaint.image_edit.autoencoder import encode
 from overpaint.image_edit.fill import membrane
 from overpaint.image_edit.geometry import Frame, feathered
 from overpaint.image_edit.result import Edited
-from overpaint.image_edit.sampler import Outcome, Plan, run
+from overpaint.image_edit.sampler import Plan, run
 from overpaint.image_edit.settings import Settings
 from overpaint.image_edit.tasks import Pair
 from overpaint.model.sampling import Progress
@@ -30,7 +30,7 @@ class Job:
         task: Name of the task.
         base: The crop, its hole filled, RGB in [0, 1], (1, 3, H, W).
         copy: The crop that shows the target in place; `None` if there is none.
-        second: The second picture that is inverted; `None` if only one is.
+        others: Further pictures that are inverted, (1, 3, any size).
         target: Pixels that are taken from the copy, bool (H, W).
         changed: Pixels that may change, bool (H, W).
         plan: Returns the plan for the latents.
@@ -39,7 +39,7 @@ class Job:
     task: str
     base: Tensor
     copy: Tensor | None
-    second: Tensor | None
+    others: tuple[Tensor, ...]
     target: Tensor
     changed: Tensor
     plan: Callable[[Pair], Plan]
@@ -52,7 +52,7 @@ def edit(
     job: Job,
     settings: Settings,
     *,
-    prompts: tuple[str, ...] = ("", ""),
+    prompts: tuple[str, ...],
     seed: int = 0,
     masks: dict[str, Tensor] | None = None,
     on_progress: Progress | None = None,
@@ -65,49 +65,62 @@ def edit(
         frame: The crop that is edited.
         job: The edit.
         settings: Parts and their windows.
-        prompts: Captions of the picture and of the second one.
+        prompts: Captions of all inverted pictures.
         seed: Seed of the noise of `settings.sde`.
         masks: Further masks of the result, bool, of the size of the crop.
         on_progress: Called after each step with (steps done, steps in total, label).
     """
-    base = frame.enter(job.base)
-    inverted = [base] if job.second is None else [base, frame.enter(job.second)]
-    latents = encode(model, torch.cat(inverted))
-    pair = Pair(latents, prompts[: len(inverted)], (frame.height, frame.width))
-    outcome = run(model, job.plan(pair), settings, seed=seed, on_progress=on_progress)
-    drawn = _decode(model, outcome.latents)
-    raw = frame.leave(drawn)
     weight = feathered(job.target, settings.feather)
     pasted = job.base if job.copy is None else job.base + weight * (job.copy - job.base)
-    result = (
-        pasted + frame.leave(drawn - _seen(model, frame, job, weight)) if settings.residual else raw
-    )
+    outcome, raw, result = None, pasted, pasted
+    if settings.diffusion:
+        latents = encode(model, torch.cat([frame.enter(crop) for crop in (job.base, *job.others)]))
+        pair = Pair(latents, prompts[: len(latents)], (frame.height, frame.width))
+        outcome = run(model, job.plan(pair), settings, seed=seed, on_progress=on_progress)
+        drawn = _decode(model, outcome.latents)
+        raw = result = frame.leave(drawn)
+        if settings.residual:
+            result = pasted + frame.leave(drawn - _seen(model, frame, job, weight))
     if settings.composite:
-        # The model's colors drift; what drifts around the edit is subtracted inside, as in seamless cloning.
-        drift = membrane(result - frame.crop(picture), job.changed)
-        result = result - drift
-        share = feathered(job.changed, settings.feather)
-        result = torch.where(job.changed, pasted + share * (result - pasted), frame.crop(picture))
+        result = _composed(result, pasted, frame.crop(picture), job.changed, settings.feather)
     every = {"target": job.target, "changed": job.changed, **(masks or {})}
+    blank = torch.zeros_like(picture[:, :1])
     return Edited(
         picture=_inserted(picture, frame, result),
         raw=_inserted(picture, frame, raw),
         pasted=_inserted(picture, frame, pasted),
-        masks={
-            name: _inserted(torch.zeros_like(picture[:, :1]), frame, m)[0] > 0.5
-            for name, m in every.items()
-        },
+        masks={name: _inserted(blank, frame, mask)[0] > 0.5 for name, mask in every.items()},
         box=(frame.left, frame.top, frame.left + frame.width, frame.top + frame.height),
-        latents=outcome.latents[0].cpu(),
-        initial_latents=outcome.initial[0].cpu(),
-        log=outcome.log,
-        protocol=_protocol(model, job, frame, settings, prompts[: len(inverted)], seed, outcome),
+        latents=None if outcome is None else outcome.latents[0].cpu(),
+        initial_latents=None if outcome is None else outcome.initial[0].cpu(),
+        log=() if outcome is None else outcome.log,
+        protocol={
+            **model.protocol(steps=settings.steps, guidance_scale=settings.guidance_scale),
+            "scheduler": "DDIMScheduler",
+            "task": job.task,
+            "prompts": list(prompts[: 1 + len(job.others)]),
+            "seed": seed,
+            "working_size": list(frame.size),
+            "bank_bytes": 0 if outcome is None else outcome.bank_bytes,
+            "settings": dataclasses.asdict(settings),
+        },
     )
+
+
+def _composed(
+    result: Tensor, pasted: Tensor, crop: Tensor, changed: Tensor, feather: float
+) -> Tensor:
+    """Return the result inside of the edited region, without its drift of colors, and the picture's crop elsewhere."""
+    drift = membrane(
+        result - crop, changed
+    )  # the drift around the edit is subtracted inside, as in seamless cloning
+    share = feathered(changed, feather)
+    return torch.where(changed, pasted + share * (result - drift - pasted), crop)
 
 
 def unit_of(model: Any) -> int:
     """Return the number of pixels of which the sides of the inverted picture are multiples."""
-    return _latent_pixels(model) * 2 ** (len(model.unet.config.block_out_channels) - 1)
+    return _latent_pixels(model) * 2 ** (len(model.structure.unet.config.block_out_channels) - 1)
 
 
 def working_size(model: Any, settings: Settings) -> int:
@@ -117,7 +130,7 @@ def working_size(model: Any, settings: Settings) -> int:
 
 def _latent_pixels(model: Any) -> int:
     """Return the pixels along each side of a latent."""
-    return 2 ** (len(model.vae.config.block_out_channels) - 1)
+    return 2 ** (len(model.components()["vae"].config.block_out_channels) - 1)
 
 
 def _decode(model: Any, latents: Tensor) -> Tensor:
@@ -140,24 +153,3 @@ def _inserted(picture: Tensor, frame: Frame, crop: Tensor) -> Tensor:
     rows, columns = frame.slices
     result[:, rows, columns] = crop.reshape(-1, frame.height, frame.width).to(result).clamp(0, 1)
     return result
-
-
-def _protocol(
-    model: Any,
-    job: Job,
-    frame: Frame,
-    settings: Settings,
-    prompts: tuple[str, ...],
-    seed: int,
-    outcome: Outcome,
-) -> dict[str, Any]:
-    return {
-        **model.protocol(steps=settings.steps, guidance_scale=settings.guidance_scale),
-        "scheduler": "DDIMScheduler",
-        "task": job.task,
-        "prompts": list(prompts),
-        "seed": seed,
-        "working_size": list(frame.size),
-        "bank_bytes": outcome.bank_bytes,
-        "settings": dataclasses.asdict(settings),
-    }

@@ -22,9 +22,10 @@ class Edited:
         raw: The same as the model draws it: without the detail that the autoencoder loses, and with changes in the
             whole crop. Pixels outside of the crop are those of the picture.
         pasted: The edit in pixels alone, which the model starts from: a copy of the object over the filled hole.
-        masks: `source`, the object, `target`, where it goes, and `changed`, all pixels that may differ; bool (H, W).
+        masks: `source`, the object (in moves), `target`, where it goes, `changed`, all pixels that may differ; bool,
+            (H, W).
         box: The crop that was inverted: first column and row, last column and row, each last one plus 1.
-        latents: Clean latents of the edited crop, shape (C, h, w).
+        latents: Clean latents of the edited crop, shape (C, h, w); `None` without `Settings.diffusion`.
         initial_latents: Latents that denoising started from.
         log: For each step its number, timestep, repeats, whether the bank and noise were on, `prediction_rms`, and
             with guidance `energies` and `change_rms`, the root mean square of what it subtracted from the latents.
@@ -36,8 +37,8 @@ class Edited:
     pasted: Tensor
     masks: Mapping[str, Tensor]
     box: tuple[int, int, int, int]
-    latents: Tensor
-    initial_latents: Tensor
+    latents: Tensor | None
+    initial_latents: Tensor | None
     log: tuple[dict[str, Any], ...]
     protocol: dict[str, Any]
 

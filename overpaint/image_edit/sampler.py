@@ -131,7 +131,10 @@ class _Run:
             stored = maps(trajectory.latents[step])
         region = self.plan.region if self.settings.regional else None
         values, energy = gradient(
-            lambda z: self.plan.energy([m[0] for m in maps(z)], stored), latents, region
+            lambda z: self.plan.energy([m[0] for m in maps(z)], stored),
+            latents,
+            region,
+            loss_scale=1024.0 if self.model.dtype == torch.float16 else 1.0,
         )
         if self.settings.update == "latents":
             return self.settings.step_size * normalised(values), energy
@@ -209,7 +212,7 @@ def run(
         embeds = model.encode([*plan.prompts, ""])
         state = _Run(
             model, plan, settings, noise_generator(seed), levels_of(model, settings.steps),
-            Bank(attentions(model)), embeds[:-1], embeds[-1:], tick,
+            Bank(attentions(model), model.dtype), embeds[:-1], embeds[-1:], tick,
         )  # fmt: skip
         trajectory = state.invert()
         initial = plan.start(trajectory.latents[0])

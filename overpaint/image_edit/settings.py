@@ -20,6 +20,7 @@ class Settings:
         steps: Steps of inversion and of denoising, at least 2.
         refinements: Fixed-point refinements of each step of the inversion, 0 to 10; each is one call of the UNet.
         guidance_scale: Weight of the prompt in denoising; the inversion has none.
+        diffusion: Run the model; off, the result is the edit in pixels alone, as in `Edited.pasted`.
         copy: Take latents, keys, values and target features of the target from a moved, scaled or warped copy of the
             picture, which is inverted too.
         fill: Fill the place that the object leaves before the inversion.
@@ -57,6 +58,7 @@ class Settings:
     steps: int = 20
     refinements: int = 2
     guidance_scale: float = 1.0
+    diffusion: bool = True
     copy: bool = True
     fill: bool = True
     residual: bool = True
@@ -72,11 +74,11 @@ class Settings:
     energy_scale: float | None = None
     regional: bool = True
     sde: bool = False
-    sde_window: Window = (0.2, 0.4)
+    sde_window: Window = (0.22, 0.4)
     eta_inside: float = 0.4
     eta_outside: float = 0.0
     travel: bool = False
-    travel_window: Window = (0.4, 0.6)
+    travel_window: Window = (0.44, 0.6)
     repeats: int = 3
     size: int | None = None
     crop: float | None = 0.5

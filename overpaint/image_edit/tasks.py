@@ -52,6 +52,10 @@ class Pair:
         """Height and width of the grid of the features."""
         return 2 * self.grid[0], 2 * self.grid[1]
 
+    def cells(self, mask: Tensor, grid: tuple[int, int], *, least: float = 0.5) -> Tensor:
+        """Return the cells of a grid that a mask covers, on the latents' device; see `geometry.cells`."""
+        return cells(mask, grid, least=least).to(self.latents.device)
+
     def in_cells(self, move: Move, grid: tuple[int, int]) -> Move:
         """Return a move in pixels in cells of a grid."""
         factor = (grid[1] / self.size[1], grid[0] / self.size[0])
@@ -69,14 +73,14 @@ def merged(pair: Pair, target: Tensor, region: Tensor, weights: Weights) -> Plan
         region: Pixels that may change, bool (H, W).
         weights: Weights of the energies.
     """
-    grid, inside = pair.grid, cells(target, pair.fine, least=_TOUCHED)
+    grid, inside = pair.grid, pair.cells(target, pair.fine, least=_TOUCHED)
 
     def merge(values: Tensor, size: tuple[int, int]) -> Tensor:
-        return torch.where(cells(target, size, least=_TOUCHED), values[1:2], values[:1])
+        return torch.where(pair.cells(target, size, least=_TOUCHED), values[1:2], values[:1])
 
     def projection(_own: Tensor, stored: Tensor) -> Tensor:
         size = token_grid(stored.shape[1], grid)
-        chosen = cells(target, size, least=_TOUCHED).flatten()
+        chosen = pair.cells(target, size, least=_TOUCHED).flatten()
         return torch.where(chosen[:, None], stored[1], stored[0]).expand(len(_own), -1, -1)
 
     def energy(current: Sequence[Tensor], stored: Sequence[Tensor]) -> Energy:
@@ -84,7 +88,7 @@ def merged(pair: Pair, target: Tensor, region: Tensor, weights: Weights) -> Plan
 
     return Plan(
         pair.latents, pair.prompts, lambda noisy: merge(noisy, grid), projection, energy,
-        cells(target, grid), cells(region, grid), _ONE_PICTURE, 40.0,
+        pair.cells(target, grid), pair.cells(region, grid), _ONE_PICTURE, 40.0,
     )  # fmt: skip
 
 
@@ -109,9 +113,9 @@ def move(
     """
     grid, fine = pair.grid, pair.fine
     pairs, inside = _pairs(pair, source, shift, fine)
-    object_ = cells(source, fine)
+    object_ = pair.cells(source, fine)
     keep = ~(object_ | inside)
-    shown = keep if reference is None else cells(reference, fine)
+    shown = keep if reference is None else pair.cells(reference, fine)
     coarse_pairs, target = _pairs(pair, source, shift, grid)
 
     def energy(current: Sequence[Tensor], stored: Sequence[Tensor]) -> Energy:
@@ -121,7 +125,7 @@ def move(
     return Plan(
         pair.latents, pair.prompts,
         lambda noisy: _with_cells(noisy[:1], noisy[0], coarse_pairs) if moves_latents else noisy[:1],
-        _replaced, energy, target, cells(source, grid) | target, _ONE_PICTURE, 40.0,
+        _replaced, energy, target, pair.cells(source, grid) | target, _ONE_PICTURE, 40.0,
     )  # fmt: skip
 
 
@@ -140,23 +144,31 @@ def paste(
     return Plan(
         pair.latents, pair.prompts,
         lambda noisy: _with_cells(noisy[:1], noisy[1], coarse_pairs) if moves_latents else noisy[:1],
-        lambda own, stored: _split(own, stored, ~target, cells(source, grid)), energy, target, target,
+        lambda own, stored: _split(own, stored, ~target, pair.cells(source, grid)), energy, target, target,
         _TWO_PICTURES, 60.0,
     )  # fmt: skip
 
 
 def appearance(pair: Pair, target: Tensor, reference: Tensor, weights: Weights) -> Plan:
-    """Return the release's plan of taking the look of the object `reference` in the second picture."""
+    """Return the release's plan of taking the look of the object `reference` in the second picture.
+
+    If there is a third picture, denoising starts from its latents in the target.
+    """
     grid, fine = pair.grid, pair.fine
-    inside, shown_cells, coarse = cells(target, fine), cells(reference, fine), cells(target, grid)
+    inside, shown_cells, coarse = (
+        pair.cells(target, fine),
+        pair.cells(reference, fine),
+        pair.cells(target, grid),
+    )
 
     def energy(current: Sequence[Tensor], stored: Sequence[Tensor]) -> Energy:
         base, shown = [s[0] for s in stored], [s[1] for s in stored]
         return energies.appearance(current, base, shown, inside, shown_cells, weights)
 
     return Plan(
-        pair.latents, pair.prompts, lambda noisy: noisy[:1],
-        lambda own, stored: _split(own, stored, ~coarse, cells(reference, grid)), energy, coarse, coarse,
+        pair.latents, pair.prompts,
+        lambda noisy: torch.where(coarse, noisy[2:], noisy[:1]) if len(noisy) == 3 else noisy[:1],
+        lambda own, stored: _split(own, stored[:2], ~coarse, pair.cells(reference, grid)), energy, coarse, coarse,
         _TWO_PICTURES, 80.0,
     )  # fmt: skip
 
@@ -171,10 +183,10 @@ def drag(
     moves_latents: bool = True,
 ) -> Plan:
     """Return the release's plan of dragging points (K, 2), (x, y) in pixels, within `region`, bool (H, W)."""
-    fine, keep = pair.fine, ~cells(region, pair.fine)
+    fine, keep = pair.fine, ~pair.cells(region, pair.fine)
     pairs = _patches(pair, starts, ends, fine)
     coarse_pairs = _patches(pair, starts, ends, pair.grid)
-    coarse = cells(region, pair.grid)
+    coarse = pair.cells(region, pair.grid)
 
     def energy(current: Sequence[Tensor], stored: Sequence[Tensor]) -> Energy:
         return energies.drag(current, [s[0] for s in stored], pairs, keep, weights)
@@ -192,7 +204,7 @@ def drag(
 
 def landmarks(pair: Pair, starts: Tensor, ends: Tensor, weights: Weights) -> Plan:
     """Return the release's plan of moving landmarks (K, 2), (x, y) in pixels; the whole picture may change."""
-    everywhere = torch.ones(pair.grid, dtype=torch.bool)
+    everywhere = torch.ones(pair.grid, dtype=torch.bool, device=pair.latents.device)
     pairs = _patches(pair, starts, ends, pair.fine)
 
     def energy(current: Sequence[Tensor], stored: Sequence[Tensor]) -> Energy:
@@ -209,7 +221,8 @@ def _pairs(pair: Pair, source: Tensor, shift: Move, grid: tuple[int, int]) -> tu
     target, origin = moved_cells(cells(source, grid), pair.in_cells(shift, grid))
     inside = torch.zeros(grid, dtype=torch.bool)
     inside.view(-1)[target] = True
-    return Pairs(target, origin), inside
+    device = pair.latents.device
+    return Pairs(target.to(device), origin.to(device)), inside.to(device)
 
 
 def _patches(pair: Pair, starts: Tensor, ends: Tensor, grid: tuple[int, int]) -> Pairs:
@@ -223,7 +236,7 @@ def _patches(pair: Pair, starts: Tensor, ends: Tensor, grid: tuple[int, int]) ->
         limit = torch.tensor([width - 2, height - 2])
         placed = centre.clamp(min=1).minimum(limit)[:, None] + around
         flat.append(placed[..., 1] * width + placed[..., 0])
-    return Pairs(flat[0], flat[1])
+    return Pairs(*(numbers.to(pair.latents.device) for numbers in flat))
 
 
 def _with_cells(latents: Tensor, shown: Tensor, pairs: Pairs) -> Tensor:
