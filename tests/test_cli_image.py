@@ -34,7 +34,7 @@ def test_a_move_writes_what_the_function_returns(run, pictures, tiny_folder, tmp
     )  # fmt: skip
     assert (code, err) == (0, "")
     facts = json.loads(out)
-    assert facts["task"] == "move" and facts["working_size"] == "64x48"
+    assert facts["task"] == "move" and facts["working_size"] == "64x64"
     mask = np.asarray(Image.open(pictures / "a-mask.png"))
     settings = image_edit.overpaint(steps=3, size=64)
     result = image_edit.move(

@@ -11,7 +11,7 @@ import overpaint as op
 from overpaint import image_edit
 from overpaint.errors import UnsupportedModel
 
-FAST = {"steps": 4, "refinements": 1, "size": 64}
+FAST = {"steps": 2, "refinements": 0, "size": 32}
 
 
 def scene(size=(64, 64), box=(12, 20, 28, 34), offset=(0, 0), ground=(0.9, 0.8, 0.5)):
@@ -189,6 +189,7 @@ def test_every_layout_is_edited(name, preset, request):
         assert any(e["noise"] for e in result.log) and max(e["repeats"] for e in result.log) == 3
 
 
+@pytest.mark.slow
 def test_the_published_preset_has_the_calls_of_the_release(tiny_sd1, monkeypatch):
     calls = {"single": 0, "double": 0}
     original = type(tiny_sd1).noise_pred

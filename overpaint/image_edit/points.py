@@ -104,7 +104,8 @@ def warp(picture: Tensor, starts: Tensor, ends: Tensor, region: Tensor) -> tuple
     """
     height, width = region.shape
     field = displacements(starts, ends, region)
-    return sample(picture, pixel_centres(height, width) - field), field
+    warped = sample(picture, pixel_centres(height, width) - field)
+    return torch.where((field != 0).any(-1), warped, picture), field
 
 
 def displacements(starts: Tensor, ends: Tensor, region: Tensor) -> Tensor:
