@@ -7,6 +7,7 @@ back what the autoencoder loses, and leaves all pixels outside of the edited reg
 object of another picture is placed and scaled in pixels before its inversion, since pictures have different sizes.
 """
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -96,13 +97,13 @@ def move(
     object_ = load_mask(mask, size)
     shift = replace(shift, pivot=centroid(object_))
     source = dilate(object_, settings.grow)
-    here = bounds(source)
-    there = shift.box(here, size)
+    here, there = bounds(source), shift.box(bounds(object_), size)
     check_offset(offset, there, size)
+    there, rim = _with_rim(there, shift, settings, size)
     frame = _frame(model, settings, size, _union(here, there), max(_side(here), _side(there)))
-    crop, source = frame.crop(picture), frame.crop(source)
+    crop, source, object_ = (frame.crop(values) for values in (picture, source, object_))
     shift = shift.within(frame.left, frame.top)
-    target = shift.apply(source[None, None].float())[0][0, 0] > 0.5
+    target = dilate(shift.apply(object_[None, None].float())[0][0, 0] > 0.5, rim)
     base = fill(crop, source) if settings.fill else crop
     moved, inside = shift.apply(crop)
     copy = torch.where(inside, moved, base)
@@ -167,14 +168,14 @@ def paste(
     object_ = load_mask(mask, (other.shape[2], other.shape[3]))
     x, y = centroid(object_)
     shift = Move((shift.offset[0] - x, shift.offset[1] - y), shift.scale, (x, y))
-    grown = dilate(object_, settings.grow)
-    there = shift.box(bounds(grown), size)
+    there = shift.box(bounds(object_), size)
     check_offset(position, there, size, "position")
+    there, rim = _with_rim(there, shift, settings, size)
     frame = _frame(model, settings, size, there, _side(there))
     crop = frame.crop(picture)
-    shown, inside = placed(torch.cat([other, grown[None, None].float()], 1), shift, size)
+    shown, inside = placed(torch.cat([other, object_[None, None].float()], 1), shift, size)
     shown, inside = frame.crop(shown), frame.crop(inside)
-    target = (shown[0, 3] > 0.5) & inside
+    target = dilate(shown[0, 3] > 0.5, rim) & inside
     copy = torch.where(inside, shown[:, :3], crop)
 
     def plan(pair: Pair) -> Plan:
@@ -438,6 +439,18 @@ def _frame(
         (size[0], size[1]), region, object_side=object_side, size=working_size(model, settings), unit=unit_of(model),
         share=settings.crop,
     )  # fmt: skip
+
+
+def _with_rim(box: Box, shift: Move, settings: Settings, size: tuple[int, int]) -> tuple[Box, int]:
+    """Return the box of a moved object with its soft rim, which is wider if it is enlarged, and the rim's width."""
+    rim = math.ceil(settings.grow * max(1.0, shift.scale))
+    left, top, right, bottom = box
+    return (
+        max(left - rim, 0),
+        max(top - rim, 0),
+        min(right + rim, size[1]),
+        min(bottom + rim, size[0]),
+    ), rim
 
 
 def _union(one: Box, other: Box) -> Box:

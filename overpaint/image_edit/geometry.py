@@ -198,9 +198,7 @@ def load_mask(mask: Any, size: tuple[int, int], name: str = "mask") -> Tensor:
     """
     if isinstance(mask, np.ndarray | Tensor):
         values = (
-            torch.as_tensor(np.ascontiguousarray(mask))
-            if isinstance(mask, np.ndarray)
-            else mask.detach().cpu()
+            torch.as_tensor(np.array(mask)) if isinstance(mask, np.ndarray) else mask.detach().cpu()
         )
         is_binary = (
             not values.is_floating_point()

@@ -71,7 +71,7 @@ def edit(
         on_progress: Called after each step with (steps done, steps in total, label).
     """
     weight = feathered(job.target, settings.feather)
-    pasted = job.base if job.copy is None else job.base + weight * (job.copy - job.base)
+    pasted = job.base if job.copy is None else torch.lerp(job.base, job.copy, weight)
     outcome, raw, result = None, pasted, pasted
     if settings.diffusion:
         latents = encode(model, torch.cat([frame.enter(crop) for crop in (job.base, *job.others)]))
