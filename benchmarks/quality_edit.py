@@ -20,8 +20,8 @@ at the same list is refused; with `--again` it runs, and all looks stay in the f
 `runs/quality_edit`, so that a run can be stopped at any moment and the same command continues it. `--quick` has a
 validation concept, few methods and the first settings of each, and writes to `runs/benchmarks`.
 
-Expected on two cores, at 6.5 pictures a second (`--dry-run` counts anew): `--tune` 16,700 pictures and 1,430 edits in
-about 85 minutes, 24 of them for fine-tuning; the test 30,800 pictures, 765 edits and 60 attacks in about 140 minutes,
+Expected on two cores, at 6.5 pictures a second (`--dry-run` counts anew): `--tune` 19,700 pictures and 1,670 edits in
+about 95 minutes, 24 of them for fine-tuning; the test 30,800 pictures, 765 edits and 60 attacks in about 140 minutes,
 25 of them for the attacks.
 """
 

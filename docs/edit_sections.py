@@ -4,17 +4,17 @@ from collections.abc import Mapping, Sequence
 
 from tables import Run, number, origin, percent, table
 
-__all__ = ["contest", "is_contest", "many"]
+__all__ = ["contest", "many"]
 
 COMMAND = "python benchmarks/quality_edit.py"
 NAMES = {
     "auto": "**automatic (`edit.auto`)**",
-    "auto, weight tuned": "automatic, preserve weight tuned too",
+    "auto, weight tuned": "automatic with a tuned preserve weight",
     "quickfix": "Diff-QuickFix",
-    "quickfix, list": "Diff-QuickFix, preserve list",
-    "quickfix, last token": "Diff-QuickFix, last token only",
-    "uce, last token": "UCE, last token",
-    "uce, to pads": "UCE, last token to pads",
+    "quickfix, list": "Diff-QuickFix with the preserve list",
+    "quickfix, last token": "Diff-QuickFix at the last token",
+    "uce, last token": "UCE at the last token",
+    "uce, to pads": "UCE from the last token to the pads",
     "time": "TIME",
     "loco": "LocoEdit",
     "finetune": "fine-tuning",
@@ -29,11 +29,6 @@ NAMES = {
 }
 
 
-def is_contest(run: Run) -> bool:
-    """Return whether a result is of the contest with test concepts, not of the benchmark before it."""
-    return "test" in run
-
-
 def contest(run: Run) -> str:
     """Return the section on edits of one concept, by all methods."""
     if "unfinished" in run:
@@ -42,7 +37,7 @@ def contest(run: Run) -> str:
     rows = {row["method"]: row for row in tables["methods"]}
     kinds = list(dict.fromkeys(row["kind"] for row in tables["by kind"]))
     counts = ", ".join(f"{len(pairs)} {kind}s" for kind, pairs in run["test"]["concepts"].items())
-    pictures = run["protocol"]["pictures"]["target"]
+    pictures = run["protocol"]["pictures"]["targets"]
     plain = rows["no edit"]
     return (
         "## Edits of one concept\n\n"
@@ -65,7 +60,8 @@ def contest(run: Run) -> str:
         + _paired(tables["auto minus the row"])
         + "\nHarmonic mean by kind of concept:\n\n"
         + _by_kind(tables["by kind"], kinds)
-        + "\nSettings that were chosen, and the cost of one edit:\n\n"
+        + "\nSettings that were chosen, and the cost of one edit; seconds depend on the load of the machine, see "
+        "[speed of editing](#speed-of-editing):\n\n"
         + _settings(rows)
         + _refusals(rows)
         + _edges(run.get("edges", {}))
@@ -159,7 +155,7 @@ def _verdicts(rows: list[Run], role: str) -> str:
 def _paired(rows: list[Run]) -> str:
     return table(
         ["`auto` minus", "concepts", "harmonic mean, paired by concept", "verdict"],
-        [[NAMES[r["method"]], str(r["n"]), number(r["harmonic"]), r["verdict"]] for r in rows],
+        [[NAMES[r["method"]], str(r["n"]), number(r["harmonic"], 3), r["verdict"]] for r in rows],
     )
 
 

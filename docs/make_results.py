@@ -23,9 +23,8 @@ All larger tables of this repository stand here, once. `docs/make_results.py` wr
 `benchmarks/results/*.json`; a test compares the two. Brackets are 95 % intervals. Times were measured on two CPU cores
 of a shared machine and compare only inside one table. An aim is the target that was set for a figure.
 
-`icons` has new weights since 2026-11-29. The sections on edits, several concepts, text layers, preserve weights and
-maps were measured on the weights before them, in which most concepts had a token of their own. They have not been
-repeated yet.
+`icons` has new weights since 2026-11-29. The sections on text layers, preserve weights and maps were measured on the
+weights before them, in which most concepts had a token of their own. They have not been repeated yet.
 """
 
 
@@ -113,98 +112,6 @@ def _wordings(figures: dict[str, float], intervals: dict[str, list[float]]) -> s
         f"{figures['synonyms_other_words_ratio']:.2f}. Sides: {sides} (aim: 70 % together); both of two objects, "
         f"128 pixels: aim 40 %. Of the 30 concepts of `quality_edit`, {100 * figures['shared_tokens']:.0f} % "
         "have no token of their own.\n"
-    )
-
-
-METHODS = {
-    "auto": "with token rows (`edit.auto`, `tokens=True`)",
-    "auto, layer only": "layer alone (`edit.auto`, `tokens=False`)",
-    "quickfix": "quickfix, as released",
-    "uce": "UCE",
-    "time": "TIME",
-    "loco": "LocoEdit",
-    "swap embedding": "swap the token embedding",
-}
-
-
-def edit(run: Run) -> str:
-    """Return the section on edits of one concept, by all methods."""
-    if edit_sections.is_contest(run):
-        return edit_sections.contest(run)
-    heads = {
-        "target": "still the concept",
-        "unseen wordings": "in unseen wordings",
-        "redirection": "now the replacement",
-        "others_drop": "others of its kind, lost",
-        "rest_drop": "all else, lost",
-    }
-    tables, result = run["tables"], run["result"]
-    overall = {row["method"]: row for row in tables["overall"]}
-    rows = [
-        [METHODS[m], *(percent(overall[m][k]) for k in heads), number(overall[m]["harmonic"])]
-        for m in METHODS
-    ]
-    kinds = list(dict.fromkeys(row["kind"] for row in tables["by kind"]))
-    by_kind = {(row["kind"], row["method"]): row for row in tables["by kind"]}
-    kind_rows = [
-        [METHODS[m], *(number(by_kind[kind, m]["harmonic"]["mean"]) for kind in kinds)]
-        for m in METHODS
-    ]
-    before = percent(overall["auto"]["before"])
-    reached = percent(overall["auto"]["replacement, unedited"])
-    edited = [row["p"] for row in tables["kid"] if "against other seeds" in row["set"]]
-    more = f"{result['concepts']} concepts, one edit each; seed {run['protocol']['seed']}"
-    return (
-        "## Edits of one concept\n\n"
-        + origin("python benchmarks/quality_edit.py", run["protocol"], commit="7a6bc82", more=more)
-        + "\nMeasured on the weights before 2026-11-29, with the benchmark of that commit; rivals were not tuned. The "
-        "contest that replaces it has not been run.\n"
-        + f"\n{result['concepts']} concepts of {len(kinds)} kinds ({', '.join(kinds)}), the same "
-        "prompts and start noise "
-        "for all methods, intervals over concepts. The unedited model's pictures are recognised "
-        "as the concept in\n"
-        f"{before}, and as the replacement, when the prompt names it, in {reached}.\n\n"
-        + table(["method", *heads.values(), "harmonic mean of erased and kept"], rows)
-        + f"\n`auto` moved token rows only for {result['in_embedding_alone']} of the "
-        f"{result['concepts']} concepts of `icons`; "
-        "for the others it edits a text layer too. The second row is the text layer alone, for "
-        "all concepts. That the "
-        "layer is edited as well where a concept shares tokens with another was decided after a "
-        "first run on these "
-        "concepts: the table is not a blind test of it. The harmonic means of `auto` and of "
-        "swapping the embedding "
-        "differ by less than their intervals. What becomes of the *object* in pictures of an "
-        "edited style is not "
-        "measured: the last columns count other prompts only.\n\nHarmonic mean by kind of concept:\n\n"
-        + table(["method", *kinds], kind_rows)
-        + "\nKID of unrelated prompts, edited model against other seeds of the unedited one: "
-        f"{len(edited)} edits, p between\n"
-        f"{min(edited):.2f} and {max(edited):.2f}. "
-    )
-
-
-def many(run: Run) -> str:
-    """Return the section on several concepts in one solve."""
-    if edit_sections.is_contest(run):
-        return edit_sections.many(run)
-    rows, by = [], {(r["concepts"], r["method"]): r for r in run["tables"]["many"]}
-    shown = ("auto", "auto, layer only", "quickfix", "uce")
-    for count in sorted({concepts for concepts, _ in by}):
-        for method in shown:
-            if (count, method) in by:
-                row = by[count, method]
-                cells = [percent(row[k]) for k in ("kept", "target", "redirection")]
-                rows.append([f"{count}", METHODS[method], *cells, f"{row['seconds']:.1f} s"])
-    labels = sorted({row["kept"]["n"] for row in run["tables"]["many"]})
-    return (
-        "## Several concepts in one solve\n\n"
-        + origin("python benchmarks/quality_edit.py", run["protocol"], commit="7a6bc82")
-        + f"\n*Kept* is the share of {' to '.join(map(str, labels))} untouched objects, logos and "
-        "flags that are still recognised. "
-        "The aim is 90 % kept at 50 concepts.\n\n"
-        + table(
-            ["concepts", "method", "kept", "still the concept", "now the replacement", "time"], rows
-        )
     )
 
 
@@ -488,8 +395,8 @@ def studio(run: Run) -> str:
 
 SECTIONS: tuple[tuple[str, Callable[[Run], str]], ...] = (
     ("quality_icons", icons),
-    ("quality_edit", edit),
-    ("quality_edit", many),
+    ("quality_edit", edit_sections.contest),
+    ("quality_edit", edit_sections.many),
     ("quality_layers", layers),
     ("quality_front", front),
     ("speed_edit", edit_speed),
