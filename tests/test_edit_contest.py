@@ -389,7 +389,7 @@ def test_the_page_shows_every_method_with_its_settings_and_says_with_whom_it_is_
     })  # fmt: skip
     page = sections.contest(json.loads(json.dumps(content)))
     assert (
-        "a draw with UCE from the last token to the pads; worse than DP. Of the rows that cost nothing it is better than"
+        "a draw with UCE from the last token to the pads; worse than DP. Of the rows that cost nothing it is"
         in page
     )
     assert "were run 2 times, 1 time on these weights" in page and "No attacks were run" in page

@@ -151,7 +151,7 @@ class TesseractReader:
                 "install tesseract-ocr tesseract-ocr-eng."
             )
         self._command, self._threads = path, threads
-        answer = subprocess.run([path, "--version"], capture_output=True, text=True, check=True)
+        answer = subprocess.run([path, "-v"], capture_output=True, text=True, check=True)
         self.name = (answer.stdout or answer.stderr).splitlines()[0].strip()
 
     def read(self, images: Tensor) -> list[str]:
@@ -197,7 +197,7 @@ class TesseractReader:
         if done.returncode or len(texts) != len(lines):
             raise RuntimeError(
                 f"tesseract read {len(texts)} of {len(lines)} lines and ended with {done.returncode}: "
-                f"{done.stderr.strip()[-200:]!r}. Run `tesseract --list-langs`, which must list eng."
+                f"{done.stderr.strip()[-200:]!r}. Install its English data with: apt-get install tesseract-ocr-eng."
             )
         by_line = dict(zip(lines, texts, strict=True))
         return [_visible(by_line.get(i, "")) for i in range(len(images))]
