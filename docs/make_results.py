@@ -23,8 +23,8 @@ All larger tables of this repository stand here, once. `docs/make_results.py` wr
 `benchmarks/results/*.json`; a test compares the two. Brackets are 95 % intervals. Times were measured on two CPU cores
 of a shared machine and compare only inside one table. An aim is the target that was set for a figure.
 
-`icons` has new weights since 2026-11-29. The sections on text layers, preserve weights and maps were measured on the
-weights before them, in which most concepts had a token of their own. They have not been repeated yet.
+`icons` has new weights since 2026-11-29. The sections on text layers and preserve weights were measured on the weights
+before them, in which most concepts had a token of their own. They have not been repeated yet.
 """
 
 
