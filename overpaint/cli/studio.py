@@ -47,10 +47,6 @@ def studio(
         ),
     ] = None,
     device: Device = "cpu",
-    lettering: Annotated[
-        str,
-        typer.Option(help="A lettering model's folder, or the shipped one.", callback=not_empty),
-    ] = "lettering",
 ) -> None:
     """Trace, edit and compare in a browser. Runs until Ctrl-C or SIGTERM; needs Gradio.
 
@@ -60,17 +56,14 @@ def studio(
     overpaint studio --allow-host studio.example.org
     OVERPAINT_AUTH=ada:secret overpaint studio --host 0.0.0.0
     """  # noqa: D301
-    from overpaint.studio.lettering import names
     from overpaint.studio.server import check_access, check_models, check_port, open_studio
 
     entry = check_access(host, auth, no_auth=no_auth)
     check_port(host, port)
     chosen = models or ["icons"]
     check_models(chosen)
-    names(lettering)
     place = {
         "host": host, "port": port, "auth": entry, "allowed_hosts": allow_host or (), "device": device,
-        "lettering": lettering,
     }  # fmt: skip
     with _exit_at_signals(), open_studio(chosen, loader=load_model, **place) as (_, address):
         sys.stdout.write(f"the studio is open at {address} (Ctrl-C ends it)\n")

@@ -14,28 +14,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from overpaint.edit import Change
 from overpaint.model import TextToImage, load
-from overpaint.scene_text import Lettering
 from overpaint.scorers import judge
 from overpaint.scorers.judge import Judge
 from overpaint.scorers.protocols import check_size
-from overpaint.studio import lettering, side_effects, tasks, uploads
-from overpaint.studio.lettering import LetteredPicture, LetterSettings
+from overpaint.studio import side_effects, tasks, uploads
 from overpaint.studio.scheduler import Event, Replaced, Scheduler, Stopped, Task, run_task
 from overpaint.studio.session import AppliedChange, EditState, Session, common_strength
 from overpaint.studio.side_effects import SideEffects
 from overpaint.studio.tasks import LabelledPicture, PictureGrid, PromptSettings, TraceMap
 from overpaint.studio.upload_store import MAX_BYTES_OF_ALL, UploadStore
 
-__all__ = ["MAX_BYTES_OPEN", "MAX_BYTES_OF_PICTURES", "MAX_SESSIONS", "Events", "Studio"]
+__all__ = ["MAX_BYTES_OPEN", "MAX_SESSIONS", "Events", "Studio"]
 
 Events = Iterator[Event]
 MAX_SESSIONS = 200  # open at once
 MAX_BYTES_OPEN = MAX_BYTES_OF_ALL  # of the changes of all sessions together, in memory
-MAX_BYTES_OF_PICTURES = 2**30  # of the opened pictures of all sessions together, in memory
 _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 
 
@@ -47,7 +42,6 @@ class Studio:
         folder: Holds a folder of downloads for each session, which is deleted with the session.
         uploads: The uploaded files that are not read yet, in another folder next to `folder`.
         scheduler: The queue in which tasks wait.
-        lettering: The lettering model, by its name in the zoo or its folder.
     """
 
     def __init__(
@@ -57,7 +51,6 @@ class Studio:
         *,
         device: str = "cpu",
         loader: Callable[..., TextToImage] = load,
-        lettering: str = "lettering",
     ) -> None:
         if not models:
             raise ValueError("no model to show: name at least one, for example icons.")
@@ -65,8 +58,6 @@ class Studio:
         self.folder = folder
         self.uploads = UploadStore(folder.with_name("uploads"))
         self.scheduler = Scheduler()
-        self.lettering = lettering
-        self._lettering: Lettering | None = None
         self._device, self._load = device, loader
         self._loaded: dict[str, TextToImage] = {}
         self._scorers: dict[str, Judge | str] = {}
@@ -165,7 +156,6 @@ class Studio:
                 with self._lock:
                     if key in self._sessions:  # else the page was closed meanwhile
                         self._sessions[key] = Session(model, session.visitor)
-                        self._sessions[key].picture = session.picture
 
     # --- trace --------------------------------------------------------------------------------------------------------
 
@@ -318,51 +308,6 @@ class Studio:
             return _predict(self._model(session, task), session.state, task)
 
         return self._run(session, work, replaceable=replaceable)
-
-    # --- letter -------------------------------------------------------------------------------------------------------
-
-    def open_picture(self, key: str, path: str | Path) -> Image.Image:
-        """Open a picture whose lettering is to be rewritten; it replaces the session's last one.
-
-        Raises:
-            ValueError: The file is no picture or too large, or the limit for all sessions together is reached.
-        """
-        session = self.session(key)
-        picture = lettering.read_picture(path)
-        with self._lock:
-            others = [s.picture for s in self._sessions.values() if s is not session]
-            size = sum(3 * p.width * p.height for p in (picture, *others) if p is not None)
-            if size > MAX_BYTES_OF_PICTURES:
-                raise ValueError(
-                    "the pictures of all visitors take more memory than the studio has for them: open a smaller "
-                    "picture, or try again later."
-                )
-            session.picture = picture
-        return picture
-
-    def letter(self, key: str, settings: LetterSettings) -> Events:
-        """Write a word into a region of the opened picture; the result is a `LetteredPicture`.
-
-        Raises:
-            ValueError: No picture is open.
-        """
-        session = self.session(key)
-        picture = session.picture
-        if picture is None:
-            raise ValueError("no picture is open: press “Open a picture” first.")
-
-        def work(task: Task) -> LetteredPicture:
-            if self._lettering is None:
-                task.on_progress(0, 1, "loading the lettering model")
-                self._lettering = lettering.load_model(self.lettering, self._device)
-            return lettering.letter(self._lettering, picture, settings, task.on_progress)
-
-        return self._run(session, work)
-
-    def save_lettered(self, key: str, lettered: LetteredPicture) -> Path:
-        """Write the whole picture with its new word as PNG, and return its path; an error if the session was closed."""
-        self.session(key)
-        return lettering.save(lettered, self.folder / key)
 
     # --- compare and save ---------------------------------------------------------------------------------------------
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from overpaint.studio import html
 from overpaint.studio.app import Events, Studio
-from overpaint.studio.lettering import LetteredPicture, LetterSettings, parse_region
 from overpaint.studio.scheduler import PartialResult, ProgressUpdate, Replaced, Result, Stopped
 from overpaint.studio.side_effects import SideEffects
 from overpaint.studio.tasks import PictureGrid, PromptSettings, TraceMap
@@ -20,8 +19,8 @@ from overpaint.studio.uploads import PictureOrigin, model_name
 
 __all__ = [
     "MAX_CONCEPT", "MAX_LIST", "MAX_PROMPT", "Choices", "Controls", "Update", "Value", "applied_changes",
-    "choose_model", "compare", "draw", "edit", "leave_strength", "letter", "mark", "open_file", "open_picture",
-    "open_upload", "prompt_settings", "redraw", "restore", "set_strength", "stop", "trace", "undo",
+    "choose_model", "compare", "draw", "edit", "leave_strength", "open_file", "open_upload", "prompt_settings",
+    "redraw", "restore", "set_strength", "stop", "trace", "undo",
 ]  # fmt: skip
 
 Update = dict[str, Any]
@@ -285,59 +284,6 @@ def compare(
         yield {"status": html.alert(str(error))}
         return
     yield from _updates(begin, lambda grid: {"compared": html.grid(grid)})
-
-
-def open_picture(studio: Studio, key: str, upload: str | None) -> Iterator[Update]:
-    """Open an uploaded picture to letter, by its key; the upload is deleted afterwards."""
-    if not upload:
-        return
-    try:
-        with studio.uploaded(key, upload) as path:
-            picture = studio.open_picture(key, path)
-        yield {
-            "letter_picture": html.letter_picture(picture), "letter_region": "", "letter_result": "", "status": "",
-            "letter_saved": Value(None, enabled=False),
-        }  # fmt: skip
-    except (ValueError, OSError) as error:
-        yield {"status": html.alert(str(error))}
-
-
-def mark(box: str) -> Update:
-    """Show a box that was drawn on the picture, `"x,y,width,height"`, in the field of the region."""
-    try:
-        return {"letter_region": ", ".join(f"{value:g}" for value in parse_region(box))}
-    except ValueError as error:
-        return {"status": html.alert(str(error))}
-
-
-def letter(
-    studio: Studio,
-    key: str,
-    region: str,
-    text: str,
-    font: str,
-    color: str,
-    seed: float,
-    samples: float,
-) -> Iterator[Update]:
-    """Write a word into the region of the opened picture."""
-
-    def begin() -> Events:
-        for name, value in (("region", region), ("text", text), ("font", font), ("color", color)):
-            _check_length(name, value, MAX_CONCEPT)
-        numbers = (int(_number("seed", seed)), int(_number("number of samples", samples)))
-        settings = LetterSettings(
-            parse_region(region or ""), text or "", font or None, color or None, *numbers
-        )
-        return studio.letter(key, settings)
-
-    def show(lettered: LetteredPicture) -> Update:
-        return {
-            "letter_result": html.lettered(lettered),
-            "letter_saved": Value(studio.save_lettered(key, lettered)),
-        }
-
-    yield from _updates(begin, show)
 
 
 def stop(studio: Studio, key: str) -> Update:

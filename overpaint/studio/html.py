@@ -16,16 +16,15 @@ from markupsafe import Markup
 from PIL import Image
 
 from overpaint.edit import Change
-from overpaint.studio import lettering, tasks
-from overpaint.studio.lettering import LetteredPicture
+from overpaint.studio import tasks
 from overpaint.studio.scheduler import ProgressUpdate
 from overpaint.studio.session import EditState
 from overpaint.studio.side_effects import SideEffects
 from overpaint.studio.tasks import LabelledPicture, PictureGrid, TraceMap
 
 __all__ = [
-    "alert", "changes", "escape", "facts", "grid", "heat_map", "letter_picture", "lettered", "note", "placeholder",
-    "progress", "restored_pictures", "side_effects",
+    "alert", "changes", "escape", "facts", "grid", "heat_map", "note", "placeholder", "progress", "restored_pictures",
+    "side_effects",
 ]  # fmt: skip
 
 _DRIFTS_SHOWN = 10
@@ -86,16 +85,6 @@ def side_effects(effects: SideEffects | None) -> str:
     return (
         "" if effects is None else _render("side_effects", effects, effects.drifts[:_DRIFTS_SHOWN])
     )
-
-
-def letter_picture(picture: Image.Image) -> str:
-    """Return an opened picture, reduced to fit the page, on which a box can be drawn."""
-    return _render("letter_picture", lettering.reduced(picture), picture.width, picture.height)
-
-
-def lettered(result: LetteredPicture) -> str:
-    """Return the original next to the result, the region of each sample, and how they were ranked."""
-    return _render("lettered", result)
 
 
 def facts(versions: Mapping[str, Change | None]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from overpaint.studio import handlers, html, lettering
+from overpaint.studio import handlers, html
 from overpaint.studio.access import visitor_cookie
 from overpaint.studio.app import Studio
 from overpaint.studio.handlers import Choices, Controls, Update, Value
@@ -25,35 +25,6 @@ _CLICKS = """element.addEventListener('click', event => {
   const cell = event.target.closest('button[data-cell]');
   if (cell) trigger('pick', {cell: cell.dataset.cell});
 });"""
-# The box that is drawn on the picture, in pixels of the picture. The server writes the picture, so that one listener on
-# its component handles all of them; `data-width` and `data-height` are the size of the whole picture.
-_DRAW = """let start = null, frame = null;
-const point = event => {
-  const box = frame.querySelector('img').getBoundingClientRect();
-  const share = (at, low, size) => Math.min(1, Math.max(0, (at - low) / size));
-  return [share(event.clientX, box.left, box.width), share(event.clientY, box.top, box.height)];
-};
-const span = event => {
-  const end = point(event), low = [0, 1].map(i => Math.min(start[i], end[i]));
-  return [...low, ...[0, 1].map(i => Math.abs(start[i] - end[i]))];
-};
-element.addEventListener('pointerdown', event => {
-  frame = event.target.closest('.op-draw');
-  if (!frame || event.button) return;
-  event.preventDefault();
-  frame.setPointerCapture(event.pointerId);
-  start = point(event);
-});
-element.addEventListener('pointermove', event => { if (start) opShowBox(frame, span(event)); });
-element.addEventListener('pointerup', event => {
-  if (!start) return;
-  const sizes = [frame.dataset.width, frame.dataset.height, frame.dataset.width, frame.dataset.height];
-  const box = span(event).map((share, i) => Math.round(share * sizes[i]));
-  start = null;
-  if (box[2] > 2 && box[3] > 2) trigger('mark', {box: box.join(',')});
-});
-element.addEventListener('pointercancel', () => { start = null; });"""
-_SHOW_BOX = "(text) => { opShowRegion(text); return []; }"
 # A page sends the key of an upload instead of Gradio's description of a file.
 _UPLOAD_KEY = "(...values) => [...values.slice(0, -1), values.at(-1)?.path ?? null]"
 # Download is disabled until the file has the strength that the page shows.
@@ -121,8 +92,6 @@ def build(studio: Studio, cookie: str) -> gr.Blocks:
                         parts |= _edit_tab()
                     with gr.Tab("Compare"):
                         parts |= _compare_tab()
-                    with gr.Tab("Letter"):
-                        parts |= _letter_tab(studio)
         _connect(page, parts, studio, cookie)
     return page
 
@@ -225,56 +194,11 @@ def _compare_tab() -> Parts:
     }  # fmt: skip
 
 
-def _letter_tab(studio: Studio) -> Parts:
-    gr.HTML(
-        '<p class="op-lead">Write a word into a region of a picture. All other pixels stay as they are.</p>'
-    )
-    fonts, colors = lettering.names(studio.lettering)
-    if not fonts:
-        gr.HTML(
-            html.note(
-                "the lettering model is not shipped with this version yet. Train it with `overpaint train lettering`, "
-                "and start the studio with --lettering and its folder."
-            )
-        )
-    parts: Parts = {
-        "letter_upload": gr.UploadButton(
-            "Open a picture", size="md", file_types=[".png", ".jpg", ".jpeg", ".webp"], file_count="single"
-        ),
-        "letter_picture": gr.HTML(
-            html.placeholder("No picture yet. Open one."), js_on_load=_DRAW, elem_id="op-letter-picture"
-        ),
-    }  # fmt: skip
-    parts["letter_upload"].data_model = None  # as `upload`
-    with gr.Row():
-        parts["letter_region"] = gr.Textbox(
-            label="Region: x, y, width, height",
-            max_length=handlers.MAX_CONCEPT,
-            elem_id="op-region",
-        )
-        parts["letter_text"] = gr.Textbox(label="Word", max_length=handlers.MAX_CONCEPT)
-    with gr.Row():
-        beside = ("as beside the region", "")
-        parts["font"] = gr.Dropdown([beside, *((n, n) for n in fonts)], value="", label="Font")
-        parts["color"] = gr.Dropdown([beside, *((n, n) for n in colors)], value="", label="Color")
-    with gr.Row():
-        parts["letter_seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120)
-        parts["samples"] = gr.Slider(
-            1, lettering.MAX_SAMPLES, value=1, step=1, label="Samples", min_width=160
-        )
-    with gr.Row():
-        parts["letter"] = gr.Button("Write", variant="primary")
-        parts["letter_saved"] = gr.DownloadButton("Save picture", interactive=False)
-    parts["letter_result"] = gr.HTML(elem_id="op-lettered")
-    return parts
-
-
 # --- connections ------------------------------------------------------------------------------------------------------
 
 _OUTPUTS = (
     "status", "map", "restored", "drawn", "saved", "side_effects", "changes", "strength", "undo", "download", "first",
     "second", "compared", "facts", "prompt", "concept", "seed", "pictures", "steps", "saved_strength",
-    "letter_picture", "letter_region", "letter_result", "letter_saved",
 )  # fmt: skip
 _CONTROLS = ("prompt", "concept", "seed", "pictures", "steps")
 _EVENT_OPTIONS: dict[str, Any] = {
@@ -316,7 +240,6 @@ def _connect(page: gr.Blocks, parts: Parts, studio: Studio, cookie: str) -> None
     on(parts["compare"].click, handlers.compare, "first", "second")
     on(parts["model"].input, handlers.choose_model, "model", controls=False)
     on(parts["upload"].upload, handlers.open_upload, "upload", js=_UPLOAD_KEY)
-    _connect_lettering(on, parts, outputs)
 
     def pick(request: gr.Request, event: gr.EventData) -> Iterator[list[Any]]:
         data: Any = event._data
@@ -336,27 +259,6 @@ def _connect(page: gr.Blocks, parts: Parts, studio: Studio, cookie: str) -> None
     parts["stop"].click(stop, None, parts["status"], queue=False, **_EVENT_OPTIONS)
     page.load(load, None, outputs, **_EVENT_OPTIONS)
     page.unload(sessions.close)
-
-
-def _connect_lettering(on: Callable[..., Any], parts: Parts, outputs: list[Any]) -> None:
-    """Connect the controls of the lettering tab; `on` as in `_connect`."""
-    on(
-        parts["letter_upload"].upload,
-        handlers.open_picture,
-        "letter_upload",
-        controls=False,
-        js=_UPLOAD_KEY,
-    )
-    names = ("letter_region", "letter_text", "font", "color", "letter_seed", "samples")
-    on(parts["letter"].click, handlers.letter, *names, controls=False)
-    region = parts["letter_region"]
-    region.change(None, region, None, js=_SHOW_BOX, show_progress="hidden")
-
-    def mark(event: gr.EventData) -> list[Any]:
-        data: Any = event._data
-        return _values(handlers.mark(data.get("box", "") if isinstance(data, dict) else ""))
-
-    parts["letter_picture"].mark(mark, None, outputs, queue=False, **_EVENT_OPTIONS)
 
 
 class _PageSessions:

@@ -114,7 +114,6 @@ def open_studio(
     allowed_hosts: Sequence[str] = (),
     device: str = "cpu",
     loader: Callable[..., TextToImage] = load,
-    lettering: str = "lettering",
 ) -> Iterator[tuple[Studio, str]]:
     """Serve the studio while the block runs; the value is the studio and its address.
 
@@ -126,7 +125,6 @@ def open_studio(
         allowed_hosts: Names besides `host` that the studio may be reached under, see `AllowedHosts`.
         device: Where the models compute.
         loader: Loads a model by its name.
-        lettering: A lettering model's folder, or the name of the shipped one.
 
     Raises:
         MissingExtra: Gradio is not installed.
@@ -139,9 +137,7 @@ def open_studio(
         work_folder() as folder,
         _environment(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=str(folder / "gradio")),
     ):
-        studio = Studio(
-            models, folder / "downloads", device=device, loader=loader, lettering=lettering
-        )
+        studio = Studio(models, folder / "downloads", device=device, loader=loader)
         cookie = f"overpaint-{port}"
         page = _page(studio, cookie)
         try:

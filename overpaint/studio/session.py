@@ -99,7 +99,6 @@ class Session:
         files: Changes from opened files, by file name; the page compares them.
         saving: Held while the applied change is written, so that the file is that of the newest state.
         redraw_due: True if the strength changed since the pictures were drawn.
-        picture: The opened picture whose lettering is rewritten, RGB; `None` before one is opened.
     """
 
     def __init__(self, model: str, visitor: str = "") -> None:
@@ -111,7 +110,6 @@ class Session:
         self._history: list[EditState] = []
         self.saving = threading.Lock()
         self.redraw_due = False
-        self.picture: Image.Image | None = None
         self._stop: StopEvent | None = None
         self._task_ended = threading.Condition()
 

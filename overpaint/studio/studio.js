@@ -15,21 +15,3 @@
   addEventListener('click', later);  // a tab that was hidden has no width
   if (document.body) watch(); else addEventListener('DOMContentLoaded', watch);
 })();
-
-// Show a box on the picture of the lettering tab; `box` is x, y, width and height as shares of the picture.
-function opShowBox(frame, box) {
-  const mark = frame.querySelector('.op-box');
-  ['left', 'top', 'width', 'height'].forEach((side, i) => { mark.style[side] = `${100 * box[i]}%`; });
-  mark.hidden = false;
-}
-
-// Show the box of a region in the text field, four numbers in pixels; hide it while the text has another form.
-function opShowRegion(text) {
-  const frame = document.querySelector('#op-letter-picture .op-draw');
-  if (!frame) return;
-  const values = String(text ?? '').trim().split(/[\s,;]+/).map(Number);
-  const valid = values.length === 4 && values.every(Number.isFinite) && values[2] > 0 && values[3] > 0;
-  frame.querySelector('.op-box').hidden = !valid;
-  const sizes = [frame.dataset.width, frame.dataset.height, frame.dataset.width, frame.dataset.height];
-  if (valid) opShowBox(frame, values.map((value, i) => value / sizes[i]));
-}
