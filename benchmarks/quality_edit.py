@@ -165,7 +165,8 @@ def contested(plan: argparse.Namespace, bench: Bench, out: Path, folder: Path) -
     content = {
         "result": result, "outcome": outcome(found["auto minus the row"]), "tables": found, "settings": chosen,
         "edges": remarks,
-        "protocol": protocol(plan, run), "test": {"concepts": concepts, "attacked": attack}, "commit": card.commit(),
+        "protocol": protocol(plan, run), "test": {"concepts": concepts, "attacked": attack},
+        "commit": looks[-1]["commit"] if looks else card.commit(),
     }  # fmt: skip
     if plan.quick:
         files.write_json(path, as_json(content))

@@ -14,7 +14,9 @@ from overpaint.cli.options import (
     Json,
     Seed,
     as_path,
+    box_text,
     not_empty,
+    read_numbers,
     with_options,
     within,
 )
@@ -43,28 +45,13 @@ _OPTIONS = {
 _OPTIONAL = ("scale",)
 
 
-def _numbers(text: str, count: int, form: str) -> tuple[float, ...]:
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        values = ()
-    if len(values) != count:
-        raise typer.BadParameter(f"{text!r} is not {form}: give {count} numbers, without spaces.")
-    return values
-
-
 def _pair(text: str) -> str:
-    _numbers(text, 2, "x,y")
-    return text
-
-
-def _box(text: str) -> str:
-    _numbers(text, 4, "x,y,width,height")
+    read_numbers(text, 2, "x,y")
     return text
 
 
 def _points(text: str) -> str:
-    count = len([_numbers(point, 2, "x,y") for point in text.split()])
+    count = len([read_numbers(point, 2, "x,y") for point in text.split()])
     if count < 2 or count % 2:
         raise typer.BadParameter(
             f"{text!r} holds {count} points: give a start and an end for each drag, as '40,60 52,60'."
@@ -82,7 +69,7 @@ class TaskOptions:
     ] = None
     box: Annotated[
         str | None,
-        typer.Option(help="Instead of a mask.", metavar="X,Y,WIDTH,HEIGHT", parser=_box),
+        typer.Option(help="Instead of a mask.", metavar="X,Y,WIDTH,HEIGHT", parser=box_text),
     ] = None
     offset: Annotated[
         str | None,
@@ -108,7 +95,7 @@ class TaskOptions:
     reference_box: Annotated[
         str | None,
         typer.Option(
-            "--from-box", help="Instead of that mask.", metavar="X,Y,WIDTH,HEIGHT", parser=_box
+            "--from-box", help="Instead of that mask.", metavar="X,Y,WIDTH,HEIGHT", parser=box_text
         ),
     ] = None
     position: Annotated[
@@ -205,12 +192,12 @@ def _edit(
     image = load_picture(picture, "image")
     if task == "move":
         mask = _mask(image, options.mask, options.box, "mask")
-        offset, scale = _numbers(str(options.offset), 2, "x,y"), options.scale or 1.0
+        offset, scale = read_numbers(str(options.offset), 2, "x,y"), options.scale or 1.0
         return image_edit.move(
             model, image, mask, (offset[0], offset[1]), scale, prompt=prompt, **common
         )
     if task in ("drag", "landmarks"):
-        pairs = [_numbers(point, 2, "x,y") for point in str(options.points).split()]
+        pairs = [read_numbers(point, 2, "x,y") for point in str(options.points).split()]
         if task == "landmarks":
             return image_edit.landmarks(
                 model, image, pairs[::2], pairs[1::2], prompt=prompt, **common
@@ -221,7 +208,7 @@ def _edit(
     other = load_picture(options.reference, "reference")
     shown = _mask(other, options.reference_mask, options.reference_box, "reference_mask")
     if task == "paste":
-        x, y = _numbers(str(options.position), 2, "x,y")
+        x, y = read_numbers(str(options.position), 2, "x,y")
         scale = options.scale or 1.0
         return image_edit.paste(
             model, image, other, shown, (x, y), scale, prompts=(prompt, ""), **common
@@ -237,7 +224,9 @@ def _mask(picture: Any, mask: Path | None, box: str | None, name: str) -> Any:
     if box is None:
         return mask
     return box_mask(
-        _numbers(box, 4, "x,y,width,height"), tuple(picture.shape[2:]), name.replace("mask", "box")
+        read_numbers(box, 4, "x,y,width,height"),
+        tuple(picture.shape[2:]),
+        name.replace("mask", "box"),
     )
 
 

@@ -14,7 +14,9 @@ from overpaint.cli.options import (
     Seed,
     Steps,
     as_path,
+    box_text,
     not_empty,
+    read_numbers,
     with_options,
     within,
 )
@@ -28,35 +30,15 @@ if TYPE_CHECKING:
 __all__ = ["letter"]
 
 
-def _numbers(text: str, count: int, form: str) -> tuple[float, ...]:
-    """Return numbers that are separated by commas.
-
-    Raises:
-        typer.BadParameter: There are more or less than `count`, or one is no number.
-    """
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        values = ()
-    if len(values) != count:
-        raise typer.BadParameter(f"{text!r} is not {form}: give {count} numbers, without spaces.")
-    return values
-
-
-def _box(text: str) -> str:
-    _numbers(text, 4, "x,y,width,height")
-    return text
-
-
 def _rotated_box(text: str) -> str:
-    angle = _numbers(text, 5, "x,y,width,height,degrees")[4]
+    angle = read_numbers(text, 5, "x,y,width,height,degrees")[4]
     if not -45 <= angle <= 45:
         raise typer.BadParameter(f"{angle:g} degrees are out of range: give -45 to 45.")
     return text
 
 
 def _polygon(text: str) -> str:
-    points = [_numbers(point, 2, "x,y") for point in text.split()]
+    points = [read_numbers(point, 2, "x,y") for point in text.split()]
     if len(points) < 3:
         raise typer.BadParameter(
             f"{text!r} is no polygon: give at least 3 points, as '10,20 90,25 88,50 9,44'."
@@ -70,7 +52,7 @@ class RegionOptions:
 
     box: Annotated[
         str | None,
-        typer.Option(help="In pixels.", metavar="X,Y,WIDTH,HEIGHT", parser=_box),
+        typer.Option(help="In pixels.", metavar="X,Y,WIDTH,HEIGHT", parser=box_text),
     ] = None
     rotated_box: Annotated[
         str | None,
@@ -233,9 +215,9 @@ def _region(
             )
         return matches[number - 1].corners, matches
     readers: dict[str, Callable[[Any], Any]] = {
-        "box": lambda text: _numbers(text, 4, ""),
-        "rotated_box": lambda text: _turned(_numbers(text, 5, "")),
-        "polygon": lambda text: [_numbers(point, 2, "") for point in text.split()],
+        "box": lambda text: read_numbers(text, 4, ""),
+        "rotated_box": lambda text: _turned(read_numbers(text, 5, "")),
+        "polygon": lambda text: [read_numbers(point, 2, "") for point in text.split()],
         "mask": lambda path: _mask(path, size),
     }
     name = next(name for name in readers if getattr(options, name) is not None)

@@ -23,8 +23,10 @@ __all__ = [
     "Model",
     "Seed",
     "Steps",
+    "box_text",
     "change_file",
     "not_empty",
+    "read_numbers",
     "seed_in_range",
     "as_path",
     "with_options",
@@ -42,6 +44,31 @@ def within(low: float, high: float) -> Callable[[Any], Any]:
         return value
 
     return check
+
+
+def read_numbers(text: str, count: int, form: str) -> tuple[float, ...]:
+    """Return numbers that are separated by commas.
+
+    Raises:
+        typer.BadParameter: There are more or less than `count`, or one is no number.
+    """
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != count:
+        raise typer.BadParameter(f"{text!r} is not {form}: give {count} numbers, without spaces.")
+    return values
+
+
+def box_text(text: str) -> str:
+    """Return the text of a box; the parser of an option.
+
+    Raises:
+        typer.BadParameter: It is not x,y,width,height.
+    """
+    read_numbers(text, 4, "x,y,width,height")
+    return text
 
 
 def seed_in_range(value: int) -> int:
