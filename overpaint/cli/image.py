@@ -150,7 +150,9 @@ def image(
     dtype: Dtype = "float32",
     as_json: Json = False,
 ) -> None:
-    """Edit an object of a picture; pixels outside of the edit stay as they are.
+    """Move or change an object of a picture.
+
+    Pixels outside of the edit stay as they are.
 
     \b
     overpaint image move a.png --box 20,30,40,40 --offset 25,0

@@ -129,9 +129,10 @@ def letter(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Write a word into a region of a picture; all other pixels stay as they are.
+    """Write a word into a region of a picture.
 
-    Without --font, --color and --instruction the style of the letters beside the region is taken.
+    All other pixels stay as they are. Without --font, --color and --instruction the style of the letters beside the
+    region is taken.
 
     \b
     overpaint letter sign.jpg --box 120,40,200,60 --text wizards -o out.png
